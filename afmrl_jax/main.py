@@ -1,0 +1,109 @@
+"""python -m afmrl_jax.main --config=configs/agcl.py [--workdir=DIR] [--config.FIELD=VALUE ...]
+
+Reads the flags, joins the other processes, makes the mesh, and runs the program that the config
+names. Kept tiny, so that a notebook can import the rest.
+"""
+
+import functools
+import importlib
+import operator
+import pkgutil
+import re
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from afmrl_jax import programs
+from afmrl_jax.core.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "The program and its settings: a file of configs/, with :ARM where it has arms."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir",
+    None,
+    "Where the run lives; the same command again resumes it. Default: runs/PROGRAM.",
+)
+
+
+def run(config: ConfigDict, workdir: Path) -> None:
+    """Runs `config.program` in `workdir`, on all devices of all processes."""
+    known = [module.name for module in pkgutil.iter_modules(programs.__path__)]
+    if config.program not in known:
+        raise UserError(f"program {config.program!r} does not exist: use one of {', '.join(known)}")
+    from afmrl_jax.core.mesh import initialize_distributed, make_mesh
+
+    initialize_distributed()
+    program = importlib.import_module(f"afmrl_jax.programs.{config.program}")
+    program.main(config, workdir, make_mesh(dict(config.mesh)))
+
+
+def fields(config: ConfigDict, prefix: str = "") -> list[str]:
+    """The dotted names of all fields."""
+    names = []
+    for key, value in config.items():
+        nested = isinstance(value, ConfigDict)
+        names += fields(value, f"{prefix}{key}.") if nested else [prefix + key]
+    return names
+
+
+def _explain(error: Exception) -> str:
+    """One sentence for flags that could not be read."""
+    if isinstance(error, KeyError | AttributeError):  # what config_flags raises for a wrong field
+        name, *hint = str(error.args[0]).splitlines()
+        told = " ".join(hint) or "--help lists its fields"
+        return f"the configuration has no field {name}: {told}"
+    return str(error).strip().splitlines()[-1]  # the lines above are a traceback of the file
+
+
+def _help(config: ConfigDict | None) -> str:
+    """What --help prints: how to run, and the fields of the configuration where one is named."""
+    lines = [__doc__.strip(), ""]
+    if config is None:
+        return "\n".join([*lines, "Add --config=FILE before --help to list that file's fields."])
+    lines.append("Fields (--config.FIELD=VALUE; what each means stands beside it in the file):")
+    flat = {
+        name: functools.reduce(operator.getitem, name.split("."), config) for name in fields(config)
+    }
+    return "\n".join(lines + [f"  {name} = {value!r}" for name, value in flat.items()])
+
+
+def cli(argv: list[str]) -> int:
+    """Parses `argv` and runs; the exit status: 1 for flags that are wrong, 2 for a UserError."""
+    for argument in argv:  # a config file imports its neighbours as configs.NAME, from any folder
+        if m := re.match(r"--?config=([^:]+)", argument):
+            if not Path(m[1]).is_file():
+                print(f"afmrl_jax: there is no configuration file {m[1]}", file=sys.stderr)
+                return 1
+            sys.path.insert(0, str(Path(m[1]).resolve().parent.parent))
+    wants_help = any(a in ("--help", "-help", "-h") for a in argv)
+    try:
+        rest = flags.FLAGS([a for a in argv if a not in ("--help", "-help", "-h")])[1:]
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+        print(f"afmrl_jax: {_explain(error)}", file=sys.stderr)
+        return 1
+    if wants_help:
+        print(_help(_CONFIG.value))
+        return 0
+    if rest:
+        print(
+            f"afmrl_jax: {rest[0]!r} is not a flag: did you mean --config.{rest[0].lstrip('-')}?",
+            file=sys.stderr,
+        )
+        return 1
+    config = _CONFIG.value
+    if config is None:
+        print("afmrl_jax: say what to run, as --config=configs/agcl.py", file=sys.stderr)
+        return 1
+    try:
+        run(config, Path(_WORKDIR.value or Path("runs") / config.program))
+    except UserError as error:
+        print(f"afmrl_jax: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli(sys.argv))
