@@ -52,9 +52,10 @@ def fields(config: ConfigDict, prefix: str = "") -> list[str]:
 def _explain(error: Exception) -> str:
     """One sentence for flags that could not be read."""
     if isinstance(error, KeyError | AttributeError):  # what config_flags raises for a wrong field
-        name, *hint = str(error.args[0]).splitlines()
-        told = " ".join(hint) or "--help lists its fields"
-        return f"the configuration has no field {name}: {told}"
+        if near := re.search(r'"(\w+)" instead of "(\w+)"', str(error)):
+            return f"the configuration has no field {near[2]!r}: did you mean {near[1]!r}?"
+        name = re.search(r"\w+", str(error))[0]
+        return f"the configuration has no field {name!r}: --help lists those it has"
     return str(error).strip().splitlines()[-1]  # the lines above are a traceback of the file
 
 
