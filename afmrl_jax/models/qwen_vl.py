@@ -1,0 +1,136 @@
+"""Qwen2-VL: a vision tower whose features take the places of image tokens in a causal decoder.
+
+A model of architecture, not of checkpoints: weights come from `hf_weights`, shardings from
+`partition`. Matrix products run in `dtype`; norms, rotations and softmax in float32.
+Axes: N rows · S tokens · P patches · M merged image features · D width · H query heads
+· K key/value heads · V vocabulary.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from afmrl_jax.models.attention import attend
+from afmrl_jax.models.config import QwenVLConfig
+from afmrl_jax.models.rope import rotary_angles, rotate, text_frequencies
+from afmrl_jax.models.stack import check_remat, run_layers, stack_layers
+from afmrl_jax.models.vision import VisionTower
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with grouped key/value heads."""
+
+    def __init__(
+        self, config: QwenVLConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
+    ):
+        text, init = config.text, nnx.initializers.normal(config.initializer_range)
+        options = {"kernel_init": init, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        width, key_width = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+        self.query = nnx.Linear(text.hidden_size, width, **options)
+        self.key = nnx.Linear(text.hidden_size, key_width, **options)
+        self.value = nnx.Linear(text.hidden_size, key_width, **options)
+        self.out = nnx.Linear(width, text.hidden_size, use_bias=False, **options)
+        self.head_dim = text.head_dim
+
+    def __call__(self, x: jax.Array, angles, mask: jax.Array) -> jax.Array:
+        query, key, value = (
+            project(x).reshape(*x.shape[:2], -1, self.head_dim)
+            for project in (self.query, self.key, self.value)
+        )
+        mixed = attend(rotate(query, angles), rotate(key, angles), value, mask, causal=True)
+        return self.out(mixed.reshape(*x.shape[:2], -1))
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and SwiGLU MLP."""
+
+    def __init__(
+        self, config: QwenVLConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
+    ):
+        text, init = config.text, nnx.initializers.normal(config.initializer_range)
+        types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        mlp = {"use_bias": False, "kernel_init": init, **types}
+        self.attention_norm = nnx.RMSNorm(text.hidden_size, epsilon=text.norm_epsilon, **types)
+        self.attention = Attention(config, **types)
+        self.mlp_norm = nnx.RMSNorm(text.hidden_size, epsilon=text.norm_epsilon, **types)
+        self.gate = nnx.Linear(text.hidden_size, text.mlp_size, **mlp)
+        self.up = nnx.Linear(text.hidden_size, text.mlp_size, **mlp)
+        self.down = nnx.Linear(text.mlp_size, text.hidden_size, **mlp)
+
+    def __call__(self, x: jax.Array, angles, mask: jax.Array) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), angles, mask)
+        hidden = self.mlp_norm(x)
+        return x + self.down(jax.nn.silu(self.gate(hidden)) * self.up(hidden))
+
+
+class QwenVL(nnx.Module):
+    """The whole model; `head=False` leaves out the language head, which an embedder never uses."""
+
+    def __init__(
+        self,
+        config: QwenVLConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.bfloat16,
+        param_dtype: DTypeLike = jnp.float32,
+        remat: str = "none",
+        head: bool = True,
+    ):
+        check_remat(remat)
+        types = {"dtype": dtype, "param_dtype": param_dtype}
+        init = nnx.initializers.normal(config.initializer_range)
+        text = config.text
+        self.vision = VisionTower(config, rngs=rngs, remat=remat, **types)
+        self.embed = nnx.Embed(
+            config.vocab_size, text.hidden_size, embedding_init=init, rngs=rngs, **types
+        )
+        self.layers = stack_layers(
+            lambda rngs: DecoderLayer(config, rngs=rngs, **types), text.num_layers, rngs
+        )
+        self.norm = nnx.RMSNorm(text.hidden_size, epsilon=text.norm_epsilon, rngs=rngs, **types)
+        if head and not config.tie_embeddings:
+            self.lm_head = nnx.Linear(
+                text.hidden_size,
+                config.vocab_size,
+                use_bias=False,
+                kernel_init=init,
+                rngs=rngs,
+                **types,
+            )
+        self.config, self.remat, self.dtype = config, remat, dtype
+
+    def __call__(self, rows: Mapping[str, jax.Array]) -> jax.Array:
+        """Hidden states after the final norm.
+
+        rows (the processor's): tokens int32[N, S], token_mask bool[N, S] (padded left or right),
+        positions int32[N, 3, S], patches float[N, P, C], patch_positions int32[N, P, 2],
+        patch_segments int32[N, P]. Returns dtype[N, S, D]; at padding they are finite and mean
+        nothing.
+        """
+        x = self.embed_rows(rows)
+        positions = jnp.swapaxes(rows["positions"], 1, 2)
+        angles = rotary_angles(positions, *text_frequencies(self.config.text))
+        mask = rows["token_mask"][:, None, :]
+        x = run_layers(self.layers, x, lambda layer, x: layer(x, angles, mask), self.remat)
+        return self.norm(x)
+
+    def embed_rows(self, rows: Mapping[str, jax.Array]) -> jax.Array:
+        """The decoder's input [N, S, D]: token embeddings, image features in the image tokens' places."""
+        tokens = rows["tokens"]
+        # Only the rows looked up are cast: nnx.Embed's own call would cast the whole table.
+        embedded = jnp.take(self.embed.embedding[...], tokens, axis=0).astype(self.dtype)
+        features = self.vision(rows["patches"], rows["patch_positions"], rows["patch_segments"])
+        is_image = tokens == self.config.image_token_id
+        nth = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, features.shape[1] - 1)
+        placed = jnp.take_along_axis(features, nth[..., None], axis=1)
+        return jnp.where(is_image[..., None], placed, embedded)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Scores of the next token, float32[..., V], from hidden states [..., D]."""
+        if self.config.tie_embeddings:
+            table = self.embed.embedding[...].astype(self.dtype)
+            return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        return self.lm_head(hidden).astype(jnp.float32)

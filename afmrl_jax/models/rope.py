@@ -1,0 +1,55 @@
+"""Rotary position embeddings of several axes: time, height, width of a token; height, width of a patch.
+
+Each rotary frequency listens to one position axis; which one is a static table, so that chunked
+M-RoPE (Qwen2-VL, https://arxiv.org/abs/2409.12191) and the tower's 2-D RoPE are one function.
+Axes: N rows · S tokens or patches · A position axes · H heads · D head size.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from afmrl_jax.models.config import TextConfig, VisionConfig
+
+
+def text_frequencies(config: TextConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Chunked M-RoPE: the first frequencies follow time, the next height, the last width.
+
+    Returns int32[D/2], the position axis of each frequency, and float32[D/2], radians a position.
+    """
+    axes = np.repeat(np.arange(3, dtype=np.int32), config.mrope_sections)
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
+    return axes, (1.0 / config.rope_theta**exponents).astype(np.float32)
+
+
+def vision_frequencies(config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
+    """2-D RoPE: half of the frequencies follow the patch's height, the same again its width.
+
+    Returns int32[D/2] and float32[D/2] as `text_frequencies`.
+    """
+    half = config.head_dim // 2
+    exponents = np.arange(0, half, 2, dtype=np.float32) / half
+    frequencies = (1.0 / config.rope_theta**exponents).astype(np.float32)
+    return np.repeat(np.arange(2, dtype=np.int32), half // 2), np.tile(frequencies, 2)
+
+
+def rotary_angles(
+    positions: jax.Array, axes: np.ndarray, frequencies: np.ndarray
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of each token's rotation.
+
+    positions: int32[N, S, A]. Returns two float32[N, S, 1, D/2], broadcastable over heads.
+    """
+    angles = jnp.take(positions, axes, axis=-1).astype(jnp.float32) * frequencies
+    return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+
+
+def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turns the pairs (x_i, x_{i + D/2}) by their angles, in float32.
+
+    x: [N, S, H, D]. Returns x's shape and dtype.
+    """
+    cos, sin = angles
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
