@@ -1,0 +1,127 @@
+"""Tokenizers of the Qwen2-VL kind: the real one from its folder, or one trained on a catalogue.
+
+Both are a plain `tokenizers.Tokenizer`: byte-level BPE, NFC, Qwen2's pre-tokenisation and the same
+special tokens by name, so that everything above finds its ids by name and never by number.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, models, trainers
+from tokenizers.pre_tokenizers import ByteLevel
+
+from afmrl_jax.core.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TURN = "<|im_end|>"
+VISION_START = "<|vision_start|>"
+VISION_END = "<|vision_end|>"
+IMAGE_PAD = "<|image_pad|>"
+# In the order of Qwen2-VL's tokenizer, after the vocabulary.
+SPECIAL_TOKENS = (
+    END_OF_TEXT,
+    "<|im_start|>",
+    END_OF_TURN,
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    VISION_START,
+    VISION_END,
+    "<|vision_pad|>",
+    IMAGE_PAD,
+    "<|video_pad|>",
+)
+_BYTES = 256
+
+
+def clean_text(text: str) -> str:
+    """The same text as valid Unicode: surrogate pairs joined, lone surrogates replaced by U+FFFD.
+
+    JSON can carry a lone surrogate into a Python string; no tokenizer accepts one.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most vocab_size tokens, special tokens counted; equal for equal texts.
+
+    A special token's name among the texts is ordinary text. Few texts may not hold enough pairs to
+    fill vocab_size: read the true size from `get_vocab_size()`.
+    Raises UserError where vocab_size leaves no room for the 256 bytes and the special tokens.
+    """
+    least = _BYTES + len(SPECIAL_TOKENS)
+    if vocab_size < least:
+        raise UserError(
+            f"vocab_size={vocab_size} is below {least}, the {_BYTES} bytes and "
+            f"{len(SPECIAL_TOKENS)} special tokens that every tokenizer needs: raise it"
+        )
+    # transformers takes a second to import (with torch installed, four): only who needs it waits.
+    from transformers import Qwen2Tokenizer
+
+    qwen = Qwen2Tokenizer().backend_tokenizer
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = qwen.normalizer
+    tokenizer.pre_tokenizer = qwen.pre_tokenizer
+    tokenizer.decoder = qwen.decoder
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        min_frequency=2,
+        initial_alphabet=sorted(ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((clean_text(text) for text in texts), trainer)
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
+    )
+    return tokenizer
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder, or of a tokenizer.json, as saved by `Tokenizer.save`.
+
+    A folder is read from its tokenizer.json, else from vocab.json, merges.txt and the added tokens
+    of tokenizer_config.json. Raises UserError where these are missing or cannot be read.
+    """
+    path = Path(path)
+    file = path if path.is_file() else path / "tokenizer.json"
+    parts = [path / name for name in ("vocab.json", "merges.txt", "tokenizer_config.json")]
+    if not file.is_file() and (missing := [part.name for part in parts if not part.is_file()]):
+        raise UserError(
+            f"{path} holds no tokenizer: neither tokenizer.json nor {', '.join(missing)}; "
+            f"name a folder of a Hugging Face Qwen-VL model"
+        )
+    try:
+        if file.is_file():
+            return Tokenizer.from_file(str(file))
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(path, local_files_only=True).backend_tokenizer
+    except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
+        raise UserError(
+            f"the tokenizer in {path} cannot be read ({error}): fetch or make it again"
+        ) from error
+
+
+def special_token_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """The fields of a `QwenVLConfig` that belong to its tokenizer, found by name.
+
+    A turn of chat ends with <|im_end|> (eos); a row to embed ends, and is padded, with
+    <|endoftext|>.
+    Raises UserError where a token is missing: then the tokenizer is not of the Qwen-VL family.
+    """
+    names = {
+        "image_token_id": IMAGE_PAD,
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
+        "eos_token_id": END_OF_TURN,
+        "pad_token_id": END_OF_TEXT,
+    }
+    ids = {key: tokenizer.token_to_id(name) for key, name in names.items()}
+    if missing := [names[key] for key, token_id in ids.items() if token_id is None]:
+        raise UserError(
+            f"the tokenizer has no {', '.join(missing)}: use a Qwen-VL model's, or train one"
+        )
+    return ids
