@@ -1,14 +1,43 @@
 """Catalogues: the listings that everything else reads.
 
+`open_catalog` opens the user's products; `data/builtin` renders some. Conversion, checks and their
+cache are told in conversion.py and checking.py.
+
 Axes: N listings · P products.
 """
 
 import hashlib
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from PIL import Image
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.data.checking import check, split_name, split_of_product, watches_every_image
+from afmrl_jax.data.conversion import bad_row, convert, open_columns
+from afmrl_jax.data.sources import Source, find_source
+from afmrl_jax.data.validation import BadListing, ImageFolder, read_image
+
+__all__ = [
+    "ArrowCatalog",
+    "Catalog",
+    "ConcatCatalog",
+    "Listing",
+    "SubsetCatalog",
+    "open_catalog",
+    "split_name",
+    "split_of_product",
+]
+REPORTED = 20  # bad listings told one by one before the report turns to counts
+SKIP_HINT = 'set data.on_bad_listing="skip"'
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,12 +73,257 @@ class Catalog(Protocol):
         """int64 indices of a split ("train", "validation", "test", "all"), ascending."""
 
 
-def split_name(split: str) -> str:
-    """The split's name as catalogues keep it: "val" is "validation"."""
-    return "validation" if split == "val" else split
+def open_catalog(
+    path: str | Path,
+    *,
+    cache_dir: str | Path,
+    on_bad_listing: Literal["error", "skip"] = "error",
+    report_dir: str | Path | None = None,
+    workers: int | None = None,
+) -> "ArrowCatalog":
+    """Opens a catalogue, converted and checked now where the cache does not know it.
+
+    path: a folder with products.jsonl, products-*.jsonl, *.jsonl or the same in .parquet; one such
+    file; the folder of a TFDS dataset in the array_record format, or "tfds:NAME[:VERSION]".
+    on_bad_listing: "error" refuses a catalogue with any bad listing; "skip" leaves bad listings
+    out and writes each to report_dir/bad_listings.jsonl. An image that can't be read any more
+    later on follows the same rule. workers: threads that decode images, by default one a core.
+    Listings keep the source's order. Raises UserError, with a report of the bad listings.
+    """
+    if on_bad_listing not in ("error", "skip"):
+        raise UserError(f'data.on_bad_listing is {on_bad_listing!r}; write "error" or "skip"')
+    source = find_source(path)
+    workers = workers or os.cpu_count() or 1
+    converted = convert(source, Path(cache_dir).expanduser().absolute())
+    checked = check(source, converted, workers=workers)
+    n_bad = sum(_bad_counts(converted, checked).values())
+    if n_bad and on_bad_listing == "error" and not watches_every_image(converted):
+        # Never refuse by an old verdict: the images at fault may have been mended unwatched.
+        checked = check(source, converted, workers=workers, anew=True)
+    report_path = Path(report_dir) / "bad_listings.jsonl" if report_dir else None
+    catalog = ArrowCatalog(source, converted, checked, on_bad_listing, report_path)
+    counts = _bad_counts(converted, checked)
+    if counts:
+        report = _report(source, [converted, checked], counts, len(catalog))
+        if on_bad_listing == "error":
+            raise UserError(report)
+        if report_path:
+            _append_new_lines(report_path, [converted / "bad.jsonl", checked / "bad.jsonl"])
+        log.warning("%s\nThey are left out.", report)
+    if not len(catalog):
+        left = ", none of its listings is good" if counts else ""
+        raise UserError(
+            f"the catalogue {source.path} is empty{left}; it needs at least one listing"
+        )
+    return catalog
 
 
-def split_of_product(product_id: str) -> str:
-    """The split of a product whose catalogue names none: 1 in 20 is validation, the rest train."""
-    digest = hashlib.sha256(product_id.encode()).hexdigest()
-    return "validation" if int(digest, 16) % 20 == 0 else "train"
+def _bad_counts(*folders: Path) -> Counter[str]:
+    counts: Counter[str] = Counter()
+    for folder in folders:
+        counts.update(json.loads((folder / "summary.json").read_text())["bad"])
+    return counts
+
+
+def _report(source: Source, folders: Sequence[Path], counts: Counter[str], n_good: int) -> str:
+    """What is wrong: one sentence for one bad listing, else the first of them and counts."""
+    rows: list[dict[str, Any]] = []
+    for folder in folders:
+        with (folder / "bad.jsonl").open() as file:
+            rows += [json.loads(line) for line, _ in zip(file, range(REPORTED))]
+    places = {str(source.root / part): number for number, part in enumerate(source.parts)}
+    rows.sort(key=lambda row: (places[row["file"]], row["line"]))
+    n_bad = sum(counts.values())
+    if n_bad == 1:
+        return f"{rows[0]['problem']} or {SKIP_HINT}"
+    lines = [f"{source.path}: {n_bad:,} of {n_bad + n_good:,} listings can't be used:"]
+    lines += [f"  {row['problem']}" for row in rows[:REPORTED]]
+    if n_bad > REPORTED:
+        lines.append(f"  ... and {n_bad - REPORTED:,} more")
+    kinds = ", ".join(f"{count:,} x {kind}" for kind, count in counts.most_common())
+    return "\n".join([*lines, f"In all {kinds}. Mend them or {SKIP_HINT}."])
+
+
+def _append_new_lines(report: Path, sources: Sequence[Path]) -> None:
+    """Adds lines to the report that it does not have yet: runs resume, catalogues share it."""
+    report.parent.mkdir(parents=True, exist_ok=True)
+    old = set(report.read_text().splitlines()) if report.exists() else set()
+    with report.open("a") as file:
+        for source in sources:
+            with source.open() as lines:
+                file.writelines(line for line in lines if line.rstrip("\n") not in old)
+
+
+class ArrowCatalog:
+    """A converted catalogue, memory-mapped: see Catalog. `open_catalog` makes it."""
+
+    def __init__(
+        self,
+        source: Source,
+        converted: Path,
+        checked: Path,
+        on_bad_listing: str,
+        report: Path | None,
+    ):
+        summary = json.loads((checked / "summary.json").read_text())
+        self.name = source.name
+        self.fingerprint: str = summary["fingerprint"]
+        self._arguments = (source, converted, checked, on_bad_listing, report)
+        self._source = source
+        self._split_names: list[str] = summary["splits"]
+        self._skip = on_bad_listing == "skip"
+        self._report = report
+        self._reported: set[int] = set()
+        self._folder = ImageFolder(source.root)
+        self._rows, self.products, self._splits = (
+            np.load(checked / f"{name}.npy", mmap_mode="r")
+            for name in ("kept", "products", "splits")
+        )
+        self._table = open_columns(converted / "listings.arrow")
+        stored = converted / "images.arrow"
+        self._stored = open_columns(stored)["images"] if source.stores_images else None
+
+    def __reduce__(self):
+        return type(self), self._arguments
+
+    def __repr__(self) -> str:
+        return f"ArrowCatalog({self.name!r}, {len(self)} listings, {self.fingerprint[:8]})"
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def _get(self, column: str, index: int) -> Any:
+        return self._table[column][int(self._rows[index])].as_py()
+
+    def listing(self, index: int, draw: int = 0) -> Listing:
+        """The listing's text; `draw` is for rendered catalogues."""
+        split = self._get("split", index)
+        return Listing(
+            listing_id=self._get("listing_id", index),
+            product_id=self._get("product_id", index),
+            title=self._get("title", index),
+            description=self._get("description", index),
+            category=self._get("category", index),
+            attributes=json.loads(self._get("attributes", index)),
+            n_images=len(self._table["images"][int(self._rows[index])]),
+            split=split and split_name(split),
+        )
+
+    def image(self, index: int, which: int = 0, draw: int = 0) -> Image.Image | None:
+        """The image, RGB, upright, transparency on white; `draw` is for rendered catalogues.
+
+        None where it can't be read any more and bad listings are skipped (told once in the
+        report), else UserError. Raises IndexError where the listing has no such image.
+        """
+        name = self._get("images", index)[which]
+        stored = self._stored[int(self._rows[index])][which].as_py() if self._stored else None
+        try:
+            return read_image(stored or self._folder.locate(name)[0], name)
+        except BadListing as bad:
+            listing_id, part, number = (
+                self._get(c, index) for c in ("listing_id", "part", "number")
+            )
+            row = bad_row(self._source, listing_id, part, number, bad)
+            if not self._skip:
+                raise UserError(
+                    f"{row['problem']} or {SKIP_HINT} (listing {listing_id!r}; the image was good "
+                    "when the catalogue was opened)"
+                ) from None
+            if self._report and index not in self._reported:
+                self._reported.add(index)
+                _append_line(self._report, json.dumps(row))
+            return None
+
+    def indices(self, split: str) -> np.ndarray:
+        """int64 indices of a split's listings, ascending; "all" for all of them.
+
+        Raises UserError for a split that is neither one of the standard three nor in the source.
+        """
+        split = split_name(split)
+        if split == "all":
+            return np.arange(len(self), dtype=np.int64)
+        if split not in self._split_names:
+            if split == "test":
+                return np.zeros(0, np.int64)
+            known = ", ".join([*self._split_names, "all"])
+            raise UserError(f"{self.name} has no split {split!r}; it has {known}")
+        return np.flatnonzero(self._splits == self._split_names.index(split))
+
+
+def _append_line(path: Path, line: str) -> None:
+    """Adds a line in one write, so that lines of several processes never mix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, (line + "\n").encode())
+    finally:
+        os.close(descriptor)
+
+
+class SubsetCatalog:
+    """Some of a catalogue's listings, in the order given: see Catalog."""
+
+    def __init__(self, catalog: Catalog, indices: np.ndarray):
+        self._catalog = catalog
+        self._indices = np.asarray(indices, np.int64)
+        self.name = catalog.name
+        self.fingerprint = _fingerprint(catalog.fingerprint, self._indices.tobytes().hex())
+        _, products = np.unique(catalog.products[self._indices], return_inverse=True)
+        self.products = products.astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def listing(self, index: int, draw: int = 0) -> Listing:
+        return self._catalog.listing(int(self._indices[index]), draw)
+
+    def image(self, index: int, which: int = 0, draw: int = 0) -> Image.Image | None:
+        return self._catalog.image(int(self._indices[index]), which, draw)
+
+    def indices(self, split: str) -> np.ndarray:
+        return np.flatnonzero(np.isin(self._indices, self._catalog.indices(split)))
+
+
+class ConcatCatalog:
+    """Several catalogues one after another: see Catalog. Equal product_ids are one product."""
+
+    def __init__(self, catalogs: Sequence[Catalog]):
+        if not catalogs:
+            raise ValueError("ConcatCatalog needs at least one catalogue")
+        self._catalogs = tuple(catalogs)
+        self._starts = np.cumsum([0, *map(len, catalogs)])
+        self.name = "+".join(catalog.name for catalog in catalogs)
+        self.fingerprint = _fingerprint(*(catalog.fingerprint for catalog in catalogs))
+        code_of: dict[str, int] = {}
+        parts = []
+        for catalog in catalogs:
+            _, first = np.unique(catalog.products, return_index=True)
+            ids = (catalog.listing(int(index)).product_id for index in first)
+            codes = [code_of.setdefault(product_id, len(code_of)) for product_id in ids]
+            parts.append(np.array(codes, np.int32)[catalog.products])
+        self.products = np.concatenate(parts)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _find(self, index: int) -> tuple[Catalog, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"listing {index} of {len(self)}")
+        which = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._catalogs[which], int(index - self._starts[which])
+
+    def listing(self, index: int, draw: int = 0) -> Listing:
+        catalog, index = self._find(index)
+        return catalog.listing(index, draw)
+
+    def image(self, index: int, which: int = 0, draw: int = 0) -> Image.Image | None:
+        catalog, index = self._find(index)
+        return catalog.image(index, which, draw)
+
+    def indices(self, split: str) -> np.ndarray:
+        parts = [catalog.indices(split) for catalog in self._catalogs]
+        return np.concatenate([part + start for part, start in zip(parts, self._starts)])
+
+
+def _fingerprint(*parts: str) -> str:
+    return hashlib.blake2b(" ".join(parts).encode(), digest_size=16).hexdigest()

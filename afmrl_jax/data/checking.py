@@ -1,0 +1,231 @@
+"""Which rows of a converted catalogue are good listings: duplicates out, images looked at.
+
+Axes: R rows of the converted source · N good listings among them · I images of a batch of rows.
+"""
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from afmrl_jax.data.conversion import (
+    FORMAT,
+    WATCHED_IMAGES,
+    BadListings,
+    new_folder,
+    open_columns,
+)
+from afmrl_jax.data.sources import Source
+from afmrl_jax.data.validation import BadListing, ImageFolder, quote, read_image
+
+FULLY_DECODED = 100_000  # images; of a larger catalogue's others only the header is read
+
+
+def split_name(split: str) -> str:
+    """The split's name as catalogues keep it: "val" is "validation"."""
+    return "validation" if split == "val" else split
+
+
+def split_of_product(product_id: str) -> str:
+    """The split of a product whose catalogue names none: 1 in 20 is validation, the rest train."""
+    digest = hashlib.sha256(product_id.encode()).hexdigest()
+    return "validation" if int(digest, 16) % 20 == 0 else "train"
+
+
+def check(source: Source, converted: Path, *, workers: int, anew: bool = False) -> Path:
+    """The folder that says which rows of the converted source are good listings.
+
+    It holds kept.npy int32[N] (rows), products.npy int32[N], splits.npy int32[N], bad.jsonl and
+    summary.json. Images are decoded in threads where the cache does not know them by their size
+    and time; anew=True looks at every image's size and time, not only at the watched ones'.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        state = _images_state(source, converted, pool)
+        folder = converted / state
+        if folder.exists() and not anew:
+            return folder
+        with new_folder(folder) as temporary:
+            _check_into(temporary, source, converted, pool)
+            if anew:
+                shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def watches_every_image(converted: Path) -> bool:
+    """Whether opening the catalogue notices a change of any of its image files."""
+    return json.loads((converted / "summary.json").read_text())["n_images"] <= WATCHED_IMAGES
+
+
+def _images_state(source: Source, converted: Path, pool: Executor) -> str:
+    """A hash of the watched images' sizes and times."""
+    names = json.loads((converted / "watched.json").read_text())
+    stats = _in_chunks(pool, functools.partial(_stat, source.root), names)
+    return "images-" + hashlib.blake2b(np.array(stats, np.int64).tobytes()).hexdigest()[:24]
+
+
+def _stat(root: Path, name: str) -> tuple[int, int]:
+    try:
+        status = os.stat(f"{root}/{name}")  # noqa: PTH116 (100,000 Path objects take a second)
+    except (OSError, ValueError):
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def _in_chunks(pool: Executor, function, items: list, size: int = 64) -> list:
+    """[function(item) for item in items], a chunk of items to a task."""
+    chunks = [items[start : start + size] for start in range(0, len(items), size)]
+    return [y for ys in pool.map(lambda chunk: [function(x) for x in chunk], chunks) for y in ys]
+
+
+def _check_into(folder: Path, source: Source, converted: Path, pool: Executor) -> None:
+    summary = json.loads((converted / "summary.json").read_text())
+    table = open_columns(converted / "listings.arrow")
+    content = hashlib.blake2b(f"{FORMAT} {summary['content']}".encode(), digest_size=16)
+    bad = BadListings(folder / "bad.jsonl", source)
+    good = np.ones(len(table), bool)
+    with contextlib.closing(bad):
+        for row, problem in _duplicates(table, source):
+            good[row] = False
+            bad.add(*_origin(table, row), problem)
+        images = _ImageCheck(source, converted, table, summary["n_images"], pool)
+        for row, problem in images.problems():
+            if good[row]:
+                good[row] = False
+                bad.add(*_origin(table, row), problem)
+        images.remember()
+    kept = np.flatnonzero(good).astype(np.int32)
+    products, splits, names = _codes(table, kept)
+    for name, array in (("kept", kept), ("products", products), ("splits", splits)):
+        np.save(folder / f"{name}.npy", array)
+    content.update(kept.tobytes() + images.content.digest())
+    summary = {"fingerprint": content.hexdigest(), "splits": names, "bad": bad.counts}
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def _origin(table: pa.Table, row: int) -> tuple[str, int, int]:
+    return tuple(table[name][row].as_py() for name in ("listing_id", "part", "number"))
+
+
+def _encode(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """(int32[R] codes in order of first appearance, the values that they stand for)."""
+    encoded = column.dictionary_encode()
+    if not encoded.num_chunks:
+        return np.zeros(0, np.int32), pa.array([], column.type)
+    codes = [chunk.indices.fill_null(-1).to_numpy() for chunk in encoded.chunks]
+    return np.concatenate(codes), encoded.chunk(encoded.num_chunks - 1).dictionary
+
+
+def _duplicates(table: pa.Table, source: Source) -> Iterator[tuple[int, BadListing]]:
+    """The rows whose listing_id an earlier row has."""
+    codes, _ = _encode(table["listing_id"])
+    _, first = np.unique(codes, return_index=True)
+    repeated = np.ones(len(codes), bool)
+    repeated[first] = False
+    for row in np.flatnonzero(repeated):
+        listing_id, part, number = _origin(table, first[codes[row]])
+        yield (
+            int(row),
+            BadListing(
+                "duplicate listing_id",
+                f"listing_id {quote(listing_id)} stands already at {source.place(part, number)}; "
+                "give each listing its own",
+            ),
+        )
+
+
+def _codes(table: pa.Table, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """The good listings' products int32[N], their splits int32[N], and the splits' names."""
+    products, product_ids = _encode(table["product_id"])
+    said, values = _encode(table["split"])
+    names = sorted({split_name(value) for value in values.to_pylist()} | {"train", "validation"})
+    code_of = [names.index(split_name(value)) for value in values.to_pylist()]
+    splits = np.array([*code_of, -1], np.int32)[said]  # said is -1 where a listing names none
+    if (splits < 0).any():
+        rule = [names.index(split_of_product(str(product))) for product in product_ids]
+        splits = np.where(splits < 0, np.array(rule, np.int32)[products], splits)
+    _, first, dense = np.unique(products[kept], return_index=True, return_inverse=True)
+    order = np.empty(len(first), np.int32)  # codes in the order of the good listings
+    order[np.argsort(first)] = np.arange(len(first))
+    return order[dense], splits[kept], names
+
+
+class _ImageCheck:
+    """Looks at every image of a converted catalogue; remembers the good ones between runs.
+
+    An image is known by a 64-bit hash of its name, size and time (of its bytes where they are
+    stored), whose last bit says whether it was decoded or only its header read.
+    """
+
+    def __init__(
+        self, source: Source, converted: Path, table: pa.Table, n_images: int, pool: Executor
+    ):
+        self.content = hashlib.blake2b(digest_size=16)
+        self._folder = ImageFolder(source.root)
+        self._table = table
+        stored = converted / "images.arrow"
+        self._stored = open_columns(stored) if source.stores_images else None
+        self._decode_each = max(1, -(-n_images // FULLY_DECODED))
+        self._pool = pool
+        self._memory = converted.parent / "good_images.npy"
+        exists = self._memory.exists()
+        self._known = np.load(self._memory) if exists else np.zeros(0, np.uint64)
+        self._good: list[np.ndarray] = []
+
+    def problems(self) -> Iterator[tuple[int, BadListing]]:
+        """(row, what is wrong) of every image that can't be used."""
+        start = 0
+        batches = self._table.to_batches()
+        stored = self._stored.to_batches() if self._stored else [None] * len(batches)
+        for batch, stored_batch in zip(batches, stored):
+            images = batch.column("images")
+            rows = start + np.repeat(np.arange(len(batch)), images.value_lengths())
+            names = images.flatten().to_pylist()
+            data = stored_batch.column("images").flatten() if stored_batch else [None] * len(names)
+            found = _in_chunks(self._pool, self._look, list(zip(names, data)))
+            for row, (_, _, problem) in zip(rows.tolist(), found):
+                if problem:
+                    yield row, problem
+            self._good.append(np.array([t for t, _, problem in found if not problem], np.uint64))
+            self.content.update(np.array([size for _, size, _ in found], np.int64).tobytes())
+            start += len(batch)
+
+    def remember(self) -> None:
+        """Keeps the good images' hashes for the next run."""
+        good = np.unique(np.concatenate([np.zeros(0, np.uint64), *self._good]))
+        temporary = self._memory.with_suffix(f".{os.getpid()}.tmp.npy")
+        np.save(temporary, good)
+        temporary.replace(self._memory)
+
+    def _look(self, image: tuple[str, pa.Scalar | None]) -> tuple[int, int, BadListing | None]:
+        """(hash, what the fingerprint takes of it, what is wrong) of one image."""
+        name, scalar = image
+        data = scalar.as_py() if scalar is not None else None
+        try:
+            if data is None:
+                path, size, time = self._folder.locate(name)
+                key, content = _hash(f"{name}\0{size}\0{time}".encode()), size
+            else:
+                path, key = data, _hash(data)
+                content = key >> 1
+            decode = (key >> 1) % self._decode_each == 0
+            if not (self._knows(key | 1) or (not decode and self._knows(key & ~1))):
+                read_image(path, name, decode=decode)
+        except BadListing as problem:
+            return 0, -1, problem
+        return (key | 1 if decode else key & ~1), content, None
+
+    def _knows(self, key: int) -> bool:
+        place = np.searchsorted(self._known, np.uint64(key))
+        return place < len(self._known) and int(self._known[place]) == key
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())

@@ -1,0 +1,221 @@
+"""Turns a catalogue's source into memory-mapped Arrow columns, once.
+
+The cache holds, for each catalogue, CATALOGUE/SOURCE-STATE/ with the listings as Arrow IPC (and the
+image bytes, where the source stores them), the records that are no listings, and a summary. A
+state is a hash of sizes and modification times: a changed source leads to another folder, and
+folders are only ever added, whole, by renaming, so that several processes may convert at once. The
+cache may be deleted whenever no program runs.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.data.sources import Source
+from afmrl_jax.data.validation import BadListing, CheckedListing, check_listing, identify
+
+FORMAT = 1  # of what the cache holds; raise it with any change of this file or data/checking.py
+BATCH_ROWS = 8192
+BATCH_BYTES = 32 << 20
+WATCHED_IMAGES = 100_000  # images whose size and time are looked at each time a catalogue opens
+
+LISTING_COLUMNS = pa.schema(
+    [
+        ("listing_id", pa.large_string()),  # large: dictionaries of ids may pass 2 GB
+        ("product_id", pa.large_string()),
+        ("title", pa.string()),
+        ("description", pa.string()),
+        ("category", pa.string()),
+        ("attributes", pa.string()),  # JSON
+        ("split", pa.string()),
+        ("images", pa.list_(pa.string())),
+        ("part", pa.int32()),
+        ("number", pa.int64()),  # with `part`, where the listing stands in its source
+    ]
+)
+IMAGE_COLUMNS = pa.schema([("images", pa.list_(pa.large_binary()))])
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder that takes the name `path` once it is whole.
+
+    Where another process was faster, its folder stays.
+    """
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".unfinished-"))
+    try:
+        yield temporary
+        try:
+            temporary.rename(path)
+        except OSError:
+            if not path.exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class BadListings:
+    """Writes down the bad listings of one pass, and counts them by kind."""
+
+    def __init__(self, path: Path, source: Source):
+        self._file = path.open("w")
+        self._source = source
+        self.counts: Counter[str] = Counter()
+
+    def add(self, listing_id: str | None, part: int, number: int, bad: BadListing) -> None:
+        self.counts[bad.kind] += 1
+        row = bad_row(self._source, listing_id, part, number, bad)
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def bad_row(
+    source: Source, listing_id: str | None, part: int, number: int, bad: BadListing
+) -> dict[str, object]:
+    """One line of bad_listings.jsonl."""
+    return {
+        "listing_id": listing_id,
+        "file": str(source.root / source.parts[part]),
+        "line": number,
+        "kind": bad.kind,
+        "problem": f"{source.place(part, number)}: {bad}",
+    }
+
+
+def source_state(source: Source) -> str:
+    """A hash of the source files' names, sizes and modification times."""
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
+    return hashlib.blake2b(json.dumps([FORMAT, stats]).encode(), digest_size=12).hexdigest()
+
+
+def convert(source: Source, cache_dir: Path) -> Path:
+    """The folder of the converted source, converted now where the cache has none."""
+    path_hash = hashlib.blake2b(str(source.path).encode(), digest_size=6).hexdigest()
+    home = cache_dir / f"{source.name}-{path_hash}"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the cache {cache_dir} can't be written ({error.strerror}); name another folder"
+        ) from None
+    folder = home / source_state(source)
+    if not folder.exists():
+        with new_folder(folder) as temporary:
+            _convert_into(temporary, source)
+    return folder
+
+
+def _convert_into(folder: Path, source: Source) -> None:
+    bad = BadListings(folder / "bad.jsonl", source)
+    content = hashlib.blake2b(digest_size=16)
+    n_images = 0
+    with contextlib.closing(bad), _Writer(folder, source.stores_images) as writer:
+        for listing, part, number in _good_records(source, bad):
+            text = "\0".join([*listing[:6], listing.split or "", *listing.image_names])
+            content.update(text.encode() + b"\n")
+            n_images += len(listing.image_names)
+            writer.add(listing, part, number)
+            if writer.rows % 500_000 == 0:
+                log.info("%s: %d listings read", source.name, writer.rows)
+    summary = {
+        "content": content.hexdigest(),
+        "n_rows": writer.rows,
+        "n_images": n_images,
+        "bad": bad.counts,
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    names = _every_nth_image(folder, n_images)
+    (folder / "watched.json").write_text(json.dumps(names))
+
+
+def _good_records(source: Source, bad: BadListings) -> Iterator[tuple[CheckedListing, int, int]]:
+    for part, name in enumerate(source.parts):
+        for number, record in source.read(name):
+            try:
+                if isinstance(record, BadListing):
+                    raise record
+                yield check_listing(record), part, number
+            except BadListing as problem:
+                bad.add(identify(record), part, number, problem)
+
+
+def _every_nth_image(folder: Path, n_images: int) -> list[str]:
+    """At most WATCHED_IMAGES names of image files, spread evenly over the catalogue."""
+    step = max(1, -(-n_images // WATCHED_IMAGES))
+    names: list[str] = []
+    seen = 0
+    for batch in open_columns(folder / "listings.arrow").to_batches():
+        flat = batch.column("images").flatten()
+        names += [name for name in flat[-seen % step :: step].to_pylist() if name]
+        seen += len(flat)
+    return names
+
+
+class _Writer:
+    """Streams listings into Arrow IPC files in record batches of bounded size."""
+
+    def __init__(self, folder: Path, stores_images: bool):
+        self.rows = 0
+        self._schemas = {"listings.arrow": LISTING_COLUMNS}
+        if stores_images:
+            self._schemas["images.arrow"] = IMAGE_COLUMNS
+        self._writers = {
+            name: pa.ipc.new_file(str(folder / name), schema)
+            for name, schema in self._schemas.items()
+        }
+        self._clear()
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        for writer in self._writers.values():
+            writer.close()
+
+    def add(self, listing: CheckedListing, part: int, number: int) -> None:
+        self.rows += 1
+        self._listings.append((*listing[:7], listing.image_names, part, number))
+        self._images.append((listing.image_bytes,))
+        self._bytes += sum(map(len, listing[:6]))
+        self._bytes += sum(len(data) for data in listing.image_bytes if data is not None)
+        if len(self._listings) == BATCH_ROWS or self._bytes > BATCH_BYTES:
+            self._flush()
+
+    def _clear(self) -> None:
+        self._listings: list[tuple] = []
+        self._images: list[tuple] = []
+        self._bytes = 0
+
+    def _flush(self) -> None:
+        if not self._listings:
+            return
+        for name, rows in (("listings.arrow", self._listings), ("images.arrow", self._images)):
+            if name in self._writers:
+                self._writers[name].write_batch(_to_batch(rows, self._schemas[name]))
+        self._clear()
+
+
+def _to_batch(rows: Iterable[tuple], schema: pa.Schema) -> pa.RecordBatch:
+    columns = zip(*rows)
+    return pa.record_batch(
+        [pa.array(column, kind) for column, kind in zip(columns, schema.types)], schema=schema
+    )
+
+
+def open_columns(path: Path) -> pa.Table:
+    """An Arrow IPC file as a table that stays on disk until it is read."""
+    return pa.ipc.open_file(pa.memory_map(os.fspath(path))).read_all()
