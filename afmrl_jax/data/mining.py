@@ -16,6 +16,7 @@ from afmrl_jax.attributes.bm25 import CorpusStatistics
 VERSION = 1  # of the algorithm, part of the cache's key
 MAX_TERMS = 32  # a product
 BLOCK_ENTRIES = 4_000_000  # scores held at a time, 12 bytes each
+PAIRED = 8  # common attributes of a product that are also read two at a time
 SPARE = 4  # candidates a neighbour that an approximate search hands to the exact one
 
 
@@ -24,7 +25,7 @@ def mine_neighbours(
     k: int,
     statistics: CorpusStatistics,
     *,
-    max_work: int = 500_000_000,
+    max_work: int = 1_000_000_000,
     cache_dir: Path | None = None,
     fingerprint: str = "",
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -34,11 +35,11 @@ def mine_neighbours(
     scores by index; scores float32[P, k]). A product never is its own neighbour; where fewer than k
     others share a term, -1 with score 0 pads.
 
-    The search reads a product's terms from the rarest on, as far as max_work / P postings (at least
-    2,000) go. Up to some 10,000 products that is all of them and the result is exact. In larger
-    catalogues terms that a large part of the products has no longer *find* neighbours, though they
-    still rank those found; a product that has only such terms gets none.
-    Deterministic, one core; memory stays below some 200 MB beside the encoded catalogue.
+    Exact up to some 20,000 products. In larger catalogues the search reads a product's terms, and
+    pairs of its common attributes, from the rarest on, as far as max_work / P postings (at least
+    2,000) go; what they find is ranked by its exact score. There a term that a large part of the
+    products has finds nobody by itself, and a product of only such terms may get nobody.
+    Deterministic, one core. Memory: some 1 KB a product, and BLOCK_ENTRIES scores at a time.
 
     cache_dir keeps the result as .npy for the next call; `fingerprint` then names the catalogue's
     content and which products of it these are.
@@ -51,7 +52,10 @@ def mine_neighbours(
         if path.exists():
             found = np.load(path)
             return found["neighbour"], found["score"]
-    neighbours, scores = _search(statistics.encode(attributes, MAX_TERMS), k, max_work)
+    # Ids follow the dictionary; words hold no "=", so what does is a whole attribute.
+    is_whole = np.array(["=" in term for term in statistics.document_frequencies], bool)
+    encoded = statistics.encode(attributes, MAX_TERMS)
+    neighbours, scores = _search(encoded, is_whole, k, max_work)
     if path is not None:
         found = np.empty(neighbours.shape, [("neighbour", np.int32), ("score", np.float32)])
         found["neighbour"], found["score"] = neighbours, scores
@@ -63,28 +67,30 @@ def mine_neighbours(
     return neighbours, scores
 
 
-def _search(encoded: dict[str, np.ndarray], k: int, max_work: int) -> tuple[np.ndarray, np.ndarray]:
+def _search(
+    encoded: dict[str, np.ndarray], is_whole: np.ndarray, k: int, max_work: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Neighbours and scores [P, k] of encoded products, a block of rows at a time."""
     n_products = len(encoded["terms"])
     neighbours = np.full((n_products, k), -1, np.int32)
     scores = np.zeros((n_products, k), np.float32)
-    queries, documents = _matrices(encoded)
-    if not n_products or not documents.nnz:
+    queries, documents, pairable = _matrices(encoded, is_whole)
+    if not documents.nnz:
         return neighbours, scores
     budget = max(2_000, max_work // n_products)
-    probes = _rarest_terms(
-        queries, np.bincount(documents.indices, minlength=documents.shape[1]), budget
-    )
+    probes, keys, wanted = _rarest(queries, budget), documents, k
     exact = probes.nnz == queries.nnz
-    wanted = k if exact else k * SPARE
-    postings = documents.T.tocsr()
+    if not exact:
+        pairs = _pairs(queries, pairable, budget)
+        probes, wanted = _rarest(sparse.hstack([queries, pairs], "csr"), budget), k * SPARE
+        keys = sparse.hstack([documents, pairs.astype(bool)], "csr")
+    postings = keys.T.tocsr()
     rows_a_block = max(1, BLOCK_ENTRIES // min(budget, n_products))
     for start in range(0, n_products, rows_a_block):
         stop = min(start + rows_a_block, n_products)
-        block = probes[start:stop] @ postings
-        row, column, value = _best(block, np.arange(start, stop), wanted)
+        row, column, value = _best(probes[start:stop] @ postings, start, wanted)
         if not exact:
-            value = np.asarray(queries[start + row].multiply(documents[column]).sum(axis=1)).ravel()
+            value = np.asarray(queries[start + row].multiply(documents[column]).sum(axis=1))
         order = np.lexsort((column, -value, row))
         row, column, value = row[order], column[order], value[order]
         rank = np.arange(len(row)) - np.searchsorted(row, row)
@@ -94,38 +100,75 @@ def _search(encoded: dict[str, np.ndarray], k: int, max_work: int) -> tuple[np.n
     return neighbours, scores
 
 
-def _matrices(encoded: dict[str, np.ndarray]) -> tuple[sparse.csr_array, sparse.csr_array]:
-    """Query and document weights as [P, V] matrices of one sparsity."""
+def _matrices(
+    encoded: dict[str, np.ndarray], is_whole: np.ndarray
+) -> tuple[sparse.csr_array, sparse.csr_array, np.ndarray]:
+    """Query and document weights as [P, V] matrices of one sparsity, and which terms are whole
+    attributes, bool[V]."""
     used = encoded["terms"] >= 0
     ids, columns = np.unique(encoded["terms"][used], return_inverse=True)
     starts = np.concatenate([[0], np.cumsum(used.sum(axis=1))])
-    shape = (len(used), len(ids))
-    weights = (encoded["query_weights"], encoded["document_weights"])
-    return tuple(sparse.csr_array((w[used], columns, starts), shape=shape) for w in weights)
+    queries, documents = (
+        sparse.csr_array((encoded[name][used], columns, starts), (len(used), len(ids)))
+        for name in ("query_weights", "document_weights")
+    )
+    known = ids < len(is_whole)
+    return queries, documents, known & is_whole[np.where(known, ids, 0)]
 
 
-def _rarest_terms(
-    queries: sparse.csr_array, frequencies: np.ndarray, budget: int
-) -> sparse.csr_array:
-    """Each row's rarest terms, as many as have no more than `budget` postings together."""
+def _frequencies(queries: sparse.csr_array) -> np.ndarray:
+    """In how many rows each column stands, int64[V]."""
+    return np.bincount(queries.indices, minlength=queries.shape[1])
+
+
+def _by_rarity(queries: sparse.csr_array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row, column, value) of all entries, each row's from its rarest column on."""
     rows = np.repeat(np.arange(queries.shape[0]), np.diff(queries.indptr))
-    order = np.lexsort((queries.indices, frequencies[queries.indices], rows))
-    columns, values = queries.indices[order], queries.data[order]
-    read = np.cumsum(frequencies[columns], dtype=np.int64)
-    before = np.concatenate([[0], read])[queries.indptr[:-1]]
-    kept = read - before[rows] <= budget
-    return sparse.csr_array((values[kept], (rows[kept], columns[kept])), shape=queries.shape)
+    order = np.lexsort((queries.indices, _frequencies(queries)[queries.indices], rows))
+    return rows, queries.indices[order], queries.data[order]
+
+
+def _rarest(queries: sparse.csr_array, budget: int) -> sparse.csr_array:
+    """Each row's rarest columns, as many as have no more than `budget` postings together."""
+    rows, columns, values = _by_rarity(queries)
+    read = np.concatenate([[0], np.cumsum(_frequencies(queries)[columns])])
+    kept = read[1:] - read[queries.indptr[rows]] <= budget
+    return sparse.csr_array((values[kept], (rows[kept], columns[kept])), queries.shape)
+
+
+def _pairs(queries: sparse.csr_array, pairable: np.ndarray, budget: int) -> sparse.csr_array:
+    """Pairs of a product's common attributes as terms of their own, weighing as both, [P, pairs].
+
+    Where every attribute is common (a type, a colour, a season), two together are still rare.
+    """
+    rows, columns, values = _by_rarity(queries)
+    common = pairable & (_frequencies(queries) > budget // PAIRED)
+    rows, columns, values = (entry[common[columns]] for entry in (rows, columns, values))
+    place = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    rows, columns, values, place = (
+        entry[place < PAIRED] for entry in (rows, columns, values, place)
+    )
+    table = np.full((queries.shape[0], PAIRED), -1, np.int64)
+    weights = np.zeros(table.shape, np.float32)
+    table[rows, place], weights[rows, place] = columns, values
+    first, second = np.triu_indices(PAIRED, 1)
+    low, high = np.sort([table[:, first], table[:, second]], axis=0)
+    row, _ = pair = np.nonzero(low >= 0)
+    names, column = np.unique(low[pair] * queries.shape[1] + high[pair], return_inverse=True)
+    weight = (weights[:, first] + weights[:, second])[pair]
+    return sparse.csr_array((weight, (row, column)), (queries.shape[0], len(names)))
 
 
 def _best(
-    scores: sparse.csr_array, own: np.ndarray, count: int
+    scores: sparse.csr_array, start: int, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(row, column, value) of each row's `count` highest scores, equal ones by column."""
+    """(row, column, value) of the `count` highest scores of each of products start, start + 1, ...;
+    of equal ones, the lowest columns."""
     rows, columns, values = [], [], []
     for row in range(scores.shape[0]):
         span = slice(scores.indptr[row], scores.indptr[row + 1])
         column, value = scores.indices[span], scores.data[span]
-        other = column != own[row]
+        other = column != start + row  # never itself
         column, value = column[other], value[other]
         if len(value) > count:
             least = np.partition(value, len(value) - count)[len(value) - count]
