@@ -1,0 +1,295 @@
+"""Judges embeddings by retrieval: does a listing find the other listings of its product?
+
+Axes: Q queries · N gallery listings · E embedding dimensions · B queries of a block · R relevant
+items of a query, padded with -1.
+
+1. Embed the listings of each view (`embed_listings`).
+2. Rank the gallery for each query and score the ranking (`rank_and_score`).
+3. Write `evaluation.json`, and show models side by side (`write_evaluation`, `results_table`).
+"""
+
+import difflib
+import functools
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.retrieval import metrics
+from afmrl_jax.retrieval.index import (
+    EXACT_BELOW,
+    build_index,
+    query_block,
+    recall_against_exact,
+    require_finite,
+)
+
+VIEWS = ("image", "text", "image+text")
+APPROXIMATE_DEPTH = 1000  # ranks looked at where the gallery is too large to rank it whole
+
+Results = Mapping[str, Mapping[str, float]]  # task -> metric -> value
+
+
+@dataclass(frozen=True)
+class Task:
+    """What of a listing is the query and what of the listings is searched, e.g. image->text."""
+
+    query_view: str
+    gallery_view: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.query_view}->{self.gallery_view}"
+
+    @property
+    def exclude_self(self) -> bool:
+        """Whether the query's own listing leaves the ranking.
+
+        Where the views share a modality it would find itself by comparing a photo or a text with
+        itself. Where they share none (image->text), its own text is a rightful answer.
+        """
+        return bool(set(self.query_view.split("+")) & set(self.gallery_view.split("+")))
+
+
+def parse_task(name: str) -> Task:
+    """Reads "QUERY->GALLERY", each one of VIEWS. Raises UserError, with a suggestion, otherwise."""
+    known = {task.name: task for task in (Task(q, g) for q in VIEWS for g in VIEWS)}
+    sides = name.replace(" ", "").lower().split("->")
+    plain = "->".join(
+        "+".join(sorted(side.split("+"))) for side in sides
+    )  # text+image is known too
+    if plain in known:
+        return known[plain]
+    close = difflib.get_close_matches(plain, known, n=1)
+    hint = f'did you mean "{close[0]}"?' if close else f"known are {', '.join(known)}"
+    raise UserError(f'evaluation task "{name}" is not known; {hint}')
+
+
+def embed_listings(
+    embed: Callable[[dict[str, np.ndarray]], jax.Array],
+    make_rows: Callable[[np.ndarray], dict[str, np.ndarray]],
+    indices: np.ndarray,
+    batch_size: int,
+) -> np.ndarray:
+    """Embeds listings in batches; a thread makes the next batch while the device works on this one.
+
+    embed: a jitted function, batch -> float[batch_size, E]. make_rows: indices int64[batch_size]
+    -> batch, always of the same shapes. indices: int64[N], N > 0. Returns float32[N, E].
+    The last batch is filled up by repeating its last listing, so that nothing compiles twice.
+    """
+    if len(indices) == 0:
+        raise ValueError("there are no listings to embed")
+    starts = range(0, len(indices), batch_size)
+    vectors: list[np.ndarray] = []
+    on_device = None
+    with ThreadPoolExecutor(max_workers=1) as pool:
+
+        def rows_from(start: int):
+            batch = indices[start : start + batch_size]
+            return pool.submit(make_rows, np.pad(batch, (0, batch_size - len(batch)), mode="edge"))
+
+        upcoming = rows_from(0)
+        for start in starts:
+            rows = upcoming.result()
+            if start + batch_size < len(indices):
+                upcoming = rows_from(start + batch_size)
+            previous, on_device = on_device, embed(rows)  # dispatched, not yet waited for
+            if previous is not None:
+                vectors.append(np.asarray(previous, np.float32))
+    vectors.append(np.asarray(on_device, np.float32))
+    return np.concatenate(vectors)[: len(indices)]
+
+
+def rank_and_score(
+    query_vectors: np.ndarray,
+    query_listing_keys: np.ndarray,
+    query_products: np.ndarray,
+    gallery_vectors: np.ndarray,
+    gallery_listing_keys: np.ndarray,
+    gallery_products: np.ndarray,
+    ks: Sequence[int] = (1, 5, 10),
+    *,
+    exclude_self: bool,
+    exact_below: int = EXACT_BELOW,
+) -> dict[str, float]:
+    """Mean metrics of finding the gallery's listings of the query's product.
+
+    query_vectors: float32[Q, E], gallery_vectors: float32[N, E], L2-normalised. *_listing_keys [Q]
+    and [N] name a listing, *_products [Q] and [N] its product: strings or integers, equal for the
+    same listing or product and for no other, whichever catalogues the two sides come from.
+
+    exclude_self (`Task.exclude_self`) takes every gallery listing with the query's key out of its
+    ranking. Queries that then have nothing to find are dropped. Below `exact_below` gallery
+    listings the whole gallery is ranked, exactly, and a tie counts against us: wrong listings with
+    a right one's score stand before it, so a collapsed model scores nothing by luck. From there on
+    ScaNN's first 1,000 ranks are scored, `map` is a lower bound, and `index_recall` is the share of
+    the true 10 nearest that ScaNN found in a sample.
+
+    Returns `recall@K`, `mrr`, `map`, `ndcg@10`, `recall@1_ci95` (half the width of its 95%
+    interval, from two queries on), `n_queries` (those kept), `n_gallery`. Raises UserError where no
+    query is left or a vector is not finite, ValueError where one key names two products.
+    """
+    require_finite(query_vectors, "query embeddings")
+    require_finite(gallery_vectors, "gallery embeddings")
+    same_product = _Groups(query_products, gallery_products)
+    same_listing = _Groups(query_listing_keys, gallery_listing_keys)
+    if (same_product.codes[same_listing.first] != same_product.codes).any():
+        raise ValueError("one listing key names two products: make keys and products of one piece")
+    n_relevant = same_product.counts - (same_listing.counts if exclude_self else 0)
+    kept = np.flatnonzero(n_relevant > 0)
+    if len(kept) == 0:
+        raise UserError(
+            f"none of {len(query_vectors)} queries has another listing of its product among "
+            f"{len(gallery_vectors)} in the gallery: evaluate on a catalogue with several listings "
+            "a product, or add the catalogue that holds them to the gallery"
+        )
+    kept = kept[np.argsort(n_relevant[kept], kind="stable")]  # blocks of like width
+
+    extra: dict[str, float] = {}
+    if len(gallery_vectors) < exact_below:
+        ranker = _exact_ranker(gallery_vectors)
+    else:
+        ranker, extra["index_recall"] = _scann_ranker(gallery_vectors, query_vectors[kept])
+    parts = []
+    step = query_block(len(gallery_vectors))
+    for start in range(0, len(kept), step):
+        block = kept[start : start + step]
+        own = same_listing.members(block) if exclude_self else np.full((len(block), 1), -1)
+        relevant = same_product.members(block)
+        relevant[(relevant[:, :, None] == own[:, None, :]).any(axis=2)] = -1
+        ranks = ranker(query_vectors[block], own, relevant, step)
+        parts.append(metrics.score_ranks(ranks, n_relevant[block], ks))
+    values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if 1 in ks and len(kept) > 1:
+        extra["recall@1_ci95"] = metrics.interval95(values["recall@1"])
+    return {
+        **{name: float(value.mean()) for name, value in values.items()},
+        **extra,
+        "n_queries": len(kept),
+        "n_gallery": len(gallery_vectors),
+    }
+
+
+def write_evaluation(path: str | Path, results: Results) -> None:
+    """Writes {task: {metric: value, n_queries, n_gallery}} as JSON, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def results_table(models: Mapping[str, Results]) -> str:
+    """A Markdown table of models ("untrained", "trained", ...), one line a task and model.
+
+    Columns are the metrics that any of them has; R@1 carries its 95% interval.
+    """
+    rows = [
+        (task, model, models[model][task])
+        for task in dict.fromkeys(task for results in models.values() for task in results)
+        for model in models
+        if task in models[model]
+    ]
+    names = dict.fromkeys(name for _, _, scores in rows for name in scores)
+    names.pop("recall@1_ci95", None)
+    lines = [["task", "model", *(name.replace("recall@", "R@") for name in names)]]
+    for task, model, scores in rows:
+        lines.append([task, model, *(_cell(scores, name) for name in names)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |\n"
+        for line in lines
+    )
+
+
+def _cell(scores: Mapping[str, float], name: str) -> str:
+    if name not in scores:
+        return ""
+    if name.startswith("n_"):
+        return f"{scores[name]:,}"
+    interval = scores.get(f"{name}_ci95")
+    return f"{scores[name]:.3f}" + (f" ± {interval:.3f}" if interval is not None else "")
+
+
+class _Groups:
+    """Which gallery rows carry the same value as each query; values are integers or strings."""
+
+    def __init__(self, query_values: np.ndarray, gallery_values: np.ndarray):
+        both = np.concatenate([query_values, gallery_values])
+        # codes[i]: the value of row i, queries then gallery; first[i]: the first row that has it.
+        _, first, self.codes = np.unique(both, return_index=True, return_inverse=True)
+        self.first = first[self.codes]
+        queries, gallery = np.split(self.codes, [len(query_values)])
+        self._rows = np.argsort(gallery, kind="stable")
+        self._starts = np.searchsorted(gallery[self._rows], queries, "left")
+        self.counts = np.searchsorted(gallery[self._rows], queries, "right") - self._starts
+
+    def members(self, queries: np.ndarray) -> np.ndarray:
+        """Gallery rows int64[B, R] of these queries, -1 pads; R a power of two, for few shapes."""
+        counts = self.counts[queries][:, None]
+        columns = np.arange(1 << (int(counts.max(initial=1)) - 1).bit_length())
+        rows = np.minimum(self._starts[queries][:, None] + columns, len(self._rows) - 1)
+        return np.where(columns < counts, self._rows[rows], -1)
+
+
+# (query vectors [B, E], own rows [B, S], relevant rows [B, R], rows to pad to) -> ranks [B, R]
+_Ranker = Callable[[np.ndarray, np.ndarray, np.ndarray, int], np.ndarray]
+
+
+def _exact_ranker(gallery_vectors: np.ndarray) -> _Ranker:
+    gallery = jnp.asarray(gallery_vectors, jnp.float32)
+
+    def ranks(queries: np.ndarray, own: np.ndarray, relevant: np.ndarray, rows: int) -> np.ndarray:
+        missing = ((0, rows - len(queries)), (0, 0))
+        padded = (
+            np.pad(np.asarray(queries, np.float32), missing),
+            np.pad(own.astype(np.int32), missing, constant_values=-1),
+            np.pad(relevant.astype(np.int32), missing, constant_values=-1),
+        )
+        return np.asarray(_exact_ranks(*padded, gallery))[: len(queries)]
+
+    return ranks
+
+
+@jax.jit
+def _exact_ranks(
+    queries: jax.Array, own: jax.Array, relevant: jax.Array, gallery: jax.Array
+) -> jax.Array:
+    """Ranks of the relevant rows, best first, 0 for padding: int32[B, R].
+
+    A right listing's rank = wrong listings that score at least as much + its place among the right
+    ones. Counting them costs R passes over the scores where sorting would cost log N slower ones.
+    """
+    scores = jnp.matmul(queries, gallery.T, precision=jax.lax.Precision.HIGHEST)
+    b = jnp.arange(len(queries))[:, None]
+    scores = scores.at[b, jnp.where(own >= 0, own, len(gallery))].set(-jnp.inf, mode="drop")
+    right = jnp.where(relevant >= 0, jnp.take_along_axis(scores, relevant, axis=1), -jnp.inf)
+    right = -jnp.sort(-right, axis=1)
+    at_least = jax.lax.map(lambda column: (scores >= column[:, None]).sum(axis=1), right.T).T
+    right_at_least = jax.vmap(functools.partial(jnp.searchsorted, side="right"))(-right, -right)
+    ranks = at_least - right_at_least + 1 + jnp.arange(right.shape[1])
+    return jnp.where(right > -jnp.inf, ranks, 0).astype(jnp.int32)
+
+
+def _scann_ranker(gallery_vectors: np.ndarray, queries: np.ndarray) -> tuple[_Ranker, float]:
+    """The ranker of a large gallery, and its recall of the exact 10 nearest."""
+    rows = np.arange(len(gallery_vectors))
+    index = build_index(gallery_vectors, rows, model_version="evaluated", exact_below=0)
+
+    def ranks(queries: np.ndarray, own: np.ndarray, relevant: np.ndarray, _: int) -> np.ndarray:
+        ranked, _ = index.search(queries, APPROXIMATE_DEPTH + own.shape[1])
+        removed = (ranked[:, :, None] == own[:, None, :]).any(axis=2)
+        order = np.argsort(removed, axis=1, kind="stable")  # own rows go last, the rest close up
+        ranked = np.take_along_axis(np.where(removed, -1, ranked), order, axis=1)
+        return metrics.relevant_ranks(ranked[:, :APPROXIMATE_DEPTH], relevant)
+
+    return ranks, recall_against_exact(index, gallery_vectors, rows, queries)

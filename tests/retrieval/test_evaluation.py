@@ -1,0 +1,216 @@
+"""Evaluation: own listings, ties, dropped queries, exact against ScaNN, embedding in batches."""
+
+import json
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.retrieval import evaluation, metrics
+from afmrl_jax.retrieval.evaluation import (
+    Task,
+    embed_listings,
+    parse_task,
+    rank_and_score,
+    results_table,
+    write_evaluation,
+)
+
+
+def unit(vectors):
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def angles(*degrees):
+    """Unit vectors in the plane: the cosine of two falls with the angle between them."""
+    radians = np.deg2rad(np.array(degrees, float))
+    return np.stack([np.cos(radians), np.sin(radians)], axis=1).astype(np.float32)
+
+
+def judge(vectors, keys, products, **options):
+    sides = (vectors, np.array(keys), np.array(products))
+    return rank_and_score(*sides, *sides, **{"exclude_self": True, **options})
+
+
+def test_a_gallery_of_four_scores_as_worked_by_hand():
+    # Listings stand at 0, 10, 30 and 90 degrees; the nearer, the better the rank.
+    scores = judge(angles(0, 10, 30, 90), ["a1", "b1", "a2", "b2"], ["a", "b", "a", "b"])
+    # The one right listing's ranks: a1 -> 2, b1 -> 3 (after a1, a2), a2 -> 2 (b1), b2 -> 2 (a2).
+    assert scores["recall@1"] == 0 and scores["recall@5"] == 1
+    assert scores["mrr"] == scores["map"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 2 + 1 / 2) / 4)
+    assert scores["ndcg@10"] == pytest.approx((3 / np.log2(3) + 1 / 2) / 4)
+    assert (scores["n_queries"], scores["n_gallery"]) == (4, 4)
+    assert scores["recall@1_ci95"] == 0
+
+
+def test_several_right_listings_count_by_their_precisions():
+    vectors, products = angles(0, 1, 2, 3), ["a", "a", "b", "a"]
+    query = (vectors[:1], np.array(["q"]), np.array(["a"]))
+    gallery = (vectors, np.array(["q", "w", "x", "y"]), np.array(products))
+    scores = rank_and_score(*query, *gallery, exclude_self=True)
+    assert scores["map"] == pytest.approx((1 / 1 + 2 / 3) / 2)
+    assert "recall@1_ci95" not in scores  # one query has no interval
+
+
+def test_the_query_itself_is_neither_found_nor_in_the_way():
+    alone = judge(angles(0, 5, 90), ["a1", "a2", "b1"], ["a", "a", "b"])
+    assert alone["recall@1"] == 1 and alone["n_queries"] == 2
+    seen = judge(angles(0, 5, 90), ["a1", "a2", "b1"], ["a", "a", "b"], exclude_self=False)
+    assert seen["n_queries"] == 3  # b1 now finds itself
+
+
+def test_every_copy_of_the_query_listing_in_the_gallery_is_taken_out():
+    # The gallery is two catalogues that share listing a1: its copy must not count as a find.
+    query = (angles(0), np.array(["a1"]), np.array(["a"]))
+    gallery = (angles(0, 0, 20, 40), np.array(["a1", "a1", "b1", "a2"]), np.array([*"aaba"]))
+    scores = rank_and_score(*query, *gallery, exclude_self=True)
+    assert scores["mrr"] == 1 / 2 and scores["n_gallery"] == 4
+    scores = rank_and_score(*query, *gallery, exclude_self=True, exact_below=0)
+    assert scores["mrr"] == 1 / 2 and scores["index_recall"] == 1
+
+
+def test_listings_under_one_key_are_told_apart_by_nothing_so_two_products_there_are_refused():
+    with pytest.raises(ValueError, match="two products"):
+        judge(angles(0, 5), ["a1", "a1"], ["a", "b"])
+
+
+def test_ties_count_against_us():
+    # The right listing scores exactly what a wrong one does, wherever it stands in the gallery.
+    for order in ([0, 1, 2], [0, 2, 1]):
+        keys, products = np.array(["a1", "a2", "b1"])[order], np.array(["a", "a", "b"])[order]
+        scores = judge(angles(0, 30, 30)[order], keys, products)
+        assert scores["mrr"] == 1 / 2  # a1 -> 2; a2 sees b1 (at 0 degrees) first -> 2
+
+
+def test_right_listings_that_tie_with_each_other_lose_nothing():
+    scores = judge(angles(0, 30, 30, 90), [1, 2, 3, 4], [7, 7, 7, 8])
+    assert scores["map"] == 1
+
+
+def test_a_collapsed_model_finds_nothing_by_luck():
+    vectors = np.tile(unit(np.random.default_rng(0).normal(size=(1, 64))), (1100, 1))
+    scores = judge(vectors, np.arange(1100), np.arange(1100) // 4)
+    assert scores["recall@10"] == 0 and scores["mrr"] < 1 / 1000
+
+
+def test_queries_with_nothing_to_find_are_dropped_and_none_left_is_an_error():
+    scores = judge(angles(0, 5, 90), [1, 2, 3], [1, 1, 2])
+    assert scores["n_queries"] == 2
+    with pytest.raises(UserError, match="none of 3 queries"):
+        judge(angles(0, 5, 90), [1, 2, 3], [1, 2, 3])
+
+
+@pytest.mark.parametrize("side", [0, 3])
+def test_embeddings_that_are_not_finite_are_refused(side):
+    arguments = [angles(0, 5), np.arange(2), np.zeros(2), angles(0, 5), np.arange(2), np.zeros(2)]
+    arguments[side] = arguments[side] * np.array([[1], [np.nan]])
+    with pytest.raises(UserError, match=r"1 of 2 (query|gallery) embeddings are not finite"):
+        rank_and_score(*arguments, exclude_self=True)
+
+
+def clustered(rng, products, dimension=32, noise=0.25):
+    centers = unit(rng.normal(size=(products.max() + 1, dimension)))
+    return unit(centers[products] + noise * rng.normal(size=(len(products), dimension)))
+
+
+def test_blocks_of_counted_ranks_equal_sorting_each_ranking_whole(monkeypatch):
+    rng = np.random.default_rng(1)
+    products = rng.choice(60, 400, p=rng.dirichlet(np.ones(60)))  # 0 to dozens a product
+    vectors, keys = clustered(rng, products), np.arange(400)
+    monkeypatch.setattr(evaluation, "query_block", lambda n: 32)
+    ours = judge(vectors, keys, products)
+    rankings = np.argsort(-(vectors @ vectors.T - 4 * np.eye(400)), axis=1)[:, :-1]
+    kept = np.flatnonzero(np.bincount(products)[products] > 1)
+    right = [np.setdiff1d(np.flatnonzero(products == products[q]), [q]) for q in kept]
+    width = max(map(len, right))
+    relevant = np.stack([np.pad(r, (0, width - len(r)), constant_values=-1) for r in right])
+    ranks = metrics.relevant_ranks(rankings[kept], relevant)
+    theirs = metrics.score_ranks(ranks, (relevant >= 0).sum(1))
+    assert ours["n_queries"] == len(kept)
+    for name, values in theirs.items():
+        assert ours[name] == pytest.approx(values.mean(), abs=1e-9), name
+
+
+def test_a_large_gallery_is_scored_by_scann_and_says_how_far_to_trust_it():
+    rng = np.random.default_rng(2)
+    products = np.repeat(np.arange(500), 10)
+    vectors = clustered(rng, products, 64, noise=0.12)
+    queries = (vectors[:400], np.arange(400), products[:400])
+    gallery = (vectors, np.arange(5000), products)
+    exact = rank_and_score(*queries, *gallery, exclude_self=True)
+    scann = rank_and_score(*queries, *gallery, exclude_self=True, exact_below=5000)
+    assert 0.8 < scann["index_recall"] <= 1 and "index_recall" not in exact
+    for name in ("recall@1", "recall@10", "mrr", "map", "ndcg@10"):
+        assert scann[name] == pytest.approx(exact[name], abs=0.03), name
+
+
+def test_embedding_fills_the_last_batch_keeps_the_order_and_compiles_once():
+    traced, shapes, threads = [], set(), set()
+
+    @jax.jit
+    def embed(rows):
+        traced.append(1)
+        return jnp.stack([rows["x"], -rows["x"]], axis=1).astype(jnp.bfloat16)
+
+    def make_rows(indices):
+        shapes.add(indices.shape)
+        threads.add(threading.current_thread())
+        return {"x": indices.astype(np.float32)}
+
+    indices = np.array([5, 3, 8, 1, 9, 2, 7])
+    vectors = embed_listings(embed, make_rows, indices, batch_size=3)
+    np.testing.assert_array_equal(vectors, np.stack([indices, -indices], axis=1))
+    assert vectors.dtype == np.float32 and len(traced) == 1 and shapes == {(3,)}
+    assert len(threads) == 1 and threading.current_thread() not in threads
+
+
+def test_a_failure_while_rows_are_made_reaches_the_caller():
+    def make_rows(indices):
+        raise UserError("photo 3 cannot be read")
+
+    with pytest.raises(UserError, match="photo 3"):
+        embed_listings(lambda rows: rows, make_rows, np.arange(5), 2)
+    with pytest.raises(ValueError, match="no listings"):
+        embed_listings(lambda rows: rows, make_rows, np.arange(0), 2)
+
+
+def test_the_own_listing_counts_only_where_the_views_share_no_modality():
+    assert parse_task("image->text") == Task("image", "text")
+    assert parse_task(" Text+Image -> image+text").name == "image+text->image+text"
+    shared = {name: parse_task(name).exclude_self for name in ("image->image", "text->image+text")}
+    assert shared == {"image->image": True, "text->image+text": True}
+    assert not parse_task("text->image").exclude_self
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("imgae->text", 'did you mean "image->text"'), ("classify", "known are image->image, ")],
+)
+def test_a_mistyped_task_is_refused_with_a_suggestion(name, told):
+    with pytest.raises(UserError, match=told):
+        parse_task(name)
+
+
+def test_the_evaluation_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "run" / "evaluation.json"
+    results = {"image->text": {"recall@1": 0.5, "n_queries": 2, "n_gallery": 4}}
+    write_evaluation(path, results)
+    assert json.loads(path.read_text()) == results
+    with pytest.raises(ValueError, match="JSON"):
+        write_evaluation(path, {"image->text": {"recall@1": float("nan")}})
+    assert json.loads(path.read_text()) == results
+    assert [p.name for p in path.parent.iterdir()] == ["evaluation.json"]
+
+
+def test_the_table_shows_models_side_by_side_and_leaves_unknown_cells_empty():
+    first = {"recall@1": 0.0523, "recall@1_ci95": 0.01, "n_queries": 1200}
+    table = results_table({"untrained": {"t": first}, "trained": {"t": {"recall@1": 0.5}}})
+    assert table.splitlines() == [
+        "| task | model     | R@1           | n_queries |",
+        "| ---- | --------- | ------------- | --------- |",
+        "| t    | untrained | 0.052 ± 0.010 | 1,200     |",
+        "| t    | trained   | 0.500         |           |",
+    ]

@@ -1,0 +1,78 @@
+"""Ranking metrics against numbers worked by hand, and against scikit-learn."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, ndcg_score
+
+from afmrl_jax.retrieval import metrics
+
+# Three queries over items 10..15. Relevant at ranks 1 and 3; at rank 2 only; nowhere.
+RANKED = np.array([[10, 11, 12, 13], [13, 10, 11, 12], [11, 12, 13, 10]])
+RELEVANT = np.array([[12, 10, -1], [10, -1, -1], [15, 14, -1]])
+
+
+def test_ranks_count_from_one_and_are_zero_for_padding_and_for_what_was_not_found():
+    assert metrics.relevant_ranks(RANKED, RELEVANT).tolist() == [[3, 1, 0], [2, 0, 0], [0, 0, 0]]
+
+
+def test_padding_of_a_short_ranking_is_never_relevant():
+    ranked = np.array([[-1, -1]])
+    assert not metrics.recall_at_k(ranked, np.array([[-1, 3]]), 2).any()
+
+
+def test_recall_asks_for_any_relevant_item_among_the_first_k():
+    assert metrics.recall_at_k(RANKED, RELEVANT, 1).tolist() == [True, False, False]
+    assert metrics.recall_at_k(RANKED, RELEVANT, 2).tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("metric", [metrics.recall_at_k, metrics.ndcg_at_k])
+def test_a_ranking_shorter_than_k_is_refused(metric):
+    with pytest.raises(ValueError, match="search with k=10"):
+        metric(RANKED, RELEVANT, 10)
+
+
+def test_reciprocal_rank_is_that_of_the_first_relevant_item():
+    assert metrics.reciprocal_rank(RANKED, RELEVANT).tolist() == [1.0, 0.5, 0.0]
+
+
+def test_average_precision_divides_by_all_relevant_items_also_those_not_found():
+    expected = [(1 / 1 + 2 / 3) / 2, 1 / 2, 0.0]
+    np.testing.assert_allclose(metrics.average_precision(RANKED, RELEVANT), expected)
+    half_found = metrics.average_precision(np.array([[7, 8]]), np.array([[7, 99]]))
+    assert half_found.tolist() == [0.5]
+
+
+def test_ndcg_is_one_where_the_best_ranking_was_found_and_discounts_by_rank():
+    # log2 of 2, 3, 4 for ranks 1, 2, 3: (1 + 1/2) / (1 + 1/log2(3)) and 1/log2(3).
+    expected = [1.5 / (1 + 1 / np.log2(3)), 1 / np.log2(3), 0.0]
+    np.testing.assert_allclose(metrics.ndcg_at_k(RANKED, RELEVANT, 4), expected)
+    # More relevant items than k: the best ranking holds only k of them.
+    np.testing.assert_allclose(
+        metrics.ndcg_at_k(np.array([[1, 2, 9]]), np.array([[1, 2, 3]]), 2), 1
+    )
+
+
+def test_the_interval_of_a_share_is_that_of_the_normal_approximation():
+    values = np.array([1.0, 0.0] * 50)
+    assert metrics.interval95(values) == pytest.approx(1.96 * np.sqrt(0.25 / 99))
+    assert np.isnan(metrics.interval95(np.array([1.0])))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(2, 30), st.data())
+def test_metrics_of_a_whole_ranking_equal_scikit_learns(seed, n, data):
+    n_relevant = data.draw(st.integers(1, n - 1))
+    rng = np.random.default_rng(seed)
+    ranked, relevant = rng.permutation(n)[None], rng.choice(n, n_relevant, replace=False)[None]
+    truth, score = np.isin(np.arange(n), relevant[0]), np.empty(n)
+    score[ranked[0]] = -np.arange(n)
+    ours = metrics.score_ranks(
+        metrics.relevant_ranks(ranked, relevant), np.array([n_relevant]), ks=(1, n)
+    )
+    assert ours["map"][0] == pytest.approx(average_precision_score(truth, score))
+    assert ours["ndcg@10"][0] == pytest.approx(ndcg_score(truth[None], score[None], k=10))
+    assert ours["recall@1"][0] == truth[ranked[0, 0]]
+    assert ours[f"recall@{n}"][0] == 1
+    assert ours["mrr"][0] >= ours["recall@1"][0]
