@@ -94,12 +94,18 @@ def open_catalog(
         raise UserError(f'data.on_bad_listing is {on_bad_listing!r}; write "error" or "skip"')
     source = find_source(path)
     workers = workers or os.cpu_count() or 1
-    converted = convert(source, Path(cache_dir).expanduser().absolute())
-    checked = check(source, converted, workers=workers)
-    n_bad = sum(_bad_counts(converted, checked).values())
-    if n_bad and on_bad_listing == "error" and not watches_every_image(converted):
-        # Never refuse by an old verdict: the images at fault may have been mended unwatched.
-        checked = check(source, converted, workers=workers, anew=True)
+    try:
+        converted = convert(source, Path(cache_dir).expanduser().absolute())
+        checked = check(source, converted, workers=workers)
+        bad = sum(_bad_counts(converted, checked).values())
+        if bad and on_bad_listing == "error" and not watches_every_image(converted):
+            # Never refuse by an old verdict: the images at fault may have been mended unwatched.
+            checked = check(source, converted, workers=workers, anew=True)
+    except OSError as error:  # a file that may not be read, a full disk
+        raise UserError(
+            f"{source.path} could not be converted into {cache_dir} ({error}); mend that and "
+            "start again"
+        ) from error
     report_path = Path(report_dir) / "bad_listings.jsonl" if report_dir else None
     catalog = ArrowCatalog(source, converted, checked, on_bad_listing, report_path)
     counts = _bad_counts(converted, checked)

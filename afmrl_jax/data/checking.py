@@ -7,11 +7,13 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +28,9 @@ from afmrl_jax.data.conversion import (
 from afmrl_jax.data.sources import Source
 from afmrl_jax.data.validation import BadListing, ImageFolder, quote, read_image
 
+X, Y = TypeVar("X"), TypeVar("Y")
 FULLY_DECODED = 100_000  # images; of a larger catalogue's others only the header is read
+log = logging.getLogger(__name__)
 
 
 def split_name(split: str) -> str:
@@ -79,7 +83,9 @@ def _stat(root: Path, name: str) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _in_chunks(pool: Executor, function, items: list, size: int = 64) -> list:
+def _in_chunks(
+    pool: Executor, function: Callable[[X], Y], items: list[X], size: int = 64
+) -> list[Y]:
     """[function(item) for item in items], a chunk of items to a task."""
     chunks = [items[start : start + size] for start in range(0, len(items), size)]
     return [y for ys in pool.map(lambda chunk: [function(x) for x in chunk], chunks) for y in ys]
@@ -95,6 +101,7 @@ def _check_into(folder: Path, source: Source, converted: Path, pool: Executor) -
         for row, problem in _duplicates(table, source):
             good[row] = False
             bad.add(*_origin(table, row), problem)
+        log.info("%s: looking at %d images", source.name, summary["n_images"])
         images = _ImageCheck(source, converted, table, summary["n_images"], pool)
         for row, problem in images.problems():
             if good[row]:

@@ -113,6 +113,7 @@ def convert(source: Source, cache_dir: Path) -> Path:
         ) from None
     folder = home / source_state(source)
     if not folder.exists():
+        log.info("%s: converting %s", source.name, source.path)
         with new_folder(folder) as temporary:
             _convert_into(temporary, source)
     return folder

@@ -7,7 +7,7 @@ can't even be read as a record is yielded as the BadListing that says why.
 import difflib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,16 +36,13 @@ Record = tuple[int, dict[str, Any] | BadListing]
 class Source:
     """The files of one catalogue. `parts` are read in order, each by `read(part)`."""
 
+    name: str
     path: Path  # what the user named
     root: Path  # image paths are relative to it
     files: tuple[Path, ...]  # what the cache's freshness hangs on
     parts: tuple[str, ...]
     unit: str  # what a record's number counts: "line", "row" or "record"
     stores_images: bool  # image bytes lie in the files themselves
-
-    @property
-    def name(self) -> str:
-        return self.path.name if self.path.is_dir() else self.path.stem
 
     def read(self, part: str) -> Iterator[Record]:
         reader = {"line": _read_lines, "row": _read_rows, "record": _read_records}[self.unit]
@@ -96,6 +93,7 @@ def _file_source(path: Path, files: tuple[Path, ...]) -> Source:
     if kind not in (".jsonl", ".parquet"):
         raise UserError(f"{files[0]} is no catalogue: expected .jsonl or .parquet")
     return Source(
+        name=path.name if path.is_dir() else path.stem,
         path=path,
         root=files[0].parent,
         files=files,
@@ -224,7 +222,7 @@ def _tfds_folder(name: str) -> Path:
 
 
 def _tfds_source(folder: Path) -> Source:
-    splits = json.loads((folder / "dataset_info.json").read_text()).get("splits", [])
+    info = json.loads((folder / "dataset_info.json").read_text())
     files = tuple(sorted(file for file in folder.iterdir() if file.is_file()))
     if not any(".array_record" in file.name for file in files):
         raise UserError(
@@ -232,10 +230,11 @@ def _tfds_source(folder: Path) -> Source:
             'file_format="array_record"'
         )
     return Source(
+        name=info["name"],
         path=folder,
         root=folder,
         files=files,
-        parts=tuple(split["name"] for split in splits),
+        parts=tuple(split["name"] for split in info.get("splits", ())),
         unit="record",
         stores_images=True,
     )
@@ -247,20 +246,32 @@ def _read_records(source: Source, part: str) -> Iterator[Record]:
 
     # TFDS's own decoder would decode the images, and fails on a sequence of them without
     # TensorFlow, so the records are taken as the protocol buffers that they are.
-    records = tfds.builder_from_directory(str(source.root)).as_data_source(
-        split=part, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-    )
-    for number, data in enumerate(records, start=1):
-        features = tf_example_pb2.Example.FromString(data).features.feature
-        record: dict[str, Any] = {"split": part, "attributes": {}}
-        for key, feature in features.items():
-            kind = feature.WhichOneof("kind")
-            values = list(getattr(feature, kind).value) if kind else []
-            field, _, attribute = key.partition("/")
-            if field == "images":
-                record["images"] = values
-            elif attribute and field == "attributes":
-                record["attributes"][attribute] = values[0] if values else None
-            elif key in FIELDS and values:
-                record[key] = values[0]
-        yield number, record
+    number = 0
+    try:
+        records = tfds.builder_from_directory(str(source.root)).as_data_source(
+            split=part, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+        )
+        for number, data in enumerate(records, start=1):
+            example = tf_example_pb2.Example.FromString(data)
+            yield number, _example_record(example.features.feature, part)
+    except Exception as error:  # array_record and protobuf raise many kinds for a broken file
+        raise UserError(
+            f"{source.root} can't be read as a TFDS dataset after record {number} of {part} "
+            f"({type(error).__name__}: {error}); prepare it again"
+        ) from None
+
+
+def _example_record(features: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """A tf.train.Example, whose nested features are keys with slashes, as a record."""
+    record: dict[str, Any] = {"split": split, "attributes": {}}
+    for key, feature in features.items():
+        kind = feature.WhichOneof("kind")
+        values = list(getattr(feature, kind).value) if kind else []
+        field, _, attribute = key.partition("/")
+        if field == "images":
+            record["images"] = values
+        elif attribute and field == "attributes":
+            record["attributes"][attribute] = values[0] if values else None
+        elif key in FIELDS and values:
+            record[key] = values[0]
+    return record
