@@ -1,1 +1,1 @@
-"""The built-in catalogue's parts: what products there are, how sellers write, how they are drawn and photographed."""
+"""The built-in catalogue: what products there are, how sellers write, draw and photograph them."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from afmrl_jax.data.builtin.pen import PAINTS, Pen, both_sides, darker
+from afmrl_jax.data.builtin.pen import PAINTS, Pen, both_sides, darker, smooth_line
 
 Attributes = Mapping[str, str]
 
@@ -11,7 +11,7 @@ def handbag(pen: Pen, a: Attributes) -> None:
     metal = PAINTS[a["hardware"]]
     outlines = {
         "tote": [(0.62, -0.3), (0.72, 0.72)],
-        "saddle bag": [(0.58, -0.3), (0.72, 0.2), (0.5, 0.62), (0.0, 0.74)],
+        "saddle bag": smooth_line([(0.58, -0.3), (0.72, 0.2), (0.5, 0.62), (0.0, 0.74)]),
         "box bag": [(0.74, -0.14), (0.74, 0.62)],
         "bucket bag": [(0.46, -0.36), (0.56, 0.3), (0.48, 0.76)],
     }

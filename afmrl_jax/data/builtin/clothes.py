@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from afmrl_jax.data.builtin.pen import PAINTS, Pen, both_sides, darker
+from afmrl_jax.data.builtin.pen import PAINTS, Pen, both_sides, darker, smooth_line
 
 Attributes = Mapping[str, str]
 _METAL = (208, 178, 108)
@@ -13,10 +13,9 @@ def dress(pen: Pen, a: Attributes) -> None:
     flare = {"straight hem": 0.30, "flared hem": 0.62, "ruffled hem": 0.46}[a["hem"]]
     waist_y = -0.18
     _sleeves(pen, a["sleeves"], shoulder=(0.30, -0.78), pit=(0.27, -0.42), reach=0.0)
-    halter = a["neckline"] == "halter neck"
-    shoulder = (0.13, -0.86) if halter else (0.31, -0.82)
-    if a["sleeves"] == "sleeveless" and not halter:
-        shoulder = (0.24, -0.84)
+    halter = a["neckline"] == "halter neck" and a["sleeves"] == "sleeveless"
+    bare = (0.13, -0.86) if halter else (0.24, -0.84)
+    shoulder = bare if a["sleeves"] == "sleeveless" else (0.31, -0.82)
     armhole = (0.22, -0.5) if halter else (0.26, -0.62)
     side = [shoulder, armhole, (0.27, -0.42), (0.21, waist_y), (0.27, 0.05)]
     pen.shape(both_sides([(0.0, -0.84), *side, (flare, foot)]))
@@ -178,7 +177,7 @@ def shoe(pen: Pen, a: Attributes) -> None:
     sole = PAINTS[a["sole"]]
     upper = [
         *((-0.74, 0.42 + lift), (-0.8, 0.1 + lift), (-0.74, top), (-0.2, top - 0.03)),
-        *((-0.06, -0.06), (0.26, 0.04), (0.62, 0.1), (toe_x, toe_y), (toe_x, 0.42)),
+        *smooth_line([(-0.06, -0.06), (0.26, 0.04), (0.62, 0.08), (toe_x, toe_y), (toe_x, 0.42)]),
     ]
     pen.oval(-0.47, top, 0.27, 0.07, darker(pen.main, 0.4))
     pen.shape(upper)
@@ -269,7 +268,7 @@ def hat(pen: Pen, a: Attributes) -> None:
     else:
         crown = [(half, 0.34), (half, 0.0), (half * 0.75, rise + 0.12), (half * 0.3, rise - 0.03)]
     ground = 0.22 if style == "bucket hat" else 0.34
-    pen.shape([*both_sides(crown[::-1])[: len(crown)], *[(-x, y) for x, y in crown]], smooth=False)
+    pen.shape(both_sides(smooth_line([*crown, (0.0, crown[-1][1])])))
     if style == "baseball cap":
         reach = 1.02 if wide else 0.84
         pen.shape(

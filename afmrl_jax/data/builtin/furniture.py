@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from afmrl_jax.data.builtin.pen import PAINTS, Pen, both_sides, darker
+from afmrl_jax.data.builtin.pen import PAINTS, Pen, both_sides, darker, smooth_line
 
 Attributes = Mapping[str, str]
 
@@ -27,12 +27,9 @@ def lamp(pen: Pen, a: Attributes) -> None:
     rights = {
         "cone shade": [(0.2, shade_top), (0.64, shade_low)],
         "drum shade": [(0.5, shade_top + 0.06), (0.5, shade_low)],
-        "dome shade": [
-            (0.1, shade_top),
-            (0.42, shade_top + 0.14),
-            (0.6, shade_low - 0.2),
-            (0.62, shade_low),
-        ],
+        "dome shade": smooth_line(
+            [(0.1, shade_top), (0.42, shade_top + 0.14), (0.6, shade_low - 0.2), (0.62, shade_low)]
+        ),
     }
     if a["shade"] == "globe shade":
         middle, radius = (shade_top + shade_low) / 2, (shade_low - shade_top) / 2
@@ -85,13 +82,17 @@ def chair(pen: Pen, a: Attributes) -> None:
     finish = PAINTS[a["finish"]]
     _legs(pen, a["legs"], finish, half=0.42, top=0.32, low=0.97)
     backs = {
-        "oval back": [(0.0, -0.9), (0.3, -0.82), (0.46, -0.5), (0.42, -0.12), (0.3, 0.14)],
+        "oval back": smooth_line(
+            [(0.0, -0.9), (0.3, -0.82), (0.46, -0.5), (0.42, -0.12), (0.3, 0.14)]
+        ),
         "square back": [(0.0, -0.88), (0.46, -0.88), (0.44, 0.14)],
-        "wing back": [(0.0, -0.9), (0.34, -0.94), (0.6, -0.78), (0.56, -0.1), (0.46, 0.14)],
-        "low back": [(0.0, -0.42), (0.48, -0.4), (0.56, -0.1), (0.46, 0.14)],
+        "wing back": smooth_line(
+            [(0.0, -0.9), (0.34, -0.94), (0.6, -0.78), (0.56, -0.1), (0.46, 0.14)]
+        ),
+        "low back": smooth_line([(0.0, -0.42), (0.46, -0.38), (0.56, -0.1), (0.46, 0.14)]),
     }
     right = backs[a["back"]]
-    pen.shape(both_sides(right), smooth=False)
+    pen.shape(both_sides(right))
     if a["back"] == "wing back":
         for side in (-1, 1):
             pen.crease([(side * 0.4, -0.86), (side * 0.4, 0.1)], 0.04, -0.4)

@@ -45,6 +45,15 @@ def both_sides(right: Points) -> list[tuple[float, float]]:
     return [*right, *((-x, y) for x, y in reversed(right))]
 
 
+def smooth_line(points: Points, *, closed: bool = False) -> list[tuple[float, float]]:
+    """A curve through all points (Catmull-Rom)."""
+    p = np.asarray(points, np.float64)
+    ends = (p[-1:], p, p[:2]) if closed else (p[:1], p, p[-1:])
+    windows = np.lib.stride_tricks.sliding_window_view(np.concatenate(ends), 4, axis=0)
+    curve = np.einsum("sdk,tk->std", windows, _WEIGHTS).reshape(-1, 2)
+    return [(x, y) for x, y in (curve if closed else [*curve, p[-1]])]
+
+
 def darker(colour: Rgb, factor: float = 0.7) -> Rgb:
     """The same colour with less light, or with more where factor > 1."""
     r, g, b = (min(255, int(c * factor)) for c in colour)
@@ -77,7 +86,7 @@ class Pen:
         fabric: bool | None = None,
     ) -> None:
         """A filled outline; shade in [-1, 1] darkens or lightens it."""
-        pixels = self._project(_smoothed(points) if smooth else points)
+        pixels = self._project(smooth_line(points, closed=True) if smooth else points)
         fabric = colour is None if fabric is None else fabric
         self._albedo.polygon(pixels, fill=colour or self.main)
         self._layers.polygon(pixels, fill=(255, 255 * fabric, int(128 + 127 * shade)))
@@ -111,7 +120,7 @@ class Pen:
         fabric: bool = False,
     ) -> None:
         """A stroke of the given width (object units, at least one pixel)."""
-        pixels = self._project(_smoothed(points, closed=False) if smooth else points)
+        pixels = self._project(smooth_line(points) if smooth else points)
         thick = max(1, round(width * self._scale))
         self._albedo.line(pixels, fill=colour or self.main, width=thick, joint="curve")
         self._layers.line(pixels, fill=(255, 255 * fabric, 128), width=thick, joint="curve")
@@ -126,15 +135,3 @@ class Pen:
         xy = np.asarray(points, np.float64)
         uvw = xy @ self._matrix[:2] + self._matrix[2]
         return (uvw[:, :2] / uvw[:, 2:]).ravel().tolist()
-
-
-def _smoothed(points: Points, closed: bool = True) -> np.ndarray:
-    """A curve through all points (Catmull-Rom)."""
-    p = np.asarray(points, np.float64)
-    if closed:
-        knots = np.concatenate([p[-1:], p, p[:2]])
-    else:
-        knots = np.concatenate([p[:1], p, p[-1:]])
-    windows = np.lib.stride_tricks.sliding_window_view(knots, 4, axis=0)  # [segments, 2, 4]
-    curve = np.einsum("sdk,tk->std", windows, _WEIGHTS).reshape(-1, 2)
-    return curve if closed else np.concatenate([curve, p[-1:]])

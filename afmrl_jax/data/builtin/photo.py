@@ -9,7 +9,7 @@ import random
 from collections.abc import Mapping
 
 import numpy as np
-from PIL import Image, ImageChops, ImageFilter
+from PIL import Image, ImageFilter
 
 from afmrl_jax.data.builtin.bags import backpack, handbag
 from afmrl_jax.data.builtin.clothes import dress, hat, shirt, shoe
@@ -22,9 +22,10 @@ from afmrl_jax.data.builtin.wares import bottle, mug, watch
 # How hard the photo is: what hides a product's attributes.
 CROP_SHARE = 0.35  # of the photos are taken so near that part of the product is cut off
 TILT_DEGREES = 14.0
-EXPOSURE_SIGMA = 0.20  # of log brightness
-COLOUR_CAST_SIGMA = 0.09  # of log brightness, a channel
-STICKER_SHARE = 0.25  # of the photos carry a badge that covers something
+EXPOSURE_SIGMA = 0.18  # of log brightness
+COLOUR_CAST_SIGMA = 0.06  # of log brightness, a channel
+GRAIN_MAX = 0.03
+BADGE_SHARE = 0.25  # of the photos carry a badge that covers a corner
 
 _SUPERSAMPLING = 2
 _DRAW = {
@@ -52,11 +53,6 @@ def photograph(
     main = COLOURS[attributes["color"]]
     pen = Pen(size * _SUPERSAMPLING, supersample @ matrix, main)
     _DRAW[category](pen, attributes)
-    if rng.random() < STICKER_SHARE:
-        sticker = _sticker(rng, size)
-    else:
-        sticker = None
-
     albedo = np.asarray(pen.albedo.reduce(_SUPERSAMPLING), np.float32) / 255
     layers = pen.layers.reduce(_SUPERSAMPLING)
     coverage = layers.getchannel(0)
@@ -81,7 +77,9 @@ def photograph(
     photo = photo + scene * (1 - alpha)
     photo = _grade(rng, photo)
     image = (np.clip(photo, 0, 1) * 255).astype(np.uint8)
-    return image if sticker is None else _stick(image, sticker)
+    if rng.random() < BADGE_SHARE:
+        _stick_badge(rng, image)
+    return image
 
 
 def _ink(main: tuple[int, int, int]) -> tuple[float, float, float]:
@@ -132,29 +130,27 @@ def _object_coordinates(matrix: np.ndarray, size: int) -> tuple[np.ndarray, np.n
 
 def _relief(coverage: Image.Image, angle: float, gloss: float) -> np.ndarray:
     """Light on a silhouette taken for a cushion: float32[S, S], about -.4 .. .4."""
-    radius = coverage.width / 14
-    height = np.asarray(coverage.filter(ImageFilter.BoxBlur(radius)), np.float32)
-    height = (
-        np.asarray(Image.fromarray(height).filter(ImageFilter.BoxBlur(radius / 2)), np.float32)
-        if False
-        else height
-    )
-    slope = coverage.width / 255 / 10
-    dy = np.zeros_like(height)
-    dx = np.zeros_like(height)
-    dy[1:-1] = height[2:] - height[:-2]
-    dx[:, 1:-1] = height[:, 2:] - height[:, :-2]
-    light = (dx * math.cos(angle) + dy * math.sin(angle)) * (-slope * (0.35 + 0.4 * gloss))
+    size = coverage.width
+    blur = ImageFilter.BoxBlur(size / 36)
+    soft = coverage.reduce(2).filter(blur).filter(blur)
+    height = np.asarray(soft.resize((size, size), Image.Resampling.BILINEAR), np.float32)
+    dy, dx = np.zeros_like(height), np.zeros_like(height)
+    dy[2:-2] = height[4:] - height[:-4]
+    dx[:, 2:-2] = height[:, 4:] - height[:, :-4]
+    steepness = size / 5100 * (0.35 + 0.4 * gloss)
+    light = (dx * math.cos(angle) + dy * math.sin(angle)) * -steepness
     return np.clip(light, -0.45, 0.45)
 
 
 def _shadow(rng: random.Random, coverage: Image.Image, angle: float) -> np.ndarray:
     """Soft shadow on the background, away from the light: float32[S, S] in 0..1."""
     size = coverage.width
-    small = coverage.reduce(2).filter(ImageFilter.BoxBlur(size / 28))
     reach = size * rng.uniform(0.01, 0.045)
+    fallen = Image.new("L", (size // 2, size // 2))
     shift = (round(-reach * math.cos(angle)), round(-reach * math.sin(angle)))
-    soft = ImageChops.offset(small, *shift).resize((size, size), Image.Resampling.BILINEAR)
+    fallen.paste(coverage.reduce(2), shift)
+    blurred = fallen.filter(ImageFilter.BoxBlur(size / 28))
+    soft = blurred.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(soft, np.float32) * (rng.uniform(0.25, 0.65) / 255)
 
 
@@ -168,23 +164,19 @@ def _grade(rng: random.Random, photo: np.ndarray) -> np.ndarray:
     contrast = rng.uniform(0.85, 1.12)
     photo = photo * light[..., None] * (np.float32(cast) * np.float32(contrast))
     photo += 0.5 * (1 - contrast)
-    photo += grain(rng, size) * rng.uniform(0.005, 0.035)
-    return photo
+    photo += grain(rng, size) * rng.uniform(0.005, GRAIN_MAX)
+    return photo - 0.6 * np.maximum(photo - 0.8, 0)  # highlights roll off, as film's do
 
 
-def _sticker(rng: random.Random, size: int) -> tuple[int, int, int, tuple[int, int, int]]:
-    radius = int(size * rng.uniform(0.07, 0.13))
-    x = rng.choice((radius, size - radius)) + int(size * rng.uniform(-0.02, 0.02))
-    y = rng.choice((radius, size - radius)) + int(size * rng.uniform(-0.02, 0.02))
-    colour = rng.choice(((212, 30, 40), (250, 210, 40), (30, 120, 70), (20, 20, 24)))
-    return x, y, radius, colour
-
-
-def _stick(image: np.ndarray, sticker: tuple[int, int, int, tuple[int, int, int]]) -> np.ndarray:
-    x, y, radius, colour = sticker
-    rows, columns = np.ogrid[: image.shape[0], : image.shape[1]]
-    distance = (rows - y) ** 2 + (columns - x) ** 2
-    image[distance < radius**2] = colour
-    band = (distance < (0.8 * radius) ** 2) & (abs(rows - y) < 0.22 * radius)
-    image[band] = (250, 250, 246)
-    return image
+def _stick_badge(rng: random.Random, image: np.ndarray) -> None:
+    """Puts a round badge with a percent sign near one of the corners."""
+    size = image.shape[0]
+    radius = size * rng.uniform(0.07, 0.13)
+    x, y = (rng.choice((radius, size - radius)) + size * rng.uniform(-0.02, 0.02) for _ in "xy")
+    colour = rng.choice(((212, 30, 40), (232, 150, 20), (30, 120, 70), (20, 20, 24)))
+    rows, columns = np.ogrid[:size, :size]
+    dy, dx = (rows + 0.5 - y) / radius, (columns + 0.5 - x) / radius
+    slash = (abs(dx + 0.7 * dy) < 0.13) & (abs(dy) < 0.55)
+    dots = np.hypot(abs(dx + dy) - 0.62, dx - dy) < 0.34
+    image[dx * dx + dy * dy < 1] = colour
+    image[slash | dots] = (250, 250, 246)

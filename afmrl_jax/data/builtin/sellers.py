@@ -1,4 +1,4 @@
-"""How sellers write: titles that drop, abbreviate, translate, reorder and decorate; brief descriptions."""
+"""How sellers write: titles that drop, abbreviate, translate, reorder and decorate."""
 
 import random
 from collections.abc import Mapping

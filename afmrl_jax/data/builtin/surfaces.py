@@ -207,46 +207,48 @@ def background(rng: random.Random, size: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _sets(size: int) -> list[np.ndarray]:
+    """Every set, float32[1.5 S, 1.5 S, 3]: papers, tables, walls, rooms."""
     side = size + size // 2
     v, u = (np.mgrid[:side, :side].astype(np.float32) / size * 2) - 1
-    rng = np.random.default_rng(11)
-    soft = 1 - 0.10 * (u * u + v * v)[..., None]
+    vignette = 1 - 0.10 * (u * u + v * v)
+    planks = 1 + 0.09 * _clouds(side, 3, 40) + 0.07 * _clouds(side, 6, 90)
+    planks = planks * np.where(np.abs((v * 2.2) % 1 - 0.5) > 0.47, 0.72, 1.0)
+    veins = 1 - 0.2 * np.exp(-30 * (_clouds(side, 5, 5) + 0.6 * np.sin(u * 3 + v * 2)) ** 2)
+    across, along = _cells(u, v, 0.3)
+    mortar = np.where((np.abs(across) > 0.45) | (np.abs(along) > 0.4), 1.25, 0.9)
 
-    def paper(r: float, g: float, b: float) -> np.ndarray:
-        return np.float32([r, g, b]) * soft
+    def paint(red: float, green: float, blue: float, light: np.ndarray) -> np.ndarray:
+        return np.float32([red, green, blue]) * light[..., None].astype(np.float32)
 
-    def with_floor(wall: np.ndarray, floor: np.ndarray, height: float) -> np.ndarray:
+    def room(wall: np.ndarray, floor: np.ndarray, height: float) -> np.ndarray:
         return np.where((v > height)[..., None], floor, wall)
 
-    planks = 0.10 * np.sin(v * 40 + 4 * _noise(u * 0.15, v, 40)) + 0.06 * _noise(u * 0.1, v, 90)
-    gaps = np.where(np.abs((v * 2.2) % 1 - 0.5) > 0.47, -0.25, 0.0)
-    wood = np.float32([0.70, 0.50, 0.32]) * (1 + planks + gaps)[..., None]
-    dark_wood = np.float32([0.40, 0.27, 0.18]) * (1 + planks + gaps)[..., None]
-    veins = np.exp(-40 * np.abs(_noise(u, v, 14) * 0.5 + 0.2 * np.sin(u * 3 + v * 2)) ** 2)
-    marble = np.float32([0.90, 0.90, 0.91]) * (1 - 0.22 * veins)[..., None]
-    linen = np.float32([0.80, 0.76, 0.69]) * (1 + _weave(u * 0.7, v * 0.7))[..., None]
-    concrete = np.float32([0.62, 0.62, 0.61]) * (1 + 0.08 * _noise(u, v, 30))[..., None]
-    brick = np.where(
-        (np.abs(_cells(u, v, 0.3)[0]) > 0.45) | (np.abs(_cells(u, v, 0.3)[1]) > 0.4), 1.2, 0.9
-    )
-    bricks = np.float32([0.66, 0.42, 0.34]) * (brick + 0.06 * _noise(u, v, 40))[..., None]
-    grass = np.float32([0.36, 0.52, 0.26]) * (1 + 0.3 * _noise(u, v, 90))[..., None]
-    del rng
+    wood = paint(0.70, 0.50, 0.32, planks)
+    dark_wood = paint(0.42, 0.28, 0.19, planks)
+    bricks = paint(0.66, 0.42, 0.34, mortar + 0.06 * _clouds(side, 60, 60))
+    concrete = paint(0.62, 0.62, 0.61, 1 + 0.06 * _clouds(side, 12, 12))
     return [
-        paper(0.98, 0.98, 0.98),
-        paper(0.96, 0.96, 0.97),
-        np.float32([0.86, 0.87, 0.88]) * (1 - 0.2 * v)[..., None],
-        paper(0.93, 0.84, 0.80),
-        paper(0.76, 0.86, 0.90),
-        paper(0.30, 0.31, 0.34),
+        paint(0.98, 0.98, 0.98, vignette),
+        paint(0.96, 0.96, 0.97, 1 - 0.05 * v),
+        paint(0.88, 0.89, 0.90, 1 - 0.2 * v),
+        paint(0.93, 0.84, 0.80, vignette),
+        paint(0.76, 0.86, 0.90, vignette),
+        paint(0.30, 0.31, 0.34, vignette),
         wood,
         dark_wood,
-        marble,
-        linen,
+        paint(0.92, 0.92, 0.93, veins),
+        paint(0.80, 0.76, 0.69, 1 + _weave(u * 0.7, v * 0.7)),
         concrete,
         bricks,
-        grass,
-        with_floor(paper(0.88, 0.86, 0.80), wood, 0.55),
-        with_floor(paper(0.68, 0.76, 0.72), dark_wood, 0.6),
-        with_floor(bricks, concrete, 0.6),
+        paint(0.36, 0.50, 0.26, 1 + 0.25 * _clouds(side, 70, 70)),
+        room(paint(0.88, 0.86, 0.80, vignette), wood, 0.55),
+        room(paint(0.68, 0.76, 0.72, vignette), dark_wood, 0.6),
+        room(bricks, concrete, 0.6),
     ]
+
+
+def _clouds(side: int, columns: int, rows: int) -> np.ndarray:
+    """Smooth noise, float32[side, side], deviation 1 at its knots."""
+    knots = np.random.default_rng(columns * rows).standard_normal((rows, columns))
+    image = Image.fromarray(knots.astype(np.float32))
+    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))

@@ -1,9 +1,10 @@
 """Drawings of small hard goods: watch, mug, bottle."""
 
+import itertools
 import math
 from collections.abc import Mapping
 
-from afmrl_jax.data.builtin.pen import PAINTS, Pen, both_sides, darker
+from afmrl_jax.data.builtin.pen import PAINTS, Pen, both_sides, darker, smooth_line
 
 Attributes = Mapping[str, str]
 _STEEL = (196, 200, 206)
@@ -147,8 +148,8 @@ def _complication(pen: Pen, kind: str, ink, dial) -> None:
 _MUG_SIDES = {
     "straight": ((0.46, -0.62), (0.46, 0.58)),
     "tapered": ((0.54, -0.62), (0.36, 0.58)),
-    "belly": ((0.42, -0.62), (0.44, -0.3), (0.6, 0.1), (0.54, 0.42), (0.38, 0.58)),
-    "flared": ((0.62, -0.62), (0.46, -0.3), (0.4, 0.2), (0.42, 0.58)),
+    "belly": smooth_line([(0.42, -0.62), (0.44, -0.3), (0.6, 0.1), (0.54, 0.42), (0.38, 0.58)]),
+    "flared": smooth_line([(0.62, -0.62), (0.47, -0.3), (0.4, 0.2), (0.42, 0.58)]),
 }
 
 
@@ -195,7 +196,7 @@ def mug(pen: Pen, a: Attributes) -> None:
 
 
 def _half_width(sides, y: float) -> float:
-    for (x0, y0), (x1, y1) in zip(sides, sides[1:]):
+    for (x0, y0), (x1, y1) in itertools.pairwise(sides):
         if y0 <= y <= y1:
             return x0 + (x1 - x0) * (y - y0) / (y1 - y0)
     return sides[-1][0]
@@ -215,8 +216,10 @@ def _mug_handle(pen: Pen, kind: str, sides) -> None:
 
 _BOTTLE_SIDES = {
     "cylinder": ((0.32, -0.58), (0.34, -0.54), (0.34, 0.94)),
-    "shoulder": ((0.17, -0.6), (0.18, -0.48), (0.36, -0.26), (0.37, 0.94)),
-    "hourglass": ((0.3, -0.58), (0.35, -0.4), (0.25, 0.06), (0.36, 0.5), (0.35, 0.94)),
+    "shoulder": smooth_line(
+        [(0.17, -0.6), (0.18, -0.46), (0.35, -0.24), (0.37, 0.0), (0.37, 0.94)]
+    ),
+    "hourglass": smooth_line([(0.3, -0.58), (0.35, -0.4), (0.25, 0.06), (0.36, 0.5), (0.35, 0.94)]),
     "square": ((0.2, -0.6), (0.2, -0.52), (0.42, -0.5), (0.42, 0.92)),
 }
 

@@ -67,7 +67,7 @@ sleeveless | slvless | ärmellos | sans manches | sin mangas | smanicato
 short sleeves | sh slv | kurzarm | manches courtes | manga corta | maniche corte
 long sleeves | lg slv | langarm | manches longues | manga larga | maniche lunghe
 puff sleeves | puff slv | Puffärmel | manches ballon | mangas abullonadas | maniche a sbuffo
-rolled sleeves | roll slv | Krempelärmel | manches retroussées | manga remangada | maniche arrotolate
+rolled sleeves | roll slv | Krempelärmel | manches roulées | manga remangada | maniche arrotolate
 mini | | mini | court | mini | mini
 knee length | knee lgth | knielang | mi-long | hasta la rodilla | al ginocchio
 maxi | | bodenlang | long | largo | lungo
@@ -124,7 +124,7 @@ rounded | rnd | abgerundet | arrondi | redondeado | arrotondato
 square | sq | eckig | carré | cuadrado | quadrato
 slim | | schmal | fin | estrecho | sottile
 roll top | rolltop | Rolltop | enroulable | enrollable | arrotolabile
-no side pocket | | ohne Seitentasche | sans poche latérale | sin bolsillo lateral | senza tasca laterale
+no side pocket | | ohne Seitentasche | sans poche latérale | sin lateral | senza laterale
 side pockets | side pkt | Seitentaschen | poches latérales | bolsillos laterales | tasche laterali
 beanie | bnie | Mütze | bonnet | gorro | berretto
 baseball cap | cap | Basecap | casquette | gorra | cappellino
@@ -284,7 +284,7 @@ _ROWS = {row[0]: row for row in (_cells(line) for line in _TABLE.strip().splitli
 
 
 def say(value: str, language: str, attribute: str = "") -> str:
-    """The value in one of LANGUAGES, with its noun where the value alone says too little ("white sole").
+    """The value in one of LANGUAGES, with a noun where it says too little alone ("white sole").
 
     Values that no table lists (330 ml, E27) are the same in every language.
     """
