@@ -244,8 +244,8 @@ def _read_records(source: Source, part: str) -> Iterator[Record]:
     import tensorflow_datasets as tfds  # half a second that other sources need not pay
     from tensorflow_datasets.proto import tf_example_pb2
 
-    # TFDS's own decoder would decode the images, and fails on a sequence of them without
-    # TensorFlow, so the records are taken as the protocol buffers that they are.
+    # TFDS's own reader would decode every image here (without TensorFlow it can't skip that for a
+    # sequence of images), so the records are taken as the protocol buffers that they are.
     number = 0
     try:
         records = tfds.builder_from_directory(str(source.root)).as_data_source(

@@ -202,6 +202,7 @@ def test_a_tfds_dataset_is_read_by_folder_and_by_name(tmp_path, monkeypatch):
     home = tmp_path / "tfds"
     Shop(data_dir=home, file_format="array_record").download_and_prepare()
     by_folder = open_catalog(home / "shop" / "1.0.0", cache_dir=tmp_path)
+    assert by_folder.name == "shop"
     # TFDS shuffles as it writes
     found = [int(by_folder.listing(i).listing_id[1:]) for i in range(len(by_folder))]
     assert sorted(found) == list(range(4))

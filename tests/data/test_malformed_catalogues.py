@@ -275,6 +275,7 @@ def write_catalogue(folder: Path, mistake: Mistake) -> None:
     mistake.prepare(folder)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
 def test_a_mistake_is_told_with_its_line_and_cure_and_loses_no_good_listing(mistake, tmp_path):
     folder, cache, report = (tmp_path / name for name in ("shop", "cache", "report"))
@@ -340,3 +341,10 @@ def test_of_two_formats_in_one_folder_the_user_must_choose(tmp_path):
         (tmp_path / name).touch()
     with pytest.raises(UserError, match="holds both"):
         open_catalog(tmp_path, cache_dir=tmp_path / "cache")
+
+
+def test_a_cache_path_that_is_a_file_is_told(tmp_path):
+    write_catalogue(tmp_path / "shop", MISTAKES[0])
+    (tmp_path / "cache").touch()
+    with pytest.raises(UserError, match="can't be written"):
+        open_catalog(tmp_path / "shop", cache_dir=tmp_path / "cache")
