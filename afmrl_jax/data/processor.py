@@ -90,6 +90,12 @@ class Processor:
                 f"{self._instruction_tokens}, the end 1; raise max_tokens or lower max_patches"
             )
 
+    @property
+    def max_images(self) -> int:
+        """How many images a row can hold, at one merge window and two marks each."""
+        tokens = (self.max_tokens - self._instruction_tokens - 1) // 3
+        return min(self.max_patches // self.merge_size**2, tokens)
+
     def __call__(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
         """The embedder's input.
 
@@ -97,7 +103,7 @@ class Processor:
         int32[N, 3, S], M-RoPE's time, height and width, 0 on padding; patches float32[N, P, C];
         patch_positions int32[N, P, 2], the patch's row and column in its image; patch_segments
         int32[N, P], the image's number within the row from 1, 0 on padding.
-        Raises UserError for a row with more images than it can hold at one merge window each.
+        Raises UserError for a row with more than max_images images.
         """
         n, s, p = len(rows), self.max_tokens, self.max_patches
         channels = 3 * self.temporal_patch_size * self.patch_size**2
@@ -130,22 +136,20 @@ class Processor:
 
     def _window_grids(self, images: Sequence[Image.Image]) -> list[tuple[int, int]]:
         """Rows and columns of merge windows of each image of a row, so that all fit together."""
-        if not images:
-            return []
+        if len(images) > self.max_images:
+            raise UserError(
+                f"a row has {len(images)} images, and max_tokens={self.max_tokens} with "
+                f"max_patches={self.max_patches} hold {self.max_images} of the smallest: "
+                f"raise these or take fewer images a listing"
+            )
         budget = min(
             self.max_patches // self.merge_size**2,
             self.max_tokens - 2 * len(images) - self._instruction_tokens - 1,
         )
-        if budget < len(images):
-            raise UserError(
-                f"a row has {len(images)} images, and max_tokens={self.max_tokens} with "
-                f"max_patches={self.max_patches} hold {max(budget, 0)} of the smallest: "
-                f"raise these or take fewer images a listing"
-            )
         wanted = [self._window_grid(image, budget) for image in images]
         # The smallest first: what it leaves of its even share is the larger ones' to divide.
-        for left, k in enumerate(sorted(range(len(images)), key=lambda k: math.prod(wanted[k]))):
-            wanted[k] = self._window_grid(images[k], budget // (len(images) - left))
+        for done, k in enumerate(sorted(range(len(images)), key=lambda k: math.prod(wanted[k]))):
+            wanted[k] = self._window_grid(images[k], budget // (len(images) - done))
             budget -= math.prod(wanted[k])
         return wanted
 

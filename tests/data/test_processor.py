@@ -185,10 +185,13 @@ def test_images_shrink_where_tokens_are_scarcer_than_patches():
 
 
 def test_more_images_than_fit_at_one_window_each_is_an_error():
-    few = _processor(max_patches=8)
-    few([Row("", (_image(64, 64),) * 2)])
-    with pytest.raises(UserError, match="3 images"):
-        few([Row("", (_image(64, 64),) * 3)])
+    instruction = len(TOKENIZER.encode("Find it.").ids)
+    for changes, most in (({"max_patches": 8}, 2), ({"max_tokens": 32 + 3 + instruction}, 11)):
+        few = _processor(**changes)
+        assert few.max_images == most
+        few([Row("", (_image(64, 64),) * most)])
+        with pytest.raises(UserError, match=f"{most + 1} images"):
+            few([Row("", (_image(64, 64),) * (most + 1))])
 
 
 def test_window_grid_is_smart_resize_wherever_that_fits():
