@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Installs everything into .venv, once, and trains on the built-in catalogue.
+# Arguments pass through: bash launch/local.sh --config.steps=50
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+setup base
+exec .venv/bin/python -m afmrl_jax.main --config=configs/agcl.py "$@"

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv, once, and runs them all.
+# Arguments go to pytest: bash launch/test.sh tests/retrieval -x
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+setup test
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/lint-imports
+exec .venv/bin/python -m pytest -p no:cacheprovider "$@"
