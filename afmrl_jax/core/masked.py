@@ -7,17 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean of the values where mask is True; 0 where it nowhere is.
-
-    values: float or bool, any shape. mask: bool, the same shape. Returns a float32 scalar.
-    """
-    total = jnp.sum(jnp.where(mask, values, 0), dtype=jnp.float32)
-    return total / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
-
-
 def masked_quantiles(
-    values: jax.Array, mask: jax.Array, levels: Sequence[float], steps: int = 24
+    values: jax.Array, mask: jax.Array, levels: Sequence[float], steps: int = 16
 ) -> jax.Array:
     """Quantiles of the values where mask is True: the smallest value with a share `level` at or
     below it, to within (max - min) / 2^steps; 0 where nothing is kept.
@@ -27,16 +18,16 @@ def masked_quantiles(
     Found by bisection on counts: a sort would gather a sharded matrix, this only adds scalars.
     """
     count = jnp.sum(mask, dtype=jnp.float32)
-    lowest = jnp.min(jnp.where(mask, values, jnp.inf))
+    kept = jnp.where(mask, values, jnp.inf)
     highest = jnp.max(jnp.where(mask, values, -jnp.inf))
     wanted = jnp.asarray(levels, jnp.float32) * count
 
     def halve(_, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = (low + high) / 2
-        below = [jnp.sum(mask & (values <= m), dtype=jnp.float32) for m in middle]
+        below = [jnp.sum(kept <= m, dtype=jnp.float32) for m in middle]
         enough = jnp.stack(below) >= wanted
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
-    start = (jnp.full_like(wanted, lowest), jnp.full_like(wanted, highest))
+    start = (jnp.full_like(wanted, jnp.min(kept)), jnp.full_like(wanted, highest))
     return jnp.where(count > 0, lax.fori_loop(0, steps, halve, start)[1], 0.0)

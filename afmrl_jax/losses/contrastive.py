@@ -9,6 +9,7 @@ negatives a query · E embedding · T attribute terms.
 """
 
 import difflib
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -18,7 +19,7 @@ from jax import lax
 
 from afmrl_jax.attributes.bm25 import bm25_matrix
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.masked import masked_mean, masked_quantiles
+from afmrl_jax.core.masked import masked_quantiles
 
 # The logit of a masked candidate: its exponential is exactly 0, and no inf - inf can arise.
 MASKED = -1e30
@@ -26,6 +27,8 @@ MASKED = -1e30
 # A listing that scores less than this against itself says next to nothing (no attributes, or such
 # as nearly every product has): agreeing with it must not count as full agreement.
 SELF_SCORE_FLOOR = 1.0
+
+Side = Mapping[str, jax.Array]  # one side's product, terms, query_weights, document_weights
 
 CHOICES = {
     "negative_weight": ("none", "bm25", "similarity"),
@@ -101,81 +104,112 @@ def contrastive_loss(
     query_terms int32[B, T], query_query_weights and query_document_weights float32[B, T], the same
     for target_ with M rows (`CorpusStatistics.encode`); only what the options need is read.
 
-    Returns (sum of the rows' losses, B, metrics), float32 scalars (float64 for float64 inputs).
-    metrics, all of queries -> targets:
+    Returns (sum of the rows' losses, B, metrics), all scalars; computed in float32, or in float64
+    where the embeddings are. The metrics, of queries -> targets:
       accuracy            share of queries nearer to their positive than to any other product's
                           target, masked or not: comparable between options
       accuracy_unmasked   the same among the negatives that the masks leave
-      masked              share of the M - 1 candidates a query that the masks drop
+      masked              share of the M - 1 other candidates of a query that the masks drop
       masked_by_RULE      the same for each rule that is on: target_similarity, margin, attributes,
                           same_product; a candidate may fall under several
       precision_of_RULE   share of those that truly are the same product; 0 where none was dropped
       weight_p10 .. p99   quantiles of w over the negatives left, unless negative_weight is none
 
-    The queries may be sharded by rows: every reduction over [B, M] is along its rows, so no such
-    matrix is gathered, and the way back adds [M, E] gradients.
+    Queries, and all query_ arrays, may be sharded by rows with the targets' replicated: no [B, M]
+    matrix is gathered; the devices exchange sums over columns (symmetric) and gradients.
     """
-    query_side, target_side = _side(info, "query_"), _side(info, "target_")
-    losses, metrics = _one_way(queries, targets, query_side, target_side, options)
+    n = queries.shape[0]
+    dtype = jnp.promote_types(queries.dtype, jnp.float32)
+    queries, targets = queries.astype(dtype), targets.astype(dtype)
+    asking, asked = _side(info, "query_"), _side(info, "target_")
+    scores, scores_back = _bm25_both_ways(asking, asked, options)
+    same = asking["product"][:, None] == asked["product"][None, :]
+    masks = {}
+    if options.mask_attributes is not None:
+        agreement = jnp.minimum(
+            _agreement(scores, asking, axis=1), _agreement(scores_back, asked, axis=0)
+        )
+        masks["attributes"] = agreement > options.mask_attributes
+    if options.same_product == "drop":
+        masks["same_product"] = same
+    similarity = _cosines(queries, targets)
+    # Not the diagonal of the matrix above: cutting it from shards would gather them.
+    positive = jnp.sum(queries * targets[:n], axis=1)
+    weights = _bm25_log_weights(scores, asking, options, axis=1)
+    losses, metrics = _one_way(similarity, positive, targets, same, masks, weights, options, axis=1)
     if options.symmetric:
-        n = queries.shape[0]
-        positives = {name: array[:n] for name, array in target_side.items()}
-        back, _ = _one_way(targets[:n], queries, positives, query_side, options)
+        masks = {rule: mask[:, :n] for rule, mask in masks.items()}
+        weights = _bm25_log_weights(scores_back, asked, options, axis=0)
+        weights = None if weights is None else weights[:, :n]
+        similarity, same = similarity[:, :n], same[:, :n]
+        back, _ = _one_way(similarity, positive, queries, same, masks, weights, options, axis=0)
         losses = (losses + back) / 2
-    return jnp.sum(losses), jnp.asarray(losses.shape[0], losses.dtype), metrics
-
-
-def _side(info: Mapping[str, jax.Array], prefix: str) -> dict[str, jax.Array]:
-    """The arrays of one side, without its prefix."""
-    return {k.removeprefix(prefix): v for k, v in info.items() if k.startswith(prefix)}
+    return jnp.sum(losses), jnp.asarray(n, dtype), metrics
 
 
 def _one_way(
-    rows: jax.Array,
-    columns: jax.Array,
-    row_side: Mapping[str, jax.Array],
-    column_side: Mapping[str, jax.Array],
+    similarity: jax.Array,
+    positive: jax.Array,
+    candidates: jax.Array,
+    same: jax.Array,
+    masks: Mapping[str, jax.Array],
+    weights: jax.Array | None,
     options: Options,
+    axis: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Losses [B] of the rows against the columns, whose first B are the rows' positives."""
-    dtype = jnp.promote_types(rows.dtype, jnp.float32)
-    rows, columns = rows.astype(dtype), columns.astype(dtype)
-    n_rows, n_columns = rows.shape[0], columns.shape[0]
-    similarity = _cosines(rows, columns)  # [B, M]
-    positive = jnp.sum(rows * columns[:n_rows], axis=1)  # [B]; not a diagonal cut from a shard
-    own = jnp.arange(n_rows)[:, None] == jnp.arange(n_columns)[None, :]  # each row's positive
-    same = row_side["product"][:, None] == column_side["product"][None, :]
+    """Losses [B] of one side against the other's candidates, which lie along `axis`, and metrics.
 
-    frozen = lax.stop_gradient(similarity)
-    masks = _masks(frozen, lax.stop_gradient(positive), columns, row_side, column_side, options)
-    if options.same_product == "drop":
-        masks["same_product"] = same
-    dropped = own
-    for mask in masks.values():
-        dropped = dropped | mask
+    similarity float[B, M], rows the queries in either direction; positive [B]; candidates [M, E],
+    the asked side's embeddings; same bool[B, M]; masks by the rules that know no embedding; weights
+    log w [B, M] by BM25 if any. Axis 1: queries ask targets; axis 0: the reverse, M = B.
+    """
+    own = jnp.arange(same.shape[0])[:, None] == jnp.arange(same.shape[1])[None, :]  # the positives
+    frozen, frozen_positive = lax.stop_gradient((similarity, positive))
+    masks = dict(masks)
+    if options.mask_target_similarity is not None:
+        fixed = lax.stop_gradient(candidates)
+        to_positive = _cosines(fixed[: same.shape[0]], fixed)
+        masks["target_similarity"] = to_positive > options.mask_target_similarity
+    if options.mask_margin is not None:
+        limit = jnp.expand_dims(frozen_positive, axis) + options.mask_margin
+        masks["margin"] = frozen > limit
     extra = same & ~own  # the product's other listings
+    dropped = functools.reduce(jnp.logical_or, masks.values(), own)
     if options.same_product == "positive":
         dropped = dropped | extra
 
-    log_weights = _log_weights(frozen, row_side, column_side, options)  # [B, M], or 0
-    boosted = log_weights if options.boost_positive and options.negative_weight == "bm25" else 0.0
-    own_log_weight = jnp.sum(jnp.where(own, boosted, 0.0), axis=1)
+    if options.negative_weight == "similarity":
+        weights = options.similarity_strength * frozen
+    boost = weights if options.boost_positive and options.negative_weight == "bm25" else None
+    logits = similarity / options.temperature
     # log w joins the logit; w itself would overflow where strengths are large.
-    negatives = jnp.where(dropped, MASKED, similarity / options.temperature + log_weights)
-    negatives = jax.nn.logsumexp(negatives, axis=1)  # [B]
-    # -log(e^p / (e^p + e^n)) = softplus(n - p): exactly 0 for a row without negatives.
-    losses = jax.nn.softplus(negatives - positive / options.temperature - own_log_weight)
+    negatives = jnp.where(dropped, MASKED, _plus(logits, weights))
+    negatives = jax.nn.logsumexp(negatives, axis=axis)  # [B]
+    positives = positive / options.temperature
+    if boost is not None:
+        positives += jnp.sum(jnp.where(own, boost, 0.0), axis=axis)
+    # -log(e^p / (e^p + e^n)) = softplus(n - p): exactly 0 without negatives.
+    losses = jax.nn.softplus(negatives - positives)
     if options.same_product == "positive":
-        logits = similarity / options.temperature + boosted
-        others = jnp.where(extra, jax.nn.softplus(negatives[:, None] - logits), 0.0)
-        losses = (losses + jnp.sum(others, axis=1)) / (1 + jnp.sum(extra, axis=1))
+        others = jax.nn.softplus(jnp.expand_dims(negatives, axis) - _plus(logits, boost))
+        others = jnp.sum(jnp.where(extra, others, 0.0), axis=axis)
+        losses = (losses + others) / (1 + jnp.sum(extra, axis=axis))
 
-    metrics = _metrics(frozen, lax.stop_gradient(positive), own, same, dropped, masks)
-    if options.negative_weight != "none":
+    metrics = _metrics(frozen, frozen_positive, own, same, dropped, masks)
+    if weights is not None:
         levels = {"weight_p10": 0.1, "weight_p50": 0.5, "weight_p90": 0.9, "weight_p99": 0.99}
-        quantiles = masked_quantiles(log_weights, ~dropped, tuple(levels.values()))
+        quantiles = masked_quantiles(weights, ~dropped, tuple(levels.values()))
         metrics |= dict(zip(levels, jnp.exp(quantiles)))
     return losses, metrics
+
+
+def _plus(logits: jax.Array, log_weights: jax.Array | None) -> jax.Array:
+    return logits if log_weights is None else logits + log_weights
+
+
+def _side(info: Mapping[str, jax.Array], prefix: str) -> Side:
+    """The arrays of one side, without its prefix."""
+    return {k.removeprefix(prefix): v for k, v in info.items() if k.startswith(prefix)}
 
 
 def _cosines(rows: jax.Array, columns: jax.Array) -> jax.Array:
@@ -183,64 +217,70 @@ def _cosines(rows: jax.Array, columns: jax.Array) -> jax.Array:
     return jnp.matmul(rows, columns.T, precision=lax.Precision.HIGHEST)
 
 
-def _agreement(rows: Mapping[str, jax.Array], columns: Mapping[str, jax.Array], scale: str):
-    """BM25 of the columns for the rows, float32[B, M]; "self" divides by what the row scores
-    against itself (floored) and clips to [0, 1]. Not by B_ii: that is the score of another listing,
-    tiny where its attributes are missing."""
-    scores = bm25_matrix(
-        rows["terms"], rows["query_weights"], columns["terms"], columns["document_weights"]
-    )
-    if scale == "raw":
-        return scores
-    own = jnp.sum(rows["query_weights"] * rows["document_weights"], axis=1, keepdims=True)
-    return jnp.clip(scores / jnp.maximum(own, SELF_SCORE_FLOOR), 0.0, 1.0)
+def _bm25_both_ways(
+    asking: Side, asked: Side, options: Options
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """BM25 of targets for queries, and of queries for targets, both [B, M]; None if not needed."""
+    weighed = options.negative_weight == "bm25"
+    there = back = None
+    if weighed or options.mask_attributes is not None:
+        there = bm25_matrix(
+            asking["terms"], asking["query_weights"], asked["terms"], asked["document_weights"]
+        )
+    if (weighed and options.symmetric) or options.mask_attributes is not None:
+        # The weights change places and the terms do not: it is born as [B, M], its rows sharded.
+        back = bm25_matrix(
+            asking["terms"], asking["document_weights"], asked["terms"], asked["query_weights"]
+        )
+    return there, back
 
 
-def _log_weights(frozen, row_side, column_side, options: Options) -> jax.Array | float:
-    """log w of each pair, [B, M]: METHOD section 3's formula, LLaVE's, or 0."""
-    if options.negative_weight == "bm25":
-        agreement = _agreement(row_side, column_side, options.weight_scale)
-        return options.weight_strength * (1 + jnp.tanh(agreement))
-    if options.negative_weight == "similarity":
-        return options.similarity_strength * frozen
-    return 0.0
+def _agreement(scores: jax.Array, side: Side, axis: int) -> jax.Array:
+    """Scores as shares, in [0, 1], of what each of the asking side scores against itself.
+
+    Not of B_ii: that is the score of another listing, tiny where its attributes are missing.
+    """
+    own = jnp.sum(side["query_weights"] * side["document_weights"], axis=1)
+    return jnp.clip(scores / jnp.expand_dims(jnp.maximum(own, SELF_SCORE_FLOOR), axis), 0.0, 1.0)
 
 
-def _masks(
+def _bm25_log_weights(
+    scores: jax.Array | None, side: Side, options: Options, axis: int
+) -> jax.Array | None:
+    """log w = a (1 + tanh(B)), [B, M], B scaled or raw; None where BM25 does not weigh."""
+    if options.negative_weight != "bm25":
+        return None
+    scaled = _agreement(scores, side, axis) if options.weight_scale == "self" else scores
+    return options.weight_strength * (1 + jnp.tanh(scaled))
+
+
+def _metrics(
     frozen: jax.Array,
     positive: jax.Array,
-    columns: jax.Array,
-    row_side: Mapping[str, jax.Array],
-    column_side: Mapping[str, jax.Array],
-    options: Options,
+    own: jax.Array,
+    same: jax.Array,
+    dropped: jax.Array,
+    masks: Mapping[str, jax.Array],
 ) -> dict[str, jax.Array]:
-    """What each rule that is on takes for a false negative, bool[B, M]."""
-    masks = {}
-    if options.mask_target_similarity is not None:
-        columns = lax.stop_gradient(columns)
-        almost_positive = _cosines(columns[: frozen.shape[0]], columns)
-        masks["target_similarity"] = almost_positive > options.mask_target_similarity
-    if options.mask_margin is not None:
-        masks["margin"] = frozen > positive[:, None] + options.mask_margin
-    if options.mask_attributes is not None:
-        there = _agreement(row_side, column_side, "self")
-        back = _agreement(column_side, row_side, "self").T
-        masks["attributes"] = jnp.minimum(there, back) > options.mask_attributes
-    return masks
-
-
-def _metrics(frozen, positive, own, same, dropped, masks) -> dict[str, jax.Array]:
     """Accuracies, and what each mask drops; see `contrastive_loss`."""
+    n_rows, n_columns = own.shape
+    candidates = max(n_rows * (n_columns - 1), 1)
+
+    def count(mask: jax.Array) -> jax.Array:
+        return jnp.sum(mask & ~own, dtype=jnp.float32)
+
     best = jnp.max(jnp.where(same | own, -jnp.inf, frozen), axis=1)
     best_left = jnp.max(jnp.where(same | dropped, -jnp.inf, frozen), axis=1)
     metrics = {
         # Strictly nearer: a collapsed encoder, to which all is equal, scores 0 and not 1.
         "accuracy": jnp.mean(positive > best, dtype=jnp.float32),
         "accuracy_unmasked": jnp.mean(positive > best_left, dtype=jnp.float32),
-        "masked": masked_mean(dropped, ~own),
+        "masked": count(functools.reduce(jnp.logical_or, masks.values())) / candidates
+        if masks
+        else jnp.zeros(()),
     }
     for rule, mask in masks.items():
-        metrics[f"masked_by_{rule}"] = masked_mean(mask, ~own)
+        metrics[f"masked_by_{rule}"] = count(mask) / candidates
         if rule != "same_product":
-            metrics[f"precision_of_{rule}"] = masked_mean(same, mask & ~own)
+            metrics[f"precision_of_{rule}"] = count(mask & same) / jnp.maximum(count(mask), 1.0)
     return metrics
