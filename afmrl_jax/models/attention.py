@@ -1,6 +1,6 @@
 """The one attention of the tower and the decoder: grouped heads, any mask, softmax in float32.
 
-Axes: N rows · S tokens or patches · H query heads · K key/value heads (H is a multiple) · D head size.
+Axes: N rows · S tokens or patches · H query heads · K key/value heads (H is n·K) · D head size.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""What a Qwen-VL model is made of: sizes and special tokens, from a Hugging Face config or a preset.
+"""What a Qwen-VL model is made of: sizes and special tokens, from Hugging Face or a preset.
 
 No jax here: data workers and the planner read these numbers too.
 """
@@ -39,8 +39,8 @@ class VisionConfig:
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads or self.head_dim % 4:
             raise UserError(
-                f"model config: vision width {self.hidden_size} over {self.num_heads} heads; the 2-D "
-                "rotary embedding needs a whole head size that is a multiple of 4"
+                f"model config: vision width {self.hidden_size} over {self.num_heads} heads; the "
+                "2-D rotary embedding needs a whole head size that is a multiple of 4"
             )
 
 
@@ -66,8 +66,8 @@ class TextConfig:
             )
         if len(self.mrope_sections) != 3 or 2 * sum(self.mrope_sections) != self.head_dim:
             raise UserError(
-                f"model config: mrope_section {list(self.mrope_sections)} must be three numbers that "
-                f"sum to half the head size, {self.head_dim / 2:g}"
+                f"model config: mrope_section {list(self.mrope_sections)} must be three numbers "
+                f"that sum to half the head size, {self.head_dim / 2:g}"
             )
 
 
@@ -101,7 +101,7 @@ class QwenVLConfig:
         return dataclasses.replace(self, **changes)
 
     def to_hf(self) -> dict[str, Any]:
-        """The content of a Hugging Face config.json (flat layout); `from_hf` reads it back equal."""
+        """A Hugging Face config.json's content (flat layout); `from_hf` reads it back equal."""
         vision, text = self.vision, self.text
         return {
             "architectures": ["Qwen2VLForConditionalGeneration"],
@@ -139,7 +139,7 @@ class QwenVLConfig:
 
 
 def from_hf(config: Mapping[str, Any]) -> QwenVLConfig:
-    """Reads the content of a Hugging Face config.json, flat or with a `text_config` (transformers 5).
+    """Reads a Hugging Face config.json's content, flat or with a `text_config` (transformers 5).
 
     Raises UserError where the architecture is not one of ours, a number is missing, or the
     checkpoint asks for something that this model does not compute.
@@ -245,7 +245,7 @@ def _qwen2_vl(text: TextConfig, vocab_size: int, tie_embeddings: bool) -> QwenVL
 
 
 PRESETS: dict[str, QwenVLConfig] = {
-    # Trains from scratch on two CPU cores; its tokenizer is trained too, hence the small vocabulary.
+    # Trains from scratch on two CPU cores, its tokenizer too: hence the small vocabulary.
     "tiny": QwenVLConfig(
         vision=VisionConfig(
             hidden_size=128,

@@ -15,8 +15,8 @@ from jax.typing import DTypeLike
 
 from afmrl_jax.models.attention import attend
 from afmrl_jax.models.config import QwenVLConfig
+from afmrl_jax.models.layers import Linear, check_remat, run_layers, stack_layers
 from afmrl_jax.models.rope import rotary_angles, rotate, text_frequencies
-from afmrl_jax.models.stack import check_remat, run_layers, stack_layers
 from afmrl_jax.models.vision import VisionTower
 
 
@@ -26,13 +26,13 @@ class Attention(nnx.Module):
     def __init__(
         self, config: QwenVLConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
     ):
-        text, init = config.text, nnx.initializers.normal(config.initializer_range)
-        options = {"kernel_init": init, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        text, options = config.text, {"dtype": dtype, "param_dtype": param_dtype}
+        options |= {"scale": config.initializer_range, "rngs": rngs}
         width, key_width = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-        self.query = nnx.Linear(text.hidden_size, width, **options)
-        self.key = nnx.Linear(text.hidden_size, key_width, **options)
-        self.value = nnx.Linear(text.hidden_size, key_width, **options)
-        self.out = nnx.Linear(width, text.hidden_size, use_bias=False, **options)
+        self.query = Linear(text.hidden_size, width, **options)
+        self.key = Linear(text.hidden_size, key_width, **options)
+        self.value = Linear(text.hidden_size, key_width, **options)
+        self.out = Linear(width, text.hidden_size, bias=False, **options)
         self.head_dim = text.head_dim
 
     def __call__(self, x: jax.Array, angles, mask: jax.Array) -> jax.Array:
@@ -50,15 +50,15 @@ class DecoderLayer(nnx.Module):
     def __init__(
         self, config: QwenVLConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
     ):
-        text, init = config.text, nnx.initializers.normal(config.initializer_range)
+        text = config.text
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        mlp = {"use_bias": False, "kernel_init": init, **types}
+        mlp = {"bias": False, "scale": config.initializer_range, **types}
         self.attention_norm = nnx.RMSNorm(text.hidden_size, epsilon=text.norm_epsilon, **types)
         self.attention = Attention(config, **types)
         self.mlp_norm = nnx.RMSNorm(text.hidden_size, epsilon=text.norm_epsilon, **types)
-        self.gate = nnx.Linear(text.hidden_size, text.mlp_size, **mlp)
-        self.up = nnx.Linear(text.hidden_size, text.mlp_size, **mlp)
-        self.down = nnx.Linear(text.mlp_size, text.hidden_size, **mlp)
+        self.gate = Linear(text.hidden_size, text.mlp_size, **mlp)
+        self.up = Linear(text.hidden_size, text.mlp_size, **mlp)
+        self.down = Linear(text.mlp_size, text.hidden_size, **mlp)
 
     def __call__(self, x: jax.Array, angles, mask: jax.Array) -> jax.Array:
         x = x + self.attention(self.attention_norm(x), angles, mask)
@@ -92,11 +92,11 @@ class QwenVL(nnx.Module):
         )
         self.norm = nnx.RMSNorm(text.hidden_size, epsilon=text.norm_epsilon, rngs=rngs, **types)
         if head and not config.tie_embeddings:
-            self.lm_head = nnx.Linear(
+            self.lm_head = Linear(
                 text.hidden_size,
                 config.vocab_size,
-                use_bias=False,
-                kernel_init=init,
+                bias=False,
+                scale=config.initializer_range,
                 rngs=rngs,
                 **types,
             )
@@ -118,7 +118,7 @@ class QwenVL(nnx.Module):
         return self.norm(x)
 
     def embed_rows(self, rows: Mapping[str, jax.Array]) -> jax.Array:
-        """The decoder's input [N, S, D]: token embeddings, image features in the image tokens' places."""
+        """The decoder's input [N, S, D]: token embeddings, image features at the image tokens."""
         tokens = rows["tokens"]
         # Only the rows looked up are cast: nnx.Embed's own call would cast the whole table.
         embedded = jnp.take(self.embed.embedding[...], tokens, axis=0).astype(self.dtype)

@@ -1,4 +1,4 @@
-"""Rotary position embeddings of several axes: time, height, width of a token; height, width of a patch.
+"""Rotary position embeddings over several axes: of a token (time, height, width) or a patch.
 
 Each rotary frequency listens to one position axis; which one is a static table, so that chunked
 M-RoPE (Qwen2-VL, https://arxiv.org/abs/2409.12191) and the tower's 2-D RoPE are one function.

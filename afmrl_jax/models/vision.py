@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 
 from afmrl_jax.models.attention import attend
 from afmrl_jax.models.config import QwenVLConfig
+from afmrl_jax.models.layers import Linear, run_layers, stack_layers
 from afmrl_jax.models.rope import rotary_angles, rotate, vision_frequencies
-from afmrl_jax.models.stack import run_layers, stack_layers
 
 
 class VisionAttention(nnx.Module):
@@ -21,11 +21,11 @@ class VisionAttention(nnx.Module):
     def __init__(
         self, config: QwenVLConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
     ):
-        width, init = config.vision.hidden_size, nnx.initializers.normal(config.initializer_range)
-        options = {"kernel_init": init, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        width, options = config.vision.hidden_size, {"dtype": dtype, "param_dtype": param_dtype}
+        options |= {"scale": config.initializer_range, "rngs": rngs}
         # Query, key and value on an axis of their own: a sharded width never splits across them.
-        self.qkv = nnx.LinearGeneral(width, (3, width), **options)
-        self.out = nnx.Linear(width, width, **options)
+        self.qkv = Linear(width, 3, width, **options)
+        self.out = Linear(width, width, **options)
         self.num_heads = config.vision.num_heads
 
     def __call__(self, x: jax.Array, angles, mask: jax.Array) -> jax.Array:
@@ -43,14 +43,14 @@ class VisionLayer(nnx.Module):
     def __init__(
         self, config: QwenVLConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
     ):
-        vision, init = config.vision, nnx.initializers.normal(config.initializer_range)
+        vision, scale = config.vision, config.initializer_range
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         norm = {"epsilon": vision.norm_epsilon, "use_fast_variance": False, **types}
         self.attention_norm = nnx.LayerNorm(vision.hidden_size, **norm)
         self.attention = VisionAttention(config, **types)
         self.mlp_norm = nnx.LayerNorm(vision.hidden_size, **norm)
-        self.up = nnx.Linear(vision.hidden_size, vision.mlp_size, kernel_init=init, **types)
-        self.down = nnx.Linear(vision.mlp_size, vision.hidden_size, kernel_init=init, **types)
+        self.up = Linear(vision.hidden_size, vision.mlp_size, scale=scale, **types)
+        self.down = Linear(vision.mlp_size, vision.hidden_size, scale=scale, **types)
 
     def __call__(self, x: jax.Array, angles, mask: jax.Array) -> jax.Array:
         x = x + self.attention(self.attention_norm(x), angles, mask)
@@ -64,15 +64,15 @@ class PatchMerger(nnx.Module):
     def __init__(
         self, config: QwenVLConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
     ):
-        vision, init = config.vision, nnx.initializers.normal(config.initializer_range)
+        vision, scale = config.vision, config.initializer_range
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.window = vision.merge_size**2
         width = vision.hidden_size * self.window
         self.norm = nnx.LayerNorm(
             vision.hidden_size, epsilon=vision.norm_epsilon, use_fast_variance=False, **types
         )
-        self.up = nnx.Linear(width, width, kernel_init=init, **types)
-        self.down = nnx.Linear(width, config.text.hidden_size, kernel_init=init, **types)
+        self.up = Linear(width, width, scale=scale, **types)
+        self.down = Linear(width, config.text.hidden_size, scale=scale, **types)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         rows, patches, _ = x.shape
@@ -94,11 +94,11 @@ class VisionTower(nnx.Module):
     ):
         types = {"dtype": dtype, "param_dtype": param_dtype}
         # The 3-D convolution whose stride is its kernel is a product with the flattened patch.
-        self.patch_embed = nnx.Linear(
+        self.patch_embed = Linear(
             config.vision.patch_dim,
             config.vision.hidden_size,
-            use_bias=False,
-            kernel_init=nnx.initializers.normal(config.initializer_range),
+            bias=False,
+            scale=config.initializer_range,
             rngs=rngs,
             **types,
         )

@@ -1,0 +1,85 @@
+"""What both towers are built from: a linear map, and layers of one kind stacked into one and run.
+
+Stacked parameters have a leading axis and run by a scan, which compiles one layer however deep the
+model is. Remat policies, by name: "none" keeps every activation for the backward pass, "full" each
+layer's input only, "dots" also the results of its matrix products.
+Axes: T rows x tokens, flattened · D inputs.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from afmrl_jax.core.errors import UserError
+
+Layer = TypeVar("Layer", bound=nnx.Module)
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+UNROLLED_LAYERS = 4  # up to so many a loop copies more activations than it spares compile time
+
+
+class Linear(nnx.Module):
+    """x W + b, the matrix product in `dtype`, parameters in `param_dtype`."""
+
+    def __init__(
+        self,
+        inputs: int,
+        *outputs: int,
+        bias: bool = True,
+        scale: float,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+    ):
+        init = nnx.initializers.normal(scale)
+        self.kernel = nnx.Param(init(rngs.params(), (inputs, *outputs), param_dtype))
+        self.bias = nnx.Param(jnp.zeros(outputs, param_dtype)) if bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x: [..., D]. Returns dtype[..., *outputs]."""
+        kernel = self.kernel[...].astype(self.dtype)
+        # One flat token axis: with two, XLA's CPU weight gradient transposes cotangents in memory.
+        tokens = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        y = jax.lax.dot_general(tokens, kernel, (((1,), (0,)), ((), ())))
+        if self.bias is not None:
+            y = y + self.bias[...].astype(self.dtype)
+        return y.reshape(*x.shape[:-1], *kernel.shape[1:])
+
+
+def check_remat(name: str) -> str:
+    """The name itself; UserError where it is no remat policy."""
+    if name != "none" and name not in REMAT_POLICIES:
+        raise UserError(f"remat {name!r} does not exist; choose one of none, full, dots")
+    return name
+
+
+def stack_layers(make: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) -> Layer:
+    """`count` layers made with different keys, as one module of parameters with a leading axis."""
+    graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    keys = jax.random.split(rngs.params(), count)
+    state = jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys)
+    return nnx.merge(graph, state)
+
+
+def run_layers(
+    layers: Layer, x: jax.Array, call: Callable[[Layer, jax.Array], jax.Array], remat: str
+) -> jax.Array:
+    """Feeds x through stacked layers in turn, `call(layer, x)` for each, and returns the result."""
+    graph, state = nnx.split(layers)
+    unroll = len(jax.tree.leaves(state)[0]) <= UNROLLED_LAYERS
+
+    def step(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
+        return call(nnx.merge(graph, state), x), None
+
+    if remat != "none":
+        # A loop keeps XLA from undoing the recomputation by itself; straight code does not.
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
+    return jax.lax.scan(step, x, state, unroll=unroll)[0]
