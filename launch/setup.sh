@@ -7,7 +7,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 # Prints the first Python of a supported version that runs and can make an environment. A name on
 # the PATH is not enough: version managers put names there that do nothing.
 find_python() {
-    local python works='import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
+    local python
+    local works='import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))'
     for python in python3.11 python3.12 python3.13 python3; do
         if "$python" -c "$works" 2>/dev/null; then
             echo "$python"
@@ -49,7 +50,10 @@ setup() {
     fi
     echo "Installing into $PWD/.venv (once, a minute or two) ..."
     pip_install -r requirements.txt
-    pip_install -e . --no-deps
-    [[ "$extra" == base ]] || pip_install -e ".[$extra]" -c requirements.txt
+    if [[ "$extra" == base ]]; then
+        pip_install -e . --no-deps
+    else
+        pip_install -e ".[$extra]" -c requirements.txt
+    fi
     touch ".venv/installed-base-$key" ".venv/installed-$extra-$key"
 }
