@@ -20,10 +20,10 @@ from afmrl_jax.data.builtin.vocabulary import COLOURS
 from afmrl_jax.data.builtin.wares import bottle, mug, watch
 
 # How hard the photo is: what hides a product's attributes.
-CROP_SHARE = 0.35  # of the photos are taken so near that part of the product is cut off
-TILT_DEGREES = 14.0
-EXPOSURE_SIGMA = 0.18  # of log brightness
-COLOUR_CAST_SIGMA = 0.06  # of log brightness, a channel
+CROP_SHARE = 0.25  # of the photos are taken so near that part of the product is cut off
+TILT_DEGREES = 10.0
+EXPOSURE_SIGMA = 0.15  # of log brightness
+COLOUR_CAST_SIGMA = 0.05  # of log brightness, a channel
 GRAIN_MAX = 0.03
 BADGE_SHARE = 0.25  # of the photos carry a badge that covers a corner
 
@@ -93,8 +93,8 @@ def _ink(main: tuple[int, int, int]) -> tuple[float, float, float]:
 def _viewpoint(rng: random.Random, size: int) -> np.ndarray:
     """float64[3, 3]: object space -> pixels. Mirror, tilt, shear, perspective, distance, crop."""
     near = rng.random() < CROP_SHARE
-    scale = size * (rng.uniform(0.5, 0.62) if near else rng.uniform(0.33, 0.44))
-    reach = 0.16 if near else 0.06
+    scale = size * (rng.uniform(0.48, 0.6) if near else rng.uniform(0.36, 0.45))
+    reach = 0.14 if near else 0.04
     angle = math.radians(rng.gauss(0, TILT_DEGREES / 2))
     mirror = rng.choice((-1.0, 1.0))
     cos, sin = math.cos(angle), math.sin(angle)

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from afmrl_jax.data.builtin import words
 
 # How hard the text is: what a seller bothers to say.
-TITLE_SHARE = 0.45  # of the attributes
-TITLE_SILENT_SHARE = 0.15  # of what is not there ("no pocket", "plain")
-DESCRIPTION_SHARE = 0.2  # of the attributes, where there is a description at all
-NO_DESCRIPTION_SHARE = 0.5
+TITLE_SHARE = 0.6  # of the attributes
+TITLE_SILENT_SHARE = 0.35  # of what is not there ("no pocket", "plain")
+DESCRIPTION_SHARE = 0.3  # of the attributes, where there is a description at all
+NO_DESCRIPTION_SHARE = 0.4
 BRAND_SHARE = 0.5
 NOUN_SHARE = 0.9
 VAGUE_COLOUR_SHARE = 0.3  # of the colours that are said
-LANGUAGE_WEIGHTS = {"en": 0.5, "short": 0.18, "de": 0.08, "fr": 0.08, "es": 0.08, "it": 0.08}
+LANGUAGE_WEIGHTS = {"en": 0.56, "short": 0.16, "de": 0.07, "fr": 0.07, "es": 0.07, "it": 0.07}
 
 _DECORATIONS = {
     "en": ("NEW", "BNWT", "free shipping", "SALE", "top quality", "great gift", "last one!"),

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+PLAIN_BACKGROUND_SHARE = 0.55  # of the photos; the others are taken at some place
+
 _TAU = 2 * math.pi
 
 
@@ -197,8 +199,8 @@ def _grain_tile(size: int) -> np.ndarray:
 
 def background(rng: random.Random, size: int) -> np.ndarray:
     """A random window of one of the sets that sellers photograph on: float32[S, S, 3]."""
-    sets = _sets(size)
-    scene = sets[rng.randrange(len(sets))]
+    plain, places = _sets(size)
+    scene = rng.choice(plain if rng.random() < PLAIN_BACKGROUND_SHARE else places)
     spare = scene.shape[0] - size
     y, x = rng.randrange(spare), rng.randrange(spare)
     window = scene[y : y + size, x : x + size]
@@ -206,8 +208,8 @@ def background(rng: random.Random, size: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4)
-def _sets(size: int) -> list[np.ndarray]:
-    """Every set, float32[1.5 S, 1.5 S, 3]: papers, tables, walls, rooms."""
+def _sets(size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Papers, and tables, walls and rooms: float32[1.5 S, 1.5 S, 3] each."""
     side = size + size // 2
     v, u = (np.mgrid[:side, :side].astype(np.float32) / size * 2) - 1
     vignette = 1 - 0.10 * (u * u + v * v)
@@ -227,13 +229,15 @@ def _sets(size: int) -> list[np.ndarray]:
     dark_wood = paint(0.42, 0.28, 0.19, planks)
     bricks = paint(0.66, 0.42, 0.34, mortar + 0.06 * _clouds(side, 60, 60))
     concrete = paint(0.62, 0.62, 0.61, 1 + 0.06 * _clouds(side, 12, 12))
-    return [
+    papers = [
         paint(0.98, 0.98, 0.98, vignette),
         paint(0.96, 0.96, 0.97, 1 - 0.05 * v),
         paint(0.88, 0.89, 0.90, 1 - 0.2 * v),
         paint(0.93, 0.84, 0.80, vignette),
         paint(0.76, 0.86, 0.90, vignette),
         paint(0.30, 0.31, 0.34, vignette),
+    ]
+    places = [
         wood,
         dark_wood,
         paint(0.92, 0.92, 0.93, veins),
@@ -245,6 +249,7 @@ def _sets(size: int) -> list[np.ndarray]:
         room(paint(0.68, 0.76, 0.72, vignette), dark_wood, 0.6),
         room(bricks, concrete, 0.6),
     ]
+    return papers, places
 
 
 def _clouds(side: int, columns: int, rows: int) -> np.ndarray:
