@@ -106,7 +106,7 @@ def test_every_visible_attribute_shows_and_no_hidden_one_does(name):
             if attribute in category.hidden:
                 assert max(changed) == 0
             else:
-                assert min(changed) >= 8, f"{name}: {attribute}={values[i]} is hard to see"
+                assert min(changed) >= 16, f"{name}: {attribute}={values[i]} is hard to see"
 
 
 def test_every_value_can_be_said_in_every_language():

@@ -33,6 +33,9 @@ def handbag(pen: Pen, a: Attributes) -> None:
         for side in (-1, 1):
             pen.crease([(side * 0.52, top + 0.1), (side * 0.6, low - 0.04)], 0.025, -0.2)
     _bag_closure(pen, a["closure"], top, width, metal)
+    for side in (-1, 1):
+        x = {"top handle": 0.3, "two handles": 0.36}.get(a["handle"], width * 0.93)
+        pen.oval(side * x, top + 0.05, 0.065, 0.065, metal)
     _charm(pen, a["charm"], top, width)
 
 
@@ -67,9 +70,6 @@ def _bag_handle(pen: Pen, kind: str, top: float, width: float, metal) -> None:
                 t = -1 + 2 * (i + 0.5) / n
                 y = -0.98 + (top + 1.08) * abs(t) ** 2.6
                 pen.oval(t * width * 0.95, y, 0.05, 0.05, metal if i % 2 else darker(metal, 0.6))
-    for side in (-1, 1):
-        x = {"top handle": 0.3, "two handles": 0.36}.get(kind, width * 0.93)
-        pen.oval(side * x, top + 0.07, 0.06, 0.06, metal)
 
 
 def _bag_closure(pen: Pen, kind: str, top: float, width: float, metal) -> None:

@@ -164,7 +164,7 @@ def _collar(pen: Pen, kind: str) -> None:
         pen.shape([*leaf, (side * 0.29, -0.8)], shade=0.16)
         pen.crease([leaf[1], leaf[2], (side * 0.29, -0.8)], 0.022, -0.5)
         if kind == "button-down collar":
-            pen.oval(side * 0.155, -0.61, 0.026, 0.026, (250, 248, 242))
+            pen.oval(side * 0.155, -0.62, 0.038, 0.038, (250, 248, 242))
             pen.line([leaf[1], leaf[2]], 0.018, darker(pen.main, 0.5))
 
 

@@ -13,8 +13,8 @@ def lamp(pen: Pen, a: Attributes) -> None:
     shade_top, shade_low = (-0.96, -0.26) if tall else (-0.78, 0.02)
     _lamp_base(pen, a["base"], shade_low - 0.08, finish, 0.96 if tall else 0.8)
     if a["switch"] == "pull chain":
-        pen.line([(0.24, shade_low - 0.05), (0.24, shade_low + 0.3)], 0.025, (214, 184, 104))
-        pen.oval(0.24, shade_low + 0.33, 0.05, 0.05, (214, 184, 104))
+        pen.line([(0.26, shade_low - 0.05), (0.26, shade_low + 0.34)], 0.035, (214, 184, 104))
+        pen.oval(0.26, shade_low + 0.38, 0.065, 0.065, (214, 184, 104))
     elif a["switch"] == "cord switch":
         low = 0.96 if tall else 0.8
         pen.line(

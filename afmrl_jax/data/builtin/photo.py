@@ -70,7 +70,8 @@ def photograph(
     relief = _relief(coverage, angle, look.gloss)
     light = crease * (1 + relief) * (1 + fabric * look.texture)
     photo = albedo * light[..., None]
-    photo += alpha * (look.gloss * np.maximum(relief - 0.12, 0) * fabric)[..., None]
+    sheen = 0.08 * look.texture + look.gloss * np.maximum(relief - 0.12, 0)  # shows on black too
+    photo += (fabric * sheen)[..., None]
 
     scene = background(rng, size)
     scene = scene * (1 - _shadow(rng, coverage, angle)[..., None])

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 # What a listing's photo can show of a colour name: sRGB, 0..255.
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "black": (36, 36, 40),
+    "black": (42, 42, 46),
     "white": (242, 241, 236),
     "grey": (146, 148, 152),
     "navy": (30, 42, 96),
