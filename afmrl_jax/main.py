@@ -33,11 +33,15 @@ def run(config: ConfigDict, workdir: Path) -> None:
     known = [module.name for module in pkgutil.iter_modules(programs.__path__)]
     if config.program not in known:
         raise UserError(f"program {config.program!r} does not exist: use one of {', '.join(known)}")
+    import jax  # only now: --help and a mistyped field must not wait for it
+
     from afmrl_jax.core.mesh import initialize_distributed, make_mesh
 
     initialize_distributed()
     program = importlib.import_module(f"afmrl_jax.programs.{config.program}")
-    program.main(config, workdir, make_mesh(dict(config.mesh)))
+    mesh = make_mesh(dict(config.mesh))
+    with jax.set_mesh(mesh):
+        program.main(config, workdir, mesh)
 
 
 def fields(config: ConfigDict, prefix: str = "") -> list[str]:

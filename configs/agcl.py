@@ -4,6 +4,8 @@ configs/agcl.py           AGCL on the built-in catalogue, small enough for two C
 configs/agcl.py:vlm2vec   the VLM2Vec baseline: the same code, weights and attribute masks off
 """
 
+import math
+
 from ml_collections import ConfigDict
 
 from configs import common
@@ -20,64 +22,65 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.eval_every = 120
     config.checkpoint_every = 60
 
-    config.batch = 64                  # pairs of the global batch (VLM2Vec-V2: 1024)
-    config.chunks = 1                  # GradCache: pieces in which a batch is embedded; 1 = at once
-    config.init_from = ""              # a checkpoint or a Hugging Face folder; "" = from scratch
+    config.batch = 64  # pairs of the global batch (VLM2Vec-V2: 1024)
+    config.chunks = 1  # GradCache: pieces in which a batch is embedded; 1 = at once
+    config.init_from = ""  # a checkpoint or a Hugging Face folder; "" = from scratch
 
     config.model = ConfigDict()
-    config.model.preset = "tiny"       # tiny | qwen2_vl_2b | qwen2_vl_7b; unused with init_from
-    config.model.dtype = "float32"     # of the computation; parameters and the loss stay float32
-    config.model.remat = "none"        # none | dots | full: what the backward pass computes again
-    config.model.embedding_dim = 0     # first dimensions kept of the embedding; 0 = all
-    config.model.vocab_size = 4096     # of the tokenizer that `tiny` trains on its catalogue
+    config.model.preset = "tiny"  # tiny | qwen2_vl_2b | qwen2_vl_7b; unused with init_from
+    config.model.dtype = "float32"  # of the computation; parameters and the loss stay float32
+    config.model.remat = "none"  # none | dots | full: what the backward pass computes again
+    config.model.embedding_dim = 0  # first dimensions kept of the embedding; 0 = all
+    config.model.vocab_size = 4096  # of the tokenizer that `tiny` trains on its catalogue
 
     config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 1e-3      # VLM2Vec-V2: 5e-5, from pretrained weights
-    config.optimizer.warmup_steps = 40         # VLM2Vec-V2: 100
-    config.optimizer.final_share = 0.02        # of the learning rate, where the cosine ends
-    config.optimizer.weight_decay = 0.05       # matrices only
+    config.optimizer.learning_rate = 1e-3  # VLM2Vec-V2: 5e-5, from pretrained weights
+    config.optimizer.warmup_steps = 40  # VLM2Vec-V2: 100
+    config.optimizer.final_share = 0.02  # of the learning rate, where the cosine ends
+    config.optimizer.weight_decay = 0.05  # matrices only
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98
     config.optimizer.clip_norm = 1.0
 
-    config.data.workers = 1            # processes that prepare batches; 0 = in the training process
-    config.data.instruction = ""       # said before each text
-    config.data.max_tokens = 56        # a row's tokens, images included
-    config.data.max_patches = 64       # a row's patches, over all its images
-    config.data.min_pixels = 3136      # an image is enlarged to this area
-    config.data.max_pixels = 4096      # and reduced to this one
-    config.data.query_views = "image+text 0.7, image 0.15, text 0.15"    # what a query shows: mixture
+    config.data.workers = 1  # processes that prepare batches; 0 = in the training process
+    config.data.instruction = ""  # said before each text
+    config.data.max_tokens = 56  # a row's tokens, images included
+    config.data.max_patches = 64  # a row's patches, over all its images
+    config.data.min_pixels = 3136  # an image is enlarged to this area
+    config.data.max_pixels = 4096  # and reduced to this one
+    # what queries and targets show: views and their shares
+    config.data.query_views = "image+text 0.7, image 0.15, text 0.15"
     config.data.target_views = "image+text 0.7, image 0.15, text 0.15"
-    config.data.crop_area = 0.8        # least share of an image's area that a training crop keeps
-    config.data.flip_share = 0.0       # of training images mirrored
+    config.data.crop_area = 0.8  # least share of an image's area that a training crop keeps
+    config.data.flip_share = 0.0  # of training images mirrored
     config.data.attribute_share = 0.0  # of training texts that carry the structured attributes
-    config.data.attribute_dropout = 0.3    # of those, attributes left out
-    config.data.attribute_noise = 0.1      # of those, values replaced by another listing's
+    config.data.attribute_dropout = 0.3  # of those, attributes left out
+    config.data.attribute_noise = 0.1  # of those, values replaced by another listing's
     config.data.lookalike_share = 0.5  # of a batch made of groups of look-alikes
-    config.data.lookalike_group = 4    # products a group
-    config.data.hard_negatives = 0     # listings of other products, mined for each query
-    config.data.neighbours = 16        # look-alikes remembered of each product
+    config.data.lookalike_group = 4  # products a group
+    config.data.hard_negatives = 0  # listings of other products, mined for each query
+    config.data.neighbours = 16  # look-alikes remembered of each product
+    config.data.max_terms = 32  # attribute terms kept of a listing, the rarest first
 
-    config.loss = ConfigDict()
-    config.loss.temperature = 0.02         # VLM2Vec-V2
-    config.loss.negative_weight = "bm25"   # none | bm25 (AGCL) | similarity (LLaVE)
-    config.loss.weight_scale = "self"      # self (by the query's own score, METHOD's reading) | raw
-    config.loss.weight_strength = 1.0      # a in w = exp(a (1 + tanh B)); the paper: 1
-    config.loss.similarity_alpha = 9.0     # LLaVE's, with negative_weight = similarity
-    config.loss.boost_positive = True      # the paper weights the positive as well
-    config.loss.mask_target_similarity = 0.0   # drop j if cos(d_j, d_i) > this; 0 = off (RzenEmbed .95)
-    config.loss.mask_margin = 0.0          # drop j if s_ij > s_ii + this; 0 = off (UniME .1)
-    config.loss.mask_attributes = 0.95     # drop j if the attributes agree both ways above; 0 = off
-    config.loss.same_product = "drop"      # drop | positive | keep: other listings of the product
-    config.loss.symmetric = True           # targets -> queries as well
-    config.loss.max_terms = 32             # attribute terms kept of a listing, the rarest first
+    config.loss = ConfigDict()  # losses/contrastive.py; inf turns a mask off
+    config.loss.temperature = 0.02  # VLM2Vec-V2
+    config.loss.negative_weight = "bm25"  # none | bm25 (AGCL) | similarity (LLaVE)
+    config.loss.weight_scale = "self"  # self (by the query's own score) | raw (the paper's)
+    config.loss.weight_strength = 1.0  # a in w = exp(a (1 + tanh B)); the paper: 1
+    config.loss.similarity_strength = 9.0  # LLaVE's alpha, with negative_weight = similarity
+    config.loss.boost_positive = True  # the paper weights the positive as well
+    config.loss.mask_target_similarity = math.inf  # drop j if cos(d_j, d_i) above; RzenEmbed .95
+    config.loss.mask_margin = math.inf  # drop j if s_ij > s_ii + this; UniME .1
+    config.loss.mask_attributes = 0.95  # drop j if the attributes agree both ways above this
+    config.loss.same_product = "drop"  # drop | positive | keep: other listings of the product
+    config.loss.symmetric = True  # targets -> queries as well
 
     config.eval = ConfigDict()
     config.eval.tasks = "image+text->image+text, image->image, text->text, image->text, text->image"
-    config.eval.batch = 128            # rows embedded at once
-    config.eval.attributes = False     # the listings' structured attributes join their texts
+    config.eval.batch = 128  # rows embedded at once
+    config.eval.attributes = False  # the listings' structured attributes join their texts
 
     if arm == "vlm2vec":
         config.loss.negative_weight = "none"
-        config.loss.mask_attributes = 0.0
+        config.loss.mask_attributes = math.inf
     return config.lock()

@@ -6,19 +6,19 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
-    config.steps = 0                   # optimizer steps of the whole run
-    config.log_every = 10              # steps
-    config.eval_every = 0              # steps between validations; 0 = only at the end
-    config.checkpoint_every = 0        # steps between checkpoints; 0 = only at the end
+    config.steps = 0  # optimizer steps of the whole run
+    config.log_every = 10  # steps
+    config.eval_every = 0  # steps between validations; 0 = only at the end
+    config.checkpoint_every = 0  # steps between checkpoints; 0 = only at the end
 
-    config.mesh = ConfigDict()         # devices along each axis; -1 = what is left, on one axis
-    config.mesh.slice = 1              # pods joined over the data-centre network
-    config.mesh.data = -1              # replicas
-    config.mesh.fsdp = 1               # replicas that share the parameters
-    config.mesh.tensor = 1             # a matrix split over devices
+    config.mesh = ConfigDict()  # devices along each axis; -1 = what is left, on one axis
+    config.mesh.slice = 1  # pods joined over the data-centre network
+    config.mesh.data = -1  # replicas
+    config.mesh.fsdp = 1  # replicas that share the parameters
+    config.mesh.tensor = 1  # a matrix split over devices
 
     config.data = ConfigDict()
-    config.data.path = "builtin"       # a folder, a Parquet file, tfds:NAME, or the built-in catalogue
-    config.data.cache_dir = ""         # "" = $XDG_CACHE_HOME/afmrl_jax, or ~/.cache/afmrl_jax
-    config.data.on_bad_listing = "error"   # error | skip (drop, count and list them)
+    config.data.path = "builtin"  # builtin, or folders, Parquet files, tfds:NAME, by commas
+    config.data.cache_dir = ""  # "" = $XDG_CACHE_HOME/afmrl_jax, or ~/.cache/afmrl_jax
+    config.data.on_bad_listing = "error"  # error | skip (drop, count and list them)
     return config

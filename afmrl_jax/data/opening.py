@@ -1,0 +1,37 @@
+"""Opens what a configuration names as its catalogue."""
+
+import os
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from afmrl_jax.data.catalog import Catalog, ConcatCatalog, open_catalog
+from afmrl_jax.data.synthetic import SyntheticCatalog
+
+
+def cache_folder(config: ConfigDict) -> Path:
+    """`config.cache_dir`, else afmrl_jax in the user's cache folder."""
+    if config.cache_dir:
+        return Path(config.cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "afmrl_jax"
+
+
+def open_catalogue(path: str, config: ConfigDict, report_dir: Path) -> Catalog:
+    """One catalogue, or several joined by commas: "builtin", a folder, a Parquet file, tfds:NAME.
+
+    config: the configuration's `data`. report_dir: where bad listings are listed.
+    Raises UserError as `open_catalog` does.
+    """
+    cache = cache_folder(config)
+    catalogues = [
+        SyntheticCatalog(cache_dir=cache)
+        if name.strip() == "builtin"
+        else open_catalog(
+            name.strip(),
+            cache_dir=cache,
+            on_bad_listing=config.on_bad_listing,
+            report_dir=report_dir,
+        )
+        for name in path.split(",")
+    ]
+    return catalogues[0] if len(catalogues) == 1 else ConcatCatalog(catalogues)

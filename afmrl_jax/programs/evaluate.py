@@ -1,0 +1,97 @@
+"""Judges any checkpoint on any catalogues.
+
+1. Open the catalogues of the queries and of the gallery.
+2. Embed both with the checkpoint's encoder, each view that a task needs.
+3. Rank the gallery for each query; write and print the scores.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.writer import write_atomically
+from afmrl_jax.data.catalog import Catalog, ConcatCatalog
+from afmrl_jax.data.opening import open_catalogue
+from afmrl_jax.retrieval.evaluation import parse_task, results_table, write_evaluation
+from afmrl_jax.retrieval.tasks import Judge
+from afmrl_jax.training import encoder
+from afmrl_jax.training.checkpoint import find_checkpoints
+from afmrl_jax.training.encoder import abstract_params, host_embedder
+
+
+def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
+    """Writes `evaluation.json` into the workdir; see configs/evaluate.py."""
+    # ---- checkpoint
+    if not config.checkpoint:
+        raise UserError("say which checkpoint to judge, as --config.checkpoint=runs/agcl")
+    tasks = [parse_task(name) for name in config.eval.tasks.split(",")]
+    checkpoints, step = find_checkpoints(config.checkpoint)
+    if config.best:
+        step = checkpoints.best or step
+    record = checkpoints.record(step)
+    settings = ConfigDict(json.loads(record["config"]))
+
+    # ---- catalogues
+    queries = _names(config.eval.queries) or [config.data.path]
+    gallery = _names(config.eval.gallery) or queries
+    opened = {
+        name: open_catalogue(name, config.data, workdir)
+        for name in dict.fromkeys(queries + gallery)
+    }
+    catalog = ConcatCatalog(list(opened.values()))
+    starts = dict(zip(opened, np.cumsum([0, *map(len, opened.values())])))
+
+    def indices(names: list[str], split: str) -> np.ndarray:
+        parts = [_indices(opened[name], split) + starts[name] for name in dict.fromkeys(names)]
+        return np.concatenate(parts)
+
+    # ---- encoder
+    enc = encoder.from_record(settings, record)
+    params = checkpoints.restore_params(step, abstract_params(enc, mesh))
+    judge = Judge(
+        functools.partial(host_embedder(enc.embed(), mesh), params),
+        enc.processor(),
+        catalog,
+        batch=config.eval.batch,
+        attributes=config.eval.attributes,
+    )
+
+    # ---- scores
+    results = judge.run(
+        tasks,
+        indices(queries, config.eval.query_split),
+        indices(gallery, config.eval.gallery_split),
+    )
+    if not results:
+        raise UserError(
+            "no query's product has another listing in the gallery: add a catalogue to "
+            "eval.gallery, or a task as image->text to eval.tasks"
+        )
+    if jax.process_index() == 0:
+        write_atomically(workdir / "config.json", config.to_json(indent=2))
+        write_evaluation(workdir / "evaluation.json", results)
+        print(f"{config.checkpoint}, step {step}, on {catalog.name}:")
+        print(results_table({"checkpoint": results}), flush=True)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _indices(catalog: Catalog, split: str) -> np.ndarray:
+    """A split's listings; with "" the test split's where there is one, else all."""
+    listings = catalog.indices(split or "test")
+    if not split and not len(listings):
+        listings = catalog.indices("all")
+    if not len(listings):
+        raise UserError(
+            f"{catalog.name} has no listings in its {split} split: choose another with "
+            "eval.query_split or eval.gallery_split (train, validation, test, all)"
+        )
+    return listings

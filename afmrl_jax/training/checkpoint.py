@@ -1,0 +1,140 @@
+"""Checkpoints of a run: state, stream position and everything that its embeddings depend on.
+
+A checkpoint is whole or absent: Orbax writes beside and renames. With the state it holds the run's
+record, strings by name: config, model, tokenizer, corpus statistics, next_step.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+from orbax.checkpoint import v1 as ocp
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.training.state import TrainState
+
+# Fields that change how a run is watched or where it runs, never what it computes.
+MAY_CHANGE = (
+    "log_every", "eval_every", "checkpoint_every", "mesh.", "eval.", "data.workers",
+    "data.cache_dir", "data.on_bad_listing",
+)  # fmt: skip
+
+
+class Checkpoints:
+    """The checkpoints under a folder: the last two are kept, and the best on validation."""
+
+    def __init__(self, folder: Path, *, writable: bool = False):
+        """writable: this run's own folder, where what a killed save left is cleaned away."""
+        policies = ocp.training.preservation_policies
+        self._orbax = ocp.training.Checkpointer(
+            folder.absolute(),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(2),
+                    policies.BestN(
+                        get_metric_fn=lambda metrics: metrics["validation"],
+                        n=1,
+                        keep_checkpoints_without_metrics=False,
+                    ),
+                ]
+            ),
+            cleanup_tmp_directories=writable,
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        return self._orbax.latest.step if self._orbax.latest else None
+
+    @property
+    def best(self) -> int | None:
+        """The step that did best on validation; the newest of equals."""
+        scored = [c for c in self._orbax.checkpoints if c.metrics]
+        best = max(scored, key=lambda c: (c.metrics["validation"], c.step), default=None)
+        return best.step if best else None
+
+    def save(
+        self, state: TrainState, record: dict[str, str], step: int, validation: float | None
+    ) -> None:
+        """Begins to write; the state may be donated as soon as this returns."""
+        self._orbax.save_checkpointables_async(
+            step,
+            {"state": state, "run": {**record, "next_step": str(step)}},
+            metrics=None if validation is None else {"validation": validation},
+        )
+
+    def record(self, step: int) -> dict[str, str]:
+        """The strings saved beside the state."""
+        return self._orbax.load_checkpointables(step, {"run": None})["run"]
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """The state, straight into the shardings of `abstract`, whatever mesh it was saved from."""
+        return self._orbax.load_checkpointables(step, {"state": abstract})["state"]
+
+    def restore_params(self, step: int, abstract: Any) -> Any:
+        """The parameters alone, straight into the shardings of `abstract`."""
+        options = ocp.options.PyTreeOptions(
+            loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
+        )
+        with ocp.Context(pytree_options=options):
+            loaded = self._orbax.load_checkpointables(step, {"state": {"params": abstract}})
+        return loaded["state"]["params"]
+
+    def restore_raw(self, step: int) -> Any:
+        """The state as nested containers of arrays on this process's device, as it was saved."""
+        return self._orbax.load_checkpointables(step, {"state": None})["state"]
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._orbax.close()
+
+
+def find_checkpoints(path: str) -> tuple[Checkpoints, int]:
+    """The checkpoints that `path` names, and the step: a workdir (its last), or one step's folder.
+
+    Raises UserError where there is none.
+    """
+    folder = Path(path)
+    for root in (folder / "checkpoints", folder):
+        if root.is_dir() and (checkpoints := Checkpoints(root)).latest is not None:
+            return checkpoints, checkpoints.latest
+    if folder.name.isdigit() and folder.is_dir():
+        return Checkpoints(folder.parent), int(folder.name)
+    raise UserError(
+        f"{path} holds no whole checkpoint: give a run's workdir or one folder of its checkpoints"
+    )
+
+
+def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
+    """Dotted field -> value."""
+    flat = {}
+    for key, value in config.items():
+        nested = isinstance(value, ConfigDict | dict)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
+
+
+def check_unchanged(saved: str, config: ConfigDict, workdir: Path) -> None:
+    """Raises UserError where `config` differs from the one a run began with, field by field.
+
+    saved: the JSON of that configuration. MAY_CHANGE fields may differ.
+    """
+    before, now = flatten(json.loads(saved)), flatten(json.loads(config.to_json()))
+    changed = [
+        f"{name} was {before.get(name, 'absent')!r} and is now {now.get(name, 'absent')!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and not name.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run of another configuration: {'; '.join(changed)}. Give the old "
+            "values to resume it, or another --workdir to start anew"
+        )
+
+
+def abstract_of(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree of arrays."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -1,0 +1,144 @@
+"""The encoder as programs use it: model, tokenizer and processor put together from a configuration.
+
+A run's record holds all of it but the parameters, so a checkpoint needs nothing beside it.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tokenizers import Tokenizer
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.mesh import local_rows, put_batch, replicated
+from afmrl_jax.data.processor import Processor
+from afmrl_jax.data.tokenizer import load_tokenizer, special_token_ids, train_tokenizer
+from afmrl_jax.models.config import QwenVLConfig, from_hf, preset
+from afmrl_jax.models.embedder import Embedder
+from afmrl_jax.models.partition import param_shardings
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Listings' rows to embeddings. `settings` is the configuration's `model` and `data` parts."""
+
+    settings: ConfigDict
+    model_config: QwenVLConfig
+    tokenizer: Tokenizer | None  # None where only shapes matter
+
+    def build(self, rngs: nnx.Rngs) -> Embedder:
+        model = self.settings.model
+        if model.dtype not in DTYPES:
+            raise UserError(f"model.dtype is {model.dtype!r}: use {' or '.join(DTYPES)}")
+        return Embedder(
+            self.model_config,
+            rngs=rngs,
+            dtype=DTYPES[model.dtype],
+            remat=model.remat,
+            embedding_dim=model.embedding_dim or None,
+        )
+
+    def init_params(self, seed: int) -> Any:
+        """Fresh float32 parameters as a nested dict."""
+        return nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(seed))))
+
+    def embed(self) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:
+        """A pure function (params, rows[..., N, S]) -> float32[..., N, E]; leading axes stay."""
+        graphdef, _ = nnx.split(nnx.eval_shape(lambda: self.build(nnx.Rngs(0))))
+
+        def embed(params: Any, rows: dict[str, jax.Array]) -> jax.Array:
+            leading = rows["tokens"].shape[:-1]
+            flat = {k: v.reshape(-1, *v.shape[len(leading) :]) for k, v in rows.items()}
+            vectors = nnx.merge(graphdef, params)(flat)
+            return vectors.reshape(*leading, vectors.shape[-1])
+
+        return embed
+
+    def processor(self) -> Processor:
+        data = self.settings.data
+        return Processor(
+            self.tokenizer,
+            self.model_config,
+            max_tokens=data.max_tokens,
+            max_patches=data.max_patches,
+            min_pixels=data.min_pixels,
+            max_pixels=data.max_pixels,
+            instruction=data.instruction,
+        )
+
+    def record(self) -> dict[str, str]:
+        """What `from_record` needs beside the configuration."""
+        return {
+            "model": json.dumps(self.model_config.to_hf()),
+            "tokenizer": self.tokenizer.to_str(),
+        }
+
+
+def from_record(settings: ConfigDict, record: dict[str, str]) -> Encoder:
+    """The encoder of a checkpoint."""
+    return Encoder(
+        settings, from_hf(json.loads(record["model"])), Tokenizer.from_str(record["tokenizer"])
+    )
+
+
+def from_preset(settings: ConfigDict, texts: Iterable[str]) -> Encoder:
+    """A model from scratch, with a byte-level BPE trained on `texts`."""
+    tokenizer = train_tokenizer(texts, settings.model.vocab_size)
+    config = preset(settings.model.preset).replace(
+        vocab_size=tokenizer.get_vocab_size(), **special_token_ids(tokenizer)
+    )
+    return Encoder(settings, config, tokenizer)
+
+
+def from_folder(settings: ConfigDict, folder: Path) -> Encoder:
+    """The model and tokenizer of a Hugging Face folder; its weights are read apart.
+
+    Raises UserError where the folder has no config.json or it is not JSON.
+    """
+    path = folder / "config.json"
+    try:
+        config = from_hf(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} has no config.json: init_from takes a run's workdir or a Hugging Face folder"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    return Encoder(settings, config, load_tokenizer(folder))
+
+
+def abstract_params(enc: Encoder, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of the parameters."""
+    params = jax.eval_shape(lambda: enc.init_params(0))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        params,
+        param_shardings(params, mesh),
+    )
+
+
+def host_embedder(
+    embed: Callable[[Any, dict[str, jax.Array]], jax.Array], mesh: Mesh
+) -> Callable[[Any, dict[str, np.ndarray]], jax.Array]:
+    """A function (params, the processor's arrays of N rows) -> float32[N, E] on every device.
+
+    Rows are split over the mesh; every process gives all of them.
+    """
+    jitted = jax.jit(embed, out_shardings=replicated(mesh))
+
+    def embed_rows(params: Any, rows: dict[str, np.ndarray]) -> jax.Array:
+        count = len(rows["tokens"])
+        local = {name: array[local_rows(mesh, count)] for name, array in rows.items()}
+        return jitted(params, put_batch(local, mesh, axis=0, rows=count))
+
+    return embed_rows

@@ -1,0 +1,230 @@
+"""The loop that every training program shares: batches in, steps, logs, validation, checkpoints.
+
+A run goes on from the state that it is given. Nothing in the loop waits for the device but the look
+at the step before, one step late.
+"""
+
+import collections
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.mesh import put_batch
+from afmrl_jax.core.writer import RunWriter
+from afmrl_jax.data.pipeline import Batch, Stream
+from afmrl_jax.training import cost
+from afmrl_jax.training.checkpoint import Checkpoints
+from afmrl_jax.training.state import TrainState
+
+HOST_ONLY = ("listing",)  # names of a batch's arrays that the step does not read
+MAX_SHAPES = 1  # batches of one run have one set of shapes: each further one is a compilation
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a program gives to the loop.
+
+    step: jitted (state, batch) -> (state, metrics), the state donated; metrics holds `loss`,
+    `finite` (bool) and `flops`, useful ones of the whole step. validate: state -> metrics, of which
+    `validation` is the one that chooses the best checkpoint.
+    """
+
+    step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
+    open_stream: Callable[[int], Stream]
+    examples: int  # of a global batch: what is counted per second
+    chunk: int  # rows of the sharded axis, the batch's second
+    validate: Callable[[TrainState], dict[str, float]]
+    name_listings: Callable[[np.ndarray], list[str]]
+    record: dict[str, str]
+
+
+@dataclass
+class _Window:
+    """Time and work since the last logged step."""
+
+    started: float = field(default_factory=time.monotonic)
+    steps: int = 0
+    waited: float = 0.0
+    flops: float = 0.0
+
+    def rates(self, examples: int) -> dict[str, float]:
+        seconds = max(time.monotonic() - self.started, 1e-9)
+        rates = {
+            "pairs_per_second": self.steps * examples / seconds,
+            "data_wait_share": self.waited / seconds,
+            "model_flops_per_second": self.flops / seconds,
+        }
+        peak = cost.peak_flops(jax.devices()[0])
+        if peak:
+            rates["utilisation"] = self.flops / seconds / (peak * jax.device_count())
+        memory = jax.local_devices()[0].memory_stats() or {}
+        if "peak_bytes_in_use" in memory:
+            rates["device_memory_gb"] = memory["peak_bytes_in_use"] / 1e9
+        return rates
+
+
+class _Preemption:
+    """Turns SIGTERM into a flag while the loop runs, so that it can save first."""
+
+    def __enter__(self) -> "_Preemption":
+        self.asked = False
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, *_: Any) -> None:
+        self.asked = True
+
+    def __exit__(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+
+def fit(
+    training: Training,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    config: ConfigDict,
+    workdir: Path,
+    mesh: Mesh,
+) -> TrainState:
+    """Trains from the state's step to `config.steps`, and returns the last state.
+
+    Raises UserError where a loss is not finite, naming the step and its listings (nothing of it is
+    saved), or where batches change shape. SystemExit(143) after a SIGTERM, when all is saved.
+    """
+    first = int(state.step)
+    writer = RunWriter(
+        workdir, first_step=first, steps=config.steps, active=jax.process_index() == 0
+    )
+    stream = training.open_stream(first)
+    run = _Run(training, checkpoints, config, mesh, writer)
+    try:
+        with _Preemption() as preemption:
+            for number in range(first + 1, config.steps + 1):
+                state = run.step(state, stream, number)
+                last = number == config.steps
+                validation = None
+                if last or (config.eval_every and number % config.eval_every == 0):
+                    validation = run.validate(state)
+                due = config.checkpoint_every and number % config.checkpoint_every == 0
+                if last or due or preemption.asked:
+                    run.save(state, number, validation)
+                if preemption.asked and not last:
+                    checkpoints.close()
+                    writer.say(f"stopped by SIGTERM: step {number} is saved, start again to go on")
+                    raise SystemExit(143)
+    finally:
+        stream.close()
+        writer.close()
+    return state
+
+
+class _Run:
+    """One run of the loop: what it counts between steps."""
+
+    def __init__(
+        self,
+        training: Training,
+        checkpoints: Checkpoints,
+        config: ConfigDict,
+        mesh: Mesh,
+        writer: RunWriter,
+    ):
+        self._training, self._checkpoints, self._config = training, checkpoints, config
+        self._mesh, self._writer = mesh, writer
+        self._window = _Window()
+        self._shapes: set[tuple] = set()
+        self._unseen: collections.deque = collections.deque()  # (step, listings, metrics)
+
+    def step(self, state: TrainState, stream: Stream, number: int) -> TrainState:
+        """Dispatches one step, then looks at the one before."""
+        began = time.monotonic()
+        batch = next(stream)
+        self._window.waited += time.monotonic() - began
+        listings = batch["listing"]
+        device_batch = self._put(batch, number)
+        state, metrics = self._training.step(state, device_batch)
+        self._unseen.append((number, listings, metrics))
+        if len(self._unseen) > 1:
+            self._look()
+        return state
+
+    def _put(self, batch: Batch, number: int) -> dict[str, jax.Array]:
+        wanted = {k: v for k, v in batch.items() if k not in HOST_ONLY}
+        self._shapes.add(tuple((k, v.shape, str(v.dtype)) for k, v in sorted(wanted.items())))
+        if len(self._shapes) > MAX_SHAPES:
+            one, other = [set(shapes) for shapes in list(self._shapes)[:2]]
+            raise UserError(
+                f"step {number} would compile again: the batch has {sorted(one ^ other)}, and a "
+                f"run has {MAX_SHAPES} set of shapes; make the data pipeline pad to one size"
+            )
+        return put_batch(wanted, self._mesh, axis=1, rows=self._training.chunk)
+
+    def _look(self, extra: dict[str, float] | None = None) -> None:
+        """Reads the oldest unread step's metrics, checks them, and logs them when it is time.
+
+        extra: what else is known of that step; it is logged then in any case.
+        """
+        self._check()
+        number, _, metrics = self._unseen.popleft()
+        self._window.flops += float(metrics.pop("flops"))
+        self._window.steps += 1
+        self._writer.advance(number)
+        if extra or number % self._config.log_every == 0 or number == self._config.steps:
+            values = {k: float(v) for k, v in metrics.items() if k != "finite"}
+            values |= self._window.rates(self._training.examples) | (extra or {})
+            self._writer.log(number, values, _told(values))
+            self._window = _Window()
+
+    def _check(self) -> None:
+        """Raises UserError where the oldest unread step was not finite."""
+        number, listings, metrics = self._unseen[0]
+        if not bool(metrics["finite"]):
+            names = self._training.name_listings(np.unique(listings))
+            raise UserError(
+                f"step {number}: the loss or its gradient is not a finite number (loss "
+                f"{float(metrics['loss'])}). Its batch on this process: {', '.join(names)}. Step "
+                f"{self._checkpoints.latest or 0} is saved; look at these listings, or lower "
+                "optimizer.learning_rate"
+            )
+
+    def validate(self, state: TrainState) -> float:
+        """Runs the program's validation; its time is not counted as training's."""
+        while len(self._unseen) > 1:
+            self._look()
+        self._check()
+        began = time.monotonic()
+        values = self._training.validate(state)
+        self._window.started += time.monotonic() - began
+        self._look(extra=values)
+        return values["validation"]
+
+    def save(self, state: TrainState, number: int, validation: float | None) -> None:
+        """Saves, once every step up to this one is known to be finite."""
+        while self._unseen:
+            self._look()
+        self._checkpoints.save(state, self._training.record, number, validation)
+
+
+def _told(values: dict[str, float]) -> str:
+    parts = [f"loss {values['loss']:.4f}"]
+    if "accuracy" in values:
+        parts.append(f"accuracy {values['accuracy']:.2f}")
+    parts.append(f"{values['pairs_per_second']:.1f} pairs/s")
+    parts.append(f"{values['model_flops_per_second'] / 1e9:.0f} GFLOP/s")
+    if "utilisation" in values:
+        parts.append(f"utilisation {values['utilisation']:.1%}")
+    if "device_memory_gb" in values:
+        parts.append(f"memory {values['device_memory_gb']:.1f} GB")
+    if "validation" in values:
+        parts.append(f"validation {values['validation']:.3f}")
+    parts.append(f"data wait {values['data_wait_share']:.0%}")
+    return "  ".join(parts)

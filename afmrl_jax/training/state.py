@@ -1,0 +1,65 @@
+"""What a training run carries from step to step, born in its shardings.
+
+The source of randomness is the data stream, a pure function of the step, so there is no key here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from afmrl_jax.core.mesh import replicated
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """step: int32[], the steps done. params and opt_state: float32 leaves."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state; nothing is computed.
+
+    params: abstract, with shardings. The optimizer's moments lie as their parameters do.
+    """
+    shardings = _shardings(params)
+    whole = replicated(mesh)
+
+    def place(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        place,
+        jax.eval_shape(optimizer.init, params),
+        shardings,
+        transform_non_params=lambda x: place(x, whole),
+    )
+    return TrainState(place(jax.ShapeDtypeStruct((), jnp.int32), whole), params, opt_state)
+
+
+def init_state(
+    params: Any | Callable[[], Any],
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+) -> TrainState:
+    """The state at step 0, computed by the devices that keep it: never whole on one of them.
+
+    params: parameters already in their shardings, or a function that makes them.
+    """
+    if callable(params):
+        params = jax.jit(params, out_shardings=_shardings(abstract.params))()
+    opt_state = jax.jit(optimizer.init, out_shardings=_shardings(abstract.opt_state))(params)
+    return TrainState(jax.device_put(jnp.int32(0), abstract.step.sharding), params, opt_state)
+
+
+def _shardings(abstract: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, abstract)

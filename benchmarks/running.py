@@ -1,0 +1,66 @@
+"""What the benchmarks share: running the program as a user does, and writing results."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def command(config: str, workdir: Path, fields: dict) -> list[str]:
+    """The command line of one run; `fields` are --config.FIELD=VALUE."""
+    given = [f"--config.{name}={value}" for name, value in fields.items()]
+    return [
+        *(sys.executable, "-m", "afmrl_jax.main", f"--config={config}", f"--workdir={workdir}"),
+        *given,
+    ]
+
+
+def train(config: str, workdir: Path, fields: dict, env: dict | None = None) -> None:
+    """Runs to the end, or resumes; what it prints goes to WORKDIR.log. Raises where it fails."""
+    workdir.parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{workdir}.log").open("a") as log:
+        subprocess.run(
+            command(config, workdir, fields),
+            cwd=ROOT,
+            env=os.environ | (env or {}),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=True,
+        )
+
+
+def evaluation(workdir: Path, name: str = "evaluation.json") -> dict:
+    return json.loads((workdir / name).read_text())
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    """Step -> loss of metrics.jsonl."""
+    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: row["loss"] for row in rows}
+
+
+def spread(values: list[float]) -> str:
+    """ "mean (lowest-highest)" """
+    return f"{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"
+
+
+def write(name: str, result: dict) -> None:
+    """benchmarks/results/NAME.json, with the command and the versions that made it."""
+    RESULTS.mkdir(exist_ok=True)
+    about = {
+        "command": " ".join(["python", *sys.argv]),
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        **{package: version(package) for package in ("jax", "flax", "numpy")},
+    }
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps({**about, **result}, indent=1) + "\n")
+    print(f"written to {path.relative_to(ROOT)}")

@@ -1,0 +1,65 @@
+"""A small catalogue of real files, and the smallest run of the AGCL program on it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+COLOURS = {"red": (200, 40, 40), "green": (40, 160, 60), "blue": (40, 60, 200), "grey": (120,) * 3}
+KINDS = ("mug", "shirt", "lamp", "shoe", "hat")
+
+
+@pytest.fixture(scope="session")
+def catalogue_folder(tmp_path_factory) -> Path:
+    """20 products (5 kinds in 4 colours), two listings each, with textured photos of two sizes."""
+    folder = tmp_path_factory.mktemp("catalogue")
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    lines = []
+    for k, kind in enumerate(KINDS):
+        for c, (colour, rgb) in enumerate(COLOURS.items()):
+            product = f"{kind}-{colour}"
+            for n, size in enumerate([(40, 40), (48, 36)]):
+                noise = rng.integers(-30, 30, (size[1], size[0], 3))
+                pixels = np.clip(np.asarray(rgb) + noise, 0, 255).astype(np.uint8)
+                pixels[: 8 + 4 * k, : 8 + 4 * c] = 255
+                Image.fromarray(pixels).save(folder / "images" / f"{product}-{n}.png")
+                lines.append(
+                    {
+                        "listing_id": f"{product}-{n}",
+                        "product_id": product,
+                        "title": f"{colour} {kind}" if n else f"{kind.upper()} new",
+                        "description": "A fine thing." if n else "",
+                        "category": kind,
+                        "attributes": {"color": colour, "type": kind},
+                        "images": [f"images/{product}-{n}.png"],
+                        "split": "train" if c < 3 else "test" if k % 2 else "validation",
+                    }
+                )
+    (folder / "products.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.fixture
+def agcl_config(catalogue_folder, tmp_path_factory):
+    """configs/agcl.py at its smallest: 6 steps of 8 pairs, in one process."""
+    from configs.agcl import get_config
+
+    config = get_config()
+    config.update(steps=6, batch=8, log_every=1, eval_every=3, checkpoint_every=2)
+    config.data.update(
+        path=str(catalogue_folder),
+        cache_dir=str(tmp_path_factory.getbasetemp() / "cache"),
+        workers=0,
+        max_tokens=24,
+        max_patches=16,
+        min_pixels=256,
+        max_pixels=1024,
+        neighbours=4,
+    )
+    config.model.vocab_size = 300
+    config.optimizer.warmup_steps = 2
+    config.eval.update(batch=8, tasks="image+text->image+text, image->text")
+    return config

@@ -1,0 +1,73 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from afmrl_jax.training.gradcache import value_and_grad
+
+WIDTH, HIDDEN, EMBEDDING = 24, 64, 16
+
+
+def embed(params, rows):
+    hidden = jnp.tanh(rows["x"] @ params["w1"])
+    vectors = hidden @ params["w2"]
+    return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+def info_nce(embeddings):
+    flat = embeddings.reshape(-1, 2, EMBEDDING)
+    logits = flat[:, 0] @ flat[:, 1].T / 0.05
+    losses = jax.nn.logsumexp(logits, axis=1) - jnp.diag(logits)
+    return losses.mean(), {"rows": len(losses)}
+
+
+@pytest.fixture(scope="module")
+def problem():
+    rng = np.random.default_rng(0)
+    params = {
+        "w1": jnp.asarray(rng.normal(size=(WIDTH, HIDDEN)), jnp.float32) / 5,
+        "w2": jnp.asarray(rng.normal(size=(HIDDEN, EMBEDDING)), jnp.float32) / 8,
+    }
+    return params, rng.normal(size=(64, 2, WIDTH)).astype(np.float32)
+
+
+@pytest.mark.parametrize("chunks", [2, 8, 32])
+def test_the_gradient_over_chunks_is_the_direct_one(problem, chunks):
+    params, x = problem
+    step = jax.jit(value_and_grad(embed, info_nce))
+    (direct, _), wanted = step(params, {"x": x[None]})
+    (cached, aux), got = step(params, {"x": x.reshape(chunks, -1, 2, WIDTH)})
+    assert aux["rows"] == 64
+    np.testing.assert_allclose(cached, direct, rtol=1e-6)
+    for name in wanted:
+        error = jnp.linalg.norm(got[name] - wanted[name]) / jnp.linalg.norm(wanted[name])
+        assert error <= 1e-6
+
+
+def test_the_negatives_are_those_of_the_whole_batch_not_of_a_chunk(problem):
+    params, x = problem
+    step = value_and_grad(embed, info_nce)
+    (whole, _), _ = step(params, {"x": x.reshape(8, 8, 2, WIDTH)})
+    (chunk, _), _ = step(params, {"x": x[None, :8]})
+    assert whole > chunk + 0.5  # 63 negatives are harder than 7
+
+
+def test_memory_does_not_grow_with_the_batch():
+    """Temporary bytes less the B x B buffers and embeddings, at a fixed chunk of 16 pairs."""
+
+    def temporary(batch):
+        params = {
+            "w1": jax.ShapeDtypeStruct((WIDTH, 4096), jnp.float32),
+            "w2": jax.ShapeDtypeStruct((4096, EMBEDDING), jnp.float32),
+        }
+        rows = {"x": jax.ShapeDtypeStruct((batch // 16, 16, 2, WIDTH), jnp.float32)}
+        compiled = jax.jit(value_and_grad(embed, info_nce)).lower(params, rows).compile()
+        squares = 4 * batch * batch
+        embeddings = 4 * 2 * batch * EMBEDDING
+        total = compiled.memory_analysis().temp_size_in_bytes
+        return total, squares, embeddings
+
+    small, squares, embeddings = temporary(64)
+    large, large_squares, large_embeddings = temporary(1024)
+    fixed_small = small - 3 * squares - 4 * embeddings
+    assert large - 3 * large_squares - 4 * large_embeddings <= 1.3 * fixed_small
