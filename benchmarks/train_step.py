@@ -4,8 +4,9 @@
     python benchmarks/train_step.py --accelerator     qwen2_vl_2b, random weights, GradCache, 1 GPU
 
 A step embeds queries and targets, takes InfoNCE over the batch, goes back, clips, and updates all
-parameters with AdamW. The libraries' steps alternate, so that what else the machine does meets all;
-compilation is left out, and the batch is already where it is computed. Prints a table, writes JSON.
+parameters with AdamW. Both libraries begin with the same parameters and must see the same loss.
+Their steps alternate, so that what else the machine does meets all; compilation is left out, and
+the batch is already where it is computed. Prints a table, writes JSON.
 
 Axes: A chunks · C pairs of a chunk · V = 2 views (query, target) · B = A · C pairs.
 """
@@ -16,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -33,6 +35,7 @@ from PIL import Image
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.losses.contrastive import Options, contrastive_loss
+from afmrl_jax.models import hf_weights
 from afmrl_jax.models.config import QwenVLConfig, preset
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.training import cost, gradcache
@@ -123,10 +126,16 @@ def infonce(embeddings: jax.Array) -> tuple[jax.Array, None]:
     return total / count, None
 
 
+def fresh_params(config: QwenVLConfig) -> dict:
+    """Random float32 parameters, the same at each call."""
+    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(Embedder(config, rngs=nnx.Rngs(0)))))()
+
+
 def jax_step(config: QwenVLConfig, rows: Rows, dtype: str, remat: str) -> tuple[Step, dict]:
     """Our step, compiled, and how much memory its arguments and temporaries take in bytes."""
-    build = functools.partial(Embedder, config, dtype=jnp.dtype(dtype), remat=remat)
-    graph, _ = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
+    graph, _ = nnx.split(
+        nnx.eval_shape(lambda: Embedder(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
+    )
 
     def embed(params, chunk):
         flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in chunk.items()}
@@ -139,11 +148,6 @@ def jax_step(config: QwenVLConfig, rows: Rows, dtype: str, remat: str) -> tuple[
         optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY),
     )
 
-    @jax.jit
-    def init():
-        params = nnx.to_pure_dict(nnx.state(build(rngs=nnx.Rngs(0))))
-        return params, optimizer.init(params)
-
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state, rows):
         params, opt_state = state
@@ -151,7 +155,9 @@ def jax_step(config: QwenVLConfig, rows: Rows, dtype: str, remat: str) -> tuple[
         changes, opt_state = optimizer.update(gradients, opt_state, params)
         return (optax.apply_updates(params, changes), opt_state), loss
 
-    state, on_device = init(), jax.device_put(rows)
+    params = fresh_params(config)
+    parameters = sum(x.size for x in jax.tree.leaves(params))
+    state, on_device = (params, jax.jit(optimizer.init)(params)), jax.device_put(rows)
     memory = update.lower(state, on_device).compile().memory_analysis()
 
     def step() -> float:
@@ -159,7 +165,6 @@ def jax_step(config: QwenVLConfig, rows: Rows, dtype: str, remat: str) -> tuple[
         state, loss = jax.block_until_ready(update(state, on_device))
         return float(loss)
 
-    parameters = sum(x.size for x in jax.tree.leaves(state[0]))
     return step, {
         "parameters": parameters,
         "argument_bytes": memory.argument_size_in_bytes,
@@ -175,9 +180,12 @@ def torch_step(config: QwenVLConfig, rows: Rows, dtype: str) -> tuple[Step, dict
     import torch
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
-    torch.manual_seed(0)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     model = Qwen2VLModel(Qwen2VLConfig(**config.to_hf(), bos_token_id=None)).train()
+    weights = hf_weights.to_hf(fresh_params(config), config)
+    model.load_state_dict(
+        {re.sub(r"^model\.", "language_model.", k): torch.from_numpy(v.copy()) for k, v in weights}
+    )
     optimizer = torch.optim.AdamW(
         model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
     )
@@ -213,8 +221,17 @@ def torch_step(config: QwenVLConfig, rows: Rows, dtype: str) -> tuple[Step, dict
     return step, {"parameters": sum(p.numel() for p in model.parameters())}
 
 
+def first_losses(steps: dict[str, Step]) -> dict[str, float]:
+    """Each one's loss before any update; stops where two in float32 differ."""
+    losses = {name: step() for name, step in steps.items()}
+    exact = [loss for name, loss in losses.items() if name.endswith("float32")]
+    if not np.allclose(exact, exact[:1], rtol=1e-3):
+        sys.exit(f"the libraries do not compute the same: first losses {losses}")
+    return losses
+
+
 def time_steps(steps: dict[str, Step], count: int) -> tuple[dict[str, list[float]], int]:
-    """Seconds of `count` steps each, in turn, after two untimed; and compilations meanwhile."""
+    """Seconds of `count` steps each, in turn, after one untimed; and compilations meanwhile."""
     compilations = 0
 
     def listen(event: str, duration: float, **_) -> None:
@@ -222,7 +239,7 @@ def time_steps(steps: dict[str, Step], count: int) -> tuple[dict[str, list[float
         compilations += event == COMPILED
 
     for step in steps.values():
-        step(), step()
+        step()
     jax.monitoring.register_event_duration_secs_listener(listen)
     seconds = {name: [] for name in steps}
     for _ in range(count):
@@ -300,11 +317,11 @@ def environment() -> dict:
 
 def report(result: dict) -> None:
     """The table."""
-    print(f"\n{'':18}{'median ms':>11}{'min':>9}{'max':>9}{'pairs/s':>10}")
+    print(f"\n{'':18}{'median ms':>11}{'min':>9}{'max':>9}{'pairs/s':>10}{'first loss':>12}")
     for name, row in result["steps"].items():
         print(
             f"{name:18}{row['median_ms']:11.1f}{row['min_ms']:9.1f}{row['max_ms']:9.1f}"
-            f"{row['pairs_per_second']:10.1f}"
+            f"{row['pairs_per_second']:10.1f}{result['first_losses'][name]:12.4f}"
         )
     for name, row in result["ratios"].items():
         print(f"{name}: {row['medians']:.2f}x  (one round: {row['min']:.2f} to {row['max']:.2f})")
@@ -330,6 +347,7 @@ def main() -> None:
         if not args.accelerator:
             name = f"torch {dtype}"
             steps[name], details[name] = torch_step(config, rows, dtype)
+    losses = first_losses(steps)
     seconds, compilations = time_steps(steps, args.steps)
     result = {
         "environment": environment(),
@@ -347,6 +365,7 @@ def main() -> None:
             for name, times in seconds.items()
             if name.startswith("jax")
         },
+        "first_losses": losses,
         "compilations": compilations,
         "seconds": seconds,
     }
