@@ -144,7 +144,7 @@ def contrastive_loss(
         similarity, same = similarity[:, :n], same[:, :n]
         back, _ = _one_way(similarity, positive, queries, same, masks, weights, options, axis=0)
         losses = (losses + back) / 2
-    return jnp.sum(losses), jnp.asarray(n, dtype), metrics
+    return jnp.sum(losses), jnp.asarray(n, losses.dtype), metrics
 
 
 def _one_way(
