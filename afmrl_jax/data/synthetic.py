@@ -9,7 +9,6 @@ Axes: N listings · S pixels a side.
 import functools
 import hashlib
 import logging
-import os
 import random
 import tempfile
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ __all__ = ["FAMILIES", "SyntheticCatalog"]
 log = logging.getLogger(__name__)
 
 # Families of look-alikes a split; a family has 4 to 6 products, a product 2 to 6 listings.
-FAMILIES: Mapping[str, int] = MappingProxyType({"train": 600, "validation": 24, "test": 84})
+FAMILIES: Mapping[str, int] = MappingProxyType({"train": 660, "validation": 24, "test": 84})
 
 
 class SyntheticCatalog:
@@ -126,7 +125,7 @@ class SyntheticCatalog:
             cache_dir.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=cache_dir, suffix=".tmp", delete=False) as file:
                 np.save(file, photos)
-            os.replace(file.name, path)
+            Path(file.name).replace(path)
         return np.load(path, mmap_mode="r")
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from afmrl_jax.data.builtin import words
 
 # How hard the text is: what a seller bothers to say.
-TITLE_SHARE = 0.6  # of the attributes
-TITLE_SILENT_SHARE = 0.35  # of what is not there ("no pocket", "plain")
+TITLE_SHARE = 0.65  # of the attributes
+TITLE_SILENT_SHARE = 0.4  # of what is not there ("no pocket", "plain")
 DESCRIPTION_SHARE = 0.3  # of the attributes, where there is a description at all
 NO_DESCRIPTION_SHARE = 0.4
 BRAND_SHARE = 0.5

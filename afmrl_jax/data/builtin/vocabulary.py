@@ -32,7 +32,7 @@ BRANDS = (
     *("Casa Vela", "Pinewood", "Harrow", "Solenne", "Mika & Co", "Fjordline", "Arden", "Quill"),
     *("Rosetti", "Bergen", "Nomad", "Everly", "Tamsin", "Dorado", "Clarke", "Yuna"),
 )
-FAMILY_SIZES = (4, 5, 5, 6)
+FAMILY_SIZES = (4, 4, 5, 6)
 LISTINGS_PER_PRODUCT = (2, 3, 3, 4, 4, 6)
 
 
