@@ -240,7 +240,7 @@ def test_a_duplicate_listing_is_never_a_negative(symmetric):
     info["query_product"] = info["target_product"] = np.array([0, 1, 2, 3, 4, 0])
     options = Options(symmetric=symmetric, mask_attributes=None)
     # With the axes as targets, the gradient to the queries is the gradient to the cosines.
-    push = jax.grad(lambda s: contrastive_loss(s, jnp.eye(6), info, options)[0])(cosines)
+    push = jax.grad(lambda s: JITTED(s, jnp.eye(6), info, options)[0])(cosines)
     duplicates = np.zeros((6, 6), bool)
     duplicates[0, 5] = duplicates[5, 0] = True
     np.testing.assert_array_equal(push[duplicates], 0)
@@ -252,7 +252,7 @@ def test_a_row_without_negatives_costs_nothing_and_moves_nothing(name):
     options = dataclasses.replace(ARMS[name], same_product="drop")
     queries, targets, info = random_batch(4)
     info["query_product"] = info["target_product"] = np.zeros(4, np.int32)
-    loss = lambda q, t: contrastive_loss(q, t, info, options)[0]  # noqa: E731
+    loss = lambda q, t: JITTED(q, t, info, options)[0]  # noqa: E731
     value, gradients = jax.value_and_grad(loss, (0, 1))(jnp.asarray(queries), jnp.asarray(targets))
     assert value == 0
     np.testing.assert_array_equal(jnp.stack(gradients), 0)
@@ -282,7 +282,7 @@ def test_the_hardness_weight_gets_no_gradient():
         logits = q @ t.T / 0.5 + weights
         return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(5)).sum()
 
-    found = jax.grad(lambda q, t: contrastive_loss(q, t, info, options)[0], (0, 1))
+    found = jax.grad(lambda q, t: JITTED(q, t, info, options)[0], (0, 1))
     both = [
         jnp.stack(f(jnp.asarray(queries), jnp.asarray(targets)))
         for f in (found, jax.grad(expected, (0, 1)))
