@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.models.partition import shard_rows
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
@@ -77,9 +78,9 @@ def run_layers(
     unroll = len(jax.tree.leaves(state)[0]) <= UNROLLED_LAYERS
 
     def step(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
-        return call(nnx.merge(graph, state), x), None
+        return shard_rows(call(nnx.merge(graph, state), x)), None
 
     if remat != "none":
         # A loop keeps XLA from undoing the recomputation by itself; straight code does not.
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
-    return jax.lax.scan(step, x, state, unroll=unroll)[0]
+    return jax.lax.scan(step, shard_rows(x), state, unroll=unroll)[0]

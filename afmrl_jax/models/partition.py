@@ -1,0 +1,78 @@
+"""Where parameters and rows lie on the mesh: one table from a parameter's path to its axes.
+
+Megatron's split over `tensor`: the first product of a pair is cut by columns, the second by rows,
+so that a pair ends in one sum; `fsdp` cuts the other side and is gathered when a layer runs.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from afmrl_jax.core.mesh import BATCH_AXES
+
+P = PartitionSpec
+
+# Searched in order; the specification names the axes after the stacked one, which stays whole.
+RULES: tuple[tuple[str, PartitionSpec], ...] = (
+    (r"\bembed\.embedding\b", P("tensor", "fsdp")),
+    (r"\blm_head\.kernel\b", P("fsdp", "tensor")),
+    (r"\b(query|key|value|gate|up|patch_embed)\.kernel\b", P("fsdp", "tensor")),
+    (r"\b(query|key|value|up)\.bias\b", P("tensor")),
+    (r"\bqkv\.kernel\b", P("fsdp", None, "tensor")),
+    (r"\bqkv\.bias\b", P(None, "tensor")),
+    (r"\b(out|down)\.kernel\b", P("tensor", "fsdp")),
+    (r"\b(out|down)\.bias\b", P(None)),
+    (r"norm\.(scale|bias)\b", P(None)),
+)
+
+
+def param_shardings(tree: Any, mesh: Mesh) -> Any:
+    """The sharding of each array of a tree of parameters, or of an optimiser's state made like one.
+
+    tree: arrays or ShapeDtypeStructs. Returns the same tree of NamedSharding. An axis that does not
+    divide its dimension is left out; a scalar is replicated.
+    Raises ValueError that lists every array for which there is no rule.
+    """
+    unmatched = []
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding | None:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        spec = _spec(name, leaf.shape)
+        if spec is None:
+            unmatched.append(f"{name} {leaf.shape}")
+            return None
+        fitting = (axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in spec)
+        return NamedSharding(mesh, P(*fitting))
+
+    shardings = jax.tree_util.tree_map_with_path(sharding, tree)
+    if unmatched:
+        raise ValueError(f"no rule of partition.RULES fits {', '.join(unmatched)}; add one")
+    return shardings
+
+
+def shard_rows(x: jax.Array) -> jax.Array:
+    """Keeps activations split by rows (their first axis) and whole otherwise.
+
+    Left alone XLA may prefer to split activations like the parameters. Does nothing outside
+    `jax.set_mesh`, or where the rows cannot be split evenly.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    if not all(axis in sizes for axis in BATCH_AXES):
+        return x
+    if x.shape[0] % math.prod(sizes[axis] for axis in BATCH_AXES):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
+
+
+def _spec(name: str, shape: tuple[int, ...]) -> list[tuple[str | None, int]] | None:
+    """Pairs of mesh axis and size, one a dimension; None where no rule fits name and rank."""
+    if not shape:
+        return []
+    stacked = (None,) if re.search(r"\blayers\.", name) else ()
+    for pattern, spec in RULES:
+        if re.search(pattern, name) and len(stacked) + len(spec) == len(shape):
+            return list(zip((*stacked, *spec), shape))
+    return None
