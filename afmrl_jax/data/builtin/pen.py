@@ -57,9 +57,9 @@ def smooth_line(points: Points, *, closed: bool = False) -> list[tuple[float, fl
 def darker(colour: Rgb, factor: float = 0.7) -> Rgb:
     """The same colour with less light, or with more where factor > 1.
 
-    Black has no darker shade that shows, so that its seams and hollows are grey.
+    The darkest colours have no darker shade that shows: their seams and hollows are lighter.
     """
-    lift = 110 * (1 - factor) if factor < 1 and sum(colour) < 150 else 0
+    lift = 110 * (1 - factor) if factor < 1 and sum(colour) < 200 else 0
     r, g, b = (min(255, int(c * (1 if lift else factor) + lift)) for c in colour)
     return r, g, b
 

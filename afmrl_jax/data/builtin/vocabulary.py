@@ -33,6 +33,9 @@ BRANDS = (
     *("Rosetti", "Bergen", "Nomad", "Everly", "Tamsin", "Dorado", "Clarke", "Yuna"),
 )
 FAMILY_SIZES = (4, 4, 5, 6)
+# How often look-alikes differ in an attribute, an ordinary one being 1.
+VARIANT_ODDS = {"color": 2.5, "pattern": 2.0, "material": 1.5}
+HIDDEN_ODDS = 0.5
 LISTINGS_PER_PRODUCT = (2, 3, 3, 4, 4, 6)
 
 
@@ -234,14 +237,18 @@ def make_products(seed: int, families: Mapping[str, int]) -> list[Product]:
 
 
 def _family(rng: random.Random, category: str, seen: set[tuple[str, ...]]) -> list[dict[str, str]]:
-    """A base and its look-alikes: each differs from the base in one attribute, each in another."""
-    values = CATEGORIES[category].values
+    """A base and its look-alikes, each of which differs from the base in one attribute."""
+    values, hidden = CATEGORIES[category].values, CATEGORIES[category].hidden
+    odds = [HIDDEN_ODDS if name in hidden else VARIANT_ODDS.get(name, 1.0) for name in values]
     while True:
         base = {name: rng.choice(options) for name, options in values.items()}
         members = [base]
-        for name in rng.sample(sorted(values), rng.choice(FAMILY_SIZES) - 1):
-            other = rng.choice([value for value in values[name] if value != base[name]])
-            members.append({**base, name: other})
+        size = rng.choice(FAMILY_SIZES)
+        while len(members) < size:
+            name = rng.choices(list(values), odds)[0]
+            member = {**base, name: rng.choice(values[name])}
+            if member not in members:
+                members.append(member)
         keys = {(category, *member.values()) for member in members}
         if not keys & seen:
             seen |= keys
