@@ -12,7 +12,7 @@ import re
 import sys
 from pathlib import Path
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from afmrl_jax import programs
@@ -98,6 +98,7 @@ def cli(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 1
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of its own temporary folders at each save
     config = _CONFIG.value
     if config is None:
         print("afmrl_jax: say what to run, as --config=configs/agcl.py", file=sys.stderr)

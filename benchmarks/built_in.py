@@ -2,7 +2,7 @@
 
 python benchmarks/built_in.py --out /tmp/built_in [--seeds 0 1 2] [--arm NAME:FIELD=VALUE,... ...]
 
-Each arm is configs/agcl.py with fields changed; `agcl` and `vlm2vec` are those of the file. Finished
+Each arm is configs/agcl.py with fields changed; `agcl` and `vlm2vec` are the file's own. Finished
 runs are kept, so that a call goes on where the last one stopped.
 """
 

@@ -7,6 +7,7 @@ Axes: A chunks · C examples of a chunk (this process's) · V views of an exampl
 P patches · T attribute terms.
 """
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -120,3 +121,5 @@ class Stream:
     def close(self) -> None:
         """Ends the worker processes."""
         self._iterator.close()
+        del self._iterator  # it holds the last batch, in memory shared with a worker
+        gc.collect()

@@ -55,12 +55,18 @@ def listing_text(listing: Listing, attributes: Mapping[str, str] | None = None) 
     return "\n".join(part for part in [*parts, listing.description] if part)
 
 
-def evaluation_row(catalog: Catalog, index: int, view: str, *, attributes: bool) -> Row:
-    """The listing as it stands. A part that it lacks is left out, even if the row is then empty."""
+def evaluation_row(
+    catalog: Catalog, index: int, view: str, *, attributes: bool, max_images: int
+) -> Row:
+    """The listing as it stands, with its first `max_images` images.
+
+    A part that it lacks is left out, even if the row is then empty.
+    """
     listing = catalog.listing(index)
     images = []
     if "image" in view:
-        images = [catalog.image(index, which) for which in range(listing.n_images)]
+        shown = range(min(listing.n_images, max_images))
+        images = [catalog.image(index, which) for which in shown]
     text = ""
     if "text" in view:
         text = listing_text(listing, listing.attributes if attributes else None)

@@ -40,12 +40,17 @@ class Judge:
         if key not in self._vectors:
 
             def rows(batch: np.ndarray) -> dict[str, np.ndarray]:
-                return self._processor(
-                    [
-                        evaluation_row(self._catalog, int(i), view, attributes=self._attributes)
-                        for i in batch
-                    ]
-                )
+                listed = [
+                    evaluation_row(
+                        self._catalog,
+                        int(index),
+                        view,
+                        attributes=self._attributes,
+                        max_images=self._processor.max_images,
+                    )
+                    for index in batch
+                ]
+                return self._processor(listed)
 
             self._vectors[key] = embed_listings(self._embed, rows, indices, self._batch)
         return self._vectors[key]

@@ -1,0 +1,73 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from afmrl_jax.attributes.bm25 import CorpusStatistics
+from afmrl_jax.data.catalog import open_catalog
+from afmrl_jax.data.pairs import Composition, PairSampler
+from afmrl_jax.data.pipeline import PairBatches, Stream
+from afmrl_jax.data.processor import Processor
+from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
+from afmrl_jax.data.views import Augmentation, parse_mixture
+from afmrl_jax.models.config import preset
+
+
+@pytest.fixture(scope="module")
+def batches(catalogue_folder, tmp_path_factory):
+    catalog = open_catalog(catalogue_folder, cache_dir=tmp_path_factory.mktemp("cache"))
+    tokenizer = train_tokenizer(["red mug", "blue shirt"] * 5, 300)
+    config = preset("tiny").replace(
+        vocab_size=tokenizer.get_vocab_size(), **special_token_ids(tokenizer)
+    )
+    products = 15
+    neighbours = (np.arange(products)[:, None] + [1, 2]) % products
+    mixture = parse_mixture("image+text 0.5, image 0.25, text 0.25", "views")
+    return PairBatches(
+        catalog=catalog,
+        sampler=PairSampler(catalog, "train", Composition(8, 0.5, 2, 1), 0, neighbours),
+        processor=Processor(
+            tokenizer, config, max_tokens=24, max_patches=16, min_pixels=256, max_pixels=1024
+        ),
+        statistics=CorpusStatistics.from_documents([{"color": "red", "type": "mug"}]),
+        augmentation=Augmentation(0.6, 0.5, 0.5, 0.3, 0.1),
+        query_views=mixture,
+        target_views=mixture,
+        max_terms=8,
+        chunks=2,
+        rows=slice(0, 4),
+        seed=0,
+        steps=6,
+    )
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def test_a_batch_is_chunks_of_examples_of_views(batches):
+    batch = batches[0]
+    assert batch["tokens"].shape == (2, 4, 3, 24)
+    assert batch["patches"].shape[:4] == (2, 4, 3, 16)
+    assert batch["terms"].shape == (2, 4, 3, 8)
+    np.testing.assert_array_equal(batch["product"][..., 0], batch["product"][..., 1])
+    assert (batch["product"][..., 0] != batch["product"][..., 2]).all()
+
+
+def test_two_processes_make_the_halves_of_one_process_s_batch(batches):
+    whole = batches[3]
+    halves = [dataclasses.replace(batches, rows=rows)[3] for rows in (slice(0, 2), slice(2, 4))]
+    same(whole, {k: np.concatenate([h[k] for h in halves], axis=1) for k in whole})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_goes_on_from_one_integer_whatever_the_workers(batches, workers):
+    stream = Stream(batches, 2, workers)
+    try:
+        for step in (2, 3, 4):
+            assert stream.next_step == step
+            same(next(stream), batches[step])
+    finally:
+        stream.close()
