@@ -46,8 +46,8 @@ def _neckline(pen: Pen, kind: str) -> None:
     """Cuts the neck out as the dark inside of the back, with a thin seam."""
     inside = darker(pen.main, 0.42)
     openings = {
-        "round neck": both_sides([(0.14, -0.86), (0.12, -0.76), (0.07, -0.69), (0.0, -0.67)]),
-        "v-neck": both_sides([(0.14, -0.86), (0.0, -0.48)]),
+        "round neck": both_sides([(0.15, -0.86), (0.13, -0.72), (0.08, -0.64), (0.0, -0.62)]),
+        "v-neck": both_sides([(0.17, -0.86), (0.0, -0.4)]),
         "square neck": both_sides([(0.16, -0.86), (0.16, -0.63)]),
         "boat neck": both_sides([(0.25, -0.86), (0.12, -0.78), (0.0, -0.765)]),
     }
@@ -164,7 +164,7 @@ def _collar(pen: Pen, kind: str) -> None:
         pen.shape([*leaf, (side * 0.29, -0.8)], shade=0.16)
         pen.crease([leaf[1], leaf[2], (side * 0.29, -0.8)], 0.022, -0.5)
         if kind == "button-down collar":
-            pen.oval(side * 0.155, -0.62, 0.038, 0.038, (250, 248, 242))
+            pen.oval(side * 0.155, -0.62, 0.05, 0.05, (250, 248, 242))
             pen.line([leaf[1], leaf[2]], 0.018, darker(pen.main, 0.5))
 
 

@@ -133,8 +133,8 @@ def _numerals(pen: Pen, kind: str, face: float, shape: str, ink) -> None:
 
 def _complication(pen: Pen, kind: str, ink, dial) -> None:
     if kind == "date window":
-        pen.box(0.14, -0.07, 0.3, 0.07, (250, 250, 246))
-        pen.box(0.18, -0.04, 0.26, 0.04, (190, 30, 40))
+        pen.box(0.12, -0.1, 0.35, 0.1, (250, 250, 246))
+        pen.box(0.17, -0.06, 0.3, 0.06, (190, 30, 40))
     elif kind == "chronograph":
         for x, y in ((-0.19, 0.02), (0.19, 0.02), (0.0, 0.2)):
             pen.oval(x, y, 0.11, 0.11, ink)
