@@ -14,6 +14,7 @@ from tensorboardX import SummaryWriter
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file that is never seen half written: to a temporary name, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

@@ -1,0 +1,158 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from afmrl_jax import main
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.training.checkpoint import find_checkpoints
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def state_of(workdir):
+    checkpoints, step = find_checkpoints(str(workdir))
+    state = checkpoints.restore_raw(step)
+    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(state)}
+
+
+def logged(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def command(config, workdir):
+    """The command line that runs a configuration made here."""
+    fields = [
+        f"--config.{name}={value}"
+        for name, value in [
+            *((k, config[k]) for k in ("steps", "batch", "log_every", "eval_every")),
+            ("checkpoint_every", config.checkpoint_every),
+            ("model.vocab_size", config.model.vocab_size),
+            ("optimizer.warmup_steps", config.optimizer.warmup_steps),
+            *((f"data.{k}", v) for k, v in config.data.items()),
+            *((f"eval.{k}", v) for k, v in config.eval.items()),
+        ]
+    ]
+    return [
+        *(sys.executable, "-m", "afmrl_jax.main", "--config=configs/agcl.py"),
+        *(f"--workdir={workdir}", *fields),
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The workdir of a run that nothing stopped; made by the first test that needs it."""
+    return tmp_path_factory.mktemp("agcl") / "whole"
+
+
+def test_a_run_leaves_all_that_it_promises(agcl_config, whole, capsys):
+    main.run(agcl_config, whole)
+    told = capsys.readouterr().out
+    rows = logged(whole)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "accuracy", "weight_p50", "masked_by_attributes", "pairs_per_second"} <= set(
+        rows[0]
+    )
+    assert "validation" in rows[2] and "validation" in rows[5]
+    results = json.loads((whole / "evaluation.json").read_text())
+    assert set(results) == {"image+text->image+text", "image->text"}
+    assert {"recall@1", "mrr", "map", "ndcg@10", "n_queries"} <= set(results["image->text"])
+    assert json.loads((whole / "config.json").read_text())["steps"] == 6
+    assert list((whole / "tensorboard").iterdir())
+    assert "untrained" in told and "trained" in told
+
+
+def test_the_same_command_again_says_that_it_is_complete(agcl_config, whole, capsys):
+    before = state_of(whole)
+    main.run(agcl_config, whole)
+    assert "is complete: 6 steps are done" in capsys.readouterr().out
+    after = state_of(whole)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert len(logged(whole)) == 6
+
+
+def test_a_changed_configuration_is_refused_field_by_field(agcl_config, whole):
+    agcl_config.batch = 4
+    agcl_config.loss.temperature = 0.1
+    agcl_config.log_every = 3  # this one may change
+    told = "batch was 8 and is now 4; loss.temperature was 0.02 and is now 0.1"
+    with pytest.raises(UserError) as error:
+        main.run(agcl_config, whole)
+    assert told in str(error.value)
+    assert "log_every" not in str(error.value)
+
+
+def test_a_run_killed_and_started_again_ends_bit_equal(agcl_config, whole, tmp_path):
+    """kill -9 once the third step is logged; checkpoints are two steps apart."""
+    workdir = tmp_path / "killed"
+    process = subprocess.Popen(command(agcl_config, workdir), cwd=ROOT, start_new_session=True)
+    log = workdir / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 2):
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    main.run(agcl_config, workdir)
+    one, other = state_of(whole), state_of(workdir)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not np.array_equal(one[name], other[name])] == []
+    assert [row["step"] for row in logged(workdir)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_sigterm_saves_and_exits(agcl_config, tmp_path):
+    agcl_config.update(steps=500, eval_every=0, checkpoint_every=0)
+    workdir = tmp_path / "terminated"
+    process = subprocess.Popen(
+        command(agcl_config, workdir), cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    log = workdir / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 143
+    _, step = find_checkpoints(str(workdir))
+    assert f"step {step} is saved" in told
+
+
+def test_a_step_that_is_not_finite_stops_with_its_listings_and_saves_nothing(agcl_config, tmp_path):
+    agcl_config.optimizer.learning_rate = float("inf")
+    with pytest.raises(UserError, match=r"step \d+: the loss or its gradient.*(mug|shirt|hat)-"):
+        main.run(agcl_config, tmp_path / "nan")
+    rows = logged(tmp_path / "nan")
+    assert all(row["loss"] is not None for row in rows)
+
+
+def test_gradcache_trains_as_the_direct_step_does(agcl_config, whole, tmp_path):
+    agcl_config.chunks = 4
+    main.run(agcl_config, tmp_path / "chunks")
+    direct = [row["loss"] for row in logged(whole)]
+    cached = [row["loss"] for row in logged(tmp_path / "chunks")]
+    np.testing.assert_allclose(cached, direct, rtol=1e-4)
+
+
+def test_a_checkpoint_starts_another_run_and_is_judged_anywhere(
+    agcl_config, whole, catalogue_folder, tmp_path, capsys
+):
+    from configs.evaluate import get_config
+
+    agcl_config.init_from = str(whole)
+    agcl_config.steps = 3
+    main.run(agcl_config, tmp_path / "tuned")
+    trained = json.loads((whole / "evaluation.json").read_text())
+    before = json.loads((tmp_path / "tuned" / "evaluation_before.json").read_text())
+    assert before == trained  # it began where the first run ended
+
+    config = get_config()
+    config.checkpoint = str(whole)
+    config.data.cache_dir = agcl_config.data.cache_dir
+    config.eval.update(queries=str(catalogue_folder), batch=8, tasks=agcl_config.eval.tasks)
+    main.run(config, tmp_path / "judged")
+    assert json.loads((tmp_path / "judged" / "evaluation.json").read_text()) == trained
+    assert "step 6" in capsys.readouterr().out
