@@ -6,13 +6,15 @@ names. Kept tiny, so that a notebook can import the rest.
 
 import functools
 import importlib
+import logging
 import operator
 import pkgutil
 import re
 import sys
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
+from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from afmrl_jax import programs
@@ -36,9 +38,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
     import jax  # only now: --help and a mistyped field must not wait for it
 
     from afmrl_jax.core.mesh import initialize_distributed, make_mesh
+    from afmrl_jax.data.opening import cache_folder
 
     initialize_distributed()
     program = importlib.import_module(f"afmrl_jax.programs.{config.program}")
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder(config.data) / "xla"))
     mesh = make_mesh(dict(config.mesh))
     with jax.set_mesh(mesh):
         program.main(config, workdir, mesh)
@@ -76,19 +80,19 @@ def _help(config: ConfigDict | None) -> str:
 
 
 def cli(argv: list[str]) -> int:
-    """Parses `argv` and runs; the exit status: 1 for flags that are wrong, 2 for a UserError."""
+    """Parses `argv` and runs; the exit status, 2 where the user got something wrong."""
     for argument in argv:  # a config file imports its neighbours as configs.NAME, from any folder
         if m := re.match(r"--?config=([^:]+)", argument):
             if not Path(m[1]).is_file():
                 print(f"afmrl_jax: there is no configuration file {m[1]}", file=sys.stderr)
-                return 1
+                return 2
             sys.path.insert(0, str(Path(m[1]).resolve().parent.parent))
     wants_help = any(a in ("--help", "-help", "-h") for a in argv)
     try:
         rest = flags.FLAGS([a for a in argv if a not in ("--help", "-help", "-h")])[1:]
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
         print(f"afmrl_jax: {_explain(error)}", file=sys.stderr)
-        return 1
+        return 2
     if wants_help:
         print(_help(_CONFIG.value))
         return 0
@@ -97,15 +101,22 @@ def cli(argv: list[str]) -> int:
             f"afmrl_jax: {rest[0]!r} is not a flag: did you mean --config.{rest[0].lstrip('-')}?",
             file=sys.stderr,
         )
-        return 1
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of its own temporary folders at each save
+        return 2
+    absl_logging.set_verbosity("error")  # Orbax warns of its own temporary folders at each save
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger("afmrl_jax").addHandler(handler)
+    logging.getLogger("afmrl_jax").setLevel(logging.INFO)
     config = _CONFIG.value
     if config is None:
         print("afmrl_jax: say what to run, as --config=configs/agcl.py", file=sys.stderr)
-        return 1
+        return 2
     try:
         run(config, Path(_WORKDIR.value or Path("runs") / config.program))
-    except UserError as error:
+    except (
+        UserError,
+        OSError,
+    ) as error:  # a full disk or a folder that can't be written is told too
         print(f"afmrl_jax: {error}", file=sys.stderr)
         return 2
     return 0

@@ -39,7 +39,6 @@ def main() -> None:
         "log_every": 1,
         "checkpoint_every": 5,
         "eval_every": 10,
-        "optimizer.warmup_steps": 2,
         "eval.tasks": "image+text->image+text",
     }
     began = time.monotonic()

@@ -79,7 +79,7 @@ def main() -> None:
             # One step at a learning rate of 0: the parameters stay as they were born.
             steps = {"steps": args.steps}
             if arm == "untrained":
-                steps = {"steps": 1, "optimizer.learning_rate": 0, "optimizer.warmup_steps": 0}
+                steps = {"steps": 1, "optimizer.learning_rate": 0}
             if not (workdir / "evaluation.json").exists():
                 train(config, workdir, fields | steps)
             found = judge(workdir, args.out / f"{arm}-{seed}-luma", luma, fashion)

@@ -79,7 +79,6 @@ def main() -> None:
         "log_every": 1,
         "checkpoint_every": 0,
         "eval_every": 0,
-        "optimizer.warmup_steps": 2,
         "model.dtype": "float32",
         "eval.tasks": "image+text->image+text",
     }

@@ -35,8 +35,9 @@ def get_config(arm: str = "agcl") -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 1e-3  # VLM2Vec-V2: 5e-5, from pretrained weights
-    config.optimizer.warmup_steps = 40  # VLM2Vec-V2: 100
+    config.optimizer.warmup_share = 0.1  # of the steps; VLM2Vec-V2: 100 of 5,000
     config.optimizer.final_share = 0.02  # of the learning rate, where the cosine ends
+    config.optimizer.embedding_rate = 10.0  # of the token embeddings, times the rate; pretrained: 1
     config.optimizer.weight_decay = 0.05  # matrices only
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98

@@ -60,6 +60,5 @@ def agcl_config(catalogue_folder, tmp_path_factory):
         neighbours=4,
     )
     config.model.vocab_size = 300
-    config.optimizer.warmup_steps = 2
     config.eval.update(batch=8, tasks="image+text->image+text, image->text")
     return config

@@ -36,9 +36,9 @@ def run(*arguments, cwd=ROOT):
         ([], "say what to run, as --config=configs/agcl.py"),
     ],
 )
-def test_wrong_flags_end_in_one_sentence_and_status_1(arguments, told):
+def test_wrong_flags_end_in_one_sentence_and_status_2(arguments, told):
     done = run(*arguments)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert told in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stderr.count("\n") == 1

@@ -4,6 +4,7 @@ Axes: slice (pods joined over the data-centre network) · data (replicas) · fsd
 parameters) · tensor (a matrix split by columns or rows). Batches are sharded over the first three.
 """
 
+import itertools
 import os
 
 import jax
@@ -37,6 +38,8 @@ def initialize_distributed() -> None:
             f"NUM_PROCESSES={found['NUM_PROCESSES']} and PROCESS_ID={found['PROCESS_ID']} must be "
             "whole numbers"
         ) from None
+    if not 0 <= index < count:
+        raise UserError(f"PROCESS_ID={index} is not one of {count} processes: 0 to {count - 1}")
     jax.distributed.initialize(found["COORDINATOR_ADDRESS"], count, index)
 
 
@@ -78,19 +81,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def local_rows(mesh: Mesh, rows: int) -> slice:
+def local_rows(mesh: Mesh, rows: int, field: str) -> slice:
     """Which of a global batch's `rows` this process must deliver (the whole batch on one process).
 
-    Raises UserError where the mesh cannot split the rows evenly.
+    Raises UserError, naming the configuration's `field`, where the mesh cannot split the rows
+    evenly, or lays a process's rows apart.
     """
     if rows % batch_shards(mesh):
         raise UserError(
-            f"{rows} examples do not divide over {batch_shards(mesh)} batch shards of the mesh: "
-            "make the batch (or its chunk) a multiple, or change mesh.*"
+            f"{field} makes {rows} rows, which do not divide over {batch_shards(mesh)} shards of "
+            "the mesh (slice x data x fsdp): make it a multiple, or change mesh.*"
         )
     index = batch_sharding(mesh).addressable_devices_indices_map((rows,))
-    spans = [s[0].indices(rows) for s in index.values()]
-    return slice(min(s[0] for s in spans), max(s[1] for s in spans))
+    spans = sorted({s[0].indices(rows)[:2] for s in index.values()})
+    if any(end != start for (_, end), (start, _) in itertools.pairwise(spans)):
+        raise UserError(
+            f"the mesh lays the rows of process {jax.process_index()} apart, {spans}: choose mesh "
+            "axes whose tensor part stays within a process"
+        )
+    return slice(spans[0][0], spans[-1][1])
 
 
 def put_batch(
@@ -104,11 +113,3 @@ def put_batch(
         return jax.make_array_from_process_local_data(sharding, array, shape)
 
     return {name: put(array) for name, array in batch.items()}
-
-
-def gather_to_host(array: jax.Array) -> np.ndarray:
-    """The whole array on every process's host."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    gathered = jax.jit(lambda x: x, out_shardings=replicated(array.sharding.mesh))(array)
-    return np.asarray(gathered.addressable_data(0))

@@ -2,7 +2,7 @@
 
 import json
 import math
-import os
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,9 +15,12 @@ from tensorboardX import SummaryWriter
 def write_atomically(path: Path, text: str) -> None:
     """Writes a text file that is never seen half written: to a temporary name, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    # Not named by process id: containers that share a folder share those too.
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
+    ) as file:
+        file.write(text)
+    Path(file.name).replace(path)
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -56,9 +59,7 @@ class RunWriter:
         workdir.mkdir(parents=True, exist_ok=True)
         cut_back(workdir / "metrics.jsonl", first_step)
         self._jsonl = (workdir / "metrics.jsonl").open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=first_step + 1 if first_step else None
-        )
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         console = Console(stderr=True)
         if console.is_terminal:
             self._progress = Progress(

@@ -30,7 +30,6 @@ __all__ = [
     "Catalog",
     "ConcatCatalog",
     "Listing",
-    "SubsetCatalog",
     "open_catalog",
     "split_name",
     "split_of_product",
@@ -264,30 +263,6 @@ def _append_line(path: Path, line: str) -> None:
         os.write(descriptor, (line + "\n").encode())
     finally:
         os.close(descriptor)
-
-
-class SubsetCatalog:
-    """Some of a catalogue's listings, in the order given: see Catalog."""
-
-    def __init__(self, catalog: Catalog, indices: np.ndarray):
-        self._catalog = catalog
-        self._indices = np.asarray(indices, np.int64)
-        self.name = catalog.name
-        self.fingerprint = _fingerprint(catalog.fingerprint, self._indices.tobytes().hex())
-        _, products = np.unique(catalog.products[self._indices], return_inverse=True)
-        self.products = products.astype(np.int32)
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def listing(self, index: int, draw: int = 0) -> Listing:
-        return self._catalog.listing(int(self._indices[index]), draw)
-
-    def image(self, index: int, which: int = 0, draw: int = 0) -> Image.Image | None:
-        return self._catalog.image(int(self._indices[index]), which, draw)
-
-    def indices(self, split: str) -> np.ndarray:
-        return np.flatnonzero(np.isin(self._indices, self._catalog.indices(split)))
 
 
 class ConcatCatalog:

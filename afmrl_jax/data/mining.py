@@ -3,17 +3,14 @@
 Axes: P products · k neighbours · T term slots · V distinct terms.
 """
 
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from scipy import sparse
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 
-VERSION = 1  # of the algorithm, part of the cache's key
+VERSION = 1  # of the algorithm: whoever keeps its results must know of a change
 MAX_TERMS = 32  # a product
 BLOCK_ENTRIES = 4_000_000  # scores held at a time, 12 bytes each
 PAIRED = 8  # common attributes of a product that are also read two at a time
@@ -26,8 +23,6 @@ def mine_neighbours(
     statistics: CorpusStatistics,
     *,
     max_work: int = 1_000_000_000,
-    cache_dir: Path | None = None,
-    fingerprint: str = "",
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest other products of each product by BM25 of its attributes.
 
@@ -40,31 +35,11 @@ def mine_neighbours(
     2,000) go; what they find is ranked by its exact score. There a term that a large part of the
     products has finds nobody by itself, and a product of only such terms may get nobody.
     Deterministic, one core. Memory: some 1 KB a product, and BLOCK_ENTRIES scores at a time.
-
-    cache_dir keeps the result as .npy for the next call; `fingerprint` then names the catalogue's
-    content and which products of it these are.
     """
-    path = None
-    if cache_dir is not None:
-        key = repr((VERSION, fingerprint, len(attributes), k, max_work, statistics.to_json()))
-        digest = hashlib.sha256(key.encode()).hexdigest()[:32]
-        path = Path(cache_dir) / f"neighbours-{digest}.npy"
-        if path.exists():
-            found = np.load(path)
-            return found["neighbour"], found["score"]
     # Ids follow the dictionary; words hold no "=", so what does is a whole attribute.
     is_whole = np.array(["=" in term for term in statistics.document_frequencies], bool)
     encoded = statistics.encode(attributes, MAX_TERMS)
-    neighbours, scores = _search(encoded, is_whole, k, max_work)
-    if path is not None:
-        found = np.empty(neighbours.shape, [("neighbour", np.int32), ("score", np.float32)])
-        found["neighbour"], found["score"] = neighbours, scores
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-        with unfinished.open("wb") as file:
-            np.save(file, found)
-        unfinished.replace(path)  # at once: a killed run leaves no half of a file behind
-    return neighbours, scores
+    return _search(encoded, is_whole, k, max_work)
 
 
 def _search(

@@ -11,6 +11,7 @@ import numpy as np
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.catalog import Catalog
+from afmrl_jax.data.corpus import listings_by_product
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Composition:
 class PairSampler:
     """Draws the listings of each step's global batch from one split of a catalogue.
 
-    Products are visited in a shuffled order, each once an epoch; no product is the query of a batch
-    twice. A product with one listing is paired with itself.
+    Leaders are taken from a shuffled order of the products, anew each epoch; look-alikes take the
+    places of others in that order. No product is the query of a batch twice. A product with one
+    listing is paired with itself.
     """
 
     def __init__(
@@ -38,14 +40,15 @@ class PairSampler:
         seed: int,
         neighbours: np.ndarray | None,
     ):
-        """neighbours: int32[P', K] look-alikes of each of `product_codes(catalog, split)`, as
-        positions in it, -1 pads; None where the composition needs none.
+        """neighbours: int32[P, K] of `look_alikes`; None where the composition needs none.
 
         Raises UserError for a batch larger than the number of products, or shares out of range.
         """
         self._listings, self._starts = listings_by_product(catalog, split)
         self._composition, self._seed, self._neighbours = composition, seed, neighbours
         products = len(self._starts) - 1
+        if not products:
+            raise UserError(f"{catalog.name} has no listings in its {split} split to train on")
         if composition.batch > products:
             raise UserError(
                 f"a batch of {composition.batch} pairs needs as many products, but the training "
@@ -72,14 +75,14 @@ class PairSampler:
         order = [int(self._order[step * c.batch + slot]) for slot in range(c.batch)]
         waiting = iter(order)
         chosen: dict[int, None] = {}  # an ordered set
-        while len(chosen) < round(c.lookalike_share * c.batch):
-            leader = next(waiting)
-            if leader in chosen:
-                continue
+        grouped = round(c.lookalike_share * c.batch)
+        for leader in waiting if grouped else ():
             chosen[leader] = None
             room = min(c.lookalike_group - 1, c.batch - len(chosen))
             fresh = (int(n) for n in self._neighbours[leader] if n >= 0 and int(n) not in chosen)
-            chosen.update(dict.fromkeys(n for n, _ in zip(fresh, range(room))))
+            chosen.update(dict.fromkeys(n for _, n in zip(range(room), fresh)))
+            if len(chosen) >= grouped:
+                break
         for product in waiting:
             if len(chosen) == c.batch:
                 break
@@ -91,7 +94,7 @@ class PairSampler:
 
     def draw(self, step: int) -> np.ndarray:
         """int64[B, V] listing indices: the query, its target, then `hard_negatives` listings."""
-        rng = np.random.default_rng((self._seed, step))
+        rng = np.random.default_rng((self._seed, step, 0))
         products = self.products(step)
         listings = np.empty((len(products), 2 + self._composition.hard_negatives), np.int64)
         for row, product in enumerate(products):
@@ -113,18 +116,3 @@ class PairSampler:
         first = rng.integers(len(own))
         second = (first + 1 + rng.integers(len(own) - 1)) % len(own)
         return own[[first, second]]
-
-
-def listings_by_product(catalog: Catalog, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The split's listings grouped by product: int64 indices, and each group's start (+ the end).
-
-    Groups stand in ascending order of the catalogue's product code.
-    Raises UserError where the split is empty.
-    """
-    listings = catalog.indices(split)
-    if not len(listings):
-        raise UserError(f"{catalog.name} has no listings in its {split} split")
-    codes = catalog.products[listings]
-    order = np.argsort(codes, kind="stable")
-    starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
-    return listings[order], np.append(starts, len(order))

@@ -8,6 +8,10 @@ P patches · T attribute terms.
 """
 
 import gc
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,7 +23,7 @@ from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.pairs import PairSampler
 from afmrl_jax.data.processor import Processor, Row
-from afmrl_jax.data.views import Augmentation, training_row
+from afmrl_jax.data.views import Augmentation, listing_text, training_row
 
 Batch = dict[str, np.ndarray]
 
@@ -67,7 +71,7 @@ class PairBatches:
 
     def _rows(self, step: int, example: int, listings: np.ndarray) -> list[Row]:
         """One example's views: query, target, negatives, each rendered and cropped anew."""
-        rng = np.random.default_rng((self.seed, step, example))
+        rng = np.random.default_rng((self.seed, step, 1, example))
         views, shares = self.target_views
         chosen = [str(rng.choice(views, p=shares)) for _ in listings]
         views, shares = self.query_views
@@ -75,7 +79,9 @@ class PairBatches:
         draws = 1 + rng.integers(2**31 - 1, size=len(listings))
         shorten = False
         if listings[0] == listings[1]:  # one listing stands for both sides
-            if rng.random() < 0.5:  # ... so they share no modality
+            listing = self.catalog.listing(int(listings[0]))
+            if listing.n_images and listing_text(listing) and rng.random() < 0.5:
+                # ... so they share no modality
                 chosen[:2] = ["image", "text"] if rng.random() < 0.5 else ["text", "image"]
             else:  # ... or differ in crop and kept text
                 shorten = True
@@ -93,6 +99,20 @@ class PairBatches:
         ]
 
 
+def _live_with_parent(*_: int) -> None:
+    """A worker ends when its trainer does, however that ends, and not before it.
+
+    SIGTERM reaches the whole group: the trainer may still want batches for the step it is saving.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 class Stream:
     """Iterates batches from `next_step` on, made ahead by worker processes (0: in a thread)."""
 
@@ -105,7 +125,8 @@ class Stream:
             if not flags.FLAGS.is_parsed():  # Grain's workers read absl's flags
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+                grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
+                worker_init_fn=_live_with_parent,
             )
         self._iterator = iter(dataset)
         self.next_step = next_step

@@ -273,6 +273,8 @@ PRESETS: dict[str, QwenVLConfig] = {
         vision_end_token_id=3,
         image_token_id=4,
         tie_embeddings=True,
+        # 1 / sqrt(width): the published .02 suits widths of 2,000 and starves so narrow a model.
+        initializer_range=0.06,
     ),
     "qwen2_vl_2b": _qwen2_vl(
         TextConfig(

@@ -12,8 +12,8 @@ B = A C pairs · E embedding.
 """
 
 import functools
-import itertools
 import json
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,29 +28,52 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
-from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.errors import UserError, check_ranges
 from afmrl_jax.core.mesh import batch_sharding, local_rows, replicated
 from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.catalog import Catalog
-from afmrl_jax.data.mining import mine_neighbours
+from afmrl_jax.data.corpus import corpus_statistics, look_alikes
 from afmrl_jax.data.opening import cache_folder, open_catalogue
-from afmrl_jax.data.pairs import Composition, PairSampler, listings_by_product
+from afmrl_jax.data.pairs import Composition, PairSampler
 from afmrl_jax.data.pipeline import PairBatches, Stream
+from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.views import Augmentation, listing_text, parse_mixture
 from afmrl_jax.losses.contrastive import Options, contrastive_loss
 from afmrl_jax.models import hf_weights
-from afmrl_jax.retrieval.evaluation import Results, parse_task, results_table, write_evaluation
-from afmrl_jax.retrieval.tasks import Judge
+from afmrl_jax.retrieval.evaluation import Task, parse_task, results_table, write_evaluation
+from afmrl_jax.retrieval.tasks import Judge, can_be_run, validation_sample
 from afmrl_jax.training import cost, encoder, gradcache
-from afmrl_jax.training.checkpoint import Checkpoints, check_unchanged, find_checkpoints
+from afmrl_jax.training.checkpoint import Checkpoints, check_unchanged, find_checkpoints, flatten
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import make_optimizer
 from afmrl_jax.training.state import TrainState, abstract_state, init_state
 
+log = logging.getLogger(__name__)
+
 ROWS = ("tokens", "token_mask", "positions", "patches", "patch_positions", "patch_segments")
 TERMS = ("product", "terms", "query_weights", "document_weights")
+EVALUATIONS = {"before": "evaluation_before.json", "after": "evaluation.json"}
 TOKENIZER_LISTINGS = 20_000  # whose texts a preset's tokenizer is trained on
 VALIDATION_LISTINGS = 600
+RANGES = {  # field -> lowest and highest
+    "seed": (0, 2**31 - 1),
+    "log_every": (1, math.inf),
+    "eval_every": (0, math.inf),
+    "checkpoint_every": (0, math.inf),
+    "batch": (1, math.inf),
+    "chunks": (1, math.inf),
+    "eval.batch": (1, math.inf),
+    "model.embedding_dim": (0, math.inf),
+    "data.workers": (0, math.inf),
+    "data.neighbours": (1, math.inf),
+    "data.hard_negatives": (0, math.inf),
+    "data.max_terms": (1, math.inf),
+    "data.crop_area": (0.01, 1),
+    "data.flip_share": (0, 1),
+    "data.attribute_share": (0, 1),
+    "data.attribute_dropout": (0, 1),
+    "data.attribute_noise": (0, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -60,6 +83,7 @@ class Built:
     start: Callable[[Any], TrainState]  # from parameters, or from scratch with None
     step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
     embed: Callable[[Any, dict[str, np.ndarray]], jax.Array]
+    embed_rows: slice  # of an evaluation batch, those that this process gives to `embed`
     abstract: TrainState
 
 
@@ -67,9 +91,13 @@ def build(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder) -> Built:
     """The train step of a configuration, jitted for a mesh; nothing is computed yet.
 
     step: (state, batch of arrays [A, C, V, ...]) -> (state, metrics), the state donated.
-    embed: (params, host rows [N, ...]) -> float32[N, E] on every device.
+    embed: (params, this process's rows of eval.batch) -> float32[eval.batch, E] on every device.
     """
     # A flag can't say None, so a threshold that nothing passes turns a mask off.
+    if config.batch % config.chunks:
+        raise UserError(
+            f"chunks is {config.chunks}, which does not divide the batch of {config.batch}"
+        )
     options = Options(**{k: None if v == math.inf else v for k, v in config.loss.items()})
     optimizer = make_optimizer(config.optimizer, config.steps)
     init_params = functools.partial(enc.init_params, config.seed)
@@ -103,11 +131,12 @@ def build(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder) -> Built:
         gradient = gradcache.value_and_grad(embed, lambda e: loss(e, batch))
         (value, metrics), gradients = gradient(state.params, rows)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        norm = optax.global_norm(gradients)
+        norm, change = optax.global_norm(gradients), optax.global_norm(updates)
         metrics |= {
             "loss": value,
             "gradient_norm": norm,
-            "finite": jnp.isfinite(value) & jnp.isfinite(norm),
+            "finite": jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(change),
+            "stop": jnp.any(batch["stop"]),
             "flops": cost.step_flops(
                 enc.model_config, cost.work(rows), gradcache=config.chunks > 1
             ),
@@ -118,7 +147,7 @@ def build(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder) -> Built:
     return Built(
         lambda params: init_state(init_params if params is None else params, optimizer, abstract),
         step,
-        encoder.host_embedder(embed, mesh),
+        *encoder.host_embedder(embed, mesh, config.eval.batch),
         abstract,
     )
 
@@ -137,158 +166,168 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Runs, or resumes, the whole of it in `workdir`; see configs/agcl.py."""
     # ---- what is asked, and what is there
     first_process = jax.process_index() == 0
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder(config.data) / "xla"))
-    checkpoints = Checkpoints(workdir / "checkpoints", writable=True)
-    saved = checkpoints.record(checkpoints.latest) if checkpoints.latest else None
-    if saved:
-        check_unchanged(saved["config"], config, workdir)
-    if first_process:
-        write_atomically(workdir / "config.json", config.to_json(indent=2))
-
-    # ---- catalogue and encoder
-    catalog = open_catalogue(config.data.path, config.data, workdir)
-    statistics, sampler = _sampler(config, catalog, saved)
-    enc, source = _encoder(config, catalog, saved)
-    processor = enc.processor()
-    views = {
-        f"{side}_views": parse_mixture(config.data[f"{side}_views"], f"data.{side}_views")
-        for side in ("query", "target")
-    }
+    check_ranges(flatten(config), RANGES)
     tasks = [parse_task(name) for name in config.eval.tasks.split(",")]
+    local = local_rows(mesh, config.batch // config.chunks, "batch / chunks")
+    with Checkpoints(workdir / "checkpoints", writable=True) as checkpoints:
+        saved = checkpoints.record(checkpoints.latest) if checkpoints.latest else None
+        if saved:
+            check_unchanged(saved["config"], config, workdir)
 
-    # ---- state and step
-    built = build(config, mesh, enc)
-    record = enc.record() | {"config": config.to_json(), "statistics": statistics.to_json()}
-    state = checkpoints.restore(checkpoints.latest, built.abstract) if saved else source(built)
+        # ---- catalogue and encoder
+        catalog = open_catalogue(config.data.path, config.data, workdir)
+        if saved and saved["catalogue"] != catalog.fingerprint:
+            raise UserError(
+                f"the catalogue {config.data.path} is not the one that {workdir} began with: bring "
+                "that one back, or start anew with another --workdir"
+            )
+        statistics, sampler = _sampler(config, catalog)
+        enc, load_params = _encoder(config, catalog, saved)
+        processor = enc.processor()
+        record = enc.record() | {
+            "config": config.to_json(),
+            "statistics": statistics.to_json(),
+            "catalogue": catalog.fingerprint,
+        }
+        if first_process:
+            write_atomically(workdir / "config.json", config.to_json(indent=2))
+            write_atomically(workdir / "tokenizer.json", record["tokenizer"])
 
-    # ---- judges
-    def judge(params: Any) -> Judge:
-        embed = functools.partial(built.embed, params)
-        return Judge(
-            embed,
-            processor,
-            catalog,
-            batch=config.eval.batch,
-            attributes=config.eval.attributes,
-        )
+        # ---- state, step and judges
+        built = build(config, mesh, enc)
+        if saved:
+            state = checkpoints.restore(checkpoints.latest, built.abstract)
+        else:
+            state = built.start(load_params(built))
+            for name in EVALUATIONS.values():  # of a run that died before it saved anything
+                (workdir / name).unlink(missing_ok=True)
+
+        def judge(state: TrainState) -> Judge:
+            return Judge(
+                functools.partial(built.embed, state.params),
+                processor,
+                catalog,
+                batch=config.eval.batch,
+                local=built.embed_rows,
+                attributes=config.eval.attributes,
+            )
+
+        listings = catalog.indices("test")
+        split = "test" if len(listings) else "validation"
+        listings = catalog.indices(split)
+
+        def evaluate(state: TrainState, when: str) -> None:
+            results = judge(state).run(tasks, listings, listings)
+            if first_process:
+                write_evaluation(workdir / EVALUATIONS[when], results)
+
+        if not saved:
+            log.info("judging the untrained encoder on %d listings", len(listings))
+            evaluate(state, "before")
+
+        # ---- train
+        if int(state.step) < config.steps:
+            training = Training(
+                step=built.step,
+                open_stream=_open_stream(config, catalog, sampler, processor, statistics, local),
+                examples=config.batch,
+                chunk=config.batch // config.chunks,
+                validate=_validation(catalog, tasks, judge),
+                name_listings=lambda rows: [catalog.listing(int(i)).listing_id for i in rows],
+                record=record,
+            )
+            state = fit(training, state, checkpoints, config, workdir, mesh)
+        elif first_process:
+            print(f"{workdir} is complete: {config.steps} steps are done", flush=True)
+
+    # ---- judge
+    if not (workdir / EVALUATIONS["after"]).exists():
+        evaluate(state, "after")
+    if first_process:
+        found = {
+            when: json.loads((workdir / name).read_text())
+            for when, name in EVALUATIONS.items()
+            if (workdir / name).exists()
+        }
+        print(f"{catalog.name}, {split} split, before and after {config.steps} steps:")
+        print(results_table(found), flush=True)
+
+
+def _validation(
+    catalog: Catalog, tasks: list[Task], judge: Callable[[TrainState], Judge]
+) -> Callable[[TrainState], dict[str, float]] | None:
+    """Scores of the first task that has something to find among some validation listings."""
+    listings = validation_sample(catalog, tasks, VALIDATION_LISTINGS)
+    task = next((t for t in tasks if can_be_run(t, catalog, listings)), None)
+    if task is None:
+        log.warning("%s has no validation listings to judge by: the last is the best", catalog.name)
+        return None
 
     def validate(state: TrainState) -> dict[str, float]:
-        listings = catalog.indices("validation")[:VALIDATION_LISTINGS]
-        results = judge(state.params).run(tasks, listings, listings)
-        if not results:
-            raise UserError(
-                f"the validation split of {catalog.name} has nothing to find for any of "
-                f"{config.eval.tasks}: add image->text to eval.tasks, or listings to the split"
-            )
-        scores = next(iter(results.values()))
+        scores = judge(state).run([task], listings, listings)[task.name]
         return {"validation": scores["recall@1"], "validation_mrr": scores["mrr"]}
 
-    split = "test" if len(catalog.indices("test")) else "validation"
+    return validate
 
-    def evaluate(state: TrainState, path: Path) -> Results:
-        if path.exists():
-            return json.loads(path.read_text())
-        listings = catalog.indices(split)
-        results = judge(state.params).run(tasks, listings, listings)
-        if first_process:
-            write_evaluation(path, results)
-        return results
 
-    # ---- train
-    chunk = config.batch // config.chunks
+def _sampler(config: ConfigDict, catalog: Catalog) -> tuple[CorpusStatistics, PairSampler]:
+    """BM25's statistics of the training split, and the sampler with its look-alikes."""
+    data = config.data
+    cache = cache_folder(data) / "corpus"
+    composition = Composition(
+        config.batch, data.lookalike_share, data.lookalike_group, data.hard_negatives
+    )
+    statistics = corpus_statistics(catalog, "train", cache)
+    neighbours = None
+    if data.lookalike_share or data.hard_negatives:
+        neighbours = look_alikes(catalog, "train", data.neighbours, statistics, cache)
+    return statistics, PairSampler(catalog, "train", composition, config.seed, neighbours)
+
+
+def _open_stream(
+    config: ConfigDict,
+    catalog: Catalog,
+    sampler: PairSampler,
+    processor: Processor,
+    statistics: CorpusStatistics,
+    local: slice,
+) -> Callable[[int], Stream]:
+    """A function from the next step to the stream of batches that begins there."""
+    data = config.data
     batches = PairBatches(
         catalog=catalog,
         sampler=sampler,
         processor=processor,
         statistics=statistics,
-        augmentation=Augmentation(
-            **{name: config.data[name] for name in Augmentation.__dataclass_fields__}
-        ),
-        **views,
-        max_terms=config.data.max_terms,
+        augmentation=Augmentation(**{name: data[name] for name in Augmentation.__annotations__}),
+        query_views=parse_mixture(data.query_views, "data.query_views"),
+        target_views=parse_mixture(data.target_views, "data.target_views"),
+        max_terms=data.max_terms,
         chunks=config.chunks,
-        rows=local_rows(mesh, chunk),
+        rows=local,
         seed=config.seed,
         steps=config.steps,
     )
-    before = evaluate(state, workdir / "evaluation_before.json") if not saved else None
-    training = Training(
-        step=built.step,
-        open_stream=lambda step: Stream(batches, step, config.data.workers),
-        examples=config.batch,
-        chunk=chunk,
-        validate=validate,
-        name_listings=lambda rows: [catalog.listing(int(i)).listing_id for i in rows],
-        record=record,
-    )
-    if int(state.step) == config.steps and first_process:
-        print(f"{workdir} is complete: {config.steps} steps are done", flush=True)
-    state = fit(training, state, checkpoints, config, workdir, mesh)
-    checkpoints.close()
-
-    # ---- judge
-    before = before or json.loads((workdir / "evaluation_before.json").read_text())
-    after = evaluate(state, workdir / "evaluation.json")
-    if first_process:
-        print(f"{catalog.name}, {split} split, before and after {config.steps} steps:")
-        print(results_table({"untrained": before, "trained": after}), flush=True)
-
-
-def _sampler(
-    config: ConfigDict, catalog: Catalog, saved: dict[str, str] | None
-) -> tuple[CorpusStatistics, PairSampler]:
-    """BM25's statistics of the training split, and the sampler with its look-alikes."""
-    data = config.data
-    composition = Composition(
-        config.batch, data.lookalike_share, data.lookalike_group, data.hard_negatives
-    )
-    if config.chunks < 1 or config.batch % config.chunks:
-        raise UserError(
-            f"chunks is {config.chunks}, which does not divide the batch of {config.batch}"
-        )
-    listings, starts = listings_by_product(catalog, "train")
-    attributes = []  # of each product, its listings' together
-    for start, end in itertools.pairwise(starts):
-        merged = {}
-        for listing in listings[start:end]:
-            merged |= catalog.listing(int(listing)).attributes
-        attributes.append(merged)
-    if saved:
-        statistics = CorpusStatistics.from_json(saved["statistics"])
-    else:
-        statistics = CorpusStatistics.from_documents(attributes)
-    neighbours = None
-    if data.lookalike_share or data.hard_negatives:
-        neighbours, _ = mine_neighbours(
-            attributes,
-            data.neighbours,
-            statistics,
-            cache_dir=cache_folder(data) / "neighbours",
-            fingerprint=f"{catalog.fingerprint}/train",
-        )
-    return statistics, PairSampler(catalog, "train", composition, config.seed, neighbours)
+    return lambda step: Stream(batches, step, data.workers)
 
 
 def _encoder(
     config: ConfigDict, catalog: Catalog, saved: dict[str, str] | None
-) -> tuple[encoder.Encoder, Callable[[Built], TrainState]]:
-    """The encoder, and how its first state is made: anew, or from a run or a folder."""
+) -> tuple[encoder.Encoder, Callable[[Built], Any]]:
+    """The encoder, and where its first parameters come from: nowhere (None, they are made), a
+    run's checkpoint, or a Hugging Face folder."""
     if saved:
-        return encoder.from_record(config, saved), lambda built: built.start(None)
+        return encoder.from_record(config, saved), lambda _: None
     if not config.init_from:
-        listings = catalog.indices("train")[:TOKENIZER_LISTINGS]
         texts = [config.data.instruction]
-        for index in listings:
+        for index in catalog.indices("train")[:TOKENIZER_LISTINGS]:
             listing = catalog.listing(int(index))
             texts.append(listing_text(listing, listing.attributes))
-        return encoder.from_preset(config, texts), lambda built: built.start(None)
+        return encoder.from_preset(config, texts), lambda _: None
     folder = Path(config.init_from)
     if any(folder.glob("*.safetensors")):
         enc = encoder.from_folder(config, folder)
-        return enc, lambda built: built.start(
-            hf_weights.load(folder, built.abstract.params, enc.model_config)
-        )
+        return enc, lambda built: hf_weights.load(folder, built.abstract.params, enc.model_config)
     checkpoints, step = find_checkpoints(config.init_from)
-    return encoder.from_record(config, checkpoints.record(step)), lambda built: built.start(
-        checkpoints.restore_params(step, built.abstract.params)
-    )
+    enc = encoder.from_record(config, checkpoints.record(step))
+    return enc, lambda built: checkpoints.restore_params(step, built.abstract.params)

@@ -7,6 +7,7 @@
 
 import functools
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -14,26 +15,27 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.errors import UserError, check_ranges
 from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.catalog import Catalog, ConcatCatalog
 from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.retrieval.evaluation import parse_task, results_table, write_evaluation
 from afmrl_jax.retrieval.tasks import Judge
 from afmrl_jax.training import encoder
-from afmrl_jax.training.checkpoint import find_checkpoints
+from afmrl_jax.training.checkpoint import find_checkpoints, flatten
 from afmrl_jax.training.encoder import abstract_params, host_embedder
 
 
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Writes `evaluation.json` into the workdir; see configs/evaluate.py."""
     # ---- checkpoint
+    check_ranges(flatten(config), {"eval.batch": (1, math.inf)})
     if not config.checkpoint:
         raise UserError("say which checkpoint to judge, as --config.checkpoint=runs/agcl")
     tasks = [parse_task(name) for name in config.eval.tasks.split(",")]
-    checkpoints, step = find_checkpoints(config.checkpoint)
-    if config.best:
-        step = checkpoints.best or step
+    if (workdir / "checkpoints").exists():
+        raise UserError(f"{workdir} holds a training run: name another --workdir for the scores")
+    checkpoints, step = find_checkpoints(config.checkpoint, best=config.best)
     record = checkpoints.record(step)
     settings = ConfigDict(json.loads(record["config"]))
 
@@ -44,21 +46,26 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         name: open_catalogue(name, config.data, workdir)
         for name in dict.fromkeys(queries + gallery)
     }
-    catalog = ConcatCatalog(list(opened.values()))
-    starts = dict(zip(opened, np.cumsum([0, *map(len, opened.values())])))
+    # By content: a catalogue named twice, in two ways, would let a query find itself.
+    distinct = {catalog.fingerprint: catalog for catalog in opened.values()}
+    catalog = ConcatCatalog(list(distinct.values()))
+    starts = dict(zip(distinct, np.cumsum([0, *map(len, distinct.values())])))
 
     def indices(names: list[str], split: str) -> np.ndarray:
-        parts = [_indices(opened[name], split) + starts[name] for name in dict.fromkeys(names)]
+        named = {opened[name].fingerprint: opened[name] for name in names}
+        parts = [_indices(part, split) + starts[key] for key, part in named.items()]
         return np.concatenate(parts)
 
     # ---- encoder
     enc = encoder.from_record(settings, record)
     params = checkpoints.restore_params(step, abstract_params(enc, mesh))
+    embed, local = host_embedder(enc.embed(), mesh, config.eval.batch)
     judge = Judge(
-        functools.partial(host_embedder(enc.embed(), mesh), params),
+        functools.partial(embed, params),
         enc.processor(),
         catalog,
         batch=config.eval.batch,
+        local=local,
         attributes=config.eval.attributes,
     )
 

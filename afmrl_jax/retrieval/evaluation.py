@@ -11,7 +11,6 @@ items of a query, padded with -1.
 import difflib
 import functools
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.writer import write_atomically
+from afmrl_jax.data.views import VIEWS
 from afmrl_jax.retrieval import metrics
 from afmrl_jax.retrieval.index import (
     EXACT_BELOW,
@@ -31,7 +32,6 @@ from afmrl_jax.retrieval.index import (
     require_finite,
 )
 
-VIEWS = ("image", "text", "image+text")
 APPROXIMATE_DEPTH = 1000  # ranks looked at where the gallery is too large to rank it whole
 
 Results = Mapping[str, Mapping[str, float]]  # task -> metric -> value
@@ -179,12 +179,7 @@ def rank_and_score(
 
 def write_evaluation(path: str | Path, results: Results) -> None:
     """Writes {task: {metric: value, n_queries, n_gallery}} as JSON, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(results, indent=2, allow_nan=False) + "\n"
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    write_atomically(Path(path), json.dumps(results, indent=2, allow_nan=False) + "\n")
 
 
 def results_table(models: Mapping[str, Results]) -> str:

@@ -1,14 +1,14 @@
 """Checkpoints of a run: state, stream position and everything that its embeddings depend on.
 
-A checkpoint is whole or absent: Orbax writes beside and renames. With the state it holds the run's
-record, strings by name: config, model, tokenizer, corpus statistics, next_step.
+A checkpoint is whole or absent: Orbax writes beside and renames. With the state, whose step is the
+stream's position, it holds the run's record, strings by name: config, model, tokenizer, corpus
+statistics, the catalogue's fingerprint.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
@@ -17,8 +17,8 @@ from afmrl_jax.training.state import TrainState
 
 # Fields that change how a run is watched or where it runs, never what it computes.
 MAY_CHANGE = (
-    "log_every", "eval_every", "checkpoint_every", "mesh.", "eval.", "data.workers",
-    "data.cache_dir", "data.on_bad_listing",
+    "log_every", "eval_every", "checkpoint_every", "mesh.", "eval.batch", "data.workers",
+    "data.cache_dir",
 )  # fmt: skip
 
 
@@ -56,13 +56,17 @@ class Checkpoints:
         best = max(scored, key=lambda c: (c.metrics["validation"], c.step), default=None)
         return best.step if best else None
 
+    def has(self, step: int) -> bool:
+        """Whether that step is saved whole."""
+        return any(c.step == step for c in self._orbax.checkpoints)
+
     def save(
         self, state: TrainState, record: dict[str, str], step: int, validation: float | None
     ) -> None:
         """Begins to write; the state may be donated as soon as this returns."""
         self._orbax.save_checkpointables_async(
             step,
-            {"state": state, "run": {**record, "next_step": str(step)}},
+            {"state": state, "run": record},
             metrics=None if validation is None else {"validation": validation},
         )
 
@@ -87,22 +91,30 @@ class Checkpoints:
         """The state as nested containers of arrays on this process's device, as it was saved."""
         return self._orbax.load_checkpointables(step, {"state": None})["state"]
 
-    def close(self) -> None:
-        """Waits until everything is written."""
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Waits until everything is written, also where a run ends in an error."""
         self._orbax.close()
 
 
-def find_checkpoints(path: str) -> tuple[Checkpoints, int]:
-    """The checkpoints that `path` names, and the step: a workdir (its last), or one step's folder.
+def find_checkpoints(path: str, *, best: bool = False) -> tuple[Checkpoints, int]:
+    """The checkpoints that `path` names, and the step.
 
-    Raises UserError where there is none.
+    path: a run's workdir (its last checkpoint, or with `best` the best on validation), or the
+    folder of one step. Raises UserError where there is none.
     """
     folder = Path(path)
     for root in (folder / "checkpoints", folder):
         if root.is_dir() and (checkpoints := Checkpoints(root)).latest is not None:
-            return checkpoints, checkpoints.latest
+            if best and checkpoints.best is None:
+                raise UserError(f"{path} has no validated checkpoint: leave best out")
+            return checkpoints, checkpoints.best if best else checkpoints.latest
     if folder.name.isdigit() and folder.is_dir():
-        return Checkpoints(folder.parent), int(folder.name)
+        checkpoints = Checkpoints(folder.parent)
+        if checkpoints.has(int(folder.name)):
+            return checkpoints, int(folder.name)
     raise UserError(
         f"{path} holds no whole checkpoint: give a run's workdir or one folder of its checkpoints"
     )
@@ -133,8 +145,3 @@ def check_unchanged(saved: str, config: ConfigDict, workdir: Path) -> None:
             f"{workdir} holds a run of another configuration: {'; '.join(changed)}. Give the old "
             "values to resume it, or another --workdir to start anew"
         )
-
-
-def abstract_of(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a tree of arrays."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

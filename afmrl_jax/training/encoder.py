@@ -128,17 +128,14 @@ def abstract_params(enc: Encoder, mesh: Mesh) -> Any:
 
 
 def host_embedder(
-    embed: Callable[[Any, dict[str, jax.Array]], jax.Array], mesh: Mesh
-) -> Callable[[Any, dict[str, np.ndarray]], jax.Array]:
-    """A function (params, the processor's arrays of N rows) -> float32[N, E] on every device.
-
-    Rows are split over the mesh; every process gives all of them.
+    embed: Callable[[Any, dict[str, jax.Array]], jax.Array], mesh: Mesh, batch: int
+) -> tuple[Callable[[Any, dict[str, np.ndarray]], jax.Array], slice]:
+    """A function (params, this process's rows) -> float32[batch, E] on every device, and which of
+    the batch's rows are this process's. Raises UserError where the mesh cannot split the batch.
     """
     jitted = jax.jit(embed, out_shardings=replicated(mesh))
 
     def embed_rows(params: Any, rows: dict[str, np.ndarray]) -> jax.Array:
-        count = len(rows["tokens"])
-        local = {name: array[local_rows(mesh, count)] for name, array in rows.items()}
-        return jitted(params, put_batch(local, mesh, axis=0, rows=count))
+        return jitted(params, put_batch(rows, mesh, axis=0, rows=batch))
 
-    return embed_rows
+    return embed_rows, local_rows(mesh, batch, "eval.batch")

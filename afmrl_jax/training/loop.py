@@ -5,6 +5,7 @@ at the step before, one step late.
 """
 
 import collections
+import contextlib
 import signal
 import time
 from collections.abc import Callable
@@ -34,15 +35,16 @@ class Training:
     """What a program gives to the loop.
 
     step: jitted (state, batch) -> (state, metrics), the state donated; metrics holds `loss`,
-    `finite` (bool) and `flops`, useful ones of the whole step. validate: state -> metrics, of which
-    `validation` is the one that chooses the best checkpoint.
+    `finite` (bool), `flops`, useful ones of the whole step, and `stop`, whether any process asked
+    for it in the batch's `stop` bool[A, C]. validate: state -> metrics, of which `validation` is
+    the one that chooses the best checkpoint; None where there is nothing to validate on.
     """
 
     step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
     open_stream: Callable[[int], Stream]
     examples: int  # of a global batch: what is counted per second
     chunk: int  # rows of the sharded axis, the batch's second
-    validate: Callable[[TrainState], dict[str, float]]
+    validate: Callable[[TrainState], dict[str, float]] | None
     name_listings: Callable[[np.ndarray], list[str]]
     record: dict[str, str]
 
@@ -104,26 +106,24 @@ def fit(
     writer = RunWriter(
         workdir, first_step=first, steps=config.steps, active=jax.process_index() == 0
     )
-    stream = training.open_stream(first)
-    run = _Run(training, checkpoints, config, mesh, writer)
-    try:
-        with _Preemption() as preemption:
+    with contextlib.closing(writer), _Preemption() as preemption:
+        stream = training.open_stream(first)
+        with contextlib.closing(stream):
+            run = _Run(training, checkpoints, config, mesh, writer, preemption)
             for number in range(first + 1, config.steps + 1):
                 state = run.step(state, stream, number)
                 last = number == config.steps
                 validation = None
-                if last or (config.eval_every and number % config.eval_every == 0):
+                if training.validate and (
+                    last or (config.eval_every and number % config.eval_every == 0)
+                ):
                     validation = run.validate(state)
                 due = config.checkpoint_every and number % config.checkpoint_every == 0
-                if last or due or preemption.asked:
+                if last or due or run.stop or validation is not None:
                     run.save(state, number, validation)
-                if preemption.asked and not last:
-                    checkpoints.close()
-                    writer.say(f"stopped by SIGTERM: step {number} is saved, start again to go on")
+                if run.stop:
+                    writer.say(f"stopped by SIGTERM at step {number}, which is saved: start again")
                     raise SystemExit(143)
-    finally:
-        stream.close()
-        writer.close()
     return state
 
 
@@ -137,7 +137,10 @@ class _Run:
         config: ConfigDict,
         mesh: Mesh,
         writer: RunWriter,
+        preemption: _Preemption,
     ):
+        self.stop = False  # whether any process was told to, as all of them know it
+        self._preemption = preemption
         self._training, self._checkpoints, self._config = training, checkpoints, config
         self._mesh, self._writer = mesh, writer
         self._window = _Window()
@@ -159,6 +162,8 @@ class _Run:
 
     def _put(self, batch: Batch, number: int) -> dict[str, jax.Array]:
         wanted = {k: v for k, v in batch.items() if k not in HOST_ONLY}
+        # It comes back as a metric, so that all processes learn of it at the same step.
+        wanted["stop"] = np.full(batch["listing"].shape[:2], self._preemption.asked)
         self._shapes.add(tuple((k, v.shape, str(v.dtype)) for k, v in sorted(wanted.items())))
         if len(self._shapes) > MAX_SHAPES:
             one, other = [set(shapes) for shapes in list(self._shapes)[:2]]
@@ -175,6 +180,7 @@ class _Run:
         """
         self._check()
         number, _, metrics = self._unseen.popleft()
+        self.stop |= bool(metrics.pop("stop"))
         self._window.flops += float(metrics.pop("flops"))
         self._window.steps += 1
         self._writer.advance(number)

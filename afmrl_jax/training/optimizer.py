@@ -1,25 +1,31 @@
 """AdamW with warm-up and cosine, the decay on matrices only."""
 
+import math
+
 import jax
 import optax
 from ml_collections import ConfigDict
 
-from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.errors import check_ranges
+
+RANGES = {  # field -> lowest and highest
+    "optimizer.learning_rate": (0, math.inf),
+    "optimizer.warmup_share": (0, 0.99),
+    "optimizer.final_share": (0, 1),
+    "optimizer.embedding_rate": (0, math.inf),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.b1": (0, 1),
+    "optimizer.b2": (0, 1),
+    "optimizer.clip_norm": (1e-12, math.inf),
+}
 
 
 def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
-    """Linear warm-up to `learning_rate`, then a cosine to `final_share` of it at `steps`.
-
-    Raises UserError where the warm-up leaves no step to train.
-    """
-    if not 0 <= config.warmup_steps < max(steps, 1):
-        raise UserError(
-            f"optimizer.warmup_steps is {config.warmup_steps} of {steps} steps: make it smaller"
-        )
+    """Linear warm-up to `learning_rate`, then a cosine to `final_share` of it at `steps`."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=round(config.warmup_share * steps),
         decay_steps=steps,
         end_value=config.learning_rate * config.final_share,
     )
@@ -27,13 +33,28 @@ def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
 
 def is_matrix(params) -> object:
     """A tree of booleans: which leaves weight decay reaches (kernels and embeddings)."""
-    return jax.tree.map_with_path(
-        lambda path, _: str(getattr(path[-1], "key", path[-1])) in ("kernel", "embedding"), params
-    )
+    return jax.tree.map_with_path(lambda path, _: _name(path) in ("kernel", "embedding"), params)
+
+
+def is_embedding(params) -> object:
+    """A tree of booleans: the table of token embeddings."""
+    return jax.tree.map_with_path(lambda path, _: _name(path) == "embedding", params)
+
+
+def _name(path: tuple) -> str:
+    return str(getattr(path[-1], "key", path[-1]))
 
 
 def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """optax.adamw after clipping by the global norm; float32 moments."""
+    """optax.adamw after clipping by the global norm; float32 moments.
+
+    The table of token embeddings moves `embedding_rate` times as fast: of its rows only those that
+    a batch holds are moved, and by muP (arXiv 2203.03466) its rate does not fall with the width.
+
+    Raises UserError for a number out of its range.
+    """
+    check_ranges({"steps": steps}, {"steps": (1, math.inf)})
+    check_ranges({f"optimizer.{name}": value for name, value in config.items()}, RANGES)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
@@ -43,4 +64,5 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
             weight_decay=config.weight_decay,
             mask=is_matrix,
         ),
+        optax.masked(optax.scale(config.embedding_rate), is_embedding),
     )

@@ -30,7 +30,7 @@ def test_a_mesh_that_does_not_fit_the_devices_says_so(given, told):
 
 
 def test_one_process_delivers_every_row():
-    assert local_rows(make_mesh(sizes()), 6) == slice(0, 6)
+    assert local_rows(make_mesh(sizes()), 6, "batch") == slice(0, 6)
 
 
 def test_half_a_process_group_in_the_environment_is_an_error(monkeypatch):

@@ -20,7 +20,6 @@ from afmrl_jax.data import checking, conversion, validation
 from afmrl_jax.data.catalog import (
     ConcatCatalog,
     Listing,
-    SubsetCatalog,
     open_catalog,
     split_of_product,
 )
@@ -397,17 +396,6 @@ def test_concatenated_catalogues_share_products_by_id(tmp_path):
     assert [*both.indices("train"), *both.indices("validation")] == list(range(10))
     with pytest.raises(IndexError):
         both.listing(10)
-
-
-def test_a_subset_keeps_listings_splits_and_dense_products(tmp_path):
-    listings = [row | {"split": "test" if i % 3 else "train"} for i, row in enumerate(rows(6))]
-    whole = open_catalog(write_folder(tmp_path / "a", listings), cache_dir=tmp_path)
-    part = SubsetCatalog(whole, np.array([5, 0, 4]))
-    assert [part.listing(i).listing_id for i in range(3)] == ["l5", "l0", "l4"]
-    assert part.products.tolist() == [1, 0, 1]
-    assert part.indices("test").tolist() == [0, 2] and part.indices("train").tolist() == [1]
-    assert part.image(0).getpixel((0, 0)) == (50, 0, 0)
-    assert part.fingerprint != whole.fingerprint
 
 
 # ---- real catalogues

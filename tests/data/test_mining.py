@@ -1,4 +1,4 @@
-"""Mined look-alikes against brute force, within a budget, and from the cache."""
+"""Mined look-alikes against brute force, and within a budget."""
 
 import numpy as np
 import pytest
@@ -69,22 +69,6 @@ def test_a_search_on_a_budget_finds_nearly_as_good_neighbours_with_exact_scores(
         query["terms"], query["query_weights"], found["terms"], found["document_weights"]
     )
     assert scores[7, 0] == pytest.approx(float(exact[0, 0]), rel=1e-5)
-
-
-def test_the_cache_answers_for_the_same_catalogue_only(tmp_path, monkeypatch):
-    catalogue = products(50, values=3)
-    first = mined(catalogue, 3, cache_dir=tmp_path, fingerprint="a")
-    assert [p.suffix for p in tmp_path.iterdir()] == [".npy"]
-
-    def refuse(*_):
-        raise AssertionError("searched again")
-
-    monkeypatch.setattr(mining, "_search", refuse)
-    for left, right in zip(first, mined(catalogue, 3, cache_dir=tmp_path, fingerprint="a")):
-        np.testing.assert_array_equal(left, right)
-    for other in ({"fingerprint": "b"}, {"fingerprint": "a", "max_work": 1}):
-        with pytest.raises(AssertionError, match="searched again"):
-            mined(catalogue, 3, cache_dir=tmp_path, **other)
 
 
 def test_an_empty_catalogue_has_no_neighbours():

@@ -2,7 +2,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,25 +24,6 @@ def state_of(workdir):
 
 def logged(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def command(config, workdir):
-    """The command line that runs a configuration made here."""
-    fields = [
-        f"--config.{name}={value}"
-        for name, value in [
-            *((k, config[k]) for k in ("steps", "batch", "log_every", "eval_every")),
-            ("checkpoint_every", config.checkpoint_every),
-            ("model.vocab_size", config.model.vocab_size),
-            ("optimizer.warmup_steps", config.optimizer.warmup_steps),
-            *((f"data.{k}", v) for k, v in config.data.items()),
-            *((f"eval.{k}", v) for k, v in config.eval.items()),
-        ]
-    ]
-    return [
-        *(sys.executable, "-m", "afmrl_jax.main", "--config=configs/agcl.py"),
-        *(f"--workdir={workdir}", *fields),
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +69,7 @@ def test_a_changed_configuration_is_refused_field_by_field(agcl_config, whole):
     assert "log_every" not in str(error.value)
 
 
-def test_a_run_killed_and_started_again_ends_bit_equal(agcl_config, whole, tmp_path):
+def test_a_run_killed_and_started_again_ends_bit_equal(agcl_config, whole, command, tmp_path):
     """kill -9 once the third step is logged; checkpoints are two steps apart."""
     workdir = tmp_path / "killed"
     process = subprocess.Popen(command(agcl_config, workdir), cwd=ROOT, start_new_session=True)
@@ -105,7 +85,7 @@ def test_a_run_killed_and_started_again_ends_bit_equal(agcl_config, whole, tmp_p
     assert [row["step"] for row in logged(workdir)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_sigterm_saves_and_exits(agcl_config, tmp_path):
+def test_sigterm_saves_and_exits(agcl_config, command, tmp_path):
     agcl_config.update(steps=500, eval_every=0, checkpoint_every=0)
     workdir = tmp_path / "terminated"
     process = subprocess.Popen(

@@ -1,0 +1,73 @@
+"""What training knows of its products' attributes: BM25's statistics, and who looks like whom.
+
+Read from the catalogue once and kept in the cache under its fingerprint, since a catalogue of
+millions takes minutes to read listing by listing.
+
+Axes: P products · K neighbours.
+"""
+
+import itertools
+import logging
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from afmrl_jax.attributes.bm25 import CorpusStatistics
+from afmrl_jax.core.writer import write_atomically
+from afmrl_jax.data.catalog import Catalog
+from afmrl_jax.data.mining import VERSION, mine_neighbours
+
+log = logging.getLogger(__name__)
+
+
+def listings_by_product(catalog: Catalog, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """The split's listings grouped by product: int64 indices, and each group's start (+ the end).
+
+    Groups stand in ascending order of the catalogue's product code; none for an empty split.
+    """
+    listings = catalog.indices(split)
+    codes = catalog.products[listings]
+    order = np.argsort(codes, kind="stable")
+    starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
+    return listings[order], np.append(starts, len(order))
+
+
+def product_attributes(catalog: Catalog, split: str) -> list[dict[str, str]]:
+    """The attributes of each product of a split, its listings' together; the last says it where
+    two differ. Products in the order of `listings_by_product`."""
+    listings, starts = listings_by_product(catalog, split)
+    products = []
+    for start, end in itertools.pairwise(starts):
+        merged: dict[str, str] = {}
+        for listing in listings[start:end]:
+            merged |= catalog.listing(int(listing)).attributes
+        products.append(merged)
+    return products
+
+
+def corpus_statistics(catalog: Catalog, split: str, cache: Path) -> CorpusStatistics:
+    """BM25's statistics over a split, a document a product."""
+    path = cache / f"statistics-{catalog.fingerprint}-{split}.json"
+    if path.exists():
+        return CorpusStatistics.from_json(path.read_text(encoding="utf-8"))
+    statistics = CorpusStatistics.from_documents(product_attributes(catalog, split))
+    write_atomically(path, statistics.to_json())
+    return statistics
+
+
+def look_alikes(
+    catalog: Catalog, split: str, k: int, statistics: CorpusStatistics, cache: Path
+) -> np.ndarray:
+    """int32[P, K]: of each of a split's products those with the most similar attributes, as
+    positions among them; -1 pads."""
+    path = cache / f"look-alikes-{VERSION}-{catalog.fingerprint}-{split}-{k}.npy"
+    if path.exists():
+        return np.load(path)
+    log.info("looking for the look-alikes of each product")
+    neighbours, _ = mine_neighbours(product_attributes(catalog, split), k, statistics)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        np.save(file, neighbours)
+    Path(file.name).replace(path)
+    return neighbours
