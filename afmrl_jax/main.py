@@ -105,8 +105,10 @@ def cli(argv: list[str]) -> int:
     absl_logging.set_verbosity("error")  # Orbax warns of its own temporary folders at each save
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
-    logging.getLogger("afmrl_jax").addHandler(handler)
-    logging.getLogger("afmrl_jax").setLevel(logging.INFO)
+    logger = logging.getLogger("afmrl_jax")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False  # absl's own handler would say it again
     config = _CONFIG.value
     if config is None:
         print("afmrl_jax: say what to run, as --config=configs/agcl.py", file=sys.stderr)

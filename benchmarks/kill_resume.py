@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.out.exists():
+        raise SystemExit(f"{args.out} exists: name a new folder, so that nothing old is compared")
     fields = {
         "steps": args.steps,
         "batch": 16,
@@ -56,6 +58,8 @@ def main() -> None:
             stderr=subprocess.DEVNULL,
         )
         time.sleep(after)
+        if process.poll() is not None:
+            raise SystemExit(f"the run ended before {after:.1f} s: raise --steps")
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         log = killed / "metrics.jsonl"

@@ -32,7 +32,7 @@ FIELDS = {
 
 
 def split_luma(source: Path, target: Path) -> None:
-    """Writes luma with `split` set by garment; train's garments keep some for validation."""
+    """Writes luma with `split` set by garment."""
     target.mkdir(parents=True, exist_ok=True)
     if not (target / "images").exists():
         shutil.copytree(source / "images", target / "images")
@@ -76,7 +76,7 @@ def main() -> None:
         for arm in ("untrained", "vlm2vec", "agcl"):
             config = "configs/agcl.py" + (":vlm2vec" if arm == "vlm2vec" else "")
             workdir = (args.out / f"{arm}-{seed}").absolute()
-            # One step at a learning rate of 0: the parameters stay as they were born.
+            # A checkpoint to judge, of one step at a rate of 0: parameters as they were born.
             steps = {"steps": args.steps}
             if arm == "untrained":
                 steps = {"steps": 1, "optimizer.learning_rate": 0}

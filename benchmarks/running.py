@@ -18,7 +18,13 @@ def command(config: str, workdir: Path, fields: dict) -> list[str]:
     """The command line of one run; `fields` are --config.FIELD=VALUE."""
     given = [f"--config.{name}={value}" for name, value in fields.items()]
     return [
-        *(sys.executable, "-m", "afmrl_jax.main", f"--config={config}", f"--workdir={workdir}"),
+        *(
+            sys.executable,
+            "-m",
+            "afmrl_jax.main",
+            f"--config={config}",
+            f"--workdir={workdir.absolute()}",
+        ),
         *given,
     ]
 

@@ -72,6 +72,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--chunks", type=int, default=1)
     args = parser.parse_args()
+    if args.out.exists():
+        raise SystemExit(f"{args.out} exists: name a new folder, so that nothing old is compared")
     fields = {
         "steps": args.steps,
         "batch": args.batch,

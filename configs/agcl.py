@@ -28,16 +28,15 @@ def get_config(arm: str = "agcl") -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.preset = "tiny"  # tiny | qwen2_vl_2b | qwen2_vl_7b; unused with init_from
-    config.model.dtype = "float32"  # of the computation; parameters and the loss stay float32
+    config.model.dtype = "bfloat16"  # of the computation; parameters and the loss stay float32
     config.model.remat = "none"  # none | dots | full: what the backward pass computes again
     config.model.embedding_dim = 0  # first dimensions kept of the embedding; 0 = all
     config.model.vocab_size = 4096  # of the tokenizer that `tiny` trains on its catalogue
 
     config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 1e-3  # VLM2Vec-V2: 5e-5, from pretrained weights
+    config.optimizer.learning_rate = 2e-3  # VLM2Vec-V2: 5e-5, from pretrained weights
     config.optimizer.warmup_share = 0.1  # of the steps; VLM2Vec-V2: 100 of 5,000
     config.optimizer.final_share = 0.02  # of the learning rate, where the cosine ends
-    config.optimizer.embedding_rate = 10.0  # of the token embeddings, times the rate; pretrained: 1
     config.optimizer.weight_decay = 0.05  # matrices only
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98
@@ -50,21 +49,21 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.data.min_pixels = 3136  # an image is enlarged to this area
     config.data.max_pixels = 4096  # and reduced to this one
     # what queries and targets show: views and their shares
-    config.data.query_views = "image+text 0.7, image 0.15, text 0.15"
-    config.data.target_views = "image+text 0.7, image 0.15, text 0.15"
-    config.data.crop_area = 0.8  # least share of an image's area that a training crop keeps
+    config.data.query_views = "image+text 0.8, image 0.1, text 0.1"
+    config.data.target_views = "image+text 0.8, image 0.1, text 0.1"
+    config.data.crop_area = 1.0  # least share of an image's area that a training crop keeps
     config.data.flip_share = 0.0  # of training images mirrored
     config.data.attribute_share = 0.0  # of training texts that carry the structured attributes
     config.data.attribute_dropout = 0.3  # of those, attributes left out
     config.data.attribute_noise = 0.1  # of those, values replaced by another listing's
-    config.data.lookalike_share = 0.5  # of a batch made of groups of look-alikes
+    config.data.lookalike_share = 0.0  # of a batch made of groups of look-alikes
     config.data.lookalike_group = 4  # products a group
     config.data.hard_negatives = 0  # listings of other products, mined for each query
     config.data.neighbours = 16  # look-alikes remembered of each product
     config.data.max_terms = 32  # attribute terms kept of a listing, the rarest first
 
     config.loss = ConfigDict()  # losses/contrastive.py; inf turns a mask off
-    config.loss.temperature = 0.02  # VLM2Vec-V2
+    config.loss.temperature = 0.05  # VLM2Vec-V2: 0.02, from pretrained weights
     config.loss.negative_weight = "bm25"  # none | bm25 (AGCL) | similarity (LLaVE)
     config.loss.weight_scale = "self"  # self (by the query's own score) | raw (the paper's)
     config.loss.weight_strength = 1.0  # a in w = exp(a (1 + tanh B)); the paper: 1

@@ -44,7 +44,7 @@ class SyntheticCatalog:
         seed: int = 0,
         *,
         families: Mapping[str, int] = FAMILIES,
-        image_size: int = 96,
+        image_size: int = 64,
         cache_dir: str | Path | None = None,
     ):
         self.name = "built-in"

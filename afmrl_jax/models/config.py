@@ -248,21 +248,21 @@ PRESETS: dict[str, QwenVLConfig] = {
     # Trains from scratch on two CPU cores, its tokenizer too: hence the small vocabulary.
     "tiny": QwenVLConfig(
         vision=VisionConfig(
-            hidden_size=128,
-            num_layers=3,
-            num_heads=4,
-            mlp_size=512,
+            hidden_size=96,
+            num_layers=2,
+            num_heads=3,
+            mlp_size=384,
             patch_size=8,
             merge_size=2,
             temporal_patch_size=2,
         ),
         text=TextConfig(
-            hidden_size=192,
-            num_layers=3,
-            num_heads=6,
+            hidden_size=128,
+            num_layers=2,
+            num_heads=4,
             num_kv_heads=2,
             head_dim=32,
-            mlp_size=512,
+            mlp_size=384,
             mrope_sections=(4, 6, 6),
             rope_theta=1e4,
         ),
@@ -274,7 +274,7 @@ PRESETS: dict[str, QwenVLConfig] = {
         image_token_id=4,
         tie_embeddings=True,
         # 1 / sqrt(width): the published .02 suits widths of 2,000 and starves so narrow a model.
-        initializer_range=0.06,
+        initializer_range=0.08,
     ),
     "qwen2_vl_2b": _qwen2_vl(
         TextConfig(

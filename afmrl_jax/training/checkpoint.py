@@ -6,9 +6,11 @@ statistics, the catalogue's fingerprint.
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
@@ -27,6 +29,10 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, writable: bool = False):
         """writable: this run's own folder, where what a killed save left is cleaned away."""
+        # Not Orbax's own clean-up: its thread outlives a program that ends at once, and complains.
+        if writable and jax.process_index() == 0:
+            for unfinished in folder.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(unfinished, ignore_errors=True)
         policies = ocp.training.preservation_policies
         self._orbax = ocp.training.Checkpointer(
             folder.absolute(),
@@ -41,7 +47,6 @@ class Checkpoints:
                     ),
                 ]
             ),
-            cleanup_tmp_directories=writable,
         )
 
     @property

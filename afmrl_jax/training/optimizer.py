@@ -12,7 +12,6 @@ RANGES = {  # field -> lowest and highest
     "optimizer.learning_rate": (0, math.inf),
     "optimizer.warmup_share": (0, 0.99),
     "optimizer.final_share": (0, 1),
-    "optimizer.embedding_rate": (0, math.inf),
     "optimizer.weight_decay": (0, math.inf),
     "optimizer.b1": (0, 1),
     "optimizer.b2": (0, 1),
@@ -36,20 +35,12 @@ def is_matrix(params) -> object:
     return jax.tree.map_with_path(lambda path, _: _name(path) in ("kernel", "embedding"), params)
 
 
-def is_embedding(params) -> object:
-    """A tree of booleans: the table of token embeddings."""
-    return jax.tree.map_with_path(lambda path, _: _name(path) == "embedding", params)
-
-
 def _name(path: tuple) -> str:
     return str(getattr(path[-1], "key", path[-1]))
 
 
 def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
     """optax.adamw after clipping by the global norm; float32 moments.
-
-    The table of token embeddings moves `embedding_rate` times as fast: of its rows only those that
-    a batch holds are moved, and by muP (arXiv 2203.03466) its rate does not fall with the width.
 
     Raises UserError for a number out of its range.
     """
@@ -64,5 +55,4 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
             weight_decay=config.weight_decay,
             mask=is_matrix,
         ),
-        optax.masked(optax.scale(config.embedding_rate), is_embedding),
     )

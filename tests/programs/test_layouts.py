@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -36,26 +37,44 @@ def losses(command, config, workdir, processes=1, env=None):
 
 @pytest.fixture
 def config(agcl_config):
-    agcl_config.update(steps=4, batch=8, eval_every=0, checkpoint_every=0)
+    agcl_config.update(steps=4, batch=8, eval_every=0, checkpoint_every=2)
     agcl_config.model.dtype = "float32"
     return agcl_config
 
 
 @pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-    """The losses of one device; filled by the first test."""
-    return {}
+def folder(tmp_path_factory):
+    """Where the run of one device is; made by whichever test is first."""
+    return tmp_path_factory.mktemp("layouts") / "one"
 
 
-def test_eight_devices_see_the_losses_of_one(config, command, one_device, tmp_path):
-    one_device["losses"] = losses(command, config, tmp_path / "one")
+def one_device(command, config, folder):
+    if not folder.exists():
+        losses(command, config, folder)
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [row["loss"] for row in rows]
+
+
+def test_eight_devices_go_on_from_one_device_s_checkpoint_with_its_losses(
+    config, command, folder, tmp_path
+):
+    """The first two steps on one device, the others on a mesh of 2 x 2 x 2."""
+    wanted = one_device(command, config, folder)
+    shutil.copytree(folder, tmp_path / "eight")
+    shutil.rmtree(tmp_path / "eight" / "checkpoints" / "4")
+    (tmp_path / "eight" / "evaluation.json").unlink()
     config.mesh.update(data=2, fsdp=2, tensor=2)
     eight = losses(command, config, tmp_path / "eight", env=EIGHT)
-    np.testing.assert_allclose(eight, one_device["losses"], atol=1e-5)
+    assert len(eight) == 4
+    np.testing.assert_allclose(eight, wanted, atol=1e-5)
 
 
-def test_two_processes_see_the_losses_of_one(config, command, one_device, tmp_path):
+def test_two_processes_see_the_losses_and_scores_of_one(config, command, folder, tmp_path):
+    wanted = one_device(command, config, folder)
     config.mesh.update(data=2)
-    config.chunks = 2
     two = losses(command, config, tmp_path / "two", processes=2)
-    np.testing.assert_allclose(two, one_device["losses"], atol=1e-5)
+    np.testing.assert_allclose(two, wanted, atol=1e-5)
+    scores = [json.loads((f / "evaluation.json").read_text()) for f in (folder, tmp_path / "two")]
+    assert scores[0].keys() == scores[1].keys()
+    for task in scores[0]:
+        assert scores[0][task]["mrr"] == pytest.approx(scores[1][task]["mrr"], abs=0.02)

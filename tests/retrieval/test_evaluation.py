@@ -187,7 +187,10 @@ def test_the_own_listing_counts_only_where_the_views_share_no_modality():
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("imgae->text", 'did you mean "image->text"'), ("classify", "known are image->image, ")],
+    [
+        ("imgae->text", 'did you mean "image->text"'),
+        ("classify", "known are image.text->image.text, "),
+    ],
 )
 def test_a_mistyped_task_is_refused_with_a_suggestion(name, told):
     with pytest.raises(UserError, match=told):

@@ -12,7 +12,6 @@ def config(**changes):
         "learning_rate": 0.1,
         "warmup_share": 0.1,
         "final_share": 0.02,
-        "embedding_rate": 4.0,
         "weight_decay": 0.5,
         "b1": 0.9,
         "b2": 0.98,
@@ -37,14 +36,6 @@ def test_decay_reaches_matrices_and_nothing_else():
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     np.testing.assert_allclose(updates["layer"]["kernel"], -0.1 * 0.5)
     assert not updates["layer"]["bias"].any() and not updates["layer"]["scale"].any()
-
-
-def test_token_embeddings_move_at_their_own_rate():
-    params = {"embedding": jnp.ones((2, 2)), "kernel": jnp.ones((2, 2))}
-    optimizer = make_optimizer(config(warmup_share=0.0, weight_decay=0.0), 10)
-    gradients = {name: jnp.full((2, 2), 0.01) for name in params}
-    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
-    np.testing.assert_allclose(updates["embedding"], 4 * updates["kernel"], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,12 @@ from afmrl_jax.data.builtin.vocabulary import COLOURS
 from afmrl_jax.data.builtin.wares import bottle, mug, watch
 
 # How hard the photo is: what hides a product's attributes.
-CROP_SHARE = 0.2  # of the photos are taken so near that part of the product is cut off
+CROP_SHARE = 0.15  # of the photos are taken so near that part of the product is cut off
 TILT_DEGREES = 10.0
-EXPOSURE_SIGMA = 0.15  # of log brightness
+EXPOSURE_SIGMA = 0.12  # of log brightness
 COLOUR_CAST_SIGMA = 0.04  # of log brightness, a channel
 GRAIN_MAX = 0.03
-BADGE_SHARE = 0.25  # of the photos carry a badge that covers a corner
+BADGE_SHARE = 0.15  # of the photos carry a badge that covers a corner
 
 _SUPERSAMPLING = 2
 _DRAW = {

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from afmrl_jax.data.builtin import words
 
 # How hard the text is: what a seller bothers to say.
-TITLE_SHARE = 0.65  # of the attributes
-TITLE_SILENT_SHARE = 0.4  # of what is not there ("no pocket", "plain")
+TITLE_SHARE = 0.75  # of the attributes
+TITLE_SILENT_SHARE = 0.45  # of what is not there ("no pocket", "plain")
 DESCRIPTION_SHARE = 0.3  # of the attributes, where there is a description at all
 NO_DESCRIPTION_SHARE = 0.4
-BRAND_SHARE = 0.5
+BRAND_SHARE = 0.65
 NOUN_SHARE = 0.9
 VAGUE_COLOUR_SHARE = 0.3  # of the colours that are said
 LANGUAGE_WEIGHTS = {"en": 0.56, "short": 0.16, "de": 0.07, "fr": 0.07, "es": 0.07, "it": 0.07}
