@@ -18,9 +18,9 @@ def get_config(arm: str = "agcl") -> ConfigDict:
         raise ValueError(f"configs/agcl.py has no arm {arm!r}: it has {', '.join(ARMS)}")
     config = common.get_config()
     config.program = "agcl"
-    config.steps = 480
-    config.eval_every = 120
-    config.checkpoint_every = 60
+    config.steps = 560
+    config.eval_every = 140
+    config.checkpoint_every = 70
 
     config.batch = 64  # pairs of the global batch (VLM2Vec-V2: 1024)
     config.chunks = 1  # GradCache: pieces in which a batch is embedded; 1 = at once
@@ -49,8 +49,8 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.data.min_pixels = 3136  # an image is enlarged to this area
     config.data.max_pixels = 4096  # and reduced to this one
     # what queries and targets show: views and their shares
-    config.data.query_views = "image+text 0.8, image 0.1, text 0.1"
-    config.data.target_views = "image+text 0.8, image 0.1, text 0.1"
+    config.data.query_views = "image+text 0.9, image 0.05, text 0.05"
+    config.data.target_views = "image+text 0.9, image 0.05, text 0.05"
     config.data.crop_area = 1.0  # least share of an image's area that a training crop keeps
     config.data.flip_share = 0.0  # of training images mirrored
     config.data.attribute_share = 0.0  # of training texts that carry the structured attributes

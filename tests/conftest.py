@@ -59,6 +59,7 @@ def agcl_config(catalogue_folder, tmp_path_factory):
         max_pixels=1024,
         neighbours=4,
     )
-    config.model.vocab_size = 300
+    config.model.update(vocab_size=300, dtype="float32")
+    config.optimizer.learning_rate = 5e-4
     config.eval.update(batch=8, tasks="image+text->image+text, image->text")
     return config

@@ -47,7 +47,7 @@ def test_wrong_flags_end_in_one_sentence_and_status_2(arguments, told):
 def test_help_lists_the_fields_of_a_configuration():
     done = run("--config=configs/agcl.py", "--help")
     assert done.returncode == 0
-    assert "loss.temperature = 0.02" in done.stdout
+    assert "loss.temperature = 0.05" in done.stdout
 
 
 def test_what_a_user_got_wrong_ends_in_one_sentence_and_status_2(tmp_path):

@@ -38,7 +38,6 @@ def losses(command, config, workdir, processes=1, env=None):
 @pytest.fixture
 def config(agcl_config):
     agcl_config.update(steps=4, batch=8, eval_every=0, checkpoint_every=2)
-    agcl_config.model.dtype = "float32"
     return agcl_config
 
 
