@@ -18,9 +18,9 @@ def get_config(arm: str = "agcl") -> ConfigDict:
         raise ValueError(f"configs/agcl.py has no arm {arm!r}: it has {', '.join(ARMS)}")
     config = common.get_config()
     config.program = "agcl"
-    config.steps = 560
-    config.eval_every = 140
-    config.checkpoint_every = 70
+    config.steps = 640
+    config.eval_every = 160
+    config.checkpoint_every = 80
 
     config.batch = 64  # pairs of the global batch (VLM2Vec-V2: 1024)
     config.chunks = 1  # GradCache: pieces in which a batch is embedded; 1 = at once
@@ -56,7 +56,7 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.data.attribute_share = 0.0  # of training texts that carry the structured attributes
     config.data.attribute_dropout = 0.3  # of those, attributes left out
     config.data.attribute_noise = 0.1  # of those, values replaced by another listing's
-    config.data.lookalike_share = 0.0  # of a batch made of groups of look-alikes
+    config.data.lookalike_share = 0.25  # of a batch made of groups of look-alikes
     config.data.lookalike_group = 4  # products a group
     config.data.hard_negatives = 0  # listings of other products, mined for each query
     config.data.neighbours = 16  # look-alikes remembered of each product
@@ -83,4 +83,5 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     if arm == "vlm2vec":
         config.loss.negative_weight = "none"
         config.loss.mask_attributes = math.inf
+        config.data.lookalike_share = 0.0
     return config.lock()

@@ -135,12 +135,13 @@ class Stream:
         return self
 
     def __next__(self) -> Batch:
-        batch = next(self._iterator)
+        # Copied out of the memory shared with a worker: JAX may keep an array as long as it likes.
+        batch = {name: np.array(array) for name, array in next(self._iterator).items()}
         self.next_step += 1
         return batch
 
     def close(self) -> None:
         """Ends the worker processes."""
         self._iterator.close()
-        del self._iterator  # it holds the last batch, in memory shared with a worker
+        del self._iterator  # it holds the last batch, in that shared memory
         gc.collect()

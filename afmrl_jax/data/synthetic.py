@@ -27,7 +27,7 @@ from afmrl_jax.data.catalog import Listing
 __all__ = ["FAMILIES", "SyntheticCatalog"]
 log = logging.getLogger(__name__)
 
-# Families of look-alikes a split; a family has 4 to 6 products, a product 3 to 6 listings.
+# Families of look-alikes a split; a family has 4 to 6 products, a product 2 to 6 listings.
 FAMILIES: Mapping[str, int] = MappingProxyType({"train": 660, "validation": 24, "test": 52})
 
 

@@ -170,7 +170,7 @@ def test_a_split_that_is_left_out_is_empty():
 
 
 def test_neither_words_nor_colours_alone_find_the_product_and_together_they_find_more():
-    catalog = SyntheticCatalog(0, families={"test": 84}, image_size=64)
+    catalog = SyntheticCatalog(0, families={"test": 52}, image_size=64)
     indices = catalog.indices("test")
     listings = [catalog.listing(index) for index in indices]
     texts = [f"{listing.title} {listing.description} {listing.category}" for listing in listings]

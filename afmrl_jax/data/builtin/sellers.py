@@ -10,9 +10,9 @@ TITLE_SHARE = 0.75  # of the attributes
 TITLE_SILENT_SHARE = 0.45  # of what is not there ("no pocket", "plain")
 DESCRIPTION_SHARE = 0.3  # of the attributes, where there is a description at all
 NO_DESCRIPTION_SHARE = 0.4
-BRAND_SHARE = 0.65
+BRAND_SHARE = 0.8
 NOUN_SHARE = 0.9
-VAGUE_COLOUR_SHARE = 0.3  # of the colours that are said
+VAGUE_COLOUR_SHARE = 0.2  # of the colours that are said
 LANGUAGE_WEIGHTS = {"en": 0.56, "short": 0.16, "de": 0.07, "fr": 0.07, "es": 0.07, "it": 0.07}
 
 _DECORATIONS = {

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-PLAIN_BACKGROUND_SHARE = 0.55  # of the photos; the others are taken at some place
+PLAIN_BACKGROUND_SHARE = 0.7  # of the photos; the others are taken at some place
 
 _TAU = 2 * math.pi
 

@@ -36,7 +36,7 @@ FAMILY_SIZES = (4, 4, 5, 6)
 # How often look-alikes differ in an attribute, an ordinary one being 1.
 VARIANT_ODDS = {"color": 3.5, "pattern": 3.0, "material": 2.0}
 HIDDEN_ODDS = 0.5
-LISTINGS_PER_PRODUCT = (3, 4, 5, 5, 6, 6)
+LISTINGS_PER_PRODUCT = (2, 4, 5, 5, 6, 6)
 
 
 @dataclasses.dataclass(frozen=True)
