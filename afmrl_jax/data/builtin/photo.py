@@ -21,9 +21,9 @@ from afmrl_jax.data.builtin.wares import bottle, mug, watch
 
 # How hard the photo is: what hides a product's attributes.
 CROP_SHARE = 0.15  # of the photos are taken so near that part of the product is cut off
-TILT_DEGREES = 8.0
+TILT_DEGREES = 10.0
 EXPOSURE_SIGMA = 0.12  # of log brightness
-COLOUR_CAST_SIGMA = 0.03  # of log brightness, a channel
+COLOUR_CAST_SIGMA = 0.04  # of log brightness, a channel
 GRAIN_MAX = 0.03
 BADGE_SHARE = 0.15  # of the photos carry a badge that covers a corner
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from afmrl_jax.data.builtin import words
 
 # How hard the text is: what a seller bothers to say.
-TITLE_SHARE = 0.75  # of the attributes
+TITLE_SHARE = 0.74  # of the attributes
 TITLE_SILENT_SHARE = 0.45  # of what is not there ("no pocket", "plain")
 DESCRIPTION_SHARE = 0.3  # of the attributes, where there is a description at all
 NO_DESCRIPTION_SHARE = 0.4
