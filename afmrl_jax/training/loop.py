@@ -151,7 +151,9 @@ class _Run:
         """Dispatches one step, then looks at the one before."""
         began = time.monotonic()
         batch = next(stream)
-        self._window.waited += time.monotonic() - began
+        # While the device is still busy with the step before, waiting costs nothing.
+        if not self._unseen or self._unseen[-1][2]["loss"].is_ready():
+            self._window.waited += time.monotonic() - began
         listings = batch["listing"]
         device_batch = self._put(batch, number)
         state, metrics = self._training.step(state, device_batch)
