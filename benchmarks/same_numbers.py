@@ -2,7 +2,8 @@
 
 python benchmarks/same_numbers.py --out /tmp/same_numbers [--steps 20]
 
-1 device; 8 fake devices as meshes 1x8x1x1, 1x2x4x1, 1x2x2x2; 2 processes of 1 device.
+1 device; 8 fake devices as meshes 1x8x1x1, 1x2x4x1, 1x2x2x2; 2 processes of 1 device. Adam's first
+steps are signs of gradients: at a large rate, rounding in a gradient near 0 becomes a step.
 """
 
 import argparse
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--chunks", type=int, default=1)
+    parser.add_argument("--rate", type=float, default=5e-5, help="learning rate; VLM2Vec-V2's")
     args = parser.parse_args()
     if args.out.exists():
         raise SystemExit(f"{args.out} exists: name a new folder, so that nothing old is compared")
@@ -82,6 +84,7 @@ def main() -> None:
         "checkpoint_every": 0,
         "eval_every": 0,
         "model.dtype": "float32",
+        "optimizer.learning_rate": args.rate,
         "eval.tasks": "image+text->image+text",
     }
     found = {}

@@ -93,11 +93,11 @@ def build(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder) -> Built:
     step: (state, batch of arrays [A, C, V, ...]) -> (state, metrics), the state donated.
     embed: (params, this process's rows of eval.batch) -> float32[eval.batch, E] on every device.
     """
-    # A flag can't say None, so a threshold that nothing passes turns a mask off.
     if config.batch % config.chunks:
         raise UserError(
             f"chunks is {config.chunks}, which does not divide the batch of {config.batch}"
         )
+    # A flag can't say None, so a threshold that nothing passes turns a mask off.
     options = Options(**{k: None if v == math.inf else v for k, v in config.loss.items()})
     optimizer = make_optimizer(config.optimizer, config.steps)
     init_params = functools.partial(enc.init_params, config.seed)
