@@ -49,21 +49,27 @@ class Checkpoints:
             ),
         )
 
+    def _whole(self) -> list[Any]:
+        """What is known of each whole checkpoint, oldest first. Orbax alone would take any folder
+        with a number for a name for one."""
+        found = self._orbax.checkpoints
+        return [c for c in found if (Path(c.path) / "_CHECKPOINT_METADATA").exists()]
+
     @property
     def latest(self) -> int | None:
         """The newest whole checkpoint's step."""
-        return self._orbax.latest.step if self._orbax.latest else None
+        return max((c.step for c in self._whole()), default=None)
 
     @property
     def best(self) -> int | None:
         """The step that did best on validation; the newest of equals."""
-        scored = [c for c in self._orbax.checkpoints if c.metrics]
+        scored = [c for c in self._whole() if c.metrics]
         best = max(scored, key=lambda c: (c.metrics["validation"], c.step), default=None)
         return best.step if best else None
 
     def has(self, step: int) -> bool:
         """Whether that step is saved whole."""
-        return any(c.step == step for c in self._orbax.checkpoints)
+        return any(c.step == step for c in self._whole())
 
     def save(
         self, state: TrainState, record: dict[str, str], step: int, validation: float | None
