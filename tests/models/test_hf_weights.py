@@ -93,7 +93,8 @@ def test_every_misfit_is_told_in_one_error(tensors, tmp_path):
         str(tmp_path),
         "1 missing (model.norm.weight)",
         "1 unexpected (model.layers.9.mlp.up_proj.weight)",
-        "1 of another shape (visual.merger.ln_q.bias [7] instead of [128])",
+        "1 of another shape (visual.merger.ln_q.bias [7] instead of "
+        f"[{CONFIG.vision.hidden_size}])",
     ):
         assert told in str(error.value)
 
