@@ -26,6 +26,11 @@ def final_state(workdir: Path) -> dict:
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(state)}
 
 
+def steps_logged(workdir: Path) -> int:
+    log = workdir / "metrics.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -43,13 +48,10 @@ def main() -> None:
         "eval_every": 10,
         "eval.tasks": "image+text->image+text",
     }
-    began = time.monotonic()
     train("configs/agcl.py", args.out / "whole", fields)
-    seconds = time.monotonic() - began
     killed = args.out / "killed"
-    moments = random.Random(args.seed)
-    for number in range(args.kills):
-        after = moments.uniform(0.3, 0.9) * seconds / (1 if number == 0 else 2)
+    chance = random.Random(args.seed)
+    for number, target in enumerate(sorted(chance.sample(range(1, args.steps - 1), args.kills))):
         process = subprocess.Popen(
             command("configs/agcl.py", killed, fields),
             cwd=ROOT,
@@ -57,14 +59,14 @@ def main() -> None:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        time.sleep(after)
+        while process.poll() is None and steps_logged(killed) < target:
+            time.sleep(0.02)
+        time.sleep(chance.uniform(0, 0.5))  # somewhere within a step, or while one is being saved
         if process.poll() is not None:
-            raise SystemExit(f"the run ended before {after:.1f} s: raise --steps")
+            raise SystemExit(f"the run ended before step {target} could be killed: raise --steps")
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        log = killed / "metrics.jsonl"
-        at = len(log.read_text().splitlines()) if log.exists() else 0
-        print(f"kill {number + 1}: after {after:.1f} s, {at} steps logged", flush=True)
+        print(f"kill {number + 1}: {steps_logged(killed)} of {args.steps} steps logged", flush=True)
     train("configs/agcl.py", killed, fields)
     whole, again = final_state(args.out / "whole"), final_state(killed)
     different = [name for name in whole if not np.array_equal(whole[name], again[name])]
