@@ -2,8 +2,9 @@
 
 python benchmarks/gradcache_memory.py [--chunk 32]
 
-The tiny encoder at its default row size; nothing is run, only compiled. The B x B buffers of the
-loss and the embeddings are counted in: XLA lays them where the chunks' activations were.
+The tiny encoder at its default row size, the AGCL loss; nothing is run, only compiled. What grows
+with the batch by the method itself is subtracted: the embeddings with their gradient, and one B x B
+buffer of the loss, though it holds several, since XLA lays some where activations were.
 """
 
 import argparse
@@ -69,6 +70,7 @@ def measure(batch: int, chunk: int) -> dict[str, int]:
     return {
         "batch": batch,
         "temporary_bytes": memory.temp_size_in_bytes,
+        "method_bytes": 4 * batch * batch + 2 * 4 * batch * 2 * config.text.hidden_size,
         "argument_bytes": memory.argument_size_in_bytes,
     }
 
@@ -80,8 +82,9 @@ def main() -> None:
     found = [measure(batch, chunk) for batch in (256, 4096)]
     for row in found:
         print(json.dumps(row))
-    ratio = found[1]["temporary_bytes"] / found[0]["temporary_bytes"]
-    print(f"temporary bytes at 4,096 / at 256: {ratio:.3f} (limit {LIMIT})")
+    small, large = (row["temporary_bytes"] - row["method_bytes"] for row in found)
+    ratio = large / small
+    print(f"temporary less method's bytes, at 4,096 / at 256: {ratio:.3f} (limit {LIMIT})")
     write("gradcache_memory", {"chunk": chunk, "rows": found, "ratio": ratio})
     if ratio > LIMIT:
         raise SystemExit(f"memory grows with the batch: {ratio:.2f}")
