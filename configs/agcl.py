@@ -56,7 +56,8 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.data.attribute_share = 0.0  # of training texts that carry the structured attributes
     config.data.attribute_dropout = 0.3  # of those, attributes left out
     config.data.attribute_noise = 0.1  # of those, values replaced by another listing's
-    config.data.lookalike_share = 0.25  # of a batch made of groups of look-alikes
+    # of a batch made of groups of look-alikes; 0 where most products have one listing
+    config.data.lookalike_share = 0.25
     config.data.lookalike_group = 4  # products a group
     config.data.hard_negatives = 0  # listings of other products, mined for each query
     config.data.neighbours = 16  # look-alikes remembered of each product
