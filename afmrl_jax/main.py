@@ -8,6 +8,7 @@ import functools
 import importlib
 import logging
 import operator
+import os
 import pkgutil
 import re
 import sys
@@ -19,6 +20,9 @@ from ml_collections import ConfigDict, config_flags
 
 from afmrl_jax import programs
 from afmrl_jax.core.errors import UserError
+
+# transformers reads tokenizers and images here; that it finds no torch for models is as it should be.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The program and its settings: a file of configs/, with :ARM where it has arms."
