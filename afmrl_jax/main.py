@@ -21,7 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from afmrl_jax import programs
 from afmrl_jax.core.errors import UserError
 
-# transformers reads tokenizers and images here; that it finds no torch for models is as it should be.
+# transformers only reads tokenizers and images here: that it finds no torch is as it should be.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 _CONFIG = config_flags.DEFINE_config_file(
