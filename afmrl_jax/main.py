@@ -4,10 +4,8 @@ Reads the flags, joins the other processes, makes the mesh, and runs the program
 names. Kept tiny, so that a notebook can import the rest.
 """
 
-import functools
 import importlib
 import logging
-import operator
 import os
 import pkgutil
 import re
@@ -20,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from afmrl_jax import programs
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import flatten
 
 # transformers only reads tokenizers and images here: that it finds no torch is as it should be.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -52,15 +51,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
         program.main(config, workdir, mesh)
 
 
-def fields(config: ConfigDict, prefix: str = "") -> list[str]:
-    """The dotted names of all fields."""
-    names = []
-    for key, value in config.items():
-        nested = isinstance(value, ConfigDict)
-        names += fields(value, f"{prefix}{key}.") if nested else [prefix + key]
-    return names
-
-
 def _explain(error: Exception) -> str:
     """One sentence for flags that could not be read."""
     if isinstance(error, KeyError | AttributeError):  # what config_flags raises for a wrong field
@@ -77,10 +67,8 @@ def _help(config: ConfigDict | None) -> str:
     if config is None:
         return "\n".join([*lines, "Add --config=FILE before --help to list that file's fields."])
     lines.append("Fields (--config.FIELD=VALUE; what each means stands beside it in the file):")
-    flat = {
-        name: functools.reduce(operator.getitem, name.split("."), config) for name in fields(config)
-    }
-    return "\n".join(lines + [f"  {name} = {value!r}" for name, value in flat.items()])
+    lines += [f"  {name} = {value!r}" for name, value in flatten(config).items()]
+    return "\n".join(lines)
 
 
 def cli(argv: list[str]) -> int:

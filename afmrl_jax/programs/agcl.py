@@ -28,7 +28,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
-from afmrl_jax.core.errors import UserError, check_ranges
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import check_ranges, flatten
 from afmrl_jax.core.mesh import batch_sharding, local_rows, replicated
 from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.catalog import Catalog
@@ -43,7 +44,7 @@ from afmrl_jax.models import hf_weights
 from afmrl_jax.retrieval.evaluation import Task, parse_task, results_table, write_evaluation
 from afmrl_jax.retrieval.tasks import Judge, can_be_run, validation_sample
 from afmrl_jax.training import cost, encoder, gradcache
-from afmrl_jax.training.checkpoint import Checkpoints, check_unchanged, find_checkpoints, flatten
+from afmrl_jax.training.checkpoint import Checkpoints, check_unchanged, find_checkpoints
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import make_optimizer
 from afmrl_jax.training.state import TrainState, abstract_state, init_state

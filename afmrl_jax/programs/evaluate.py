@@ -15,14 +15,15 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from afmrl_jax.core.errors import UserError, check_ranges
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import check_ranges, flatten
 from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.catalog import Catalog, ConcatCatalog
 from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.retrieval.evaluation import parse_task, results_table, write_evaluation
 from afmrl_jax.retrieval.tasks import Judge
 from afmrl_jax.training import encoder
-from afmrl_jax.training.checkpoint import find_checkpoints, flatten
+from afmrl_jax.training.checkpoint import find_checkpoints
 from afmrl_jax.training.encoder import abstract_params, host_embedder
 
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import flatten
 from afmrl_jax.training.state import TrainState
 
 # Fields that change how a run is watched or where it runs, never what it computes.
@@ -129,15 +130,6 @@ def find_checkpoints(path: str, *, best: bool = False) -> tuple[Checkpoints, int
     raise UserError(
         f"{path} holds no whole checkpoint: give a run's workdir or one folder of its checkpoints"
     )
-
-
-def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
-    """Dotted field -> value."""
-    flat = {}
-    for key, value in config.items():
-        nested = isinstance(value, ConfigDict | dict)
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return flat
 
 
 def check_unchanged(saved: str, config: ConfigDict, workdir: Path) -> None:

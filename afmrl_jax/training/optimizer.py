@@ -6,7 +6,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from afmrl_jax.core.errors import check_ranges
+from afmrl_jax.core.fields import check_ranges
 
 RANGES = {  # field -> lowest and highest
     "optimizer.learning_rate": (0, math.inf),

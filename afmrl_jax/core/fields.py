@@ -1,0 +1,26 @@
+"""A configuration's fields: their dotted names, and the ranges of their values."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from afmrl_jax.core.errors import UserError
+
+
+def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
+    """Dotted field -> value."""
+    flat = {}
+    for key, value in config.items():
+        nested = isinstance(value, ConfigDict | dict)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
+
+
+def check_ranges(values: Mapping[str, float], ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raises UserError for the first field outside its (lowest, highest), both allowed."""
+    for field, (low, high) in ranges.items():
+        if not low <= values[field] <= high:
+            allowed = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+            raise UserError(f"{field} is {values[field]!r}: give {allowed}")
