@@ -3,15 +3,15 @@
 python benchmarks/built_in.py --out /tmp/built_in [--seeds 0 1 2] [--arm NAME:FIELD=VALUE,... ...]
 
 Each arm is configs/agcl.py with fields changed; `agcl` and `vlm2vec` are the file's own. Finished
-runs are kept, so that a call goes on where the last one stopped.
+runs are kept, so that a call goes on where the last one stopped. To choose among arms use
+--validation: it shows the validation split's scores alone.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from running import evaluation, spread, train, write
-
-TASKS = ("image+text->image+text", "image->image", "text->text", "image->text", "text->image")
 
 
 def main() -> None:
@@ -20,6 +20,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arm", nargs="+", default=["vlm2vec", "agcl"])
     parser.add_argument("--set", nargs="*", default=[], help="FIELD=VALUE for every arm")
+    parser.add_argument("--validation", action="store_true", help="no test score is shown or kept")
     parser.add_argument("--name", default="built_in", help="of the result file")
     args = parser.parse_args()
     shared = dict(field.split("=", 1) for field in args.set)
@@ -32,15 +33,31 @@ def main() -> None:
             workdir = args.out / f"{name}-{seed}"
             if not (workdir / "evaluation.json").exists():
                 train(config, workdir, fields | {"seed": seed})
-            scores.setdefault("untrained", {})[seed] = evaluation(workdir, "evaluation_before.json")
-            scores.setdefault(name, {})[seed] = evaluation(workdir)
-            r1 = scores[name][seed][TASKS[0]]["recall@1"]
-            print(f"{name} seed {seed}: R@1 {r1:.3f}", flush=True)
-    print("\n| arm | " + " | ".join(TASKS) + " |\n|---|" + "---|" * len(TASKS))
+            if args.validation:
+                scores.setdefault(name, {})[seed] = validation(workdir)
+            else:
+                before = evaluation(workdir, "evaluation_before.json")
+                scores.setdefault("untrained", {})[seed] = before
+                scores.setdefault(name, {})[seed] = evaluation(workdir)
+            told = ", ".join(f"{k} {v:.3f}" for k, v in shown(scores[name][seed]).items())
+            print(f"{name} seed {seed}: {told}", flush=True)
+    columns = list(shown(scores[name][args.seeds[0]]))
+    print("\n| arm | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
     for arm, by_seed in scores.items():
-        cells = [spread([s[task]["recall@1"] for s in by_seed.values()]) for task in TASKS]
+        cells = [spread([shown(s)[column] for s in by_seed.values()]) for column in columns]
         print(f"| {arm} | " + " | ".join(cells) + " |")
     write(args.name, {"arms": args.arm, "set": args.set, "scores": scores})
+
+
+def shown(scores: dict) -> dict[str, float]:
+    """R@1 of each task of an evaluation; of a validation, its scores."""
+    return {k: v["recall@1"] if isinstance(v, dict) else v for k, v in scores.items()}
+
+
+def validation(workdir: Path) -> dict[str, float]:
+    """R@1 and MRR of the last step on the validation split."""
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    return {name: last[name] for name in ("validation", "validation_mrr")}
 
 
 if __name__ == "__main__":
