@@ -24,6 +24,7 @@ class VisionConfig:
     merge_size: int  # patches a side that are merged into one token
     temporal_patch_size: int  # frames in a patch; a still image is repeated
     in_channels: int = 3
+    deepstack_layers: tuple[int, ...] = ()  # whose outputs the decoder's first layers receive
     rope_theta: float = 1e4
     norm_epsilon: float = 1e-6
 
@@ -35,6 +36,12 @@ class VisionConfig:
     def patch_dim(self) -> int:
         """Numbers in one flattened patch: channels x frames x pixels."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def layer_groups(self) -> tuple[int, ...]:
+        """How many layers each scan runs: the tower is cut after every layer that is tapped."""
+        ends = (*(layer + 1 for layer in self.deepstack_layers), self.num_layers)
+        return tuple(end - start for start, end in zip((0, *ends), ends) if end > start)
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads or self.head_dim % 4:
@@ -95,6 +102,12 @@ class QwenVLConfig:
                     f"model config: {name} {getattr(self, name)} is outside the vocabulary of "
                     f"{self.vocab_size} tokens; set {name} and vocab_size together"
                 )
+
+    @property
+    def layer_groups(self) -> tuple[int, ...]:
+        """How many decoder layers each scan runs: first those that receive DeepStack features."""
+        first = len(self.vision.deepstack_layers)
+        return tuple(count for count in (first, self.text.num_layers - first) if count)
 
     def replace(self, **changes: Any) -> "QwenVLConfig":
         """A copy with fields of this class changed: a vocabulary's size and its special tokens."""

@@ -98,6 +98,8 @@ def targets(params: Any, config: QwenVLConfig) -> list[Target]:
     for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
         path = jax.tree_util.keystr(path, simple=True, separator=".")
         path = re.sub(r"\.(raw_)?value$", "", path).removeprefix("backbone.")
+        number = re.search(r"\blayers\.(\d+)\.", path)
+        path = re.sub(r"\blayers\.\d+\.", "layers.", path)
         if path not in ours:
             raise ValueError(f"parameter {path} has no name in hf_weights.TABLE; add it")
         name, kernel = ours[path], path.endswith(".kernel")
@@ -109,7 +111,12 @@ def targets(params: Any, config: QwenVLConfig) -> list[Target]:
             their_shape = (math.prod(shape[1:]), shape[0])
         else:
             their_shape = (math.prod(shape),) if path.endswith(".bias") else shape
-        names = tuple(map(name.format, range(leaf.shape[0]))) if stacked else (name,)
+        if stacked:
+            groups = (vision if path.startswith("vision.") else config).layer_groups
+            first = sum(groups[: int(number[1])])
+            names = tuple(map(name.format, range(first, first + leaf.shape[0])))
+        else:
+            names = (name,)
         result.append(Target(index, names, stacked, kernel, shape, their_shape))
     return result
 

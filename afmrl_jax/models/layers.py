@@ -1,13 +1,14 @@
 """What both towers are built from: a linear map, and layers of one kind stacked into one and run.
 
-Stacked parameters have a leading axis and run by a scan, which compiles one layer however deep the
-model is. Remat policies, by name: "none" keeps every activation for the backward pass, "full" each
-layer's input only, "dots" also the results of its matrix products.
+Layers come in groups. A group's parameters are stacked, with a leading axis, and run by a scan,
+which compiles one layer however deep the model is; the value between two groups can be tapped.
+Remat policies, by name: "none" keeps every activation for the backward pass, "full" each layer's
+input only, "dots" also the results of its matrix products.
 Axes: T rows x tokens, flattened · D inputs.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -62,25 +63,42 @@ def check_remat(name: str) -> str:
     return name
 
 
-def stack_layers(make: Callable[[nnx.Rngs], Layer], count: int, rngs: nnx.Rngs) -> Layer:
-    """`count` layers made with different keys, as one module of parameters with a leading axis."""
+def stack_layers(
+    make: Callable[[nnx.Rngs], Layer], groups: Sequence[int], rngs: nnx.Rngs
+) -> nnx.List[Layer]:
+    """Layers made with different keys, a module of parameters with a leading axis a group.
+
+    groups: how many layers each group has.
+    """
     graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
-    keys = jax.random.split(rngs.params(), count)
-    state = jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys)
-    return nnx.merge(graph, state)
+
+    def stack(count: int) -> Layer:
+        keys = jax.random.split(rngs.params(), count)
+        return nnx.merge(graph, jax.vmap(lambda key: nnx.state(make(nnx.Rngs(key))))(keys))
+
+    return nnx.List([stack(count) for count in groups])
 
 
 def run_layers(
-    layers: Layer, x: jax.Array, call: Callable[[Layer, jax.Array], jax.Array], remat: str
-) -> jax.Array:
-    """Feeds x through stacked layers in turn, `call(layer, x)` for each, and returns the result."""
+    layers: Layer,
+    x: jax.Array,
+    call: Callable[[Layer, jax.Array, Any], tuple[jax.Array, Any]],
+    remat: str,
+    xs: Any = None,
+) -> tuple[jax.Array, Any]:
+    """Feeds x through the stacked layers of one group in turn.
+
+    call: (layer, x, what xs holds for this layer) -> (x, extra). xs: a pytree of arrays whose
+    leading axis is the layers'. Returns x and the extras, stacked along the same axis.
+    """
     graph, state = nnx.split(layers)
     unroll = len(jax.tree.leaves(state)[0]) <= UNROLLED_LAYERS
 
-    def step(x: jax.Array, state: nnx.State) -> tuple[jax.Array, None]:
-        return shard_rows(call(nnx.merge(graph, state), x)), None
+    def step(x: jax.Array, here: tuple[nnx.State, Any]) -> tuple[jax.Array, Any]:
+        x, extra = call(nnx.merge(graph, here[0]), x, here[1])
+        return shard_rows(x), extra
 
     if remat != "none":
         # A loop keeps XLA from undoing the recomputation by itself; straight code does not.
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=unroll)
-    return jax.lax.scan(step, shard_rows(x), state, unroll=unroll)[0]
+    return jax.lax.scan(step, shard_rows(x), (state, xs), unroll=unroll)

@@ -6,7 +6,8 @@ Axes: N rows · S tokens · P patches · M merged image features · D width · H
 · K key/value heads · V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,14 @@ from afmrl_jax.models.layers import Linear, check_remat, run_layers, stack_layer
 from afmrl_jax.models.rope import rotary_angles, rotate, text_frequencies
 from afmrl_jax.models.vision import VisionTower
 
+Angles: TypeAlias = tuple[jax.Array, jax.Array]
+# Rotated query [N, S, H, D], rotated key and value [N, S, K, D] -> mixed [N, S, H, D] and anything
+# that the caller wants of each layer: nothing to train, the key and value to fill a cache.
+Mix: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
 
 class Attention(nnx.Module):
-    """Causal self-attention with grouped key/value heads."""
+    """Self-attention with grouped key/value heads; `mix` says what attends to what."""
 
     def __init__(
         self, config: QwenVLConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
@@ -35,13 +41,13 @@ class Attention(nnx.Module):
         self.out = Linear(width, text.hidden_size, bias=False, **options)
         self.head_dim = text.head_dim
 
-    def __call__(self, x: jax.Array, angles, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, angles: Angles, mix: Mix) -> tuple[jax.Array, Any]:
         query, key, value = (
             project(x).reshape(*x.shape[:2], -1, self.head_dim)
             for project in (self.query, self.key, self.value)
         )
-        mixed = attend(rotate(query, angles), rotate(key, angles), value, mask, causal=True)
-        return self.out(mixed.reshape(*x.shape[:2], -1))
+        mixed, extra = mix(rotate(query, angles), rotate(key, angles), value)
+        return self.out(mixed.reshape(*x.shape[:2], -1)), extra
 
 
 class DecoderLayer(nnx.Module):
@@ -60,10 +66,12 @@ class DecoderLayer(nnx.Module):
         self.up = Linear(text.hidden_size, text.mlp_size, **mlp)
         self.down = Linear(text.mlp_size, text.hidden_size, **mlp)
 
-    def __call__(self, x: jax.Array, angles, mask: jax.Array) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x), angles, mask)
+    def __call__(self, x: jax.Array, angles: Angles, mix: Mix) -> tuple[jax.Array, Any]:
+        """x: [N, S, D]. Returns the same shape, and what `mix` gave beside the mixed values."""
+        mixed, extra = self.attention(self.attention_norm(x), angles, mix)
+        x = x + mixed
         hidden = self.mlp_norm(x)
-        return x + self.down(jax.nn.silu(self.gate(hidden)) * self.up(hidden))
+        return x + self.down(jax.nn.silu(self.gate(hidden)) * self.up(hidden)), extra
 
 
 class QwenVL(nnx.Module):
@@ -88,7 +96,7 @@ class QwenVL(nnx.Module):
             config.vocab_size, text.hidden_size, embedding_init=init, rngs=rngs, **types
         )
         self.layers = stack_layers(
-            lambda rngs: DecoderLayer(config, rngs=rngs, **types), text.num_layers, rngs
+            lambda rngs: DecoderLayer(config, rngs=rngs, **types), config.layer_groups, rngs
         )
         self.norm = nnx.RMSNorm(text.hidden_size, epsilon=text.norm_epsilon, rngs=rngs, **types)
         if head and not config.tie_embeddings:
@@ -114,7 +122,12 @@ class QwenVL(nnx.Module):
         positions = jnp.swapaxes(rows["positions"], 1, 2)
         angles = rotary_angles(positions, *text_frequencies(self.config.text))
         mask = rows["token_mask"][:, None, :]
-        x = run_layers(self.layers, x, lambda layer, x: layer(x, angles, mask), self.remat)
+
+        def mix(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, None]:
+            return attend(query, key, value, mask, causal=True), None
+
+        for group in self.layers:
+            x, _ = run_layers(group, x, lambda layer, x, _: layer(x, angles, mix), self.remat)
         return self.norm(x)
 
     def embed_rows(self, rows: Mapping[str, jax.Array]) -> jax.Array:

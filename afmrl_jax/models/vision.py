@@ -103,7 +103,7 @@ class VisionTower(nnx.Module):
             **types,
         )
         self.layers = stack_layers(
-            lambda rngs: VisionLayer(config, rngs=rngs, **types), config.vision.num_layers, rngs
+            lambda rngs: VisionLayer(config, rngs=rngs, **types), config.vision.layer_groups, rngs
         )
         self.merger = PatchMerger(config, rngs=rngs, **types)
         self.config = config.vision
@@ -118,11 +118,9 @@ class VisionTower(nnx.Module):
         """
         angles = rotary_angles(positions, *vision_frequencies(self.config))
         mask = segments[:, :, None] == segments[:, None, :]
-        return self.merger(
-            run_layers(
-                self.layers,
-                self.patch_embed(patches),
-                lambda layer, x: layer(x, angles, mask),
-                self.remat,
+        x = self.patch_embed(patches)
+        for group in self.layers:
+            x, _ = run_layers(
+                group, x, lambda layer, x, _: (layer(x, angles, mask), None), self.remat
             )
-        )
+        return self.merger(x)

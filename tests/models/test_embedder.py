@@ -143,5 +143,5 @@ def test_the_zero_vector_stays_zero_with_a_finite_gradient():
 
 
 def test_layers_of_a_stack_start_from_different_numbers():
-    kernels = np.asarray(jax.tree.leaves(STATE["backbone"]["layers"]["up"]["kernel"])[0])
+    kernels = np.asarray(jax.tree.leaves(STATE["backbone"]["layers"][0]["up"]["kernel"])[0])
     assert np.abs(kernels[0] - kernels[1]).max() > 0.1

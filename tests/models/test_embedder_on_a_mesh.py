@@ -34,7 +34,7 @@ abstract = jax.tree.map(
     state, param_shardings(state, mesh),
 )
 sharded = hf_weights.load(Path(sys.argv[1]), abstract, config)
-kernel = jax.tree.leaves(sharded["backbone"]["layers"]["gate"]["kernel"])[0]
+kernel = jax.tree.leaves(sharded["backbone"]["layers"][0]["gate"]["kernel"])[0]
 layers, rows_in, columns = kernel.shape
 assert kernel.addressable_shards[0].data.shape == (layers, rows_in // 2, columns // 2)
 with jax.set_mesh(mesh):

@@ -32,15 +32,15 @@ def specs_by_name(shardings) -> dict[str, PartitionSpec]:
 def test_pairs_of_products_are_split_by_columns_then_rows_and_layers_stay_whole():
     params = abstract_params(QwenVL, "qwen2_vl_7b")
     specs = specs_by_name(param_shardings(params, mesh(1, 2, 2, 2)))
-    assert specs["layers.gate.kernel"] == PartitionSpec(None, "fsdp", "tensor")
-    assert specs["layers.down.kernel"] == PartitionSpec(None, "tensor", "fsdp")
-    assert specs["vision.layers.attention.qkv.kernel"] == PartitionSpec(
+    assert specs["layers.0.gate.kernel"] == PartitionSpec(None, "fsdp", "tensor")
+    assert specs["layers.0.down.kernel"] == PartitionSpec(None, "tensor", "fsdp")
+    assert specs["vision.layers.0.attention.qkv.kernel"] == PartitionSpec(
         None, "fsdp", None, "tensor"
     )
-    assert specs["layers.attention.query.bias"] == PartitionSpec(None, "tensor")
+    assert specs["layers.0.attention.query.bias"] == PartitionSpec(None, "tensor")
     assert specs["embed.embedding"] == PartitionSpec("tensor", "fsdp")
     assert specs["lm_head.kernel"] == PartitionSpec("fsdp", "tensor")
-    assert specs["layers.attention_norm.scale"] == PartitionSpec(None, None)
+    assert specs["layers.0.attention_norm.scale"] == PartitionSpec(None, None)
     assert specs["vision.merger.up.bias"] == PartitionSpec("tensor")
 
 
@@ -49,14 +49,14 @@ def test_an_embedder_and_its_optimizer_state_have_shardings_throughout(name):
     params = abstract_params(Embedder, name)
     state = jax.eval_shape(optax.adamw(1e-3).init, params)
     specs = specs_by_name(param_shardings((params, state), mesh(1, 1, 4, 2)))
-    assert specs["0.backbone.layers.up.kernel"] == specs["1.0.mu.backbone.layers.up.kernel"]
+    assert specs["0.backbone.layers.0.up.kernel"] == specs["1.0.mu.backbone.layers.0.up.kernel"]
     assert specs["1.0.count"] == PartitionSpec()
 
 
 def test_an_axis_that_does_not_divide_is_left_out():
     params = abstract_params(Embedder, "tiny")
     specs = specs_by_name(param_shardings(params, mesh(1, 1, 5, 2)))
-    assert specs["backbone.layers.up.kernel"] == PartitionSpec(None, None, "tensor")
+    assert specs["backbone.layers.0.up.kernel"] == PartitionSpec(None, None, "tensor")
 
 
 def test_arrays_without_a_rule_are_all_told():
