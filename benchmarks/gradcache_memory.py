@@ -51,6 +51,7 @@ def measure(batch: int, chunk: int) -> dict[str, int]:
         "patches": shape(*lead, ROW.patches, config.vision.patch_dim),
         "patch_positions": shape(*lead, ROW.patches, 2, dtype=jnp.int32),
         "patch_segments": shape(*lead, ROW.patches, dtype=jnp.int32),
+        "patch_grids": shape(*lead, ROW.patches, 2, dtype=jnp.int32),
     }
     side = {
         "product": shape(batch, dtype=jnp.int32),

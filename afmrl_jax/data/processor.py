@@ -102,7 +102,8 @@ class Processor:
         tokens int32[N, S], padded right with <|endoftext|>; token_mask bool[N, S]; positions
         int32[N, 3, S], M-RoPE's time, height and width, 0 on padding; patches float32[N, P, C];
         patch_positions int32[N, P, 2], the patch's row and column in its image; patch_segments
-        int32[N, P], the image's number within the row from 1, 0 on padding.
+        int32[N, P], the image's number within the row from 1, 0 on padding; patch_grids
+        int32[N, P, 2], rows and columns of the patch's whole image, in patches, 1 on padding.
         Raises UserError for a row with more than max_images images.
         """
         n, s, p = len(rows), self.max_tokens, self.max_patches
@@ -114,6 +115,7 @@ class Processor:
             "patches": np.zeros((n, p, channels), np.float32),
             "patch_positions": np.zeros((n, p, 2), np.int32),
             "patch_segments": np.zeros((n, p), np.int32),
+            "patch_grids": np.ones((n, p, 2), np.int32),
         }
         for i, (row, text) in enumerate(zip(rows, self._encode([row.text for row in rows]))):
             out = {key: array[i] for key, array in batch.items()}
@@ -198,6 +200,7 @@ class Processor:
             self._patchify(image, grid, out["patches"][start:end])
             out["patch_positions"][start:end] = _patch_positions(*grid, self.merge_size)
             out["patch_segments"][start:end] = number
+            out["patch_grids"][start:end] = [side * self.merge_size for side in grid]
             start = end
 
     def _patchify(self, image: Image.Image, grid: tuple[int, int], out: np.ndarray) -> None:

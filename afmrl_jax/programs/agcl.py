@@ -51,7 +51,8 @@ from afmrl_jax.training.state import TrainState, abstract_state, init_state
 
 log = logging.getLogger(__name__)
 
-ROWS = ("tokens", "token_mask", "positions", "patches", "patch_positions", "patch_segments")
+PATCHES = ("patches", "patch_positions", "patch_segments", "patch_grids")
+ROWS = ("tokens", "token_mask", "positions", *PATCHES)
 TERMS = ("product", "terms", "query_weights", "document_weights")
 EVALUATIONS = {"before": "evaluation_before.json", "after": "evaluation.json"}
 TOKENIZER_LISTINGS = 20_000  # whose texts a preset's tokenizer is trained on

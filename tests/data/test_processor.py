@@ -65,6 +65,7 @@ def test_shapes_and_dtypes_do_not_depend_on_the_rows():
             "patches": ((n, 128, channels), "float32"),
             "patch_positions": ((n, 128, 2), "int32"),
             "patch_segments": ((n, 128), "int32"),
+            "patch_grids": ((n, 128, 2), "int32"),
         }
 
 
@@ -160,6 +161,15 @@ def test_positions_of_a_row_worked_by_hand():
         [0, 1, 1, 1, 2, 2, 2, 4, 5, 6],
         [0, 1, 2, 3, 1, 2, 3, 4, 5, 6],
     ]
+
+
+def test_every_patch_knows_its_whole_image_in_patches_and_padding_is_one_by_one():
+    batch = _processor()(ROWS)
+    segments = batch["patch_segments"]
+    for i in range(len(ROWS)):
+        for number, grid in enumerate(_grids(batch, i), 1):
+            assert (batch["patch_grids"][i][segments[i] == number] == grid).all()
+    assert (batch["patch_grids"][segments == 0] == 1).all()
 
 
 def test_image_tokens_and_merged_patches_are_equally_many_in_every_row():
