@@ -118,28 +118,42 @@ class QwenVL(nnx.Module):
         patch_segments int32[N, P]. Returns dtype[N, S, D]; at padding they are finite and mean
         nothing.
         """
+        return self.read(rows, cache=False)[0]
+
+    def read(self, rows: Mapping[str, jax.Array], cache: bool) -> tuple[jax.Array, list]:
+        """The hidden states, and where `cache` asks for them what later tokens attend to.
+
+        That is for each group of layers its rotated keys and values, [layers, N, S, K, head size];
+        else None for each.
+        """
         x = self.embed_rows(rows)
         positions = jnp.swapaxes(rows["positions"], 1, 2)
         angles = rotary_angles(positions, *text_frequencies(self.config.text))
         mask = rows["token_mask"][:, None, :]
 
-        def mix(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, None]:
-            return attend(query, key, value, mask, causal=True), None
+        def mix(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
+            return attend(query, key, value, mask, causal=True), (key, value) if cache else None
 
+        kept = []
         for group in self.layers:
-            x, _ = run_layers(group, x, lambda layer, x, _: layer(x, angles, mix), self.remat)
-        return self.norm(x)
+            x, extra = run_layers(group, x, lambda layer, x, _: layer(x, angles, mix), self.remat)
+            kept.append(extra)
+        return self.norm(x), kept
 
     def embed_rows(self, rows: Mapping[str, jax.Array]) -> jax.Array:
         """The decoder's input [N, S, D]: token embeddings, image features at the image tokens."""
         tokens = rows["tokens"]
-        # Only the rows looked up are cast: nnx.Embed's own call would cast the whole table.
-        embedded = jnp.take(self.embed.embedding[...], tokens, axis=0).astype(self.dtype)
+        embedded = self.embed_tokens(tokens)
         features = self.vision(rows["patches"], rows["patch_positions"], rows["patch_segments"])
         is_image = tokens == self.config.image_token_id
         nth = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, features.shape[1] - 1)
         placed = jnp.take_along_axis(features, nth[..., None], axis=1)
         return jnp.where(is_image[..., None], placed, embedded)
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """Rows of the embedding table, dtype[..., D], an image token's too."""
+        # Only the rows looked up are cast: nnx.Embed's own call would cast the whole table.
+        return jnp.take(self.embed.embedding[...], tokens, axis=0).astype(self.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Scores of the next token, float32[..., V], from hidden states [..., D]."""
