@@ -28,7 +28,10 @@ UNROLLED_LAYERS = 4  # up to so many a loop copies more activations than it spar
 
 
 class Linear(nnx.Module):
-    """x W + b, the matrix product in `dtype`, parameters in `param_dtype`."""
+    """x W + b, the matrix product in `dtype`, parameters in `param_dtype`.
+
+    With an adapter (`models.lora`) x W + b + s (x A) B, where A and B are narrow and float32.
+    """
 
     def __init__(
         self,
@@ -43,17 +46,34 @@ class Linear(nnx.Module):
         init = nnx.initializers.normal(scale)
         self.kernel = nnx.Param(init(rngs.params(), (inputs, *outputs), param_dtype))
         self.bias = nnx.Param(jnp.zeros(outputs, param_dtype)) if bias else None
-        self.dtype = dtype
+        self.lora_a, self.lora_b = nnx.data(None), nnx.data(None)
+        self.dtype, self.outputs = dtype, outputs
+
+    def adapt(self, rank: int, scale: float, key: jax.Array) -> None:
+        """Adds an adapter that changes nothing yet: A random, B zero.
+
+        A's columns keep the size of x, whatever its width. Stacked layers get an adapter each.
+        """
+        *stack, inputs = self.kernel.shape[: -len(self.outputs)]
+        noise = jax.random.normal(key, (*stack, inputs, rank), jnp.float32)
+        self.lora_a = nnx.Param(noise * inputs**-0.5)
+        self.lora_b = nnx.Param(jnp.zeros((*stack, rank, *self.outputs), jnp.float32))
+        self.lora_scale = scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [..., D]. Returns dtype[..., *outputs]."""
-        kernel = self.kernel[...].astype(self.dtype)
         # One flat token axis: with two, XLA's CPU weight gradient transposes cotangents in memory.
         tokens = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        y = jax.lax.dot_general(tokens, kernel, (((1,), (0,)), ((), ())))
+        y = self._product(tokens, self.kernel)
         if self.bias is not None:
             y = y + self.bias[...].astype(self.dtype)
-        return y.reshape(*x.shape[:-1], *kernel.shape[1:])
+        if self.lora_a is not None:
+            low = self._product(tokens, self.lora_a) * self.lora_scale
+            y = y + self._product(low, self.lora_b)
+        return y.reshape(*x.shape[:-1], *self.outputs)
+
+    def _product(self, x: jax.Array, matrix: nnx.Param) -> jax.Array:
+        return jax.lax.dot_general(x, matrix[...].astype(self.dtype), (((1,), (0,)), ((), ())))
 
 
 def check_remat(name: str) -> str:

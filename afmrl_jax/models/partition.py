@@ -26,6 +26,12 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"\b(out|down)\.kernel\b", P("tensor", "fsdp")),
     (r"\b(out|down)\.bias\b", P(None)),
     (r"norm\.(scale|bias)\b", P(None)),
+    # An adapter's rank stays whole; its outer sides are cut as its kernel's.
+    (r"\b(query|key|value|gate|up|patch_embed|qkv|lm_head)\.lora_a\b", P("fsdp", None)),
+    (r"\b(query|key|value|gate|up|patch_embed|lm_head)\.lora_b\b", P(None, "tensor")),
+    (r"\bqkv\.lora_b\b", P(None, None, "tensor")),
+    (r"\b(out|down)\.lora_a\b", P("tensor", None)),
+    (r"\b(out|down)\.lora_b\b", P(None, "fsdp")),
 )
 
 
