@@ -1,69 +1,104 @@
-"""Reads and writes Hugging Face checkpoints of Qwen2-VL, strictly: every name fits, or it is told.
+"""Reads and writes the Qwen-VL family's Hugging Face checkpoints, strictly: every name fits, or it
+is told.
 
-Their linear weights are [outputs, inputs], one tensor a layer; ours are [inputs, *outputs], all
-layers stacked. Tensors are memory-mapped, and each device reads only what its shard needs.
+Their linear weights are [outputs, inputs], one tensor a layer; ours are [inputs, *outputs], a group
+of layers stacked. Both ways one tensor at a time is in memory beside the parameters: a file is
+mapped, each device takes what its shard needs of a tensor, and its pages are given back.
 """
 
+import contextlib
+import functools
 import json
 import math
+import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
+from huggingface_hub import snapshot_download
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.models.config import QwenVLConfig
+from afmrl_jax.models.safetensors_file import Tensor, read_header, write_file
 
-# Their name -> our path; {} is the number of a layer, the first index of our stacked array.
-TABLE = {
-    "model.embed_tokens.weight": "embed.embedding",
-    "model.layers.{}.input_layernorm.weight": "layers.attention_norm.scale",
-    "model.layers.{}.self_attn.q_proj.weight": "layers.attention.query.kernel",
-    "model.layers.{}.self_attn.q_proj.bias": "layers.attention.query.bias",
-    "model.layers.{}.self_attn.k_proj.weight": "layers.attention.key.kernel",
-    "model.layers.{}.self_attn.k_proj.bias": "layers.attention.key.bias",
-    "model.layers.{}.self_attn.v_proj.weight": "layers.attention.value.kernel",
-    "model.layers.{}.self_attn.v_proj.bias": "layers.attention.value.bias",
-    "model.layers.{}.self_attn.o_proj.weight": "layers.attention.out.kernel",
-    "model.layers.{}.post_attention_layernorm.weight": "layers.mlp_norm.scale",
-    "model.layers.{}.mlp.gate_proj.weight": "layers.gate.kernel",
-    "model.layers.{}.mlp.up_proj.weight": "layers.up.kernel",
-    "model.layers.{}.mlp.down_proj.weight": "layers.down.kernel",
-    "model.norm.weight": "norm.scale",
-    "lm_head.weight": "lm_head.kernel",
-    "visual.patch_embed.proj.weight": "vision.patch_embed.kernel",
-    "visual.blocks.{}.norm1.weight": "vision.layers.attention_norm.scale",
-    "visual.blocks.{}.norm1.bias": "vision.layers.attention_norm.bias",
-    "visual.blocks.{}.attn.qkv.weight": "vision.layers.attention.qkv.kernel",
-    "visual.blocks.{}.attn.qkv.bias": "vision.layers.attention.qkv.bias",
-    "visual.blocks.{}.attn.proj.weight": "vision.layers.attention.out.kernel",
-    "visual.blocks.{}.attn.proj.bias": "vision.layers.attention.out.bias",
-    "visual.blocks.{}.norm2.weight": "vision.layers.mlp_norm.scale",
-    "visual.blocks.{}.norm2.bias": "vision.layers.mlp_norm.bias",
-    "visual.blocks.{}.mlp.fc1.weight": "vision.layers.up.kernel",
-    "visual.blocks.{}.mlp.fc1.bias": "vision.layers.up.bias",
-    "visual.blocks.{}.mlp.fc2.weight": "vision.layers.down.kernel",
-    "visual.blocks.{}.mlp.fc2.bias": "vision.layers.down.bias",
-    "visual.merger.ln_q.weight": "vision.merger.norm.scale",
-    "visual.merger.ln_q.bias": "vision.merger.norm.bias",
-    "visual.merger.mlp.0.weight": "vision.merger.up.kernel",
-    "visual.merger.mlp.0.bias": "vision.merger.up.bias",
-    "visual.merger.mlp.2.weight": "vision.merger.down.kernel",
-    "visual.merger.mlp.2.bias": "vision.merger.down.bias",
+# Our modules -> theirs; {} is the number of a layer, or of a DeepStack merger.
+MODULES = {
+    "embed": "embed_tokens",
+    "norm": "norm",
+    "lm_head": "lm_head",
+    "layers.attention_norm": "layers.{}.input_layernorm",
+    "layers.attention.query": "layers.{}.self_attn.q_proj",
+    "layers.attention.key": "layers.{}.self_attn.k_proj",
+    "layers.attention.value": "layers.{}.self_attn.v_proj",
+    "layers.attention.out": "layers.{}.self_attn.o_proj",
+    "layers.attention.query_norm": "layers.{}.self_attn.q_norm",
+    "layers.attention.key_norm": "layers.{}.self_attn.k_norm",
+    "layers.mlp_norm": "layers.{}.post_attention_layernorm",
+    "layers.gate": "layers.{}.mlp.gate_proj",
+    "layers.up": "layers.{}.mlp.up_proj",
+    "layers.down": "layers.{}.mlp.down_proj",
+    "vision.patch_embed": "visual.patch_embed.proj",
+    "vision.layers.attention_norm": "visual.blocks.{}.norm1",
+    "vision.layers.attention.qkv": "visual.blocks.{}.attn.qkv",
+    "vision.layers.attention.out": "visual.blocks.{}.attn.proj",
+    "vision.layers.mlp_norm": "visual.blocks.{}.norm2",
 }
-HEAD = "lm_head.weight"
+_LN_Q_MERGER = {
+    "vision.merger.norm": "visual.merger.ln_q",
+    "vision.merger.up": "visual.merger.mlp.0",
+    "vision.merger.down": "visual.merger.mlp.2",
+}
+# What the families call otherwise.
+FAMILIES = {
+    "qwen2_vl": {
+        "vision.layers.up": "visual.blocks.{}.mlp.fc1",
+        "vision.layers.down": "visual.blocks.{}.mlp.fc2",
+        **_LN_Q_MERGER,
+    },
+    "qwen2_5_vl": {
+        "vision.layers.gate": "visual.blocks.{}.mlp.gate_proj",
+        "vision.layers.up": "visual.blocks.{}.mlp.up_proj",
+        "vision.layers.down": "visual.blocks.{}.mlp.down_proj",
+        **_LN_Q_MERGER,
+    },
+    "qwen3_vl": {
+        "vision.position_embed": "visual.pos_embed",
+        "vision.layers.up": "visual.blocks.{}.mlp.linear_fc1",
+        "vision.layers.down": "visual.blocks.{}.mlp.linear_fc2",
+        "vision.merger.norm": "visual.merger.norm",
+        "vision.merger.up": "visual.merger.linear_fc1",
+        "vision.merger.down": "visual.merger.linear_fc2",
+        "vision.deepstack.norm": "visual.deepstack_merger_list.{}.norm",
+        "vision.deepstack.up": "visual.deepstack_merger_list.{}.linear_fc1",
+        "vision.deepstack.down": "visual.deepstack_merger_list.{}.linear_fc2",
+    },
+}
+# How published files begin the decoder's names, and the tower's. A checkpoint of transformers'
+# bare model begins them otherwise again; in reading, all of it is cut off.
+PREFIXES = {
+    "qwen2_vl": ("model.", ""),
+    "qwen2_5_vl": ("model.", ""),
+    "qwen3_vl": ("model.language_model.", "model."),
+}
+PREFIX = re.compile(r"^(model\.)?(language_model\.)?")
 
-DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
+# Of a checkpoint's tensors the model may leave these, and no others: the head of a model that has
+# none of its own (an embedder, or one that shares the embedding table), and the rotary frequencies
+# that old versions stored although they follow from the configuration.
+SPARE = re.compile(r"lm_head\.weight|.*rotary\w*\.inv_freq")
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_SHARD_BYTES = 5 * 10**9  # transformers' own limit
+HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(NamedTuple):
     """One of our arrays: its place in the flattened tree, and their tensors that fill it."""
 
     index: int
@@ -73,17 +108,6 @@ class Target:
     shape: tuple[int, ...]  # ours, of one layer
     their_shape: tuple[int, ...]
 
-    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """A view in our layout of one of their tensors."""
-        if self.kernel:
-            return np.moveaxis(tensor.reshape(*self.shape[1:], self.shape[0]), -1, 0)
-        return tensor.reshape(self.shape)
-
-    def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        """One layer of our array in their layout."""
-        array = np.moveaxis(array, 0, -1) if self.kernel else array
-        return np.ascontiguousarray(array.reshape(self.their_shape))
-
 
 def targets(params: Any, config: QwenVLConfig) -> list[Target]:
     """How each array of a QwenVL's or an Embedder's parameters is filled.
@@ -91,98 +115,228 @@ def targets(params: Any, config: QwenVLConfig) -> list[Target]:
     params: the module's nnx.State, of arrays or ShapeDtypeStructs.
     Raises ValueError where an array has no name in a Hugging Face checkpoint.
     """
-    ours = {path: name for name, path in TABLE.items()}
     vision = config.vision
-    sides = (vision.temporal_patch_size, vision.patch_size, vision.patch_size)
+    conv = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
     result = []
     for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
         path = jax.tree_util.keystr(path, simple=True, separator=".")
         path = re.sub(r"\.(raw_)?value$", "", path).removeprefix("backbone.")
-        number = re.search(r"\blayers\.(\d+)\.", path)
-        path = re.sub(r"\blayers\.\d+\.", "layers.", path)
-        if path not in ours:
-            raise ValueError(f"parameter {path} has no name in hf_weights.TABLE; add it")
-        name, kernel = ours[path], path.endswith(".kernel")
-        stacked = "{}" in name
+        name, number = _their_name(path, config)
+        stacked, kernel = re.match(r"(vision\.)?layers\.", path) is not None, "kernel" in path
         shape = leaf.shape[1:] if stacked else leaf.shape
         if path == "vision.patch_embed.kernel":
-            their_shape = (shape[1], vision.in_channels, *sides)
+            their_shape = (shape[1], *conv)
         elif kernel:
             their_shape = (math.prod(shape[1:]), shape[0])
         else:
             their_shape = (math.prod(shape),) if path.endswith(".bias") else shape
+        numbers = [number]
         if stacked:
             groups = (vision if path.startswith("vision.") else config).layer_groups
-            first = sum(groups[: int(number[1])])
-            names = tuple(map(name.format, range(first, first + leaf.shape[0])))
-        else:
-            names = (name,)
+            numbers = range(sum(groups[:number]), sum(groups[: number + 1]))
+        names = tuple(name.format(number) for number in numbers)
         result.append(Target(index, names, stacked, kernel, shape, their_shape))
     return result
+
+
+def _their_name(path: str, config: QwenVLConfig) -> tuple[str, int]:
+    """A published checkpoint's name for our parameter, and the number on our path: of a group of
+    layers or a merger, 0 where there is none."""
+    module, _, kind = re.sub(r"\.\d+\.", ".", path).rpartition(".")
+    theirs = (MODULES | FAMILIES[config.architecture]).get(module)
+    if theirs is None or kind not in ("kernel", "scale", "embedding", "bias"):
+        raise ValueError(f"parameter {path} has no name in hf_weights.MODULES; add it")
+    text, tower = PREFIXES[config.architecture]
+    prefix = tower if path.startswith("vision.") else "" if path.startswith("lm_head") else text
+    number = re.search(r"\.(\d+)\.", path)
+    suffix = "bias" if kind == "bias" else "weight"
+    return f"{prefix}{theirs}.{suffix}", int(number[1]) if number else 0
+
+
+def resolve(path_or_id: str | Path) -> Path:
+    """The folder of a checkpoint: a local one, or a hub's ("Qwen/Qwen2-VL-2B-Instruct"), which is
+    downloaded unless it is in the hub's cache.
+
+    Raises UserError where there is no such folder, and the hub cannot give one.
+    """
+    folder = Path(path_or_id).expanduser()
+    if folder.exists():
+        return folder
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path_or_id)):
+        raise UserError(
+            f"{path_or_id}: no such folder; give one, or a name on the hub like "
+            "Qwen/Qwen2-VL-2B-Instruct"
+        )
+    try:
+        return Path(snapshot_download(str(path_or_id), allow_patterns=list(HUB_FILES)))
+    except Exception as error:  # the hub's own, the network's, a full disk's: all end the same way
+        raise UserError(
+            f"{path_or_id}: no such folder, and huggingface.co did not give it "
+            f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+            "); correct the name, or download it where there is a network and give its folder"
+        ) from None
 
 
 def load(directory: Path, params: Any, config: QwenVLConfig) -> Any:
     """A checkpoint's weights in the shape, dtype and sharding of `params`.
 
     directory: holds model.safetensors, or shards with model.safetensors.index.json.
-    params: nnx.State of a QwenVL or Embedder, its leaves ShapeDtypeStructs (with shardings, or the
-    first device takes all) or arrays. Returns the same tree of arrays.
-    Raises UserError that tells every tensor missing, unexpected or of another shape. A language
-    head is passed over where the model has none.
+    params: nnx.State of a QwenVL or Embedder, its leaves ShapeDtypeStructs (their shardings
+    NamedSharding, or the first device takes all) or arrays. Returns the same tree of arrays.
+    Raises UserError that tells every file that is damaged, or else every tensor missing, unexpected
+    or of another shape (SPARE tells which may be left).
     """
-    tensors = _open(Path(directory))
+    directory = Path(directory)
+    tensors = _open(directory)
     leaves, tree = jax.tree.flatten(params)
     plan = targets(params, config)
-    _check(Path(directory), tensors, plan)
+    _check(directory, tensors, plan)
     for target in plan:
         leaf = leaves[target.index]
-        sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(
-            jax.devices()[0]
-        )
-
-        def read(index: tuple[slice, ...], target: Target = target, dtype=leaf.dtype) -> np.ndarray:
-            if not target.stacked:
-                return target.to_ours(tensors[target.names[0]])[index].astype(dtype)
-            layers = [target.to_ours(tensors[name]) for name in target.names[index[0]]]
-            return np.stack([layer[index[1:]].astype(dtype) for layer in layers])
-
-        leaves[target.index] = jax.make_array_from_callback(leaf.shape, sharding, read)
+        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
+        array = jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
+        for layer, name in enumerate(target.names):
+            tensor = tensors[PREFIX.sub("", name)]
+            array = _place(array, _put(tensor, target, sharding), layer, target.kernel, sharding)
+            array.block_until_ready()
+            tensor.release()
+        leaves[target.index] = array
     return jax.tree.unflatten(tree, leaves)
 
 
-def save(directory: Path, params: Any, config: QwenVLConfig) -> None:
-    """Writes model.safetensors and config.json as transformers reads them; params as in `load`."""
+def _put(tensor: Tensor, target: Target, sharding: Sharding) -> jax.Array:
+    """Their tensor on the devices, still in its dtype; each device reads its shard's part only."""
+    shape = target.shape
+    view = tensor.view().reshape((*shape[1:], shape[0]) if target.kernel else shape)
+    if isinstance(sharding, NamedSharding):
+        axes = [*sharding.spec, *[None] * len(shape)][target.stacked :][: len(shape)]
+        axes = axes[1:] + axes[:1] if target.kernel else axes
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*axes))
+    return jax.make_array_from_callback(view.shape, sharding, lambda part: view[part])
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=(3, 4))
+def _place(
+    array: jax.Array, tensor: jax.Array, layer: int, kernel: bool, sharding: Sharding
+) -> jax.Array:
+    """The array with one layer written in place. Never the tensor's own memory, which is a file's:
+    hence an update even where the tensor is all of the array."""
+    tensor = jnp.moveaxis(tensor, -1, 0) if kernel else tensor
+    tensor = tensor.astype(array.dtype)
+    tensor = tensor.reshape((1,) * (array.ndim - tensor.ndim) + tensor.shape)
+    array = jax.lax.dynamic_update_slice(array, tensor, (layer, *[0] * (array.ndim - 1)))
+    if isinstance(sharding, NamedSharding):
+        return jax.lax.with_sharding_constraint(array, sharding)
+    return array
+
+
+def save(
+    directory: Path,
+    params: Any,
+    config: QwenVLConfig,
+    *,
+    dtype: DTypeLike | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Writes config.json and weights, as published checkpoints name them and transformers reads.
+
+    params: as in `load`, arrays that this process holds whole. dtype: of the tensors in the files;
+    None keeps each parameter's. One file, or shards of at most `max_shard_bytes` (or one tensor)
+    and their index. Files take their names when all are whole; what an earlier save left is
+    replaced.
+    """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    save_file(dict(to_hf(params, config)), directory / "model.safetensors", {"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
+    leaves = jax.tree.leaves(params)
+    entries = _entries(targets(params, config))
+    dtypes = {t.index: np.dtype(dtype or leaves[t.index].dtype) for _, t, _ in entries}
+    sizes = [dtypes[t.index].itemsize * math.prod(t.their_shape) for _, t, _ in entries]
+    shards, filled = [[]], 0
+    for entry, size in zip(entries, sizes):
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += size
+    files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else [SINGLE]
+    texts = {"config.json": config.to_hf()}
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards) for name, _, _ in shard}
+        texts[INDEX] = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    with _renamed_when_whole(directory, [*files, *texts]) as temporary:
+        for file, shard in zip(files, shards):
+            header = {name: (dtypes[t.index], t.their_shape) for name, t, _ in shard}
+            tensors = (_fetch(leaves[t.index], t, layer, dtypes[t.index]) for _, t, layer in shard)
+            write_file(temporary[file], header, tensors)
+        for file, content in texts.items():
+            temporary[file].write_text(json.dumps(content, indent=2) + "\n")
+    for stale in {SINGLE, INDEX, *(p.name for p in directory.glob("model-*-of-*.safetensors"))}:
+        if stale not in [*files, *texts]:
+            (directory / stale).unlink(missing_ok=True)
 
 
 def to_hf(params: Any, config: QwenVLConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Their names and tensors, one after another, of our parameters."""
+    """Their names and tensors, one after another, of our parameters (as in `save`)."""
     leaves = jax.tree.leaves(params)
-    for target in targets(params, config):
-        array = np.asarray(leaves[target.index])
-        for name, layer in zip(target.names, array if target.stacked else [array]):
-            yield name, target.to_theirs(layer)
+    for name, target, layer in _entries(targets(params, config)):
+        leaf = leaves[target.index]
+        yield name, _fetch(leaf, target, layer, leaf.dtype)
 
 
-def _check(directory: Path, tensors: dict[str, np.ndarray], plan: list[Target]) -> None:
-    expected = {name: target.their_shape for target in plan for name in target.names}
-    optional = set() if HEAD in expected else {HEAD}
+def _entries(plan: list[Target]) -> list[tuple[str, Target, int]]:
+    """Name, target and number in the stack of each of their tensors, layer after layer, so that a
+    shard holds whole layers but at its ends."""
+    entries = [(name, target, n) for target in plan for n, name in enumerate(target.names)]
+    return sorted(entries, key=lambda entry: re.sub(r"\d+", lambda m: m[0].zfill(4), entry[0]))
+
+
+def _fetch(leaf: Any, target: Target, layer: int, dtype: np.dtype) -> np.ndarray:
+    """One of their tensors, on the host."""
+    if target.stacked:
+        by_number = jax.lax.dynamic_index_in_dim  # compiles once for all layers
+        leaf = by_number(leaf, layer, 0, False) if isinstance(leaf, jax.Array) else leaf[layer]
+    return np.asarray(_to_theirs(leaf, target.kernel, target.their_shape, dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _to_theirs(
+    array: jax.Array, kernel: bool, shape: tuple[int, ...], dtype: np.dtype
+) -> jax.Array:
+    return (jnp.moveaxis(array, 0, -1) if kernel else array).reshape(shape).astype(dtype)
+
+
+@contextlib.contextmanager
+def _renamed_when_whole(directory: Path, files: list[str]) -> Iterator[dict[str, Path]]:
+    """Temporary paths to write the files to; they take their names when all went well, in order."""
+    temporary = {file: directory / f".{file}.{os.getpid()}.tmp" for file in files}
+    try:
+        yield temporary
+        for file, path in temporary.items():
+            path.replace(directory / file)
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def _check(directory: Path, tensors: dict[str, Tensor], plan: list[Target]) -> None:
+    """Raises UserError unless the tensors, by their names without prefix, are the plan's."""
+    expected = {PREFIX.sub("", name): (name, t.their_shape) for t in plan for name in t.names}
     told = {
-        "missing": sorted(expected.keys() - tensors.keys()),
-        "unexpected": sorted(tensors.keys() - expected.keys() - optional),
+        "missing": sorted(full for name, (full, _) in expected.items() if name not in tensors),
+        "unexpected": sorted(
+            tensor.name
+            for name, tensor in tensors.items()
+            if name not in expected and not SPARE.fullmatch(name)
+        ),
         "of another shape": [
-            f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
-            for name, shape in expected.items()
+            f"{tensors[name].name} {list(tensors[name].shape)} instead of {list(shape)}"
+            for name, (_, shape) in expected.items()
             if name in tensors and tensors[name].shape != shape
         ],
     }
     if problems := [
-        f"{len(names)} {kind} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
-        for kind, names in told.items()
-        if names
+        f"{len(names)} {kind} ({_some(names)})" for kind, names in told.items() if names
     ]:
         raise UserError(
             f"{directory}: the weights do not fit the model, {'; '.join(problems)}; "
@@ -190,42 +344,62 @@ def _check(directory: Path, tensors: dict[str, np.ndarray], plan: list[Target]) 
         )
 
 
-def _open(directory: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a checkpoint, memory-mapped."""
-    index = directory / "model.safetensors.index.json"
-    if not index.exists():
-        return _open_file(directory / "model.safetensors")
-    try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError):
-        raise UserError(f"{index}: no weight_map of names to files; download it again") from None
-    return {
-        name: tensor for shard in shards for name, tensor in _open_file(directory / shard).items()
-    }
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
-def _open_file(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of one file (https://huggingface.co/docs/safetensors: the format's layout).
+def _open(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, memory-mapped, by its name without prefix.
 
-    NumPy alone cannot name bfloat16, and the library's own reader copies whole tensors.
+    Raises UserError that tells of every file what is wrong with it.
     """
+    if (directory / SINGLE).exists():
+        weight_map = None
+        files = [SINGLE]
+    else:
+        weight_map = _weight_map(directory / INDEX)
+        files = sorted(set(weight_map.values()))
+    tensors: dict[str, Tensor] = {}
+    problems = []
+    for file in files:
+        try:
+            found = read_header(directory / file)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        if weight_map is not None:
+            promised = {name for name, place in weight_map.items() if place == file}
+            for names, told in (
+                (promised - found.keys(), f"lacks what {INDEX} promises"),
+                (found.keys() - promised, f"holds what {INDEX} does not list there"),
+            ):
+                if names:
+                    problems.append(f"{directory / file} {told}: {_some(sorted(names))}")
+        for name, tensor in found.items():
+            other = tensors.setdefault(PREFIX.sub("", name), tensor)
+            if other is not tensor:
+                problems.append(f"{directory / file}: {name} is there twice, also as {other.name}")
+    if problems:
+        raise UserError("\n".join([*problems, "download the checkpoint again"]))
+    return tensors
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Name -> file beside the index. Raises UserError, also where a file lies elsewhere."""
     try:
-        data = np.memmap(path, np.uint8, mode="r")
-    except (OSError, ValueError):
+        weight_map = json.loads(index.read_bytes())["weight_map"]
+        files = {str(name): str(file) for name, file in weight_map.items()}
+    except FileNotFoundError:
         raise UserError(
-            f"{path}: not found or empty; expected the weights of a Hugging Face checkpoint"
+            f"{index.parent}: neither {SINGLE} nor {INDEX}; expected the folder of a Hugging Face "
+            "checkpoint with safetensors weights"
         ) from None
-    try:
-        start = 8 + int(data[:8].view("<u8")[0])
-        header = json.loads(data[8:start].tobytes())
-        header.pop("__metadata__", None)
-        return {
-            name: data[start + entry["data_offsets"][0] : start + entry["data_offsets"][1]]
-            .view(DTYPES[entry["dtype"]])
-            .reshape(entry["shape"])
-            for name, entry in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError):
-        raise UserError(
-            f"{path}: not a whole safetensors file of float tensors; download it again"
-        ) from None
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise UserError(f"{index}: no weight_map of names to files; download it again") from None
+    for file in files.values():
+        if "/" in file or "\\" in file or not file.endswith(".safetensors") or "\0" in file:
+            raise UserError(
+                f"{index}: weight_map names the file {file!r}; expected the plain name of a "
+                ".safetensors file beside the index; do not trust this checkpoint"
+            )
+    return files
