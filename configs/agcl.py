@@ -43,7 +43,8 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.optimizer.clip_norm = 1.0
 
     config.data.workers = 1  # processes that prepare batches; 0 = in the training process
-    config.data.instruction = ""  # said before each text
+    config.data.prompt = "plain"  # plain | chat: the model's chat template, as Qwen3-VL-Embedding's
+    config.data.instruction = ""  # said before each text; with chat, as the system
     config.data.max_tokens = 56  # a row's tokens, images included
     config.data.max_patches = 64  # a row's patches, over all its images
     config.data.min_pixels = 3136  # an image is enlarged to this area

@@ -1,25 +1,36 @@
-"""Turns texts and photos into the embedder's static arrays; the model's ragged work is done here.
+"""Turns texts and photos into the model's static arrays; the model's ragged work is done here.
 
-A row is, in tokens: for each image <|vision_start|> <|image_pad|> × n <|vision_end|>, then the
-instruction and the text, then <|endoftext|>, on which the embedder pools. Its images lie one after
-another in the patches, each in the order of the vision tower: merge window by merge window.
+A row is a prompt (`prompts`) in which each <|image_pad|> is repeated for its image's features. Its
+images lie one after another in the patches, each in the order of the vision tower: merge window by
+merge window.
 
-Axes: N rows · S tokens (max_tokens) · P patches (max_patches) · C = 3 · temporal patch · patch²
+Axes: N rows · S tokens · P patches · C = 3 · temporal patch · patch²
 """
 
 import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.tokenizer import clean_text, special_token_ids
+from afmrl_jax.data.prompts import Frame, PlainPrompt, Prompt
+from afmrl_jax.data.tokenizer import encode_text, read_json, special_token_ids, text_tokenizer
 from afmrl_jax.models.config import QwenVLConfig
 
+_PLAIN = PlainPrompt()
+# Mean and standard deviation of a pixel's channels, by which images are normalised.
+_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+IMAGE_STATISTICS = {
+    "qwen2_vl": _CLIP,
+    "qwen2_5_vl": _CLIP,
+    "qwen3_vl": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 # Qwen2-VL's processor refuses images longer than this; a training run only squeezes them to it.
 _LONGEST_ASPECT = 200
 # A text is cut to so many characters a token before it is tokenised: a megabyte of description
@@ -29,19 +40,32 @@ _CHARACTERS_PER_TOKEN = 32
 
 @dataclass(frozen=True)
 class Row:
-    """What one embedding is made of: a text (may be empty) and RGB images (may be none)."""
+    """A text (may be empty) and RGB images (may be none), and what to learn to answer to them."""
 
     text: str
     images: tuple[Image.Image, ...] = ()
+    answer: str | None = None
+
+
+class _Line(NamedTuple):
+    """A row's tokens before padding."""
+
+    tokens: np.ndarray  # int32[L], L <= S
+    positions: np.ndarray  # int32[3, L]
+    answer: int  # how many of the last tokens are the answer
+    grids: list[tuple[int, int]]  # rows and columns of merge windows of each image
 
 
 class Processor:
     """Rows to arrays of fixed shapes; pure, picklable, without JAX or torch.
 
-    max_tokens, max_patches: the size of every row. Images that do not fit are resized until all of
-    a row's do, sharing the budget fairly; the text is cut from its end.
+    max_tokens, max_patches: the size of every prompt. Images that do not fit are resized until all
+    of a row's do, sharing the budget fairly; the text is cut from its end.
     min_pixels, max_pixels: bounds on a resized image's area, as in Qwen2-VL's processor.
-    instruction: stands before every row's text, a line of its own.
+    prompt: what stands around images and text; by default nothing but the marks of a plain row.
+    max_answer: room behind each prompt for a row's answer, which ends with <|im_end|> or is cut; a
+    prompt is the same with and without its answer.
+    pad_left: whether padding stands before the rows, for a sampler that goes on from them.
     Raises UserError where these leave no room for an image or do not fit the tokenizer.
     """
 
@@ -54,23 +78,24 @@ class Processor:
         max_patches: int,
         min_pixels: int,
         max_pixels: int,
-        instruction: str = "",
+        prompt: Prompt = _PLAIN,
+        max_answer: int = 0,
+        pad_left: bool = False,
     ):
-        # A copy, since the settings below would change every other use of the caller's tokenizer.
-        self.tokenizer = Tokenizer.from_str(tokenizer.to_str())
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
-        self.max_tokens, self.max_patches = max_tokens, max_patches
+        self.tokenizer = text_tokenizer(tokenizer)
+        self.max_tokens, self.max_patches, self.max_answer = max_tokens, max_patches, max_answer
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
-        self.instruction = clean_text(instruction)
+        self.prompt, self.pad_left = prompt, pad_left
         self.patch_size, self.merge_size = config.vision.patch_size, config.vision.merge_size
         self.temporal_patch_size = config.vision.temporal_patch_size
-        self.ids = _checked_ids(self.tokenizer, config)
-        self._levels = _normalised_levels()
-        self._instruction_tokens = len(self._encode([""])[0])
-        self._check()
+        self.ids = _checked_ids(tokenizer, config)
+        self._levels = _normalised_levels(config.architecture)
+        # Frames of so many images are made here: a worker would have to import what renders them.
+        self._frames: dict[int, tuple[Frame, int]] = {}
+        self._check([self._frame(n)[1] for n in range(3)])
 
-    def _check(self) -> None:
+    def _check(self, fixed: list[int]) -> None:
+        """fixed: the tokens of a row without text of 0, 1 and 2 images, its features not counted"""
         window = self.merge_size**2
         if self.max_patches < window or self.max_patches % window:
             raise UserError(
@@ -82,31 +107,38 @@ class Processor:
                 f"min_pixels={self.min_pixels} and max_pixels={self.max_pixels} are no range: "
                 f"expected 0 < min_pixels <= max_pixels"
             )
-        needed = self.max_patches // window + 2 + self._instruction_tokens + 1
+        needed = self.max_patches // window + fixed[1]
         if self.max_tokens < needed:
             raise UserError(
                 f"max_tokens={self.max_tokens} is below {needed}: max_patches={self.max_patches} "
-                f"take {self.max_patches // window} tokens and 2 marks, the instruction "
-                f"{self._instruction_tokens}, the end 1; raise max_tokens or lower max_patches"
+                f"take {self.max_patches // window} tokens, the prompt around them {fixed[1]}; "
+                "raise max_tokens or lower max_patches"
             )
+        # Each further image takes its marks and at least one merge window.
+        further = (self.max_tokens - fixed[1] - 1) // (fixed[2] - fixed[1] + 1)
+        self.max_images = min(self.max_patches // window, 1 + further)
 
-    @property
-    def max_images(self) -> int:
-        """How many images a row can hold, at one merge window and two marks each."""
-        tokens = (self.max_tokens - self._instruction_tokens - 1) // 3
-        return min(self.max_patches // self.merge_size**2, tokens)
+    def __call__(
+        self, rows: Sequence[Row], buckets: Sequence[tuple[int, int]] = ()
+    ) -> dict[str, np.ndarray]:
+        """The model's input.
 
-    def __call__(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
-        """The embedder's input.
-
-        tokens int32[N, S], padded right with <|endoftext|>; token_mask bool[N, S]; positions
+        tokens int32[N, S], padded with <|endoftext|>; token_mask bool[N, S]; positions
         int32[N, 3, S], M-RoPE's time, height and width, 0 on padding; patches float32[N, P, C];
         patch_positions int32[N, P, 2], the patch's row and column in its image; patch_segments
         int32[N, P], the image's number within the row from 1, 0 on padding; patch_grids
-        int32[N, P, 2], rows and columns of the patch's whole image, in patches, 1 on padding.
-        Raises UserError for a row with more than max_images images.
+        int32[N, P, 2], rows and columns of the patch's whole image, in patches, 1 on padding; with
+        max_answer also answer_mask bool[N, S].
+
+        buckets: the (S, P) to choose from; taken is the first that holds the rows, whose content
+        does not depend on it. By default the one (max_tokens + max_answer, max_patches). Several
+        processes see different rows of one batch: they must offer one bucket, for what they know of
+        all rows, as `text_bucket`.
+        Raises UserError for a row with more than max_images images, ValueError where no bucket
+        holds the rows.
         """
-        n, s, p = len(rows), self.max_tokens, self.max_patches
+        lines = [self._line(row) for row in rows]
+        n, (s, p) = len(rows), self._bucket(lines, buckets)
         channels = 3 * self.temporal_patch_size * self.patch_size**2
         batch = {
             "tokens": np.full((n, s), self.ids["pad_token_id"], np.int32),
@@ -117,24 +149,61 @@ class Processor:
             "patch_segments": np.zeros((n, p), np.int32),
             "patch_grids": np.ones((n, p, 2), np.int32),
         }
-        for i, (row, text) in enumerate(zip(rows, self._encode([row.text for row in rows]))):
+        if self.max_answer:
+            batch["answer_mask"] = np.zeros((n, s), bool)
+        for i, (row, line) in enumerate(zip(rows, lines)):
+            end = s if self.pad_left else len(line.tokens)
+            start = end - len(line.tokens)
+            batch["tokens"][i, start:end] = line.tokens
+            batch["token_mask"][i, start:end] = True
+            batch["positions"][i, :, start:end] = line.positions
+            if self.max_answer:
+                batch["answer_mask"][i, end - line.answer : end] = True
             out = {key: array[i] for key, array in batch.items()}
-            grids = self._window_grids(row.images)
-            self._fill_tokens(out, grids, text)
-            self._fill_patches(out, grids, row.images)
+            self._fill_patches(out, line.grids, row.images)
         return batch
 
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        # A listing may hold "<|image_pad|>": with this set, it is split as the text that it is.
-        # Set at every call, because pickling forgets it.
-        self.tokenizer.encode_special_tokens = True
-        limit = _CHARACTERS_PER_TOKEN * self.max_tokens
-        prompts = [
-            "\n".join(part for part in (self.instruction, clean_text(text[:limit])) if part)
-            for text in texts
-        ]
-        # One by one: a batch would start the tokenizer's own threads in every worker process.
-        return [self.tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+    @property
+    def text_bucket(self) -> tuple[int, int]:
+        """The bucket of rows that have no images: the model leaves out its vision tower."""
+        return self.max_tokens + self.max_answer, 0
+
+    def _bucket(self, lines: list[_Line], buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+        tokens = max((len(line.tokens) for line in lines), default=0)
+        windows = max((sum(map(math.prod, line.grids)) for line in lines), default=0)
+        patches = windows * self.merge_size**2
+        for bucket in buckets or [(self.max_tokens + self.max_answer, self.max_patches)]:
+            if tokens <= bucket[0] and patches <= bucket[1]:
+                return bucket
+        raise ValueError(
+            f"rows of {tokens} tokens and {patches} patches fit in none of the buckets {buckets}"
+        )
+
+    def _frame(self, n_images: int) -> tuple[Frame, int]:
+        """A row's frame, and how many tokens it has without text and images' features."""
+        if n_images not in self._frames:
+            frame = self.prompt.frame(n_images, self.tokenizer)
+            prefix = encode_text(self.tokenizer, frame.prefix)
+            fixed = len(frame.head) + len(prefix) + len(frame.tail) - n_images
+            self._frames[n_images] = frame, fixed
+        return self._frames[n_images]
+
+    def _line(self, row: Row) -> _Line:
+        grids = self._window_grids(row.images)
+        frame, _ = self._frame(len(row.images))
+        others = len(frame.head) - len(grids) + sum(map(math.prod, grids)) + len(frame.tail)
+        text = row.text[: _CHARACTERS_PER_TOKEN * self.max_tokens]
+        text = encode_text(self.tokenizer, frame.piece(text))[: self.max_tokens - others]
+        answer: list[int] = []
+        if row.answer is not None:
+            if not self.max_answer:
+                raise ValueError("a row has an answer, and max_answer=0 leaves no room for it")
+            answer = encode_text(
+                self.tokenizer, row.answer[: _CHARACTERS_PER_TOKEN * self.max_answer]
+            )
+            answer = [*answer, self.ids["eos_token_id"]][: self.max_answer]
+        ids = np.array([*frame.head, *text, *frame.tail, *answer], np.int32)
+        return _Line(*_expanded(ids, self.ids["image_token_id"], grids), len(answer), grids)
 
     def _window_grids(self, images: Sequence[Image.Image]) -> list[tuple[int, int]]:
         """Rows and columns of merge windows of each image of a row, so that all fit together."""
@@ -145,8 +214,7 @@ class Processor:
                 f"raise these or take fewer images a listing"
             )
         budget = min(
-            self.max_patches // self.merge_size**2,
-            self.max_tokens - 2 * len(images) - self._instruction_tokens - 1,
+            self.max_patches // self.merge_size**2, self.max_tokens - self._frame(len(images))[1]
         )
         wanted = [self._window_grid(image, budget) for image in images]
         # The smallest first: what it leaves of its even share is the larger ones' to divide.
@@ -164,29 +232,6 @@ class Processor:
             max_pixels=self.max_pixels,
             limit=limit,
         )
-
-    def _fill_tokens(
-        self, out: dict[str, np.ndarray], grids: list[tuple[int, int]], text: list[int]
-    ) -> None:
-        tokens, positions = out["tokens"], out["positions"]
-        start = position = 0
-        for grid in grids:
-            end = start + 2 + math.prod(grid)
-            tokens[start] = self.ids["vision_start_token_id"]
-            tokens[start + 1 : end - 1] = self.ids["image_token_id"]
-            tokens[end - 1] = self.ids["vision_end_token_id"]
-            positions[:, start] = position
-            positions[0, start + 1 : end - 1] = position + 1
-            positions[1:, start + 1 : end - 1] = position + 1 + _image_positions(*grid)
-            # After an image, text goes on from its longer side (Qwen2-VL's M-RoPE).
-            position += 1 + max(grid)
-            positions[:, end - 1] = position
-            start, position = end, position + 1
-        end = min(start + len(text), len(tokens) - 1)
-        tokens[start:end] = text[: end - start]
-        tokens[end] = self.ids["pad_token_id"]
-        out["token_mask"][: end + 1] = True
-        positions[:, start : end + 1] = np.arange(position, position + end + 1 - start)
 
     def _fill_patches(
         self,
@@ -254,6 +299,26 @@ def window_grid(
     return rows, columns
 
 
+def _expanded(
+    ids: np.ndarray, image_id: int, grids: list[tuple[int, int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens with each image's repeated for its features, and M-RoPE's positions: int32[3, L].
+
+    Text advances by one a token on all three axes. An image's features stand still in time and
+    count rows and columns; text goes on behind the longer side (Qwen2-VL's `get_rope_index`, the
+    same in all three families for still images).
+    """
+    images = np.flatnonzero(ids == image_id)
+    counts, advance = np.ones((2, len(ids)), np.int32)
+    counts[images] = [math.prod(grid) for grid in grids]
+    advance[images] = [max(grid) for grid in grids]
+    positions = np.tile(np.repeat(np.cumsum(advance) - advance, counts), (3, 1))
+    starts = np.cumsum(counts) - counts
+    for image, grid in zip(images, grids):
+        positions[1:, starts[image] :][:, : counts[image]] += _image_positions(*grid)
+    return np.repeat(ids, counts), positions
+
+
 @functools.lru_cache(maxsize=256)
 def _image_positions(rows: int, columns: int) -> np.ndarray:
     """Each image token's row and column, int32[2, rows · columns]."""
@@ -268,15 +333,16 @@ def _patch_positions(rows: int, columns: int, merge: int) -> np.ndarray:
     return indices.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
 
 
-def _normalised_levels() -> np.ndarray:
-    """What Qwen2-VL's image processor makes of each of a channel's 256 levels: float32[3, 256]."""
+def _normalised_levels(architecture: str) -> np.ndarray:
+    """What the image processor makes of each of a channel's 256 levels: float32[3, 256]."""
     # Here and not above, so that worker processes, which unpickle the table, start at once.
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+    mean, std = IMAGE_STATISTICS[architecture]
     library = Qwen2VLImageProcessorPil()
     levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
     levels = library.rescale(levels, library.rescale_factor)
-    return library.normalize(levels, library.image_mean, library.image_std)[:, 0]
+    return library.normalize(levels, list(mean), list(std))[:, 0]
 
 
 def _checked_ids(tokenizer: Tokenizer, config: QwenVLConfig) -> dict[str, int]:
@@ -287,11 +353,40 @@ def _checked_ids(tokenizer: Tokenizer, config: QwenVLConfig) -> dict[str, int]:
                 f"the tokenizer's {field} is {ids[field]} and the model's "
                 f"{getattr(config, field)}: take both from one folder"
             )
-    tokenizer.encode_special_tokens = True
-    for name, token_id in ids.items():
-        if token_id in tokenizer.encode(tokenizer.id_to_token(token_id)).ids:
-            raise UserError(
-                f"the tokenizer's {name} {token_id} is not marked as special, so a listing's text "
-                f'could forge it: set "special": true for it in tokenizer.json'
-            )
     return ids
+
+
+def check_preprocessor(folder: Path, config: QwenVLConfig) -> None:
+    """Raises UserError where a Hugging Face folder asks for other patches than the model's.
+
+    Its pixel bounds are advice: the configuration's min_pixels and max_pixels rule.
+    """
+    path = folder / "preprocessor_config.json"
+    if path.is_file():
+        settings = read_json(path)
+    elif (path := folder / "processor_config.json").is_file():
+        settings = read_json(path).get("image_processor") or {}
+    else:
+        return
+    mean, std = IMAGE_STATISTICS[config.architecture]
+    expected = {
+        "patch_size": config.vision.patch_size,
+        "merge_size": config.vision.merge_size,
+        "temporal_patch_size": config.vision.temporal_patch_size,
+        "image_mean": list(mean),
+        "image_std": list(std),
+        "resample": int(Image.Resampling.BICUBIC),
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+    }
+    wrong = [
+        f"{name} is {settings[name]}, expected {value}"
+        for name, value in expected.items()
+        if settings.get(name) is not None and settings[name] != value
+    ]
+    if wrong:
+        raise UserError(
+            f"{path} does not fit a {config.architecture} model with its config.json: "
+            f"{'; '.join(wrong)}; take both files from one model"
+        )

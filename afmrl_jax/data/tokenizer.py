@@ -4,8 +4,10 @@ Both are a plain `tokenizers.Tokenizer`: byte-level BPE, NFC, Qwen2's pre-tokeni
 special tokens by name, so that everything above finds its ids by name and never by number.
 """
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
@@ -77,6 +79,39 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         [AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS]
     )
     return tokenizer
+
+
+def text_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
+    """A copy for `encode_text`, without padding or truncation.
+
+    Each of its added tokens counts as special, "<think>" or "<|fim_prefix|>" too, which the
+    published tokenizers leave out: whoever writes a listing could otherwise forge them.
+    """
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    names = [token.content for token in copy.get_added_tokens_decoder().values()]
+    copy.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
+
+
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of ordinary text: a special token's name in it is split as the letters that it is.
+
+    tokenizer: a `text_tokenizer`. Surrogates are cleaned (`clean_text`).
+    """
+    # Set at every call, because pickling forgets it.
+    tokenizer.encode_special_tokens = True
+    # One by one: a batch would start the tokenizer's own threads in every worker process.
+    return tokenizer.encode(clean_text(text), add_special_tokens=False).ids
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's content. Raises UserError where it is not JSON; a missing file as `open`."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON ({error}): fetch or make it again") from None
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

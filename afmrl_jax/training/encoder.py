@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import local_rows, put_batch, replicated
-from afmrl_jax.data.processor import Processor
+from afmrl_jax.data.processor import Processor, check_preprocessor
+from afmrl_jax.data.prompts import CHATML, chat_template, embedding_prompt
 from afmrl_jax.data.tokenizer import load_tokenizer, special_token_ids, train_tokenizer
 from afmrl_jax.models.config import QwenVLConfig, from_hf, preset
 from afmrl_jax.models.embedder import Embedder
@@ -35,6 +36,7 @@ class Encoder:
     settings: ConfigDict
     model_config: QwenVLConfig
     tokenizer: Tokenizer | None  # None where only shapes matter
+    chat_template: str = CHATML  # Jinja; "" where the model's folder has none
 
     def build(self, rngs: nnx.Rngs) -> Embedder:
         model = self.settings.model
@@ -73,7 +75,7 @@ class Encoder:
             max_patches=data.max_patches,
             min_pixels=data.min_pixels,
             max_pixels=data.max_pixels,
-            instruction=data.instruction,
+            prompt=embedding_prompt(data.prompt, self.chat_template, data.instruction),
         )
 
     def record(self) -> dict[str, str]:
@@ -81,13 +83,17 @@ class Encoder:
         return {
             "model": json.dumps(self.model_config.to_hf()),
             "tokenizer": self.tokenizer.to_str(),
+            "chat_template": self.chat_template,
         }
 
 
 def from_record(settings: ConfigDict, record: dict[str, str]) -> Encoder:
     """The encoder of a checkpoint."""
     return Encoder(
-        settings, from_hf(json.loads(record["model"])), Tokenizer.from_str(record["tokenizer"])
+        settings,
+        from_hf(json.loads(record["model"])),
+        Tokenizer.from_str(record["tokenizer"]),
+        record["chat_template"],
     )
 
 
@@ -114,7 +120,8 @@ def from_folder(settings: ConfigDict, folder: Path) -> Encoder:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
-    return Encoder(settings, config, load_tokenizer(folder))
+    check_preprocessor(folder, config)
+    return Encoder(settings, config, load_tokenizer(folder), chat_template(folder))
 
 
 def abstract_params(enc: Encoder, mesh: Mesh) -> Any:

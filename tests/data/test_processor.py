@@ -1,16 +1,21 @@
+import dataclasses
+import json
 import pickle
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.processor import Processor, Row, window_grid
+from afmrl_jax.data.processor import Processor, Row, check_preprocessor, window_grid
+from afmrl_jax.data.prompts import PlainPrompt
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
-from afmrl_jax.models.config import preset
+from afmrl_jax.models.config import from_hf
+from afmrl_jax.models.presets import preset
 
 TOKENIZER = train_tokenizer(["Find the product. navy blue dress with a v neck"] * 4, 320)
 IDS = special_token_ids(TOKENIZER)
@@ -25,7 +30,7 @@ def _processor(**changes) -> Processor:
         "max_patches": 128,
         "min_pixels": 4 * FACTOR**2,
         "max_pixels": 16 * FACTOR**2,
-        "instruction": "Find it.",
+        "prompt": PlainPrompt("Find it."),
     }
     return Processor(TOKENIZER, CONFIG, **settings | changes)
 
@@ -34,6 +39,13 @@ def _image(width: int, height: int, seed: int = 0, mode: str = "RGB") -> Image.I
     shape = (height, width, len(mode)) if len(mode) > 1 else (height, width)
     pixels = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
     return Image.fromarray(pixels, mode)
+
+
+def _shared(*parts: str) -> Path:
+    path = Path(__file__).resolve().parents[2].joinpath("..", "shared", *parts)
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    return path
 
 
 ROWS = [
@@ -96,6 +108,24 @@ def test_a_long_text_is_cut_from_its_end_and_keeps_the_end_token():
     assert batch["tokens"][0, 63] == IDS["pad_token_id"] and batch["token_mask"].all()
 
 
+def test_rows_are_put_into_the_first_bucket_that_holds_them_and_stay_the_same():
+    processor = _processor()
+    whole, buckets = processor(ROWS), [(16, 0), (64, 0), (40, 64), (64, 128)]
+    for chosen, expected in (([4], (16, 0)), ([2, 4], (64, 0)), ([3], (40, 64)), ([1], (64, 128))):
+        batch = processor([ROWS[i] for i in chosen], buckets)
+        assert (batch["tokens"].shape[1], batch["patches"].shape[1]) == expected
+        for name, array in batch.items():
+            same = whole[name][chosen]
+            if name in ("tokens", "token_mask", "positions"):
+                same = same[..., : expected[0]]
+            else:
+                same = same[:, : expected[1]]
+            np.testing.assert_array_equal(array, same)
+    assert processor.text_bucket == (64, 0)
+    with pytest.raises(ValueError, match="64 tokens and 0 patches fit in none"):
+        processor([ROWS[2]], [(63, 128)])
+
+
 def test_a_row_does_not_depend_on_its_neighbours():
     processor = _processor()
     batch = processor(ROWS)
@@ -104,24 +134,61 @@ def test_a_row_does_not_depend_on_its_neighbours():
             np.testing.assert_array_equal(array[0], batch[key][i])
 
 
-def test_patches_are_bit_equal_to_the_library_image_processor():
+@pytest.mark.parametrize(
+    ("architecture", "patch", "mean", "std"),
+    [
+        ("qwen2_vl", 14, None, None),  # the library's own defaults
+        ("qwen2_5_vl", 14, None, None),
+        ("qwen3_vl", 16, [0.5] * 3, [0.5] * 3),
+    ],
+)
+def test_patches_are_bit_equal_to_the_library_image_processor(architecture, patch, mean, std):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+    factor = patch * MERGE
+    bounds = {"min_pixels": 4 * factor**2, "max_pixels": 16 * factor**2}
+    statistics = {"image_mean": mean, "image_std": std} if mean else {}
     library = Qwen2VLImageProcessorPil(
-        patch_size=PATCH,
-        merge_size=MERGE,
-        temporal_patch_size=2,
-        min_pixels=4 * FACTOR**2,
-        max_pixels=16 * FACTOR**2,
+        patch_size=patch, merge_size=MERGE, temporal_patch_size=2, **bounds, **statistics
     )
+    random = np.random.default_rng(0)
     images = [image for row in ROWS for image in row.images]
     images += [_image(50, 30, 5, "L"), _image(50, 30, 6, "RGBA"), _image(50, 30, 7, "CMYK")]
-    batch = _processor()([Row("", (image,)) for image in images])
+    for i, (height, width) in enumerate(np.exp(random.uniform(2, 6.5, (24, 2))).astype(int)):
+        images.append(_image(int(width), int(height), 8 + i))
+    vision = dataclasses.replace(CONFIG.vision, patch_size=patch)
+    config = CONFIG.replace(vision=vision, architecture=architecture)
+    processor = Processor(TOKENIZER, config, max_tokens=64, max_patches=64, **bounds)
+    batch = processor([Row("", (image,)) for image in images])
     for i, image in enumerate(images):
         expected = library(images=[image], return_tensors="np")
         assert _grids(batch, i) == [tuple(expected["image_grid_thw"][0, 1:])]
         kept = batch["patches"][i][batch["patch_segments"][i] > 0]
         np.testing.assert_array_equal(kept, expected["pixel_values"])
+
+
+@pytest.mark.parametrize("folder", ["qwen2_vl_7b", "qwen2_5_vl_7b", "qwen3_vl_embedding_8b"])
+def test_published_preprocessor_settings_fit_their_models(folder, tmp_path):
+    folder = _shared("qwen", folder)
+    config = from_hf(json.loads((folder / "config.json").read_text()))
+    check_preprocessor(folder, config)
+    check_preprocessor(tmp_path, config)  # a folder may have none
+
+
+def test_a_preprocessor_of_another_model_is_an_error_that_names_each_difference(tmp_path):
+    settings = {"patch_size": 7, "merge_size": MERGE, "image_mean": [0.5] * 3, "min_pixels": 1}
+    message = r"patch_size is 7, expected 8; image_mean is \[0.5, 0.5, 0.5\], expected"
+    path = tmp_path / "processor_config.json"
+    path.write_text(json.dumps({"image_processor": settings}))
+    with pytest.raises(UserError, match=message):
+        check_preprocessor(tmp_path, CONFIG)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=message):
+        check_preprocessor(tmp_path, CONFIG)
+    path.write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        check_preprocessor(tmp_path, CONFIG)
 
 
 def test_positions_equal_transformers_rope_index_on_a_ragged_batch():
@@ -154,7 +221,7 @@ def test_patch_positions_equal_those_of_transformers_vision_tower():
 
 
 def test_positions_of_a_row_worked_by_hand():
-    batch = _processor(instruction="", min_pixels=1)([Row("v", (_image(48, 32),))])
+    batch = _processor(prompt=PlainPrompt(), min_pixels=1)([Row("v", (_image(48, 32),))])
     # One image of 2 x 3 windows: time stands still, rows and columns count up, text goes on from 4.
     assert batch["positions"][0, :, :10].tolist() == [
         [0, 1, 1, 1, 1, 1, 1, 4, 5, 6],
@@ -286,12 +353,12 @@ def test_a_tokenizer_and_a_model_that_disagree_are_an_error():
         Processor(TOKENIZER, other, **bounds)
 
 
-def test_a_tokenizer_whose_marks_text_could_forge_is_an_error():
-    forged = TOKENIZER.to_str().replace('"special": true', '"special": false')
-    forged = forged.replace('"special":true', '"special":false')
+def test_marks_that_a_tokenizer_does_not_call_special_cannot_be_forged_either():
+    state = TOKENIZER.to_str().replace('"special": true', '"special": false')
+    state = state.replace('"special":true', '"special":false')
     bounds = {"max_tokens": 64, "max_patches": 64, "min_pixels": 1, "max_pixels": 4096}
-    with pytest.raises(UserError, match="not marked as special"):
-        Processor(type(TOKENIZER).from_str(forged), CONFIG, **bounds)
+    batch = Processor(type(TOKENIZER).from_str(state), CONFIG, **bounds)([Row("<|image_pad|>")])
+    assert (batch["tokens"] != IDS["image_token_id"]).all()
 
 
 def test_it_runs_without_torch_and_workers_start_without_transformers():
@@ -303,7 +370,7 @@ def test_it_runs_without_torch_and_workers_start_without_transformers():
         from PIL import Image
         from afmrl_jax.data.processor import Processor, Row
         from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
-        from afmrl_jax.models.config import preset
+        from afmrl_jax.models.presets import preset
         tokenizer = train_tokenizer(["navy"], 280)
         config = preset("tiny").replace(**special_token_ids(tokenizer))
         bounds = dict(max_tokens=64, max_patches=64, min_pixels=1, max_pixels=4096)

@@ -13,7 +13,7 @@ from afmrl_jax.data.tokenizer import (
     special_token_ids,
     train_tokenizer,
 )
-from afmrl_jax.models.config import preset
+from afmrl_jax.models.presets import preset
 
 TEXTS = [
     "navy blue dress, v-neck, size 38",

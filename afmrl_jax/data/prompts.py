@@ -1,0 +1,196 @@
+"""Prompts: the tokens that stand around a row's images and its text.
+
+`PlainPrompt` is images, instruction, text, end; `ChatPrompt` a model's own chat template. Both give
+a `Frame` for a number of images. A listing's text is never rendered by a template: it is put into
+the frame and tokenised as ordinary text, so no listing can forge the end of a turn, while any other
+text gives exactly the tokens of transformers' `apply_chat_template` and tokenizer.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tokenizers import Tokenizer
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.data.tokenizer import (
+    END_OF_TEXT,
+    IMAGE_PAD,
+    encode_text,
+    read_json,
+    special_token_ids,
+)
+
+# What Qwen2-VL and Qwen2.5-VL say, for models that come with no template of their own.
+CHATML = """\
+{%- for message in messages %}
+    {%- if loop.first and message.role != 'system' %}
+        {{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}
+    {%- endif %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.content is string %}
+        {{- message.content }}
+    {%- else %}
+        {%- for part in message.content %}
+            {%- if part.type == 'image' %}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+            {%- elif 'text' in part %}
+                {{- part.text }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+# Stand-ins for text while a template is rendered: private characters, between spaces that must come
+# back too, because a template that strips what it is given would not say the same of real text.
+_TEXT, _INSTRUCTION = " \ue000text\ue001 ", " \ue000instruction\ue001 "
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A prompt for some number of images: tokens, a piece of ordinary text, tokens.
+
+    <|image_pad|> stands once for each image; the processor repeats it for the image's features.
+    """
+
+    head: list[int]
+    prefix: str  # begins the piece, in one tokenisation with the row's text
+    joint: str  # between prefix and text, where there is text
+    tail: list[int]
+
+    def piece(self, text: str) -> str:
+        """The text between head and tail, which the tokenizer must see whole."""
+        return f"{self.prefix}{self.joint}{text}" if text else self.prefix
+
+
+class Prompt(Protocol):
+    """How rows are laid out; tokenizer: a `text_tokenizer`."""
+
+    def frame(self, n_images: int, tokenizer: Tokenizer) -> Frame: ...
+
+
+@dataclass(frozen=True)
+class PlainPrompt:
+    """Images, the instruction on a line of its own, the text, <|endoftext|>."""
+
+    instruction: str = ""
+
+    def frame(self, n_images: int, tokenizer: Tokenizer) -> Frame:
+        ids = special_token_ids(tokenizer)
+        names = ("vision_start_token_id", "image_token_id", "vision_end_token_id")
+        image = [ids[name] for name in names]
+        joint = "\n" if self.instruction else ""
+        return Frame(image * n_images, self.instruction, joint, [ids["pad_token_id"]])
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A chat template's system turn, user turn of images and text, and start of the answer.
+
+    template: Jinja, as in a Hugging Face folder (`chat_template`). instruction: the system's words;
+    "" leaves them to the template. end: a special token to close with, on which an embedder pools
+    (Qwen3-VL-Embedding, GME: <|endoftext|>); "" for a generator, which goes on from there.
+    """
+
+    template: str
+    instruction: str = ""
+    end: str = ""
+
+    def frame(self, n_images: int, tokenizer: Tokenizer) -> Frame:
+        """Raises UserError where the template is empty or broken, changes the text, does not end it
+        with a special token, or shows another number of images.
+        """
+        rendered = self._rendered(n_images) + self.end
+        added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
+        names = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
+        pieces = re.split(f"({names})", rendered)
+        # Special tokens stand at the odd places, what is between them at the even ones.
+        mine = [i for i, piece in enumerate(pieces) if _TEXT in piece]
+        if len(mine) != 1 or not pieces[mine[0]].endswith(_TEXT) or mine[0] == len(pieces) - 1:
+            raise UserError(
+                f"the chat template does not put the user's text, unchanged and once, before a "
+                f"special token; of {_TEXT!r} it makes {rendered!r}: use the model's own template"
+            )
+
+        def encode(start: int, stop: int) -> list[int]:
+            ids: list[int] = []
+            for i, piece in enumerate(pieces[start:stop], start):
+                said = self._with_instruction(piece)
+                ids += [added[piece]] if i % 2 else encode_text(tokenizer, said)
+            return ids
+
+        prefix = self._with_instruction(pieces[mine[0]].removesuffix(_TEXT))
+        frame = Frame(encode(0, mine[0]), prefix, "", encode(mine[0] + 1, len(pieces)))
+        shown = (frame.head + frame.tail).count(added[IMAGE_PAD])
+        if shown != n_images:
+            raise UserError(
+                f"the chat template shows {shown} of {n_images} images: use a Qwen-VL model's"
+            )
+        return frame
+
+    def _rendered(self, n_images: int) -> str:
+        if not self.template:
+            raise UserError(
+                "the model has no chat template: put its chat_template.jinja into its folder, or "
+                'choose the plain prompt, data.prompt = "plain"'
+            )
+        # Here and not above: worker processes, whose frames come with the processor, start at once.
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        def turn(role: str, text: str, images: int = 0) -> dict[str, Any]:
+            parts = [{"type": "image"}] * images + [{"type": "text", "text": text}]
+            return {"role": role, "content": parts}
+
+        system = [turn("system", _INSTRUCTION)] if self.instruction else []
+        chat = [*system, turn("user", _TEXT, n_images)]
+        try:
+            [rendered], _ = render_jinja_template(
+                conversations=[chat], chat_template=self.template, add_generation_prompt=True
+            )
+        except (TemplateError, TypeError) as error:
+            raise UserError(
+                f"the chat template cannot be rendered ({error}): use the model's own"
+            ) from error
+        if self.instruction and rendered.count(_INSTRUCTION) != 1:
+            raise UserError(
+                "the chat template does not show the system's instruction, unchanged and once: "
+                'use the model\'s own template, or data.instruction = ""'
+            )
+        return rendered
+
+    def _with_instruction(self, piece: str) -> str:
+        return piece.replace(_INSTRUCTION, self.instruction)
+
+
+def embedding_prompt(kind: str, template: str, instruction: str) -> Prompt:
+    """The embedder's prompt by its name in a configuration (`data.prompt`): plain or chat."""
+    if kind == "plain":
+        return PlainPrompt(instruction)
+    if kind == "chat":
+        return ChatPrompt(template, instruction, end=END_OF_TEXT)
+    raise UserError(f"data.prompt is {kind!r}: use plain or chat")
+
+
+def chat_template(folder: Path) -> str:
+    """The chat template of a Hugging Face folder, found where transformers looks; "" without one.
+
+    Raises UserError where a file that may hold it is not JSON.
+    """
+    if (path := folder / "chat_template.jinja").is_file():
+        return path.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        path = folder / name
+        content = read_json(path) if path.is_file() else {}
+        found = content.get("chat_template") if isinstance(content, Mapping) else None
+        if isinstance(found, list):  # several, by name
+            found = {entry["name"]: entry["template"] for entry in found}.get("default")
+        if found:
+            return found
+    return ""
