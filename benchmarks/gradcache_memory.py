@@ -17,8 +17,8 @@ from flax import nnx
 from running import write
 
 from afmrl_jax.losses.contrastive import Options, contrastive_loss
-from afmrl_jax.models.config import preset
 from afmrl_jax.models.embedder import Embedder
+from afmrl_jax.models.presets import preset
 from afmrl_jax.training import gradcache
 
 ROW = SimpleNamespace(tokens=56, patches=64, terms=32)

@@ -36,8 +36,9 @@ from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.losses.contrastive import Options, contrastive_loss
 from afmrl_jax.models import hf_weights
-from afmrl_jax.models.config import QwenVLConfig, preset
+from afmrl_jax.models.config import QwenVLConfig
 from afmrl_jax.models.embedder import Embedder
+from afmrl_jax.models.presets import preset
 from afmrl_jax.training import cost, gradcache
 
 Rows = dict[str, np.ndarray]

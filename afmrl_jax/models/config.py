@@ -1,10 +1,12 @@
-"""What a Qwen-VL model is made of: sizes and special tokens, from Hugging Face or a preset.
+"""What a Qwen-VL model is made of: sizes, special tokens and what its family computes.
 
-No jax here: data workers and the planner read these numbers too.
+Qwen2-VL, Qwen2.5-VL and Qwen3-VL are one class; FAMILIES says in what they differ. Read from a
+Hugging Face config.json (`from_hf`) or from `presets`. No jax here: data workers and the planner
+read these numbers too.
 """
 
 import dataclasses
-import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +16,10 @@ from afmrl_jax.core.errors import UserError
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower; its patch merger puts out vectors of the decoder's width."""
+    """The vision tower; its patch merger puts out vectors of the decoder's width.
+
+    The last fields are those in which families differ; FAMILIES holds their values.
+    """
 
     hidden_size: int
     num_layers: int
@@ -24,9 +29,16 @@ class VisionConfig:
     merge_size: int  # patches a side that are merged into one token
     temporal_patch_size: int  # frames in a patch; a still image is repeated
     in_channels: int = 3
-    deepstack_layers: tuple[int, ...] = ()  # whose outputs the decoder's first layers receive
     rope_theta: float = 1e4
     norm_epsilon: float = 1e-6
+    norm: str = "layer"  # layer | rms
+    activation: str = "quick_gelu"  # quick_gelu | silu | gelu_tanh
+    gated: bool = False  # the MLP: down(activation(gate(x)) * up(x))
+    patch_bias: bool = False
+    window_size: int = 0  # pixels a side within which a patch attends; 0: its whole image
+    full_attention_layers: tuple[int, ...] = ()  # that attend to the whole image nevertheless
+    num_positions: int = 0  # of a square table of learned positions, resampled to each image
+    deepstack_layers: tuple[int, ...] = ()  # whose outputs the decoder's first layers receive
 
     @property
     def head_dim(self) -> int:
@@ -36,6 +48,11 @@ class VisionConfig:
     def patch_dim(self) -> int:
         """Numbers in one flattened patch: channels x frames x pixels."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def window_patches(self) -> int:
+        """Patches a side of an attention window, of whole merged tokens; 0 without windows."""
+        return self.window_size // (self.merge_size * self.patch_size) * self.merge_size
 
     @property
     def layer_groups(self) -> tuple[int, ...]:
@@ -48,6 +65,22 @@ class VisionConfig:
             raise UserError(
                 f"model config: vision width {self.hidden_size} over {self.num_heads} heads; the "
                 "2-D rotary embedding needs a whole head size that is a multiple of 4"
+            )
+        if self.window_size and not self.window_patches:
+            raise UserError(
+                f"model config: window_size {self.window_size} is smaller than one merged token, "
+                f"{self.merge_size} x {self.patch_size} pixels; make it a multiple of that"
+            )
+        if math.isqrt(self.num_positions) ** 2 != self.num_positions:
+            raise UserError(
+                f"model config: {self.num_positions} learned positions are no square table; give "
+                "num_position_embeddings a square number"
+            )
+        taps, layers = self.deepstack_layers, range(self.num_layers)
+        if list(taps) != sorted(set(taps)) or not all(tap in layers for tap in taps):
+            raise UserError(
+                f"model config: deepstack_visual_indexes {list(taps)} must be layers of the vision "
+                f"tower, 0 to {self.num_layers - 1}, each once and in order"
             )
 
 
@@ -64,6 +97,9 @@ class TextConfig:
     mrope_sections: tuple[int, ...]  # rotary frequencies given to time, height and width
     rope_theta: float = 1e6
     norm_epsilon: float = 1e-6
+    attention_bias: bool = True  # of query, key and value
+    qk_norm: bool = False  # RMS norm of each head's query and key
+    mrope_interleaved: bool = False  # frequencies take turns t h w t h w; otherwise three chunks
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -76,6 +112,17 @@ class TextConfig:
                 f"model config: mrope_section {list(self.mrope_sections)} must be three numbers "
                 f"that sum to half the head size, {self.head_dim / 2:g}"
             )
+
+
+# What each architecture computes, whatever its size: fields of VisionConfig and of TextConfig.
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen2_vl": ({}, {}),
+    "qwen2_5_vl": ({"norm": "rms", "activation": "silu", "gated": True}, {}),
+    "qwen3_vl": (
+        {"activation": "gelu_tanh", "patch_bias": True},
+        {"attention_bias": False, "qk_norm": True, "mrope_interleaved": True},
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -92,7 +139,7 @@ class QwenVLConfig:
     pad_token_id: int
     tie_embeddings: bool  # the head is the embedding table
     initializer_range: float = 0.02
-    architecture: str = "qwen2_vl"
+    architecture: str = "qwen2_vl"  # a key of FAMILIES
 
     def __post_init__(self) -> None:
         names = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -102,6 +149,11 @@ class QwenVLConfig:
                     f"model config: {name} {getattr(self, name)} is outside the vocabulary of "
                     f"{self.vocab_size} tokens; set {name} and vocab_size together"
                 )
+        if len(self.vision.deepstack_layers) > self.text.num_layers:
+            raise UserError(
+                f"model config: {len(self.vision.deepstack_layers)} DeepStack layers feed a "
+                f"decoder of {self.text.num_layers}; it needs a layer for each"
+            )
 
     @property
     def layer_groups(self) -> tuple[int, ...]:
@@ -114,11 +166,17 @@ class QwenVLConfig:
         return dataclasses.replace(self, **changes)
 
     def to_hf(self) -> dict[str, Any]:
-        """A Hugging Face config.json's content (flat layout); `from_hf` reads it back equal."""
+        """A Hugging Face config.json's content, laid out as this architecture is published.
+
+        Qwen3-VL has a `text_config`, the older two are flat; `from_hf` reads it back equal.
+        """
         vision, text = self.vision, self.text
-        return {
-            "architectures": ["Qwen2VLForConditionalGeneration"],
-            "model_type": self.architecture,
+        rope = {"mrope_section": list(text.mrope_sections)}
+        if text.mrope_interleaved:
+            rope |= {"rope_type": "default", "mrope_interleaved": True}
+        else:
+            rope |= {"type": "mrope"}
+        decoder = {
             "vocab_size": self.vocab_size,
             "hidden_size": text.hidden_size,
             "intermediate_size": text.mlp_size,
@@ -128,70 +186,87 @@ class QwenVLConfig:
             "hidden_act": "silu",
             "rms_norm_eps": text.norm_epsilon,
             "rope_theta": text.rope_theta,
-            "rope_scaling": {"type": "mrope", "mrope_section": list(text.mrope_sections)},
+            "rope_scaling": rope,
             "initializer_range": self.initializer_range,
+            "eos_token_id": self.eos_token_id,
+            "pad_token_id": self.pad_token_id,
+        }
+        if self.architecture == "qwen3_vl":
+            own = {
+                "model_type": "qwen3_vl_text",
+                "head_dim": text.head_dim,
+                "attention_bias": text.attention_bias,
+            }
+            decoder = {"text_config": {**decoder, **own}}
+        return {
+            "architectures": [_CLASSES[self.architecture]],
+            "model_type": self.architecture,
+            **decoder,
             "tie_word_embeddings": self.tie_embeddings,
             "image_token_id": self.image_token_id,
             "vision_start_token_id": self.vision_start_token_id,
             "vision_end_token_id": self.vision_end_token_id,
-            "eos_token_id": self.eos_token_id,
-            "pad_token_id": self.pad_token_id,
             "vision_config": {
                 "depth": vision.num_layers,
-                "embed_dim": vision.hidden_size,
-                "hidden_size": text.hidden_size,
-                "hidden_act": "quick_gelu",
-                "mlp_ratio": vision.mlp_size // vision.hidden_size,
                 "num_heads": vision.num_heads,
                 "in_channels": vision.in_channels,
                 "patch_size": vision.patch_size,
                 "spatial_merge_size": vision.merge_size,
                 "temporal_patch_size": vision.temporal_patch_size,
+                "hidden_act": _ACTIVATIONS[vision.activation],
+                **self._own_vision_to_hf(),
             },
         }
 
+    def _own_vision_to_hf(self) -> dict[str, Any]:
+        """The part of `vision_config` that each architecture names its own way."""
+        vision, width = self.vision, self.text.hidden_size
+        if self.architecture == "qwen2_vl":
+            ratio = vision.mlp_size // vision.hidden_size
+            return {"embed_dim": vision.hidden_size, "hidden_size": width, "mlp_ratio": ratio}
+        sizes = {"hidden_size": vision.hidden_size, "intermediate_size": vision.mlp_size}
+        sizes |= {"out_hidden_size": width, "model_type": self.architecture}
+        if self.architecture == "qwen2_5_vl":
+            full = list(vision.full_attention_layers)
+            return {**sizes, "window_size": vision.window_size, "fullatt_block_indexes": full}
+        return {
+            **sizes,
+            "num_position_embeddings": vision.num_positions,
+            "deepstack_visual_indexes": list(vision.deepstack_layers),
+        }
+
+
+_CLASSES = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+}
+# Our names of activations, and theirs.
+_ACTIVATIONS = {"quick_gelu": "quick_gelu", "silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+
 
 def from_hf(config: Mapping[str, Any]) -> QwenVLConfig:
-    """Reads a Hugging Face config.json's content, flat or with a `text_config` (transformers 5).
+    """Reads a Hugging Face config.json's content, flat or with a `text_config`.
 
     Raises UserError where the architecture is not one of ours, a number is missing, or the
     checkpoint asks for something that this model does not compute.
     """
     architecture = config.get("model_type")
-    if architecture != "qwen2_vl":
+    if architecture not in FAMILIES:
         raise UserError(
-            f"config.json: model_type {architecture!r} is not supported; use a qwen2_vl checkpoint"
+            f"config.json: model_type {architecture!r} is not supported; use a checkpoint of "
+            f"{', '.join(FAMILIES)}"
         )
     nested = config.get("text_config") or {}
     text = {**config, **{key: value for key, value in nested.items() if value is not None}}
     vision = _need(config, "vision_config")
     rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-    _check_supported(text, vision, rope)
-    hidden_size, num_heads = _need(text, "hidden_size"), _need(text, "num_attention_heads")
+    _check_supported(architecture, text, vision, rope)
     eos = _first(text.get("eos_token_id", 151645))
     pad = _first(text.get("pad_token_id"))
     return QwenVLConfig(
-        vision=VisionConfig(
-            hidden_size=_need(vision, "embed_dim"),
-            num_layers=_need(vision, "depth"),
-            num_heads=_need(vision, "num_heads"),
-            mlp_size=int(_need(vision, "embed_dim") * vision.get("mlp_ratio", 4)),
-            patch_size=_need(vision, "patch_size"),
-            merge_size=vision.get("spatial_merge_size", 2),
-            temporal_patch_size=vision.get("temporal_patch_size", 2),
-            in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
-        ),
-        text=TextConfig(
-            hidden_size=hidden_size,
-            num_layers=_need(text, "num_hidden_layers"),
-            num_heads=num_heads,
-            num_kv_heads=text.get("num_key_value_heads") or num_heads,
-            head_dim=hidden_size // num_heads,
-            mlp_size=_need(text, "intermediate_size"),
-            mrope_sections=tuple(_need(rope, "mrope_section")),
-            rope_theta=float(rope.get("rope_theta") or text.get("rope_theta") or 1e6),
-            norm_epsilon=text.get("rms_norm_eps", 1e-6),
-        ),
+        vision=_vision_from_hf(architecture, vision),
+        text=_text_from_hf(architecture, text, rope),
         vocab_size=_need(text, "vocab_size"),
         image_token_id=_need(text, "image_token_id"),
         vision_start_token_id=_need(text, "vision_start_token_id"),
@@ -205,25 +280,82 @@ def from_hf(config: Mapping[str, Any]) -> QwenVLConfig:
     )
 
 
-def _check_supported(text: Mapping, vision: Mapping, rope: Mapping) -> None:
+def _text_from_hf(architecture: str, text: Mapping, rope: Mapping) -> TextConfig:
+    hidden_size, num_heads = _need(text, "hidden_size"), _need(text, "num_attention_heads")
+    return TextConfig(
+        hidden_size=hidden_size,
+        num_layers=_need(text, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=text.get("num_key_value_heads") or num_heads,
+        head_dim=text.get("head_dim") or hidden_size // num_heads,
+        mlp_size=_need(text, "intermediate_size"),
+        mrope_sections=tuple(_need(rope, "mrope_section")),
+        rope_theta=float(_need({**text, **rope}, "rope_theta")),
+        norm_epsilon=text.get("rms_norm_eps", 1e-6),
+        **FAMILIES[architecture][1],
+    )
+
+
+def _vision_from_hf(architecture: str, vision: Mapping) -> VisionConfig:
+    if architecture == "qwen2_vl":
+        width = _need(vision, "embed_dim")
+        own = {"hidden_size": width, "mlp_size": int(width * vision.get("mlp_ratio", 4))}
+    else:
+        own = {
+            "hidden_size": _need(vision, "hidden_size"),
+            "mlp_size": _need(vision, "intermediate_size"),
+        }
+    if architecture == "qwen2_5_vl":
+        own["window_size"] = _need(vision, "window_size")
+        own["full_attention_layers"] = tuple(_need(vision, "fullatt_block_indexes"))
+    if architecture == "qwen3_vl":
+        own["num_positions"] = _need(vision, "num_position_embeddings")
+        own["deepstack_layers"] = tuple(_need(vision, "deepstack_visual_indexes"))
+    return VisionConfig(
+        num_layers=_need(vision, "depth"),
+        num_heads=_need(vision, "num_heads"),
+        patch_size=_need(vision, "patch_size"),
+        merge_size=vision.get("spatial_merge_size", 2),
+        temporal_patch_size=vision.get("temporal_patch_size", 2),
+        in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
+        **own,
+        **FAMILIES[architecture][0],
+    )
+
+
+def _check_supported(architecture: str, text: Mapping, vision: Mapping, rope: Mapping) -> None:
+    own_vision, own_text = FAMILIES[architecture]
+    activation = _ACTIVATIONS[own_vision.get("activation", "quick_gelu")]
+    interleaved = own_text.get("mrope_interleaved", False)
+    out = vision.get("hidden_size" if architecture == "qwen2_vl" else "out_hidden_size")
     found = {
         "hidden_act": (text.get("hidden_act", "silu"), {"silu"}),
-        "vision_config.hidden_act": (vision.get("hidden_act", "quick_gelu"), {"quick_gelu"}),
+        "vision_config.hidden_act": (vision.get("hidden_act", activation), {activation}),
+        "vision_config's output width": (out, {None, text.get("hidden_size")}),
         "use_sliding_window": (bool(text.get("use_sliding_window")), {False}),
         "rope_scaling.type": (rope.get("rope_type") or rope.get("type"), {"mrope", "default"}),
+        "rope_scaling.mrope_interleaved": (
+            rope.get("mrope_interleaved", interleaved),
+            {interleaved},
+        ),
+        "attention_bias": (
+            text.get("attention_bias", own_text.get("attention_bias", True)),
+            {own_text.get("attention_bias", True)},
+        ),
     }
     for name, (value, supported) in found.items():
         if value not in supported:
+            expected = " or ".join(repr(one) for one in sorted(supported - {None}))
             raise UserError(
-                f"config.json: {name} is {value!r}, and this model computes only "
-                f"{' or '.join(map(repr, sorted(supported)))}; use a plain qwen2_vl checkpoint"
+                f"config.json: {name} is {value!r}, and this model computes only {expected}; "
+                f"use a plain {architecture} checkpoint"
             )
 
 
 def _need(config: Mapping[str, Any], name: str) -> Any:
     if config.get(name) is None:
         raise UserError(
-            f"config.json: no {name}; expected the config.json of a qwen2_vl checkpoint, whole"
+            f"config.json: no {name}; expected the config.json of a Qwen-VL checkpoint, whole"
         )
     return config[name]
 
@@ -231,97 +363,3 @@ def _need(config: Mapping[str, Any], name: str) -> Any:
 def _first(value: Any) -> Any:
     """Of several end tokens the first; some configs list them."""
     return value[0] if isinstance(value, list | tuple) else value
-
-
-def _qwen2_vl(text: TextConfig, vocab_size: int, tie_embeddings: bool) -> QwenVLConfig:
-    """The published sizes share one vision tower and one tokenizer."""
-    vision = VisionConfig(
-        hidden_size=1280,
-        num_layers=32,
-        num_heads=16,
-        mlp_size=5120,
-        patch_size=14,
-        merge_size=2,
-        temporal_patch_size=2,
-    )
-    return QwenVLConfig(
-        vision=vision,
-        text=text,
-        vocab_size=vocab_size,
-        image_token_id=151655,
-        vision_start_token_id=151652,
-        vision_end_token_id=151653,
-        eos_token_id=151645,
-        pad_token_id=151643,
-        tie_embeddings=tie_embeddings,
-    )
-
-
-PRESETS: dict[str, QwenVLConfig] = {
-    # Trains from scratch on two CPU cores, its tokenizer too: hence the small vocabulary.
-    "tiny": QwenVLConfig(
-        vision=VisionConfig(
-            hidden_size=96,
-            num_layers=2,
-            num_heads=3,
-            mlp_size=384,
-            patch_size=8,
-            merge_size=2,
-            temporal_patch_size=2,
-        ),
-        text=TextConfig(
-            hidden_size=128,
-            num_layers=2,
-            num_heads=4,
-            num_kv_heads=2,
-            head_dim=32,
-            mlp_size=384,
-            mrope_sections=(4, 6, 6),
-            rope_theta=1e4,
-        ),
-        vocab_size=4096,
-        pad_token_id=0,
-        eos_token_id=1,
-        vision_start_token_id=2,
-        vision_end_token_id=3,
-        image_token_id=4,
-        tie_embeddings=True,
-        # 1 / sqrt(width): the published .02 suits widths of 2,000 and starves so narrow a model.
-        initializer_range=0.08,
-    ),
-    "qwen2_vl_2b": _qwen2_vl(
-        TextConfig(
-            hidden_size=1536,
-            num_layers=28,
-            num_heads=12,
-            num_kv_heads=2,
-            head_dim=128,
-            mlp_size=8960,
-            mrope_sections=(16, 24, 24),
-        ),
-        vocab_size=151936,
-        tie_embeddings=True,
-    ),
-    "qwen2_vl_7b": _qwen2_vl(
-        TextConfig(
-            hidden_size=3584,
-            num_layers=28,
-            num_heads=28,
-            num_kv_heads=4,
-            head_dim=128,
-            mlp_size=18944,
-            mrope_sections=(16, 24, 24),
-        ),
-        vocab_size=152064,
-        tie_embeddings=False,
-    ),
-}
-
-
-def preset(name: str) -> QwenVLConfig:
-    """A named configuration; UserError with the nearest name where there is none."""
-    if name in PRESETS:
-        return PRESETS[name]
-    near = difflib.get_close_matches(name, PRESETS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(PRESETS)}"
-    raise UserError(f"model preset {name!r} does not exist; {hint}")

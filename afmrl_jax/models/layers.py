@@ -76,6 +76,20 @@ class Linear(nnx.Module):
         return jax.lax.dot_general(x, matrix[...].astype(self.dtype), (((1,), (0,)), ((), ())))
 
 
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+
+def make_norm(kind: str, width: int, epsilon: float, **options: Any) -> nnx.Module:
+    """LayerNorm where kind is "layer", RMSNorm where it is "rms"; options: rngs, dtypes."""
+    if kind == "rms":
+        return nnx.RMSNorm(width, epsilon=epsilon, **options)
+    return nnx.LayerNorm(width, epsilon=epsilon, use_fast_variance=False, **options)
+
+
 def check_remat(name: str) -> str:
     """The name itself; UserError where it is no remat policy."""
     if name != "none" and name not in REMAT_POLICIES:

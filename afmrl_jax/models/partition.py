@@ -18,9 +18,10 @@ P = PartitionSpec
 # Searched in order; the specification names the axes after the stacked one, which stays whole.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"\bembed\.embedding\b", P("tensor", "fsdp")),
+    (r"\bposition_embed\.embedding\b", P(None, "fsdp")),
     (r"\blm_head\.kernel\b", P("fsdp", "tensor")),
     (r"\b(query|key|value|gate|up|patch_embed)\.kernel\b", P("fsdp", "tensor")),
-    (r"\b(query|key|value|up)\.bias\b", P("tensor")),
+    (r"\b(query|key|value|gate|up|patch_embed)\.bias\b", P("tensor")),
     (r"\bqkv\.kernel\b", P("fsdp", None, "tensor")),
     (r"\bqkv\.bias\b", P(None, "tensor")),
     (r"\b(out|down)\.kernel\b", P("tensor", "fsdp")),

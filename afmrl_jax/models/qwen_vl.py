@@ -1,4 +1,6 @@
-"""Qwen2-VL: a vision tower whose features take the places of image tokens in a causal decoder.
+"""Qwen-VL: a vision tower whose features take the places of image tokens in a causal decoder.
+
+One model for Qwen2-VL, Qwen2.5-VL and Qwen3-VL; what they differ in is in the configuration.
 
 A model of architecture, not of checkpoints: weights come from `hf_weights`, shardings from
 `partition`. Matrix products run in `dtype`; norms, rotations and softmax in float32.
@@ -16,7 +18,7 @@ from jax.typing import DTypeLike
 
 from afmrl_jax.models.attention import attend
 from afmrl_jax.models.config import QwenVLConfig
-from afmrl_jax.models.layers import Linear, check_remat, run_layers, stack_layers
+from afmrl_jax.models.layers import Linear, check_remat, make_norm, run_layers, stack_layers
 from afmrl_jax.models.rope import rotary_angles, rotate, text_frequencies
 from afmrl_jax.models.vision import VisionTower
 
@@ -35,17 +37,24 @@ class Attention(nnx.Module):
         text, options = config.text, {"dtype": dtype, "param_dtype": param_dtype}
         options |= {"scale": config.initializer_range, "rngs": rngs}
         width, key_width = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
-        self.query = Linear(text.hidden_size, width, **options)
-        self.key = Linear(text.hidden_size, key_width, **options)
-        self.value = Linear(text.hidden_size, key_width, **options)
+        bias = text.attention_bias
+        self.query = Linear(text.hidden_size, width, bias=bias, **options)
+        self.key = Linear(text.hidden_size, key_width, bias=bias, **options)
+        self.value = Linear(text.hidden_size, key_width, bias=bias, **options)
         self.out = Linear(width, text.hidden_size, bias=False, **options)
-        self.head_dim = text.head_dim
+        if text.qk_norm:
+            types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+            self.query_norm = make_norm("rms", text.head_dim, text.norm_epsilon, **types)
+            self.key_norm = make_norm("rms", text.head_dim, text.norm_epsilon, **types)
+        self.head_dim, self.qk_norm = text.head_dim, text.qk_norm
 
     def __call__(self, x: jax.Array, angles: Angles, mix: Mix) -> tuple[jax.Array, Any]:
         query, key, value = (
             project(x).reshape(*x.shape[:2], -1, self.head_dim)
             for project in (self.query, self.key, self.value)
         )
+        if self.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
         mixed, extra = mix(rotate(query, angles), rotate(key, angles), value)
         return self.out(mixed.reshape(*x.shape[:2], -1)), extra
 
@@ -59,9 +68,9 @@ class DecoderLayer(nnx.Module):
         text = config.text
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         mlp = {"bias": False, "scale": config.initializer_range, **types}
-        self.attention_norm = nnx.RMSNorm(text.hidden_size, epsilon=text.norm_epsilon, **types)
+        self.attention_norm = make_norm("rms", text.hidden_size, text.norm_epsilon, **types)
         self.attention = Attention(config, **types)
-        self.mlp_norm = nnx.RMSNorm(text.hidden_size, epsilon=text.norm_epsilon, **types)
+        self.mlp_norm = make_norm("rms", text.hidden_size, text.norm_epsilon, **types)
         self.gate = Linear(text.hidden_size, text.mlp_size, **mlp)
         self.up = Linear(text.hidden_size, text.mlp_size, **mlp)
         self.down = Linear(text.mlp_size, text.hidden_size, **mlp)
@@ -98,7 +107,7 @@ class QwenVL(nnx.Module):
         self.layers = stack_layers(
             lambda rngs: DecoderLayer(config, rngs=rngs, **types), config.layer_groups, rngs
         )
-        self.norm = nnx.RMSNorm(text.hidden_size, epsilon=text.norm_epsilon, rngs=rngs, **types)
+        self.norm = make_norm("rms", text.hidden_size, text.norm_epsilon, rngs=rngs, **types)
         if head and not config.tie_embeddings:
             self.lm_head = Linear(
                 text.hidden_size,
@@ -115,8 +124,8 @@ class QwenVL(nnx.Module):
 
         rows (the processor's): tokens int32[N, S], token_mask bool[N, S] (padded left or right),
         positions int32[N, 3, S], patches float[N, P, C], patch_positions int32[N, P, 2],
-        patch_segments int32[N, P]. Returns dtype[N, S, D]; at padding they are finite and mean
-        nothing.
+        patch_segments int32[N, P], and for Qwen3-VL patch_grids int32[N, P, 2]. Returns
+        dtype[N, S, D]; at padding they are finite and mean nothing.
         """
         return self.read(rows, cache=False)[0]
 
@@ -126,7 +135,7 @@ class QwenVL(nnx.Module):
         That is for each group of layers its rotated keys and values, [layers, N, S, K, head size];
         else None for each.
         """
-        x = self.embed_rows(rows)
+        x, deepstack = self.embed_rows(rows)
         positions = jnp.swapaxes(rows["positions"], 1, 2)
         angles = rotary_angles(positions, *text_frequencies(self.config.text))
         mask = rows["token_mask"][:, None, :]
@@ -134,21 +143,34 @@ class QwenVL(nnx.Module):
         def mix(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
             return attend(query, key, value, mask, causal=True), (key, value) if cache else None
 
+        def call(layer: DecoderLayer, x: jax.Array, seen: jax.Array | None):
+            x, extra = layer(x, angles, mix)
+            return (x if seen is None else x + seen), extra
+
         kept = []
         for group in self.layers:
-            x, extra = run_layers(group, x, lambda layer, x, _: layer(x, angles, mix), self.remat)
+            x, extra = run_layers(group, x, call, self.remat, deepstack)
             kept.append(extra)
+            deepstack = None  # the first group's layers alone receive it
         return self.norm(x), kept
 
-    def embed_rows(self, rows: Mapping[str, jax.Array]) -> jax.Array:
-        """The decoder's input [N, S, D]: token embeddings, image features at the image tokens."""
+    def embed_rows(self, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+        """The decoder's input [N, S, D]: token embeddings, image features at the image tokens.
+
+        Beside it what is added after the first decoder layers, [layers, N, S, D], 0 at text tokens;
+        None without DeepStack (https://arxiv.org/abs/2406.04334).
+        """
         tokens = rows["tokens"]
-        embedded = self.embed_tokens(tokens)
-        features = self.vision(rows["patches"], rows["patch_positions"], rows["patch_segments"])
+        features, tapped = self.vision(rows)
         is_image = tokens == self.config.image_token_id
         nth = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, features.shape[1] - 1)
-        placed = jnp.take_along_axis(features, nth[..., None], axis=1)
-        return jnp.where(is_image[..., None], placed, embedded)
+
+        def place(features: jax.Array, elsewhere: jax.Array | float) -> jax.Array:
+            placed = jnp.take_along_axis(features, nth[..., None], axis=1)
+            return jnp.where(is_image[..., None], placed, elsewhere)
+
+        deepstack = jnp.stack([place(tap, 0) for tap in tapped]) if tapped else None
+        return place(features, self.embed_tokens(tokens)), deepstack
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Rows of the embedding table, dtype[..., D], an image token's too."""

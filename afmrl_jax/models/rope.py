@@ -1,7 +1,8 @@
 """Rotary position embeddings over several axes: of a token (time, height, width) or a patch.
 
 Each rotary frequency listens to one position axis; which one is a static table, so that chunked
-M-RoPE (Qwen2-VL, https://arxiv.org/abs/2409.12191) and the tower's 2-D RoPE are one function.
+M-RoPE (Qwen2-VL, https://arxiv.org/abs/2409.12191), interleaved M-RoPE (Qwen3-VL,
+https://arxiv.org/abs/2511.21631) and the towers' 2-D RoPE are one function.
 Axes: N rows · S tokens or patches · A position axes · H heads · D head size.
 """
 
@@ -13,11 +14,18 @@ from afmrl_jax.models.config import TextConfig, VisionConfig
 
 
 def text_frequencies(config: TextConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Chunked M-RoPE: the first frequencies follow time, the next height, the last width.
+    """M-RoPE: which frequencies follow time, height and width.
 
-    Returns int32[D/2], the position axis of each frequency, and float32[D/2], radians a position.
+    Chunked: the first, the next and the last. Interleaved: they take turns until height and width
+    have had theirs; time gets the rest. Returns int32[D/2], the position axis of each frequency,
+    and float32[D/2], radians a position.
     """
-    axes = np.repeat(np.arange(3, dtype=np.int32), config.mrope_sections)
+    if config.mrope_interleaved:
+        axes = np.zeros(config.head_dim // 2, np.int32)
+        for axis in (1, 2):
+            axes[axis : 3 * config.mrope_sections[axis] : 3] = axis
+    else:
+        axes = np.repeat(np.arange(3, dtype=np.int32), config.mrope_sections)
     exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim
     return axes, (1.0 / config.rope_theta**exponents).astype(np.float32)
 

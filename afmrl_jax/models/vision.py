@@ -1,8 +1,13 @@
-"""Qwen2-VL's vision tower: patches of any number of images in, one feature a merged window out.
+"""The vision tower: patches of any number of images in, one feature a merged token out.
 
+Patches lie merge window by merge window in every family. Qwen2.5-VL's attention windows are a mask
+over that order, so nothing is sorted on the way in or out.
 Axes: N rows · P patches (of all of a row's images, merge-window-major) · C numbers in a patch
 · D width · H heads · M merged features, P / merge².
 """
+
+import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +15,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from afmrl_jax.models.attention import attend
-from afmrl_jax.models.config import QwenVLConfig
-from afmrl_jax.models.layers import Linear, run_layers, stack_layers
+from afmrl_jax.models.config import QwenVLConfig, VisionConfig
+from afmrl_jax.models.layers import ACTIVATIONS, Linear, make_norm, run_layers, stack_layers
 from afmrl_jax.models.rope import rotary_angles, rotate, vision_frequencies
 
 
 class VisionAttention(nnx.Module):
-    """Self-attention among the patches of one image."""
+    """Self-attention among the patches of one image or window."""
 
     def __init__(
         self, config: QwenVLConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
@@ -38,50 +43,65 @@ class VisionAttention(nnx.Module):
 
 
 class VisionLayer(nnx.Module):
-    """Pre-norm attention and quick-GELU MLP."""
+    """Pre-norm attention and MLP, gated or not."""
 
     def __init__(
         self, config: QwenVLConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
     ):
         vision, scale = config.vision, config.initializer_range
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        norm = {"epsilon": vision.norm_epsilon, "use_fast_variance": False, **types}
-        self.attention_norm = nnx.LayerNorm(vision.hidden_size, **norm)
+        width = vision.hidden_size
+        self.attention_norm = make_norm(vision.norm, width, vision.norm_epsilon, **types)
         self.attention = VisionAttention(config, **types)
-        self.mlp_norm = nnx.LayerNorm(vision.hidden_size, **norm)
-        self.up = Linear(vision.hidden_size, vision.mlp_size, scale=scale, **types)
-        self.down = Linear(vision.mlp_size, vision.hidden_size, scale=scale, **types)
+        self.mlp_norm = make_norm(vision.norm, width, vision.norm_epsilon, **types)
+        if vision.gated:
+            self.gate = Linear(width, vision.mlp_size, scale=scale, **types)
+        self.up = Linear(width, vision.mlp_size, scale=scale, **types)
+        self.down = Linear(vision.mlp_size, width, scale=scale, **types)
+        self.gated, self.activation = vision.gated, vision.activation
 
     def __call__(self, x: jax.Array, angles, mask: jax.Array) -> jax.Array:
         x = x + self.attention(self.attention_norm(x), angles, mask)
-        hidden = self.up(self.mlp_norm(x))
-        return x + self.down(hidden * jax.nn.sigmoid(1.702 * hidden))
+        hidden, activation = self.mlp_norm(x), ACTIVATIONS[self.activation]
+        if self.gated:
+            return x + self.down(activation(self.gate(hidden)) * self.up(hidden))
+        return x + self.down(activation(self.up(hidden)))
 
 
 class PatchMerger(nnx.Module):
-    """Joins each window of merge x merge patches into one vector of the decoder's width."""
+    """Joins each window of merge x merge patches into one vector of the decoder's width.
+
+    norm_merged: normalises the joined vector, as DeepStack's mergers do, instead of each patch.
+    """
 
     def __init__(
-        self, config: QwenVLConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
+        self,
+        config: QwenVLConfig,
+        *,
+        norm_merged: bool = False,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
     ):
         vision, scale = config.vision, config.initializer_range
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         self.window = vision.merge_size**2
         width = vision.hidden_size * self.window
-        self.norm = nnx.LayerNorm(
-            vision.hidden_size, epsilon=vision.norm_epsilon, use_fast_variance=False, **types
-        )
+        normed = width if norm_merged else vision.hidden_size
+        self.norm = make_norm(vision.norm, normed, vision.norm_epsilon, **types)
+        self.norm_merged = norm_merged
         self.up = Linear(width, width, scale=scale, **types)
         self.down = Linear(width, config.text.hidden_size, scale=scale, **types)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        rows, patches, _ = x.shape
-        windows = self.norm(x).reshape(rows, patches // self.window, -1)
+        rows, patches, width = x.shape
+        merged = rows, patches // self.window, width * self.window
+        windows = self.norm(x.reshape(merged)) if self.norm_merged else self.norm(x).reshape(merged)
         return self.down(jax.nn.gelu(self.up(windows), approximate=False))
 
 
 class VisionTower(nnx.Module):
-    """Patch embedding, transformer, merger."""
+    """Patch embedding, transformer, merger; mergers of some layers' outputs for DeepStack."""
 
     def __init__(
         self,
@@ -97,30 +117,95 @@ class VisionTower(nnx.Module):
         self.patch_embed = Linear(
             config.vision.patch_dim,
             config.vision.hidden_size,
-            bias=False,
+            bias=config.vision.patch_bias,
             scale=config.initializer_range,
             rngs=rngs,
             **types,
         )
+        if config.vision.num_positions:
+            self.position_embed = nnx.Embed(
+                config.vision.num_positions,
+                config.vision.hidden_size,
+                embedding_init=nnx.initializers.normal(config.initializer_range),
+                rngs=rngs,
+                **types,
+            )
         self.layers = stack_layers(
             lambda rngs: VisionLayer(config, rngs=rngs, **types), config.vision.layer_groups, rngs
         )
         self.merger = PatchMerger(config, rngs=rngs, **types)
+        if taps := config.vision.deepstack_layers:
+            self.deepstack = nnx.List(
+                [PatchMerger(config, norm_merged=True, rngs=rngs, **types) for _ in taps]
+            )
         self.config = config.vision
         self.remat = remat
 
-    def __call__(self, patches: jax.Array, positions: jax.Array, segments: jax.Array) -> jax.Array:
-        """One feature a merged window.
+    def __call__(self, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+        """One feature a merged token.
 
-        patches: float[N, P, C]; positions: int32[N, P, 2], height and width; segments: int32[N, P],
-        the image of each patch counted from 1, 0 for padding. Returns [N, M, text width]; features
-        of padding are finite and mean nothing.
+        rows: patches float[N, P, C]; patch_positions int32[N, P, 2], row and column; patch_segments
+        int32[N, P], the image of each patch counted from 1, 0 for padding; patch_grids
+        int32[N, P, 2], the image's rows and columns, read where positions are learned. Returns
+        [N, M, text width], and as much again for each DeepStack layer; features of padding are
+        finite and mean nothing.
         """
-        angles = rotary_angles(positions, *vision_frequencies(self.config))
-        mask = segments[:, :, None] == segments[:, None, :]
-        x = self.patch_embed(patches)
-        for group in self.layers:
-            x, _ = run_layers(
-                group, x, lambda layer, x, _: (layer(x, angles, mask), None), self.remat
-            )
-        return self.merger(x)
+        config, positions = self.config, rows["patch_positions"]
+        x = self.patch_embed(rows["patches"])
+        if config.num_positions:
+            table = self.position_embed.embedding[...]
+            x = x + resample(table, positions, rows["patch_grids"]).astype(x.dtype)
+        angles = rotary_angles(positions, *vision_frequencies(config))
+        image, window = attention_masks(config, positions, rows["patch_segments"])
+
+        def call(layer: VisionLayer, x: jax.Array, full: jax.Array | None):
+            mask = image if full is None else jnp.where(full, image, window)
+            return layer(x, angles, mask), None
+
+        tapped, start = [], 0
+        for group, count in zip(self.layers, config.layer_groups):
+            numbers = range(start, start + count)
+            full = jnp.array([number in config.full_attention_layers for number in numbers])
+            x, _ = run_layers(group, x, call, self.remat, full if config.window_size else None)
+            start += count
+            if len(tapped) < len(config.deepstack_layers):
+                tapped.append(self.deepstack[len(tapped)](x))
+        return self.merger(x), tapped
+
+
+def attention_masks(
+    config: VisionConfig, positions: jax.Array, segments: jax.Array
+) -> tuple[jax.Array, jax.Array | None]:
+    """What each patch attends to: its image, and its window of it (None where there are none).
+
+    positions: int32[N, P, 2]; segments: int32[N, P]. Returns bool[N, P, P] twice.
+    """
+    image = segments[:, :, None] == segments[:, None, :]
+    if not config.window_size:
+        return image, None
+    windows = positions // config.window_patches
+    return image, image & (windows[:, :, None] == windows[:, None, :]).all(-1)
+
+
+def resample(table: jax.Array, positions: jax.Array, grids: jax.Array) -> jax.Array:
+    """Learned positions of a square grid, stretched over each image (bilinear, corners aligned).
+
+    table: [side², D], row by row; positions: int32[N, P, 2], row and column; grids: int32[N, P, 2],
+    the image's rows and columns. Returns float32[N, P, D].
+    """
+    side = math.isqrt(table.shape[0])
+    place = positions * jnp.float32(side - 1) / jnp.maximum(grids - 1, 1)
+    low = jnp.floor(place).astype(jnp.int32)
+    share = place - low
+    (top, left), (down, right) = (jnp.moveaxis(part, -1, 0) for part in (1 - share, share))
+
+    def at(rows: int, columns: int) -> jax.Array:
+        corner = jnp.minimum(low + jnp.array([rows, columns]), side - 1)
+        return table[corner[..., 0] * side + corner[..., 1]].astype(jnp.float32)
+
+    return (
+        at(0, 0) * (top * left)[..., None]
+        + at(0, 1) * (top * right)[..., None]
+        + at(1, 0) * (down * left)[..., None]
+        + at(1, 1) * (down * right)[..., None]
+    )

@@ -19,12 +19,12 @@ from tokenizers import Tokenizer
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import local_rows, put_batch, replicated
-from afmrl_jax.data.processor import Processor, check_preprocessor
-from afmrl_jax.data.prompts import CHATML, chat_template, embedding_prompt
+from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.tokenizer import load_tokenizer, special_token_ids, train_tokenizer
-from afmrl_jax.models.config import QwenVLConfig, from_hf, preset
+from afmrl_jax.models.config import QwenVLConfig, from_hf
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.partition import param_shardings
+from afmrl_jax.models.presets import preset
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -36,7 +36,6 @@ class Encoder:
     settings: ConfigDict
     model_config: QwenVLConfig
     tokenizer: Tokenizer | None  # None where only shapes matter
-    chat_template: str = CHATML  # Jinja; "" where the model's folder has none
 
     def build(self, rngs: nnx.Rngs) -> Embedder:
         model = self.settings.model
@@ -75,7 +74,7 @@ class Encoder:
             max_patches=data.max_patches,
             min_pixels=data.min_pixels,
             max_pixels=data.max_pixels,
-            prompt=embedding_prompt(data.prompt, self.chat_template, data.instruction),
+            instruction=data.instruction,
         )
 
     def record(self) -> dict[str, str]:
@@ -83,17 +82,13 @@ class Encoder:
         return {
             "model": json.dumps(self.model_config.to_hf()),
             "tokenizer": self.tokenizer.to_str(),
-            "chat_template": self.chat_template,
         }
 
 
 def from_record(settings: ConfigDict, record: dict[str, str]) -> Encoder:
     """The encoder of a checkpoint."""
     return Encoder(
-        settings,
-        from_hf(json.loads(record["model"])),
-        Tokenizer.from_str(record["tokenizer"]),
-        record["chat_template"],
+        settings, from_hf(json.loads(record["model"])), Tokenizer.from_str(record["tokenizer"])
     )
 
 
@@ -120,8 +115,7 @@ def from_folder(settings: ConfigDict, folder: Path) -> Encoder:
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
-    check_preprocessor(folder, config)
-    return Encoder(settings, config, load_tokenizer(folder), chat_template(folder))
+    return Encoder(settings, config, load_tokenizer(folder))
 
 
 def abstract_params(enc: Encoder, mesh: Mesh) -> Any:

@@ -10,7 +10,7 @@ from afmrl_jax.data.pipeline import PairBatches, Stream
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.data.views import Augmentation, parse_mixture
-from afmrl_jax.models.config import preset
+from afmrl_jax.models.presets import preset
 
 
 @pytest.fixture(scope="module")

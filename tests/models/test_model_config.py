@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.models.config import PRESETS, from_hf, preset
+from afmrl_jax.models.config import from_hf
+from afmrl_jax.models.presets import PRESETS, preset
 from afmrl_jax.models.qwen_vl import QwenVL
 
 QWEN = Path(__file__).resolve().parents[2] / ".." / "shared" / "qwen"

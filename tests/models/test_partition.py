@@ -8,9 +8,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from afmrl_jax.core.mesh import AXES
-from afmrl_jax.models.config import preset
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.partition import param_shardings
+from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
 
 

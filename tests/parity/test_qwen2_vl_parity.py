@@ -208,9 +208,7 @@ def worst(ours, theirs) -> float:
 def test_vision_features_equal_transformers(case):
     features = run(
         our_model(case),
-        lambda model, rows: model.vision(
-            rows["patches"], rows["patch_positions"], rows["patch_segments"]
-        ),
+        lambda model, rows: model.vision(rows)[0],
         case.rows,
     )
     real = case.rows["patch_segments"][:, :: case.config.vision.merge_size**2] > 0

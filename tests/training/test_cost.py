@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from afmrl_jax.models.config import preset
 from afmrl_jax.models.embedder import Embedder
+from afmrl_jax.models.presets import preset
 from afmrl_jax.training.cost import forward_flops, step_flops, work
 
 
