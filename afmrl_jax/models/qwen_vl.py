@@ -161,6 +161,8 @@ class QwenVL(nnx.Module):
         None without DeepStack (https://arxiv.org/abs/2406.04334).
         """
         tokens = rows["tokens"]
+        if not rows["patches"].shape[1]:  # rows known to have no images need no tower
+            return self.embed_tokens(tokens), None
         features, tapped = self.vision(rows)
         is_image = tokens == self.config.image_token_id
         nth = jnp.clip(jnp.cumsum(is_image, axis=1) - 1, 0, features.shape[1] - 1)
