@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
@@ -138,6 +139,7 @@ def prefill(
 ) -> State:
     """Reads the prompts and draws every answer's first token; arguments as `generate`'s."""
     model, mask = nnx.merge(graph, params), rows["token_mask"]
+    _check_ids(sampling, model.config.vocab_size)
     (count, samples), length = keys.shape, sampling.max_new_tokens
     hidden, stacked = model.read(rows, cache=True)
     last = pool_last(hidden, mask)[:, None]  # [N, 1, D]
@@ -216,7 +218,8 @@ def restrict(logits: jax.Array, sampling: Sampling) -> jax.Array:
     probable that hold at least p of what is left; ids as probable as the last one kept stay too.
     """
     if sampling.forbidden:
-        logits = logits.at[..., jnp.asarray(sampling.forbidden)].set(-jnp.inf)
+        forbidden = np.isin(np.arange(logits.shape[-1]), sampling.forbidden)
+        logits = jnp.where(forbidden, -jnp.inf, logits)
     if sampling.temperature:
         logits = logits / sampling.temperature
     if sampling.top_k:
@@ -243,6 +246,15 @@ def _keep_most(logits: jax.Array, weights: jax.Array, enough: float) -> jax.Arra
 
     lowest = jax.lax.fori_loop(0, 32, settle, jnp.zeros_like(ordered[..., :1]))
     return jnp.where(ordered >= lowest, logits, -jnp.inf)
+
+
+def _check_ids(sampling: Sampling, vocab_size: int) -> None:
+    for name in ("stop", "forbidden"):
+        if wrong := [i for i in getattr(sampling, name) if not 0 <= i < vocab_size]:
+            raise UserError(
+                f"sampling: {name} ids {wrong} are outside the vocabulary of {vocab_size} tokens; "
+                "take them from the model's own config and tokenizer"
+            )
 
 
 def _append(state: State, logits: jax.Array, sampling: Sampling) -> State:
