@@ -31,6 +31,12 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.model.dtype = "bfloat16"  # of the computation; parameters and the loss stay float32
     config.model.remat = "none"  # none | dots | full: what the backward pass computes again
     config.model.embedding_dim = 0  # first dimensions kept of the embedding; 0 = all
+    # LoRA: narrow matrices are trained beside those of init_from, which stay as they are, stored in
+    # model.dtype. VLM2Vec-V2 adds dropout .1 and DoRA, and Qwen's gate and up get none from it.
+    config.model.lora_rank = 0  # 0 = all parameters are trained (VLM2Vec-V2: 16)
+    config.model.lora_alpha = 32.0  # an adapter counts alpha / rank (VLM2Vec-V2: 64)
+    # searched in kernels' paths, as layers.0.gate.kernel: the decoder's. "" = the tower's as well
+    config.model.lora_targets = r"^layers\."  # VLM2Vec-V2's: ^layers.*(query|key|value|out|down)
     config.model.vocab_size = 4096  # of the tokenizer that `tiny` trains on its catalogue
 
     config.optimizer = ConfigDict()

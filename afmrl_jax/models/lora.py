@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.models.layers import Linear
@@ -87,21 +88,21 @@ def without(params: Any) -> Any:
     return _pick(params, lambda name: name not in ADAPTER)
 
 
-def merge(params: Any, scale: float) -> Any:
+def merge(params: Any, scale: float, dtype: DTypeLike) -> Any:
     """The parameters of an equal model without adapters: W + scale A B for each W that has them.
 
-    scale: LoRA's. The sum is computed in float32 and rounded once, to W's dtype.
+    scale: LoRA's. The sum is computed in float32 and rounded once; all parameters become `dtype`.
     """
     if not isinstance(params, dict):
-        return params
-    merged = {name: merge(part, scale) for name, part in params.items() if name not in ADAPTER}
+        return params.astype(dtype)
+    merged = {n: merge(part, scale, dtype) for n, part in params.items() if n not in ADAPTER}
     if "lora_a" in params:
         a, b, kernel = params["lora_a"], params["lora_b"], params["kernel"]
         low_rank = jnp.matmul(
             a, b.reshape(*a.shape[:-2], a.shape[-1], -1), precision=jax.lax.Precision.HIGHEST
         )
         total = kernel.astype(jnp.float32) + scale * low_rank.reshape(kernel.shape)
-        merged["kernel"] = total.astype(kernel.dtype)
+        merged["kernel"] = total.astype(dtype)
     return merged
 
 

@@ -11,6 +11,7 @@ Axes: A chunks · C examples of a chunk · V views of an example (query, target,
 B = A C pairs · E embedding.
 """
 
+import dataclasses
 import functools
 import json
 import logging
@@ -40,13 +41,14 @@ from afmrl_jax.data.pipeline import PairBatches, Stream
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.views import Augmentation, listing_text, parse_mixture
 from afmrl_jax.losses.contrastive import Options, contrastive_loss
-from afmrl_jax.models import hf_weights
+from afmrl_jax.models import lora
 from afmrl_jax.retrieval.evaluation import Task, parse_task, results_table, write_evaluation
 from afmrl_jax.retrieval.tasks import Judge, can_be_run, validation_sample
 from afmrl_jax.training import cost, encoder, gradcache
-from afmrl_jax.training.checkpoint import Checkpoints, check_unchanged, find_checkpoints
+from afmrl_jax.training.checkpoint import Checkpoints, check_unchanged
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import make_optimizer
+from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, read_base
 from afmrl_jax.training.state import TrainState, abstract_state, init_state
 
 log = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ RANGES = {  # field -> lowest and highest
     "chunks": (1, math.inf),
     "eval.batch": (1, math.inf),
     "model.embedding_dim": (0, math.inf),
+    "model.lora_rank": (0, math.inf),
     "data.workers": (0, math.inf),
     "data.neighbours": (1, math.inf),
     "data.hard_negatives": (0, math.inf),
@@ -83,16 +86,18 @@ class Built:
     """The compiled parts of a run, and the state that they expect."""
 
     start: Callable[[Any], TrainState]  # from parameters, or from scratch with None
-    step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
+    step: Callable[[Any, TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
     embed: Callable[[Any, dict[str, np.ndarray]], jax.Array]
     embed_rows: slice  # of an evaluation batch, those that this process gives to `embed`
     abstract: TrainState
+    frozen: Any  # abstract parameters beside the state's; {} where all are trained
 
 
 def build(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder) -> Built:
     """The train step of a configuration, jitted for a mesh; nothing is computed yet.
 
-    step: (state, batch of arrays [A, C, V, ...]) -> (state, metrics), the state donated.
+    step: (frozen parameters, state, batch of arrays [A, C, V, ...]) -> (state, metrics), the state
+    donated; the frozen ones are only read, so there is one copy of them.
     embed: (params, this process's rows of eval.batch) -> float32[eval.batch, E] on every device.
     """
     if config.batch % config.chunks:
@@ -102,8 +107,9 @@ def build(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder) -> Built:
     # A flag can't say None, so a threshold that nothing passes turns a mask off.
     options = Options(**{k: None if v == math.inf else v for k, v in config.loss.items()})
     optimizer = make_optimizer(config.optimizer, config.steps)
-    init_params = functools.partial(enc.init_params, config.seed)
-    abstract = abstract_state(encoder.abstract_params(enc, mesh), optimizer, mesh)
+    params = encoder.abstract_params(enc, mesh)
+    trained, frozen = lora.split(params)
+    abstract = abstract_state(trained, optimizer, mesh)
     embed = enc.embed()
     whole, by_rows = replicated(mesh), batch_sharding(mesh)
 
@@ -128,9 +134,12 @@ def build(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder) -> Built:
         donate_argnames="state",
         out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), whole),
     )
-    def step(state: TrainState, batch: dict[str, jax.Array]):
+    def step(frozen: Any, state: TrainState, batch: dict[str, jax.Array]):
         rows = {name: batch[name] for name in ROWS}
-        gradient = gradcache.value_and_grad(embed, lambda e: loss(e, batch))
+        gradient = gradcache.value_and_grad(
+            lambda trained, rows: embed(lora.join(trained, frozen), rows),
+            lambda e: loss(e, batch),
+        )
         (value, metrics), gradients = gradient(state.params, rows)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         norm, change = optax.global_norm(gradients), optax.global_norm(updates)
@@ -140,17 +149,24 @@ def build(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder) -> Built:
             "finite": jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(change),
             "stop": jnp.any(batch["stop"]),
             "flops": cost.step_flops(
-                enc.model_config, cost.work(rows), gradcache=config.chunks > 1
+                enc.model_config,
+                params,
+                cost.work(enc.model_config, rows),
+                gradcache=config.chunks > 1,
             ),
         }
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        trained = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, trained, opt_state), metrics
+
+    def fresh() -> Any:
+        return lora.split(enc.init_params(config.seed))[0]
 
     return Built(
-        lambda params: init_state(init_params if params is None else params, optimizer, abstract),
+        lambda given: init_state(fresh if given is None else given, optimizer, abstract),
         step,
         *encoder.host_embedder(embed, mesh, config.eval.batch),
         abstract,
+        frozen,
     )
 
 
@@ -184,7 +200,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 "that one back, or start anew with another --workdir"
             )
         statistics, sampler = _sampler(config, catalog)
-        enc, load_params = _encoder(config, catalog, saved)
+        enc, source = _encoder(config, catalog, saved)
         processor = enc.processor()
         record = enc.record() | {
             "config": config.to_json(),
@@ -197,16 +213,22 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
         # ---- state, step and judges
         built = build(config, mesh, enc)
+        frozen = {}
+        if enc.lora:
+            base = Base.of_record(saved) if saved else Base(source.path if source else "")
+            frozen, base = read_base(enc, built.frozen, base)
+            record |= base.record()
         if saved:
             state = checkpoints.restore(checkpoints.latest, built.abstract)
         else:
-            state = built.start(load_params(built))
+            given = source and not enc.lora
+            state = built.start(source.load(built.abstract.params) if given else None)
             for name in EVALUATIONS.values():  # of a run that died before it saved anything
                 (workdir / name).unlink(missing_ok=True)
 
         def judge(state: TrainState) -> Judge:
             return Judge(
-                functools.partial(built.embed, state.params),
+                functools.partial(built.embed, lora.join(state.params, frozen)),
                 processor,
                 catalog,
                 batch=config.eval.batch,
@@ -230,7 +252,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         # ---- train
         if int(state.step) < config.steps:
             training = Training(
-                step=built.step,
+                step=functools.partial(built.step, frozen),
                 open_stream=_open_stream(config, catalog, sampler, processor, statistics, local),
                 examples=config.batch,
                 chunk=config.batch // config.chunks,
@@ -315,21 +337,18 @@ def _open_stream(
 
 def _encoder(
     config: ConfigDict, catalog: Catalog, saved: dict[str, str] | None
-) -> tuple[encoder.Encoder, Callable[[Built], Any]]:
-    """The encoder, and where its first parameters come from: nowhere (None, they are made), a
-    run's checkpoint, or a Hugging Face folder."""
+) -> tuple[encoder.Encoder, Pretrained | None]:
+    """The encoder, and the model that a new run begins with; None: from scratch, or resumed."""
+    source = None
     if saved:
-        return encoder.from_record(config, saved), lambda _: None
-    if not config.init_from:
+        enc = encoder.from_record(config, saved)
+    elif config.init_from:
+        source = find_pretrained(config.init_from)
+        enc = dataclasses.replace(source.enc, settings=config)
+    else:
         texts = [config.data.instruction]
         for index in catalog.indices("train")[:TOKENIZER_LISTINGS]:
             listing = catalog.listing(int(index))
             texts.append(listing_text(listing, listing.attributes))
-        return encoder.from_preset(config, texts), lambda _: None
-    folder = Path(config.init_from)
-    if any(folder.glob("*.safetensors")):
-        enc = encoder.from_folder(config, folder)
-        return enc, lambda built: hf_weights.load(folder, built.abstract.params, enc.model_config)
-    checkpoints, step = find_checkpoints(config.init_from)
-    enc = encoder.from_record(config, checkpoints.record(step))
-    return enc, lambda built: checkpoints.restore_params(step, built.abstract.params)
+        enc = encoder.from_preset(config, texts)
+    return dataclasses.replace(enc, lora=encoder.lora_of(config)), source

@@ -34,6 +34,7 @@ class Checkpoints:
         if writable and jax.process_index() == 0:
             for unfinished in folder.glob("*.orbax-checkpoint-tmp"):
                 shutil.rmtree(unfinished, ignore_errors=True)
+        self.folder = folder
         policies = ocp.training.preservation_policies
         self._orbax = ocp.training.Checkpointer(
             folder.absolute(),
@@ -128,7 +129,8 @@ def find_checkpoints(path: str, *, best: bool = False) -> tuple[Checkpoints, int
         if checkpoints.has(int(folder.name)):
             return checkpoints, int(folder.name)
     raise UserError(
-        f"{path} holds no whole checkpoint: give a run's workdir or one folder of its checkpoints"
+        f"{path} holds no whole checkpoint: give a run's workdir, one folder of its checkpoints, "
+        "or a Hugging Face folder with its *.safetensors"
     )
 
 

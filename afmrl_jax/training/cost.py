@@ -1,15 +1,22 @@
 """What a step costs: useful FLOPs, and the chip's peak to hold them against.
 
-Useful FLOPs = 6 x parameters x tokens, attention added; 8 under GradCache, whose second forward
-pass is the method's own. Padding and what remat computes again do not count.
+Useful FLOPs = 6 x parameters x tokens, attention added: a forward pass, and a backward pass of
+twice its work, once for the inputs' gradient and once for the parameters'. Under LoRA a frozen
+matrix has no gradient of its own (4, its adapter 6), and what lies before all adapters, usually the
+vision tower, runs forward only (2). GradCache adds 2 to each: its second forward pass is the
+method's own. Padding and what remat computes again do not count.
 
 Axes: N rows · S tokens · P patches.
 """
+
+import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from afmrl_jax.models.config import QwenVLConfig
+from afmrl_jax.models.lora import ADAPTER
 
 # Dense bf16 FLOP/s of one chip, by the start of jax's device_kind; vendors' data sheets.
 PEAK_FLOPS = {
@@ -30,44 +37,69 @@ def peak_flops(device: jax.Device) -> float | None:
     return next((PEAK_FLOPS[k] for k in kinds if device.device_kind.startswith(k)), None)
 
 
-def work(rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def work(config: QwenVLConfig, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """How much there is to compute, padding left out; float32[] each, summed over all leading axes.
 
-    tokens, patches; token_pairs and patch_pairs: what attends to what (causal, within an image).
+    tokens, patches; token_pairs and patch_pairs: what attends to what (causal, within an image or
+    its windows), summed over the layers.
     """
+    v = config.vision
     lengths = rows["token_mask"].sum(-1).astype(jnp.float32)
-    segments = rows["patch_segments"]
+    image = rows["patch_segments"][..., None]
     # A patch attends to all of its image, so the pairs are each image's size, squared.
-    patch_pairs = (
-        (segments[..., :, None] == segments[..., None, :]) & (segments[..., None] > 0)
-    ).sum(dtype=jnp.float32)
+    seen = (image == jnp.swapaxes(image, -1, -2)) & (image > 0)
+    patch_pairs = v.num_layers * seen.sum(dtype=jnp.float32)
+    if v.window_patches:
+        full = len(v.full_attention_layers)
+        window = rows["patch_positions"] // v.window_patches
+        seen &= (window[..., :, None, :] == window[..., None, :, :]).all(-1)
+        windowed = (v.num_layers - full) * seen.sum(dtype=jnp.float32)
+        patch_pairs = patch_pairs * full / v.num_layers + windowed
     return {
         "tokens": lengths.sum(),
-        "token_pairs": (lengths * (lengths + 1) / 2).sum(),
-        "patches": (segments > 0).sum(dtype=jnp.float32),
+        "token_pairs": config.text.num_layers * (lengths * (lengths + 1) / 2).sum(),
+        "patches": (image > 0).sum(dtype=jnp.float32),
         "patch_pairs": patch_pairs,
     }
 
 
-def forward_flops(config: QwenVLConfig, amount: dict[str, float]) -> float:
-    """FLOPs of embedding rows of which there is `amount` (as `work` counts it), multiply-adds as 2.
+def step_flops(
+    config: QwenVLConfig, params: Any, amount: dict[str, float], *, gradcache: bool
+) -> float:
+    """Useful FLOPs of one training step on rows of which there is `amount` (as `work` counts it).
 
-    The embedding table is looked up, not multiplied, and the language head is not used.
+    params: the model's, adapters included, arrays or abstract. A multiply-add counts 2.
     """
-    v, t = config.vision, config.text
-    tower = v.num_layers * (4 * v.hidden_size**2 + 2 * v.hidden_size * v.mlp_size)
-    tower += v.patch_dim * v.hidden_size
-    merged = v.hidden_size * v.merge_size**2
-    merger = (merged**2 + merged * t.hidden_size) / v.merge_size**2  # a patch's share
-    heads = t.num_heads * t.head_dim
-    layer = 2 * t.hidden_size * (heads + t.num_kv_heads * t.head_dim)
-    layer += 3 * t.hidden_size * t.mlp_size
-    matrices = amount["patches"] * (tower + merger) + amount["tokens"] * t.num_layers * layer
-    attention = amount["patch_pairs"] * v.num_layers * v.hidden_size
-    attention += amount["token_pairs"] * t.num_layers * heads
-    return 2 * matrices + 4 * attention
+    forward = 2 if gradcache else 1
+    names = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf.size
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        # Tables are looked up, not multiplied.
+        if path[-1].key in ("kernel", *ADAPTER)
+    }
+    adapters = [name for name in names if name.endswith(ADAPTER)]
+    # Gradients pass through a part, as its inputs', if anything in it or before it is trained.
+    passed = {"vision": not adapters or any(map(_in_vision, adapters)), "text": True}
+
+    total = 0.0
+    for name, size in names.items():
+        part = "vision" if _in_vision(name) else "text"
+        trained = name.endswith(ADAPTER) or not adapters
+        total += 2 * size * _uses(config, name, amount) * (forward + passed[part] + trained)
+    heads = {"vision": config.vision.hidden_size, "text": config.text.num_heads}
+    heads["text"] *= config.text.head_dim
+    for part, pairs in (("vision", "patch_pairs"), ("text", "token_pairs")):
+        total += 4 * heads[part] * amount[pairs] * (forward + 2 * passed[part])
+    return total
 
 
-def step_flops(config: QwenVLConfig, amount: dict[str, float], *, gradcache: bool) -> float:
-    """Useful FLOPs of one training step: 3 forwards' worth, 4 under GradCache."""
-    return (4 if gradcache else 3) * forward_flops(config, amount)
+def _in_vision(name: str) -> bool:
+    return bool(re.search(r"\bvision\.", name))
+
+
+def _uses(config: QwenVLConfig, name: str, amount: dict[str, float]) -> float:
+    """How many vectors a matrix is multiplied with."""
+    if not _in_vision(name):
+        return amount["tokens"]
+    merged = re.search(r"\b(merger|deepstack)\.", name)
+    return amount["patches"] / config.vision.merge_size**2 if merged else amount["patches"]

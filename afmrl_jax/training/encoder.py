@@ -4,6 +4,7 @@ A run's record holds all of it but the parameters, so a checkpoint needs nothing
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ from tokenizers import Tokenizer
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import local_rows, put_batch, replicated
-from afmrl_jax.data.processor import Processor
+from afmrl_jax.data.processor import Processor, check_preprocessor
+from afmrl_jax.data.prompts import CHATML, chat_template, embedding_prompt
 from afmrl_jax.data.tokenizer import load_tokenizer, special_token_ids, train_tokenizer
 from afmrl_jax.models.config import QwenVLConfig, from_hf
 from afmrl_jax.models.embedder import Embedder
+from afmrl_jax.models.lora import LoRA, adapt
 from afmrl_jax.models.partition import param_shardings
 from afmrl_jax.models.presets import preset
 
@@ -36,21 +39,29 @@ class Encoder:
     settings: ConfigDict
     model_config: QwenVLConfig
     tokenizer: Tokenizer | None  # None where only shapes matter
+    chat_template: str = CHATML  # Jinja; "" where the model's folder has none
+    lora: LoRA | None = None  # in training; a checkpoint's adapters are merged when it is read
 
     def build(self, rngs: nnx.Rngs) -> Embedder:
         model = self.settings.model
         if model.dtype not in DTYPES:
             raise UserError(f"model.dtype is {model.dtype!r}: use {' or '.join(DTYPES)}")
-        return Embedder(
+        dtype = DTYPES[model.dtype]
+        embedder = Embedder(
             self.model_config,
             rngs=rngs,
-            dtype=DTYPES[model.dtype],
+            dtype=dtype,
+            # What no optimizer adds small steps to is kept as it is multiplied.
+            param_dtype=dtype if self.lora else jnp.float32,
             remat=model.remat,
             embedding_dim=model.embedding_dim or None,
         )
+        if self.lora:
+            adapt(embedder, self.lora, rngs)
+        return embedder
 
     def init_params(self, seed: int) -> Any:
-        """Fresh float32 parameters as a nested dict."""
+        """Fresh parameters as a nested dict; float32, but frozen ones in `model.dtype`."""
         return nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(seed))))
 
     def embed(self) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:
@@ -59,7 +70,8 @@ class Encoder:
 
         def embed(params: Any, rows: dict[str, jax.Array]) -> jax.Array:
             leading = rows["tokens"].shape[:-1]
-            flat = {k: v.reshape(-1, *v.shape[len(leading) :]) for k, v in rows.items()}
+            n = math.prod(leading)  # not -1, which rows without patches leave open
+            flat = {k: v.reshape(n, *v.shape[len(leading) :]) for k, v in rows.items()}
             vectors = nnx.merge(graphdef, params)(flat)
             return vectors.reshape(*leading, vectors.shape[-1])
 
@@ -74,7 +86,7 @@ class Encoder:
             max_patches=data.max_patches,
             min_pixels=data.min_pixels,
             max_pixels=data.max_pixels,
-            instruction=data.instruction,
+            prompt=embedding_prompt(data.prompt, self.chat_template, data.instruction),
         )
 
     def record(self) -> dict[str, str]:
@@ -82,13 +94,25 @@ class Encoder:
         return {
             "model": json.dumps(self.model_config.to_hf()),
             "tokenizer": self.tokenizer.to_str(),
+            "chat_template": self.chat_template,
         }
+
+
+def lora_of(settings: ConfigDict) -> LoRA | None:
+    """How training adapts the model; None where it trains all parameters."""
+    model = settings.model
+    if not model.lora_rank:
+        return None
+    return LoRA(model.lora_rank, model.lora_alpha, model.lora_targets)
 
 
 def from_record(settings: ConfigDict, record: dict[str, str]) -> Encoder:
     """The encoder of a checkpoint."""
     return Encoder(
-        settings, from_hf(json.loads(record["model"])), Tokenizer.from_str(record["tokenizer"])
+        settings,
+        from_hf(json.loads(record["model"])),
+        Tokenizer.from_str(record["tokenizer"]),
+        record["chat_template"],
     )
 
 
@@ -111,11 +135,14 @@ def from_folder(settings: ConfigDict, folder: Path) -> Encoder:
         config = from_hf(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(
-            f"{folder} has no config.json: init_from takes a run's workdir or a Hugging Face folder"
+            f"{folder} has no config.json, which belongs to the weights there: fetch it too"
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
-    return Encoder(settings, config, load_tokenizer(folder))
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    check_preprocessor(folder, config)
+    return Encoder(settings, config, load_tokenizer(folder), chat_template(folder))
 
 
 def abstract_params(enc: Encoder, mesh: Mesh) -> Any:

@@ -7,6 +7,7 @@ import optax
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.fields import check_ranges
+from afmrl_jax.models.lora import ADAPTER
 
 RANGES = {  # field -> lowest and highest
     "optimizer.learning_rate": (0, math.inf),
@@ -31,8 +32,9 @@ def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def is_matrix(params) -> object:
-    """A tree of booleans: which leaves weight decay reaches (kernels and embeddings)."""
-    return jax.tree.map_with_path(lambda path, _: _name(path) in ("kernel", "embedding"), params)
+    """A tree of booleans: which leaves weight decay reaches (kernels, embeddings, adapters)."""
+    names = ("kernel", "embedding", *ADAPTER)
+    return jax.tree.map_with_path(lambda path, _: _name(path) in names, params)
 
 
 def _name(path: tuple) -> str:

@@ -18,7 +18,10 @@ from afmrl_jax.core.mesh import replicated
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """step: int32[], the steps done. params and opt_state: float32 leaves."""
+    """step: int32[], the steps done. params, those that are trained, and opt_state: float32.
+
+    What LoRA freezes is no part of it: neither donated nor saved.
+    """
 
     step: jax.Array
     params: Any

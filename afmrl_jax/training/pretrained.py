@@ -1,0 +1,163 @@
+"""A model that exists already, wherever it lies: a run's workdir, one of its checkpoints, a Hugging
+Face folder, or a name on the hub. Evaluation, export and `init_from` all find it here.
+
+A checkpoint under LoRA holds adapters alone. They stand on a base, whose place and fingerprint the
+run's record tells; the two are merged when the model is read.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.models import hf_weights, lora
+from afmrl_jax.training.checkpoint import Checkpoints, find_checkpoints
+from afmrl_jax.training.encoder import Encoder, abstract_params, from_folder, from_record, lora_of
+
+# What an exported folder holds of its run: {"config": the run's, "step": .., "evaluation": ..}.
+RECORD = "afmrl_jax.json"
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """What is known of a model before its parameters are read."""
+
+    enc: Encoder  # its settings are those that trained it; None of a bare folder
+    load: Callable[[Any], Any]  # abstract parameters, with their shardings -> parameters
+    step: int | None
+    evaluation: dict | None  # its run's evaluation.json, where that judged this step
+    told: str  # how a report names it
+    path: str  # where it is found again, though a workdir has got newer checkpoints
+
+    def encoder(self, otherwise: ConfigDict) -> Encoder:
+        """The model used as its run did; where it has none, as `otherwise` says, a configuration
+        with `model` and `data`."""
+        if self.enc.settings is not None:
+            return self.enc
+        model = otherwise.model.to_dict() | {"remat": "none"}  # there is no backward pass
+        settings = ConfigDict({"model": model, "data": otherwise.data.to_dict()})
+        return dataclasses.replace(self.enc, settings=settings)
+
+
+def find_pretrained(path: str, *, best: bool = False) -> Pretrained:
+    """The model that `path` names; `best` takes a workdir's best checkpoint on validation.
+
+    Raises UserError, naming the file, where there is none or a part of it is missing or broken.
+    """
+    folder = hf_weights.resolve(path)
+    if any(folder.glob("*.safetensors*")):
+        return _of_folder(folder, path)
+    checkpoints, step = find_checkpoints(path, best=best)
+    record = checkpoints.record(step)
+    settings = ConfigDict(json.loads(record["config"]))
+    enc = from_record(settings, record)
+    return Pretrained(
+        enc,
+        functools.partial(_load_run, checkpoints, step, record),
+        step,
+        _evaluation(folder, step, settings),
+        f"{path}, step {step}",
+        str(checkpoints.folder / str(step)),
+    )
+
+
+def _of_folder(folder: Path, path: str) -> Pretrained:
+    """A Hugging Face folder; one that was exported here knows its run."""
+    file = folder / RECORD
+    settings, step, evaluation = None, None, None
+    if file.exists():
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            settings = ConfigDict(record["config"])
+            step, evaluation = record["step"], record["evaluation"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{file} is no record of a run: export the folder again, or delete the file to use "
+                "the folder as any other"
+            ) from None
+    enc = from_folder(settings, folder)
+    return Pretrained(
+        enc,
+        lambda abstract: hf_weights.load(folder, abstract, enc.model_config),
+        step,
+        evaluation,
+        str(folder),
+        path,
+    )
+
+
+def _evaluation(folder: Path, step: int, settings: ConfigDict) -> dict | None:
+    """A run judges its test listings once, after the last step."""
+    workdirs = [folder, folder.parent, folder.parent.parent]
+    workdir = next(path for path in workdirs if (path / "checkpoints").is_dir())
+    file = workdir / "evaluation.json"
+    if step != settings.steps or not file.exists():
+        return None
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a run's adapters stand on: a Pretrained's path, or "" for parameters from the seed."""
+
+    path: str
+    fingerprint: str = ""  # "" = not read yet
+
+    @staticmethod
+    def of_record(record: dict[str, str]) -> "Base":
+        return Base(**json.loads(record["base"]))
+
+    def record(self) -> dict[str, str]:
+        """What a run's record holds of it."""
+        return {"base": json.dumps(dataclasses.asdict(self))}
+
+
+def read_base(enc: Encoder, frozen: Any, base: Base) -> tuple[Any, Base]:
+    """The parameters that `frozen` describes, with shardings, and their base with its fingerprint.
+
+    Raises UserError where it is gone, or is another than the fingerprint says.
+    """
+    if base.path:
+        try:
+            params = find_pretrained(base.path).load(frozen)
+        except UserError as error:
+            raise UserError(
+                f"the model that the adapters belong to cannot be read. {error}. Bring {base.path} "
+                "back as it was, or leave a link there to where it is now"
+            ) from None
+    else:
+        shardings = jax.tree.map(lambda x: x.sharding, frozen)
+        fresh = functools.partial(enc.init_params, enc.settings.seed)
+        params = jax.jit(lambda: lora.split(fresh())[1], out_shardings=shardings)()
+    found = lora.fingerprint(params)
+    if base.fingerprint not in ("", found):
+        raise UserError(
+            f"{base.path or 'this seed'} gives other parameters than those that the adapters were "
+            "trained on: bring the model back as it was (or, of a seed, JAX's version and the kind "
+            "of device), or start anew with another --workdir"
+        )
+    return params, Base(base.path, found)
+
+
+def _load_run(checkpoints: Checkpoints, step: int, record: dict[str, str], abstract: Any) -> Any:
+    """A checkpoint's parameters as `abstract` says; adapters are merged in float32."""
+    settings = ConfigDict(json.loads(record["config"]))
+    adapted = lora_of(settings)
+    if not adapted:
+        return checkpoints.restore_params(step, abstract)
+    enc = dataclasses.replace(from_record(settings, record), lora=adapted)
+    example = jax.tree.leaves(abstract)[0]
+    trained, frozen = lora.split(abstract_params(enc, example.sharding.mesh))
+    frozen, _ = read_base(enc, frozen, Base.of_record(record))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    merge = jax.jit(
+        lambda params: lora.merge(params, adapted.scale, example.dtype), out_shardings=shardings
+    )
+    return merge(lora.join(checkpoints.restore_params(step, trained), frozen))
