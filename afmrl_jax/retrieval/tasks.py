@@ -41,6 +41,8 @@ class Judge:
         """float32[N, E] of the listings' view; kept, so that tasks share them."""
         key = (view, indices.tobytes())
         if key not in self._vectors:
+            # Decided by the view and not by the rows, so that all processes agree.
+            buckets = [self._processor.text_bucket] if view == "text" else []
 
             def rows(batch: np.ndarray) -> dict[str, np.ndarray]:
                 listed = [
@@ -53,7 +55,7 @@ class Judge:
                     )
                     for index in batch[self._local]
                 ]
-                return self._processor(listed)
+                return self._processor(listed, buckets)
 
             self._vectors[key] = embed_listings(self._embed, rows, indices, self._batch)
         return self._vectors[key]
