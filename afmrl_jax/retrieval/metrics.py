@@ -23,45 +23,48 @@ def relevant_ranks(ranked: np.ndarray, relevant: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def recall_at_k(ranked: np.ndarray, relevant: np.ndarray, k: int) -> np.ndarray:
+def recall_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
     """Whether any of a query's relevant items is among its first k ranks (R@k, instance retrieval).
 
-    ranked: int[Q, K], best first. relevant: int[Q, R]. Returns bool[Q].
-    Raises ValueError where K < k: a short ranking would pass for a bad one.
+    ranks: int[Q, R], as `relevant_ranks` gives them. Returns bool[Q].
     """
-    _require_depth(ranked, k)
-    return _recall(relevant_ranks(ranked, relevant), k)
+    return ((ranks > 0) & (ranks <= k)).any(axis=1)
 
 
-def reciprocal_rank(ranked: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+def reciprocal_rank(ranks: np.ndarray) -> np.ndarray:
     """1 / rank of the first relevant item, 0 where none is in the ranking. Its mean is the MRR.
 
-    ranked: int[Q, K], best first. relevant: int[Q, R]. Returns float64[Q].
+    ranks: int[Q, R]. Returns float64[Q].
     """
-    return _reciprocal_rank(relevant_ranks(ranked, relevant))
+    return np.divide(1.0, ranks, out=np.zeros(ranks.shape), where=ranks > 0).max(axis=1, initial=0)
 
 
-def average_precision(ranked: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+def average_precision(ranks: np.ndarray, n_relevant: np.ndarray) -> np.ndarray:
     """Precision at each relevant item's rank, averaged over *all* of them; its mean is the mAP.
 
-    The divisor is the number of relevant items in the gallery, not of those found: an item beyond
-    rank K counts 0, so with K below the gallery's size this is a lower bound.
+    The divisor is the number of relevant items in the gallery, not of those found: an item that was
+    not found counts 0, so with a ranking shorter than the gallery this is a lower bound.
 
-    ranked: int[Q, K], best first. relevant: int[Q, R]. Returns float64[Q].
+    ranks: int[Q, R]. n_relevant: int[Q]. Returns float64[Q].
     """
-    return _average_precision(relevant_ranks(ranked, relevant), (relevant >= 0).sum(axis=1))
+    last = np.iinfo(np.int32).max
+    in_order = np.sort(np.where(ranks > 0, ranks, last), axis=1)  # what was not found goes last
+    found_so_far = np.arange(1, ranks.shape[1] + 1)
+    precision = np.where(in_order < last, found_so_far / in_order, 0.0)
+    return precision.sum(axis=1) / np.maximum(n_relevant, 1)
 
 
-def ndcg_at_k(ranked: np.ndarray, relevant: np.ndarray, k: int) -> np.ndarray:
+def ndcg_at_k(ranks: np.ndarray, n_relevant: np.ndarray, k: int) -> np.ndarray:
     """Discounted gain of the first k ranks over that of the best ranking there is (nDCG@k).
 
     Binary relevance: gain 1, discount log2(1 + rank) (Jarvelin and Kekalainen, 2002).
 
-    ranked: int[Q, K], best first. relevant: int[Q, R]. Returns float64[Q].
-    Raises ValueError where K < k: a short ranking would pass for a bad one.
+    ranks: int[Q, R]. n_relevant: int[Q]. Returns float64[Q].
     """
-    _require_depth(ranked, k)
-    return _ndcg(relevant_ranks(ranked, relevant), (relevant >= 0).sum(axis=1), k)
+    counted = (ranks > 0) & (ranks <= k)
+    gain = np.where(counted, 1.0 / np.log2(1.0 + np.maximum(ranks, 1)), 0.0).sum(axis=1)
+    best = np.concatenate([[0.0], np.cumsum(1.0 / np.log2(np.arange(2, k + 2)))])
+    return gain / np.maximum(best[np.minimum(n_relevant, k)], best[1])
 
 
 def score_ranks(
@@ -73,10 +76,10 @@ def score_ranks(
     items in the gallery, found or not. Returns float64[Q] for each of `recall@K` (K in ks), `mrr`,
     `map` and `ndcg@10`.
     """
-    scores = {f"recall@{k}": _recall(ranks, k).astype(np.float64) for k in ks}
-    scores["mrr"] = _reciprocal_rank(ranks)
-    scores["map"] = _average_precision(ranks, n_relevant)
-    scores["ndcg@10"] = _ndcg(ranks, n_relevant, 10)
+    scores = {f"recall@{k}": recall_at_k(ranks, k).astype(np.float64) for k in ks}
+    scores["mrr"] = reciprocal_rank(ranks)
+    scores["map"] = average_precision(ranks, n_relevant)
+    scores["ndcg@10"] = ndcg_at_k(ranks, n_relevant, 10)
     return scores
 
 
@@ -89,33 +92,3 @@ def interval95(values: np.ndarray) -> float:
     if len(values) < 2:
         return float("nan")
     return float(1.96 * np.std(values, ddof=1) / np.sqrt(len(values)))
-
-
-def _require_depth(ranked: np.ndarray, k: int) -> None:
-    if ranked.shape[1] < k:
-        raise ValueError(
-            f"the ranking has {ranked.shape[1]} ranks, a metric at {k} needs {k}: search with k={k}"
-        )
-
-
-def _recall(ranks: np.ndarray, k: int) -> np.ndarray:
-    return ((ranks > 0) & (ranks <= k)).any(axis=1)
-
-
-def _reciprocal_rank(ranks: np.ndarray) -> np.ndarray:
-    return np.divide(1.0, ranks, out=np.zeros(ranks.shape), where=ranks > 0).max(axis=1, initial=0)
-
-
-def _average_precision(ranks: np.ndarray, n_relevant: np.ndarray) -> np.ndarray:
-    last = np.iinfo(np.int32).max
-    in_order = np.sort(np.where(ranks > 0, ranks, last), axis=1)  # what was not found goes last
-    found_so_far = np.arange(1, ranks.shape[1] + 1)
-    precision = np.where(in_order < last, found_so_far / in_order, 0.0)
-    return precision.sum(axis=1) / np.maximum(n_relevant, 1)
-
-
-def _ndcg(ranks: np.ndarray, n_relevant: np.ndarray, k: int) -> np.ndarray:
-    counted = (ranks > 0) & (ranks <= k)
-    gain = np.where(counted, 1.0 / np.log2(1.0 + np.maximum(ranks, 1)), 0.0).sum(axis=1)
-    best = np.concatenate([[0.0], np.cumsum(1.0 / np.log2(np.arange(2, k + 2)))])
-    return gain / np.maximum(best[np.minimum(n_relevant, k)], best[1])
