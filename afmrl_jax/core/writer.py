@@ -7,19 +7,22 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file that is never seen half written: to a temporary name, then renamed."""
+def write_atomically(path: Path, content: str | np.ndarray) -> None:
+    """Writes a text, or an array as .npy, that is never seen half written: to a temporary name,
+    then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not named by process id: containers that share a folder share those too.
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(text)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
+        if isinstance(content, str):
+            file.write(content.encode())
+        else:
+            np.save(file, content)
     Path(file.name).replace(path)
 
 

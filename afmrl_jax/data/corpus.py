@@ -8,7 +8,6 @@ Axes: P products · K neighbours.
 
 import itertools
 import logging
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +65,5 @@ def look_alikes(
         return np.load(path)
     log.info("looking for the look-alikes of each product")
     neighbours, _ = mine_neighbours(product_attributes(catalog, split), k, statistics)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        np.save(file, neighbours)
-    Path(file.name).replace(path)
+    write_atomically(path, neighbours)
     return neighbours

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import logging
 import random
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +17,7 @@ from types import MappingProxyType
 import numpy as np
 from PIL import Image
 
+from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data import builtin
 from afmrl_jax.data.builtin.photo import photograph
 from afmrl_jax.data.builtin.sellers import write
@@ -121,11 +121,7 @@ class SyntheticCatalog:
         if not path.exists():
             kept = np.flatnonzero(self._kept)
             log.info("rendering %d evaluation photos into %s", len(kept), path)
-            photos = np.stack([self._photograph(index, 0) for index in kept])
-            cache_dir.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=cache_dir, suffix=".tmp", delete=False) as file:
-                np.save(file, photos)
-            Path(file.name).replace(path)
+            write_atomically(path, np.stack([self._photograph(index, 0) for index in kept]))
         return np.load(path, mmap_mode="r")
 
 
