@@ -6,12 +6,13 @@ cache are told in conversion.py and checking.py.
 Axes: N listings · P products.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -113,7 +114,9 @@ def open_catalog(
         if on_bad_listing == "error":
             raise UserError(report)
         if report_path:
-            _append_new_lines(report_path, [converted / "bad.jsonl", checked / "bad.jsonl"])
+            for folder in (converted, checked):
+                with (folder / "bad.jsonl").open() as lines:
+                    _append_new(report_path, lines)
         log.warning("%s\nThey are left out.", report)
     if not len(catalog):
         left = ", none of its listings is good" if counts else ""
@@ -149,14 +152,15 @@ def _report(source: Source, folders: Sequence[Path], counts: Counter[str], n_goo
     return "\n".join([*lines, f"In all {kinds}. Mend them or {SKIP_HINT}."])
 
 
-def _append_new_lines(report: Path, sources: Sequence[Path]) -> None:
-    """Adds lines to the report that it does not have yet: runs resume, catalogues share it."""
+def _append_new(report: Path, lines: Iterable[str]) -> None:
+    """Adds lines to the report that it does not have yet: runs resume, catalogues and processes
+    share it."""
     report.parent.mkdir(parents=True, exist_ok=True)
-    old = set(report.read_text().splitlines()) if report.exists() else set()
-    with report.open("a") as file:
-        for source in sources:
-            with source.open() as lines:
-                file.writelines(line for line in lines if line.rstrip("\n") not in old)
+    with report.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # one process reads and adds at a time
+        file.seek(0)
+        old = set(file)
+        file.writelines(line for line in lines if line not in old)
 
 
 class ArrowCatalog:
@@ -236,7 +240,7 @@ class ArrowCatalog:
                 ) from None
             if self._report and index not in self._reported:
                 self._reported.add(index)
-                _append_line(self._report, json.dumps(row))
+                _append_new(self._report, [json.dumps(row) + "\n"])
             return None
 
     def indices(self, split: str) -> np.ndarray:
@@ -253,16 +257,6 @@ class ArrowCatalog:
             known = ", ".join([*self._split_names, "all"])
             raise UserError(f"{self.name} has no split {split!r}; it has {known}")
         return np.flatnonzero(self._splits == self._split_names.index(split))
-
-
-def _append_line(path: Path, line: str) -> None:
-    """Adds a line in one write, so that lines of several processes never mix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, (line + "\n").encode())
-    finally:
-        os.close(descriptor)
 
 
 class ConcatCatalog:
