@@ -193,7 +193,7 @@ def load(directory: Path, params: Any, config: QwenVLConfig) -> Any:
     _check(directory, tensors, plan)
     for target in plan:
         leaf = leaves[target.index]
-        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
+        sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
         array = jnp.zeros(leaf.shape, leaf.dtype, device=sharding)
         for layer, name in enumerate(target.names):
             tensor = tensors[PREFIX.sub("", name)]
@@ -293,17 +293,17 @@ def _entries(plan: list[Target]) -> list[tuple[str, Target, int]]:
 
 def _fetch(leaf: Any, target: Target, layer: int, dtype: np.dtype) -> np.ndarray:
     """One of their tensors, on the host."""
-    if target.stacked:
-        by_number = jax.lax.dynamic_index_in_dim  # compiles once for all layers
-        leaf = by_number(leaf, layer, 0, False) if isinstance(leaf, jax.Array) else leaf[layer]
-    return np.asarray(_to_theirs(leaf, target.kernel, target.their_shape, dtype))
+    if not isinstance(leaf, jax.Array) and target.stacked:
+        leaf, layer = leaf[layer : layer + 1], 0  # or every layer would go to the device each time
+    same = target._replace(index=0, names=())  # arrays of one shape share a compilation
+    return np.asarray(_to_theirs(leaf, layer, same, dtype))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def _to_theirs(
-    array: jax.Array, kernel: bool, shape: tuple[int, ...], dtype: np.dtype
-) -> jax.Array:
-    return (jnp.moveaxis(array, 0, -1) if kernel else array).reshape(shape).astype(dtype)
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _to_theirs(array: jax.Array, layer: int, target: Target, dtype: np.dtype) -> jax.Array:
+    array = array[layer] if target.stacked else array
+    array = jnp.moveaxis(array, 0, -1) if target.kernel else array
+    return array.reshape(target.their_shape).astype(dtype)
 
 
 @contextlib.contextmanager
