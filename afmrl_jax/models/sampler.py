@@ -10,6 +10,7 @@ Axes: N prompts (rows) · G samples of a prompt · S prompt tokens · T generate
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
+from tokenizers import Tokenizer
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import BATCH_AXES
@@ -27,6 +29,7 @@ from afmrl_jax.models.partition import param_shardings, shard_rows
 from afmrl_jax.models.qwen_vl import QwenVL
 from afmrl_jax.models.rope import rotary_angles, text_frequencies
 
+VISION_TOKEN = re.compile(r"<\|(vision|image|video)_\w+\|>")  # as Qwen's tokenizers name them
 KeyValue = tuple[jax.Array, jax.Array]
 
 
@@ -96,6 +99,17 @@ class State:
     prompt_mask: jax.Array  # bool[N, S]
     prompt_cache: tuple[KeyValue, ...]  # a layer: keys and values [N, K, S, D]
     cache: tuple[KeyValue, ...]  # a layer: keys and values [N, K, G, T, D]
+
+
+def forbidden_ids(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
+    """Ids that no answer may hold: image, video and vision tokens, which would ask the next forward
+    pass for features that there are not, and ids of the table for which there is no token.
+
+    vocab_size: of the model, at least the tokenizer's.
+    """
+    named = tokenizer.get_vocab().items()
+    vision = sorted(i for name, i in named if VISION_TOKEN.fullmatch(name))
+    return (*vision, *range(max(i for _, i in named) + 1, vocab_size))
 
 
 def sample_keys(key: jax.Array, rows: Sequence[int] | jax.Array, samples: int) -> jax.Array:

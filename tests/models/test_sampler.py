@@ -1,5 +1,6 @@
 """What generated answers, and the log-probs beside them, must and must not depend on."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,12 +13,16 @@ import pytest
 from flax import nnx
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.data.tokenizer import train_tokenizer
 from afmrl_jax.models import sampler
 from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
-from afmrl_jax.models.sampler import Sampling, generate, restrict, sample_keys
+from afmrl_jax.models.sampler import Sampling, forbidden_ids, generate, restrict, sample_keys
 
-CONFIG = preset("tiny").replace(vocab_size=96, initializer_range=0.15)
+TINY = preset("tiny")
+CONFIG = TINY.replace(
+    vocab_size=96, initializer_range=0.15, vision=dataclasses.replace(TINY.vision, num_layers=1)
+)
 GRAPH, PARAMS = nnx.split(QwenVL(CONFIG, rngs=nnx.Rngs(0), dtype=jnp.float32))
 FORBIDDEN = (CONFIG.vision_start_token_id, CONFIG.vision_end_token_id, CONFIG.image_token_id)
 N, G, S, T = 4, 3, 20, 12
@@ -104,12 +109,12 @@ def test_each_answer_ends_with_its_first_stop_token_or_is_marked_as_truncated(ro
 
 
 def test_the_loop_ends_when_all_answers_have(rows, keys):
-    prompts = sampler.prefill(GRAPH, PARAMS, rows, keys[:, :1], SAMPLING)
-    known = numpy(generate(GRAPH, PARAMS, rows, keys[:, :1], SAMPLING))
-    quick = known["truncated"][:, 0]
-    prompts = sampler.dataclasses.replace(prompts, done=prompts.done | quick[:, None])
+    mask = numpy(generate(GRAPH, PARAMS, rows, keys, SAMPLING))["mask"]
+    prompts = sampler.prefill(GRAPH, PARAMS, rows, keys, SAMPLING)
+    longest = mask.all(-1)
+    prompts = dataclasses.replace(prompts, done=prompts.done | longest)
     end = sampler.decode(GRAPH, PARAMS, prompts, SAMPLING)
-    assert int(end.step) == known["mask"][~quick].sum(-1).max() < T
+    assert 1 < int(end.step) == mask[~longest].sum(-1).max() < T
 
 
 def test_samples_of_one_prefill_equal_separate_runs_and_other_batches(rows, keys):
@@ -221,6 +226,16 @@ def test_wrong_options_are_told(options, told):
 def test_ids_outside_the_vocabulary_are_told(rows, keys):
     with pytest.raises(UserError, match=r"stop ids \[96\].*vocabulary of 96"):
         generate(GRAPH, PARAMS, rows, keys, Sampling(max_new_tokens=1, stop=(1, 96)))
+
+
+def test_vision_tokens_and_ids_without_a_token_are_forbidden():
+    tokenizer = train_tokenizer([], 270)
+    size = tokenizer.get_vocab_size()
+    forbidden = forbidden_ids(tokenizer, size + 2)
+    named = {tokenizer.id_to_token(i) for i in forbidden[:-2]}
+    assert {"<|image_pad|>", "<|vision_start|>", "<|vision_end|>"} <= named
+    assert forbidden[-2:] == (size, size + 1)
+    assert all("vision" in name or "image" in name or "video" in name for name in named)
 
 
 SCRIPT = """
