@@ -10,8 +10,20 @@ from configs import common
 def get_config() -> ConfigDict:
     config = common.get_config()
     config.program = "evaluate"
-    config.checkpoint = ""  # a run's workdir, or one folder of its checkpoints
+    # a run's workdir, one folder of its checkpoints, an exported or other Hugging Face folder
+    config.checkpoint = ""
     config.best = False  # of a workdir, the best on validation instead of the last
+
+    # How to use a Hugging Face model; a run, and a folder exported from one, knows this itself.
+    config.model = ConfigDict()
+    config.model.dtype = "bfloat16"  # of the computation
+    config.model.embedding_dim = 0  # first dimensions kept of the embedding; 0 = all
+    config.data.prompt = "plain"  # plain | chat: the model's chat template, as Qwen3-VL-Embedding's
+    config.data.instruction = ""  # said before each text; with chat, as the system
+    config.data.max_tokens = 512  # a row's tokens, images included
+    config.data.max_patches = 1536  # a row's patches, over all its images
+    config.data.min_pixels = 3136  # an image is enlarged to this area
+    config.data.max_pixels = 301056  # and reduced to this one
 
     config.eval = ConfigDict()
     config.eval.queries = ""  # catalogues whose listings are looked up; "" = data.path

@@ -6,7 +6,7 @@
 """
 
 import functools
-import json
+import logging
 import math
 from pathlib import Path
 
@@ -22,9 +22,10 @@ from afmrl_jax.data.catalog import Catalog, ConcatCatalog
 from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.retrieval.evaluation import parse_task, results_table, write_evaluation
 from afmrl_jax.retrieval.tasks import Judge
-from afmrl_jax.training import encoder
-from afmrl_jax.training.checkpoint import find_checkpoints
 from afmrl_jax.training.encoder import abstract_params, host_embedder
+from afmrl_jax.training.pretrained import find_pretrained
+
+log = logging.getLogger(__name__)
 
 
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
@@ -36,9 +37,13 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     tasks = [parse_task(name) for name in config.eval.tasks.split(",")]
     if (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} holds a training run: name another --workdir for the scores")
-    checkpoints, step = find_checkpoints(config.checkpoint, best=config.best)
-    record = checkpoints.record(step)
-    settings = ConfigDict(json.loads(record["config"]))
+    source = find_pretrained(config.checkpoint, best=config.best)
+    if source.enc.settings:
+        log.info(
+            "%s knows how it is used: model and data.max_tokens to data.max_pixels, "
+            "data.instruction are its own",
+            config.checkpoint,
+        )
 
     # ---- catalogues
     queries = _names(config.eval.queries) or [config.data.path]
@@ -58,8 +63,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         return np.concatenate(parts)
 
     # ---- encoder
-    enc = encoder.from_record(settings, record)
-    params = checkpoints.restore_params(step, abstract_params(enc, mesh))
+    enc = source.encoder(config)
+    params = source.load(abstract_params(enc, mesh))
     embed, local = host_embedder(enc.embed(), mesh, config.eval.batch)
     judge = Judge(
         functools.partial(embed, params),
@@ -84,7 +89,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     if jax.process_index() == 0:
         write_atomically(workdir / "config.json", config.to_json(indent=2))
         write_evaluation(workdir / "evaluation.json", results)
-        print(f"{config.checkpoint}, step {step}, on {catalog.name}:")
+        print(f"{source.told}, on {catalog.name}:")
         print(results_table({"checkpoint": results}), flush=True)
 
 

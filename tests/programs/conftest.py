@@ -23,3 +23,9 @@ def command():
         ]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The workdir of a run of agcl_config that nothing stopped; made by the first who needs it."""
+    return tmp_path_factory.mktemp("agcl") / "whole"

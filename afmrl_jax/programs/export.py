@@ -1,0 +1,247 @@
+"""Writes a model as a folder that transformers and sentence-transformers load.
+
+1. Find the model and what is known of its run; read its parameters, adapters merged.
+2. Write weights, tokenizer, processor, pooling and model card beside the folder's place.
+3. Put the folder in its place, whole.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.data.processor import IMAGE_STATISTICS
+from afmrl_jax.data.prompts import CHATML
+from afmrl_jax.data.tokenizer import END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS
+from afmrl_jax.models import hf_weights
+from afmrl_jax.retrieval.evaluation import results_table
+from afmrl_jax.training.encoder import DTYPES, Encoder, abstract_params
+from afmrl_jax.training.pretrained import RECORD, Pretrained, find_pretrained
+
+CARD = """\
+---
+library_name: sentence-transformers
+pipeline_tag: feature-extraction
+tags: [sentence-transformers, feature-extraction, image-text, product-retrieval, {architecture}]
+---
+
+# Product embeddings
+
+A {architecture} model trained by afmrl_jax so that listings of the identical product lie close
+together: text, images or both become {size} numbers of length one, compared by their cosine.
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("FOLDER", trust_remote_code=True)  # runs sentence_encoder.py of it
+model.encode([{{"text": "Navy dress", "image": "photo.jpg"}}, "red mug", {{"image": "photo.jpg"}}])
+```
+
+Several images a row are a list. {use}
+
+## Evaluation
+
+{evaluation}
+
+## Training configuration
+
+{fence}json
+{config}
+{fence}
+"""
+HEAD = "`transformers.AutoModelForImageTextToText.from_pretrained` loads the whole model."
+NO_HEAD = (
+    "The model has no language head, which an embedder neither trains nor uses: load it with "
+    "`transformers.AutoModel.from_pretrained`."
+)
+
+
+def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
+    """Writes the folder config.out; see configs/export.py."""
+    # ---- model
+    if not config.checkpoint or not config.out:
+        raise UserError(
+            "say what to export and where to, as --config.checkpoint=runs/agcl "
+            "--config.out=exported"
+        )
+    if config.dtype not in DTYPES:
+        raise UserError(f"dtype is {config.dtype!r}: use {' or '.join(DTYPES)}")
+    if jax.process_count() > 1:
+        raise UserError("export runs in one process: it writes one folder from whole parameters")
+    out = Path(config.out)
+    check_place(out)
+    source = find_pretrained(config.checkpoint, best=config.best)
+    enc = source.encoder(config)
+    enc.processor()  # tells of settings that do not fit the model before its weights are read
+    params = source.load(abstract_params(enc, mesh))
+
+    # ---- folder
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
+        folder = Path(temporary) / "export"
+        write_folder(folder, enc, params, source, config.dtype)
+        old = Path(temporary) / "old"
+        if out.exists():
+            out.rename(old)
+        folder.rename(out)
+    print(f"{source.told} is in {out}", flush=True)
+
+
+def check_place(out: Path) -> None:
+    """Raises UserError where `out` is anything but free, empty, or an earlier export."""
+    if out.is_dir() and ((out / RECORD).is_file() or not any(out.iterdir())):
+        return
+    if out.exists() or out.is_symlink():
+        raise UserError(
+            f"{out} exists and is no folder that export wrote (it has no {RECORD}): name another "
+            "--config.out, or empty it first"
+        )
+
+
+def write_folder(
+    folder: Path, enc: Encoder, params: Any, source: Pretrained, dtype: str = "float32"
+) -> None:
+    """All files of an export. params: the Embedder's; dtype: of the weights written."""
+    config = enc.model_config
+    hf_weights.save(folder, params, config, dtype=DTYPES[dtype])
+    head = config.tie_embeddings
+    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    described["dtype"] = dtype
+    if head:
+        ends = [config.eos_token_id, config.pad_token_id]
+        generation = {"eos_token_id": ends, "pad_token_id": config.pad_token_id}
+        _write_json(folder / "generation_config.json", generation)
+    else:
+        described["architectures"] = [
+            name.replace("ForConditionalGeneration", "Model") for name in described["architectures"]
+        ]
+    _write_json(folder / "config.json", described)
+    _write_tokenizer(folder, enc)
+    _write_processor(folder, enc)
+    _write_sentence_transformers(folder, enc)
+    record = {
+        "config": enc.settings.to_dict(),
+        "step": source.step,
+        "evaluation": source.evaluation,
+    }
+    _write_json(folder / RECORD, record)
+    (folder / "README.md").write_text(model_card(enc, source, head), encoding="utf-8")
+
+
+def _write_tokenizer(folder: Path, enc: Encoder) -> None:
+    enc.tokenizer.save(str(folder / "tokenizer.json"))
+    described = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "eos_token": END_OF_TURN,
+        "pad_token": END_OF_TEXT,
+        "bos_token": None,
+        "unk_token": None,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "right",
+        "model_max_length": enc.settings.data.max_tokens,
+        "extra_special_tokens": list(SPECIAL_TOKENS[1:]),
+    }
+    _write_json(folder / "tokenizer_config.json", described)
+    template = enc.chat_template or CHATML
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _write_processor(folder: Path, enc: Encoder) -> None:
+    """What transformers' image processor, to which ours is equal, has to know."""
+    data, vision = enc.settings.data, enc.model_config.vision
+    mean, std = IMAGE_STATISTICS[enc.model_config.architecture]
+    described = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "size": {"shortest_edge": data.min_pixels, "longest_edge": data.max_pixels},
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.merge_size,
+        "image_mean": list(mean),
+        "image_std": list(std),
+        "do_convert_rgb": True,
+    }
+    _write_json(folder / "preprocessor_config.json", described)
+
+
+def _write_sentence_transformers(folder: Path, enc: Encoder) -> None:
+    """Our own first module, whose file goes along, then the library's pooling and normalising."""
+    source = Path(importlib.util.find_spec("afmrl_jax.models.sentence_encoder").origin)
+    shutil.copyfile(source, folder / source.name)
+    library = "sentence_transformers.sentence_transformer.modules"
+    modules = [
+        ("", f"{source.stem}.SentenceEncoder"),
+        ("1_Pooling", f"{library}.Pooling"),
+        ("2_Normalize", f"{library}.Normalize"),
+    ]
+    listed = [
+        {"idx": i, "name": str(i), "path": path, "type": kind}
+        for i, (path, kind) in enumerate(modules)
+    ]
+    _write_json(folder / "modules.json", listed)
+    described = {
+        "model_type": "SentenceTransformer",
+        "similarity_fn_name": "cosine",
+        "requirements": {"sentence_transformers": ">=6.0", "transformers": ">=5.17"},
+    }
+    _write_json(folder / "config_sentence_transformers.json", described)
+    names = ("max_tokens", "max_patches", "min_pixels", "max_pixels")
+    rows = {name: enc.settings.data[name] for name in names}
+    rows |= _frames(enc) | {"embedding_dim": enc.settings.model.embedding_dim}
+    _write_json(folder / "sentence_bert_config.json", rows)
+    pooling = {"embedding_dimension": _size(enc), "pooling_mode": "lasttoken"}
+    for name, content in (("1_Pooling", pooling), ("2_Normalize", {})):
+        (folder / name).mkdir()
+        _write_json(folder / name / "config.json", content)
+
+
+def _frames(enc: Encoder) -> dict[str, Any]:
+    """The prompt's tokens without and with an image, and what each further image adds."""
+    processor = enc.processor()
+    frames = [processor.prompt.frame(n, processor.tokenizer) for n in range(4)]
+    heads = [frame.head for frame in frames]
+    place = heads[1].index(enc.model_config.image_token_id) + 2  # behind <|vision_end|>
+    added = heads[2][place : place + len(heads[2]) - len(heads[1])]
+    for n in (2, 3):
+        repeated = heads[1][:place] + added * (n - 1) + heads[1][place:]
+        if frames[n] != dataclasses.replace(frames[1], head=repeated):
+            raise UserError(
+                "the model's chat template does not write each image alike, which "
+                "sentence-transformers cannot be told: use a template without numbers of images"
+            )
+    named = {name: dataclasses.asdict(frame) for name, frame in zip(("text", "image"), frames)}
+    return {"frames": named, "more_images": {"ids": added, "place": place}}
+
+
+def model_card(enc: Encoder, source: Pretrained, head: bool) -> str:
+    """README.md. What it quotes stands in JSON, fenced by more backticks than it holds."""
+    settings = enc.settings.to_json(indent=2)
+    evaluation = "This model was not judged by the run that trained it."
+    if source.evaluation:
+        evaluation = results_table({f"step {source.step}": source.evaluation}).strip()
+    ticks = max(map(len, re.findall("`+", settings)), default=0)
+    return CARD.format(
+        architecture=enc.model_config.architecture,
+        size=_size(enc),
+        use=HEAD if head else NO_HEAD,
+        evaluation=evaluation,
+        config=settings,
+        fence="`" * max(3, ticks + 1),
+    )
+
+
+def _size(enc: Encoder) -> int:
+    return enc.settings.model.embedding_dim or enc.model_config.text.hidden_size
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,217 @@
+"""What export writes is judged by those who read it: transformers and sentence-transformers."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import torch
+from ml_collections import ConfigDict
+from PIL import Image
+
+from afmrl_jax import main
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.data.processor import Row
+from afmrl_jax.models.qwen_vl import QwenVL
+from afmrl_jax.programs.export import model_card, write_folder
+from afmrl_jax.training.pretrained import RECORD, Pretrained, find_pretrained
+
+
+def run_export(checkpoint, out, **changes):
+    from configs.export import get_config
+
+    config = get_config()
+    config.update(checkpoint=str(checkpoint), out=str(out))
+    config.update_from_flattened_dict(changes)
+    main.run(config, out.parent / "w")
+
+
+@pytest.fixture
+def exported(agcl_config, whole):
+    """The folder of a run's export; run and export are made by the first test that needs them."""
+    out = whole.parent / "exported"
+    if not out.exists():
+        main.run(agcl_config, whole)
+        run_export(whole, out)
+    return out
+
+
+def load(path):
+    """An encoder, its parameters, and a function from rows to embeddings."""
+    source = find_pretrained(str(path))
+    enc = source.encoder(None)
+    params = source.load(jax.eval_shape(lambda: enc.init_params(0)))
+    processor, embed = enc.processor(), jax.jit(enc.embed())
+    return enc, params, lambda rows: np.asarray(embed(params, processor(rows)))
+
+
+def photo(width, height, seed):
+    noise = np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8)
+    return Image.fromarray(noise)
+
+
+ROWS = [
+    Row("red mug with <|image_pad|> and Ünïcode \ud800", (photo(50, 34, 0),)),
+    Row("two photos " * 30, (photo(64, 64, 1), photo(20, 90, 2))),
+    Row("", (photo(28, 28, 3),)),
+    Row("no photo at all"),
+    Row("", (photo(400, 1, 4), photo(9, 9, 5), photo(300, 200, 6))),
+]
+
+
+def check_cosines(folder):
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), trust_remote_code=True, device="cpu")
+    theirs = model.encode([{"text": r.text, "image": list(r.images)} for r in ROWS], batch_size=3)
+    ours = load(folder)[2](ROWS)
+    np.testing.assert_allclose(np.linalg.norm(theirs, axis=1), 1, rtol=1e-5)
+    assert (theirs * ours).sum(axis=1).min() >= 0.9999
+    assert (ours @ ours.T - np.eye(len(ROWS))).max() < 0.999  # rows differ, so this means something
+    return model, theirs
+
+
+def test_sentence_transformers_embeds_images_and_texts_as_we_do(exported):
+    model, embedded = check_cosines(exported)
+    assert embedded.shape == (len(ROWS), model.get_embedding_dimension())
+    plain = model.encode(["no photo at all", photo(28, 28, 3)])  # its own forms of one part
+    np.testing.assert_allclose(plain, embedded[[3, 2]], atol=1e-4)
+
+
+def test_any_folder_is_exported_with_an_instruction_and_fewer_numbers(exported, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(exported, bare)
+    (bare / RECORD).unlink()
+    fields = {
+        "model.dtype": "float32",
+        "model.embedding_dim": 24,
+        "data.prompt": "chat",
+        "data.instruction": "Find ```this``` product:",
+        "data.max_tokens": 64,
+        "data.max_patches": 32,
+        "data.max_pixels": 2048,
+        "data.min_pixels": 512,
+    }
+    run_export(bare, tmp_path / "out", **fields)
+    _, embedded = check_cosines(tmp_path / "out")
+    assert embedded.shape == (len(ROWS), 24)
+    a, b = (folder / "model.safetensors" for folder in (bare, tmp_path / "out"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+def torch_inputs(enc, rows):
+    """transformers' inputs of our processor's rows."""
+    batch, side = enc.processor()(rows), enc.model_config.vision.merge_size
+    patches, grids = [], []
+    for i, row in enumerate(rows):
+        for number in range(1, len(row.images) + 1):
+            mine = batch["patch_segments"][i] == number
+            patches.append(batch["patches"][i][mine])
+            grids.append([1, *(batch["patch_positions"][i][mine].max(axis=0) + 1)])
+    assert side == 2
+    tokens = torch.tensor(batch["tokens"]).long()
+    return batch, {
+        "input_ids": tokens,
+        "attention_mask": torch.tensor(batch["token_mask"]).long(),
+        "mm_token_type_ids": (tokens == enc.model_config.image_token_id).long(),
+        "pixel_values": torch.tensor(np.concatenate(patches)),
+        "image_grid_thw": torch.tensor(np.array(grids)),
+    }
+
+
+NO_KEYS = {kind: set() for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+
+
+def keys_told(info):
+    return {kind: set(info[kind]) for kind in NO_KEYS}
+
+
+def test_transformers_computes_equal_logits_from_the_folder(exported):
+    from flax import nnx
+    from transformers import AutoModelForImageTextToText
+
+    enc, params, _ = load(exported)
+    model, info = AutoModelForImageTextToText.from_pretrained(exported, output_loading_info=True)
+    assert keys_told(info) == NO_KEYS
+    batch, inputs = torch_inputs(enc, ROWS[:2])
+    with torch.no_grad():
+        theirs = model(**inputs).logits.numpy()
+
+    @jax.jit
+    def logits(params, batch):
+        backbone = nnx.merge(graphdef, params)
+        return backbone.logits(backbone(batch))
+
+    graphdef, _ = nnx.split(
+        nnx.eval_shape(lambda: QwenVL(enc.model_config, rngs=nnx.Rngs(0), dtype="float32"))
+    )
+    ours = np.asarray(logits(params["backbone"], batch))
+    real = batch["token_mask"]
+    np.testing.assert_allclose(ours[real], theirs[real], atol=1e-4)
+
+
+def test_a_model_without_a_head_loads_as_the_bare_model(exported, tmp_path):
+    from transformers import AutoConfig, AutoModel
+
+    enc, params, _ = load(exported)
+    config = enc.model_config.replace(tie_embeddings=False)
+    enc = dataclasses.replace(enc, model_config=config)
+    source = Pretrained(enc, load=None, step=None, evaluation=None, told="", path="")
+    write_folder(tmp_path / "out", enc, params, source)
+    assert AutoConfig.from_pretrained(tmp_path / "out").architectures[0].endswith("Model")
+    model, info = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert keys_told(info) == NO_KEYS
+    assert "no language head" in (tmp_path / "out" / "README.md").read_text()
+    _, inputs = torch_inputs(enc, ROWS[:1])
+    whole = AutoModel.from_pretrained(exported)
+    with torch.no_grad():
+        states = [m(**inputs).last_hidden_state for m in (model, whole)]
+    assert torch.equal(*states)
+
+
+def test_transformers_reads_the_tokenizer_and_the_chat_template(exported):
+    from transformers import AutoTokenizer
+
+    theirs, ours = AutoTokenizer.from_pretrained(exported), load(exported)[0].tokenizer
+    for text in ("Navy dress, size 38!", "  Ünïcode\n\n 12345 don't ", "<|im_end|> 猫"):
+        assert theirs(text).input_ids == ours.encode(text, add_special_tokens=False).ids
+    assert (theirs.eos_token, theirs.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    content = [{"type": "image"}, {"type": "text", "text": "What is it?"}]
+    told = theirs.apply_chat_template(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    assert told == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|><|image_pad|><|vision_end|>What is it?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_only_an_export_is_ever_replaced(exported, whole, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"mine exists and is no folder that export wrote"):
+        run_export(whole, tmp_path / "mine")
+    with pytest.raises(UserError, match=r"thesis.txt exists"):
+        run_export(whole, tmp_path / "mine" / "thesis.txt")
+    shutil.copytree(exported, tmp_path / "again")
+    (tmp_path / "again" / "left_over.json").write_text("{}")
+    run_export(whole, tmp_path / "again")
+    assert not (tmp_path / "again" / "left_over.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "mine"]
+
+
+def test_the_model_card_quotes_without_breaking(exported, whole):
+    card = (exported / "README.md").read_text()
+    results = json.loads((whole / "evaluation.json").read_text())
+    for task, scores in results.items():
+        assert f"| {task}" in card and f"{scores['mrr']:.3f}" in card
+    settings = ConfigDict({"model": {"embedding_dim": 0}, "note": "````\n# Not a heading"})
+    enc, _, _ = load(exported)
+    source = Pretrained(enc, load=None, step=3, evaluation=None, told="", path="")
+    card = model_card(dataclasses.replace(enc, settings=settings), source, head=True)
+    assert card.endswith("\n`````\n") and "\n# Not a heading" not in card
+    assert "was not judged" in card
