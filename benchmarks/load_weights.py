@@ -32,7 +32,7 @@ from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
 
 GB = 1e9
-ALLOWED = 2 * GB  # above the parameters and one shard
+ALLOWED = 2 * 10**9  # above the parameters and one shard
 
 
 def abstract_params(config: QwenVLConfig) -> dict:
