@@ -92,10 +92,14 @@ class Processor:
         self._levels = _normalised_levels(config.architecture)
         # Frames of so many images are made here: a worker would have to import what renders them.
         self._frames: dict[int, tuple[Frame, int]] = {}
-        self._check([self._frame(n)[1] for n in range(3)])
+        _, one, two = (self._frame(n)[1] for n in range(3))
+        self._check(one)
+        # Each further image takes its marks and at least one merge window.
+        further = (max_tokens - one - 1) // (two - one + 1)
+        self.max_images = min(max_patches // self.merge_size**2, 1 + further)
 
-    def _check(self, fixed: list[int]) -> None:
-        """fixed: the tokens of a row without text of 0, 1 and 2 images, its features not counted"""
+    def _check(self, fixed: int) -> None:
+        """fixed: how many tokens a row of one image has without text and the image's features."""
         window = self.merge_size**2
         if self.max_patches < window or self.max_patches % window:
             raise UserError(
@@ -107,16 +111,13 @@ class Processor:
                 f"min_pixels={self.min_pixels} and max_pixels={self.max_pixels} are no range: "
                 f"expected 0 < min_pixels <= max_pixels"
             )
-        needed = self.max_patches // window + fixed[1]
+        needed = self.max_patches // window + fixed
         if self.max_tokens < needed:
             raise UserError(
                 f"max_tokens={self.max_tokens} is below {needed}: max_patches={self.max_patches} "
-                f"take {self.max_patches // window} tokens, the prompt around them {fixed[1]}; "
+                f"take {self.max_patches // window} tokens, the prompt around them {fixed}; "
                 "raise max_tokens or lower max_patches"
             )
-        # Each further image takes its marks and at least one merge window.
-        further = (self.max_tokens - fixed[1] - 1) // (fixed[2] - fixed[1] + 1)
-        self.max_images = min(self.max_patches // window, 1 + further)
 
     def __call__(
         self, rows: Sequence[Row], buckets: Sequence[tuple[int, int]] = ()
