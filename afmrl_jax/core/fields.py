@@ -1,7 +1,8 @@
-"""A configuration's fields: their dotted names, and the ranges of their values."""
+"""A configuration's fields: their dotted names, and what values they may have."""
 
+import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -24,3 +25,11 @@ def check_ranges(values: Mapping[str, float], ranges: Mapping[str, tuple[float, 
         if not low <= values[field] <= high:
             allowed = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
             raise UserError(f"{field} is {values[field]!r}: give {allowed}")
+
+
+def check_choice(field: str, value: object, allowed: Sequence[str]) -> None:
+    """Raises UserError, with the nearest choice, where the value is none of those allowed."""
+    if value not in allowed:
+        close = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
+        hint = f'; did you mean "{close[0]}"?' if close else ""
+        raise UserError(f"{field} is {value!r}, expected one of {', '.join(allowed)}{hint}")

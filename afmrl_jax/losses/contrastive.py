@@ -8,7 +8,6 @@ Axes: B queries · M = B (1 + k) targets, the first B the queries' positives, th
 negatives a query · E embedding · T attribute terms.
 """
 
-import difflib
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -19,6 +18,7 @@ from jax import lax
 
 from afmrl_jax.attributes.bm25 import bm25_matrix
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import check_choice
 from afmrl_jax.core.masked import masked_quantiles
 
 # The logit of a masked candidate: its exponential is exactly 0, and no inf - inf can arise.
@@ -67,21 +67,12 @@ class Options:
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             if name in CHOICES:
-                _check_choice(name, value)
+                check_choice(f"loss option {name}", value, CHOICES[name])
             elif name in SWITCHES:
                 if not isinstance(value, bool):
                     raise UserError(f"loss option {name} is {value!r}; set it to True or False")
             elif value is not None or name not in CAN_BE_OFF:
                 _check_number(name, value)
-
-
-def _check_choice(name: str, value: object) -> None:
-    if value not in CHOICES[name]:
-        close = difflib.get_close_matches(str(value), CHOICES[name], n=1, cutoff=0.5)
-        hint = f'; did you mean "{close[0]}"?' if close else ""
-        raise UserError(
-            f"loss option {name} is {value!r}, expected one of {', '.join(CHOICES[name])}{hint}"
-        )
 
 
 def _check_number(name: str, value: object) -> None:
