@@ -19,6 +19,9 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.path = "builtin"  # builtin, or folders, Parquet files, tfds:NAME, by commas
+    # a JSONL of {"listing_id": ..., "attributes": {...}}, as annotate writes it: other attributes
+    # than the catalogue's own, and none for a listing without a line; "" = the catalogue's own
+    config.data.attributes = ""
     config.data.cache_dir = ""  # "" = $XDG_CACHE_HOME/afmrl_jax, or ~/.cache/afmrl_jax
     config.data.on_bad_listing = "error"  # error | skip (drop, count and list them)
     return config

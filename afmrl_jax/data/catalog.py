@@ -110,13 +110,13 @@ def open_catalog(
     catalog = ArrowCatalog(source, converted, checked, on_bad_listing, report_path)
     counts = _bad_counts(converted, checked)
     if counts:
-        report = _report(source, [converted, checked], counts, len(catalog))
+        report = report_bad(source, [converted, checked], counts, len(catalog))
         if on_bad_listing == "error":
             raise UserError(report)
         if report_path:
             for folder in (converted, checked):
                 with (folder / "bad.jsonl").open() as lines:
-                    _append_new(report_path, lines)
+                    append_new(report_path, lines)
         log.warning("%s\nThey are left out.", report)
     if not len(catalog):
         left = ", none of its listings is good" if counts else ""
@@ -133,7 +133,7 @@ def _bad_counts(*folders: Path) -> Counter[str]:
     return counts
 
 
-def _report(source: Source, folders: Sequence[Path], counts: Counter[str], n_good: int) -> str:
+def report_bad(source: Source, folders: Sequence[Path], counts: Counter[str], n_good: int) -> str:
     """What is wrong: one sentence for one bad listing, else the first of them and counts."""
     rows: list[dict[str, Any]] = []
     for folder in folders:
@@ -152,7 +152,7 @@ def _report(source: Source, folders: Sequence[Path], counts: Counter[str], n_goo
     return "\n".join([*lines, f"In all {kinds}. Mend them or {SKIP_HINT}."])
 
 
-def _append_new(report: Path, lines: Iterable[str]) -> None:
+def append_new(report: Path, lines: Iterable[str]) -> None:
     """Adds lines to the report that it does not have yet: runs resume, catalogues and processes
     share it."""
     report.parent.mkdir(parents=True, exist_ok=True)
@@ -240,7 +240,7 @@ class ArrowCatalog:
                 ) from None
             if self._report and index not in self._reported:
                 self._reported.add(index)
-                _append_new(self._report, [json.dumps(row) + "\n"])
+                append_new(self._report, [json.dumps(row) + "\n"])
             return None
 
     def indices(self, split: str) -> np.ndarray:

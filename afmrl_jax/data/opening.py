@@ -6,6 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from afmrl_jax.data.catalog import Catalog, ConcatCatalog, open_catalog
+from afmrl_jax.data.oracle import open_attributes
 from afmrl_jax.data.synthetic import SyntheticCatalog
 
 
@@ -16,7 +17,7 @@ def cache_folder(config: ConfigDict) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "afmrl_jax"
 
 
-def open_catalogue(path: str, config: ConfigDict, report_dir: Path) -> Catalog:
+def open_listings(path: str, config: ConfigDict, report_dir: Path) -> Catalog:
     """One catalogue, or several joined by commas: "builtin", a folder, a Parquet file, tfds:NAME.
 
     config: the configuration's `data`. report_dir: where bad listings are listed.
@@ -35,3 +36,24 @@ def open_catalogue(path: str, config: ConfigDict, report_dir: Path) -> Catalog:
         for name in path.split(",")
     ]
     return catalogues[0] if len(catalogues) == 1 else ConcatCatalog(catalogues)
+
+
+def with_attributes(catalogue: Catalog, config: ConfigDict, report_dir: Path) -> Catalog:
+    """The catalogue with the attributes of the file `config.attributes`; as it is with "".
+
+    Raises UserError as `open_attributes` does.
+    """
+    if not config.attributes:
+        return catalogue
+    return open_attributes(
+        catalogue,
+        config.attributes,
+        cache_dir=cache_folder(config),
+        on_bad_listing=config.on_bad_listing,
+        report_dir=report_dir,
+    )
+
+
+def open_catalogue(path: str, config: ConfigDict, report_dir: Path) -> Catalog:
+    """`open_listings`, `with_attributes` where the configuration names some."""
+    return with_attributes(open_listings(path, config, report_dir), config, report_dir)

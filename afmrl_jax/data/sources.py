@@ -81,11 +81,19 @@ def find_source(path: str | Path) -> Source:
     )
 
 
-def _suggestion(path: Path) -> str:
+def line_source(path: str | Path, field: str) -> Source:
+    """One file of JSON lines that `field` of the configuration names. Raises UserError."""
+    path = Path(path).expanduser().absolute()
+    if not path.is_file():
+        raise UserError(f"{field}: there is no file {path}{_suggestion(path, field)}")
+    return Source(path.stem, path, path.parent, (path,), (path.name,), "line", False)
+
+
+def _suggestion(path: Path, field: str = "data.path") -> str:
     parent = path.parent
     names = [entry.name for entry in parent.iterdir()] if parent.is_dir() else []
     close = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {parent / close[0]}?" if close else "; check data.path"
+    return f"; did you mean {parent / close[0]}?" if close else f"; check {field}"
 
 
 def _file_source(path: Path, files: tuple[Path, ...]) -> Source:

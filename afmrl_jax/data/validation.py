@@ -67,6 +67,14 @@ def check_listing(record: Mapping[str, Any]) -> CheckedListing:
     )
 
 
+def check_annotation(record: Mapping[str, Any]) -> tuple[str, str]:
+    """(listing_id, attributes as JSON) of a record that has only these. Raises BadListing."""
+    listing_id = _identifier(record, "listing_id")
+    if record.get("attributes") is None:
+        raise BadListing("missing field", "attributes is missing; write {} where there are none")
+    return listing_id, _attributes(record["attributes"])
+
+
 def identify(record: Any) -> str | None:
     """The record's listing_id for a report, if it has a usable one."""
     try:

@@ -19,7 +19,7 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten
 from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.catalog import Catalog, ConcatCatalog
-from afmrl_jax.data.opening import open_catalogue
+from afmrl_jax.data.opening import open_listings, with_attributes
 from afmrl_jax.retrieval.evaluation import parse_task, results_table, write_evaluation
 from afmrl_jax.retrieval.tasks import Judge
 from afmrl_jax.training.encoder import abstract_params, host_embedder
@@ -40,8 +40,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     source = find_pretrained(config.checkpoint, best=config.best)
     if source.enc.settings:
         log.info(
-            "%s knows how it is used: model and data.max_tokens to data.max_pixels, "
-            "data.instruction are its own",
+            "%s was trained with settings of its own, which are used: this configuration's "
+            "model fields, prompt, instruction and row sizes do not count",
             config.checkpoint,
         )
 
@@ -49,12 +49,12 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     queries = _names(config.eval.queries) or [config.data.path]
     gallery = _names(config.eval.gallery) or queries
     opened = {
-        name: open_catalogue(name, config.data, workdir)
+        name: open_listings(name, config.data, workdir)
         for name in dict.fromkeys(queries + gallery)
     }
     # By content: a catalogue named twice, in two ways, would let a query find itself.
     distinct = {catalog.fingerprint: catalog for catalog in opened.values()}
-    catalog = ConcatCatalog(list(distinct.values()))
+    catalog = with_attributes(ConcatCatalog(list(distinct.values())), config.data, workdir)
     starts = dict(zip(distinct, np.cumsum([0, *map(len, distinct.values())])))
 
     def indices(names: list[str], split: str) -> np.ndarray:

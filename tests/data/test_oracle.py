@@ -1,0 +1,140 @@
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.data.catalog import ConcatCatalog, open_catalog
+from afmrl_jax.data.opening import open_catalogue
+from afmrl_jax.data.oracle import open_attributes
+from afmrl_jax.data.synthetic import SyntheticCatalog
+
+SMALL = {"train": 2, "validation": 1}
+
+
+@pytest.fixture(scope="module")
+def catalog():
+    return SyntheticCatalog(families=SMALL)
+
+
+def line(listing_id, **attributes):
+    return json.dumps({"listing_id": listing_id, "attributes": attributes})
+
+
+@pytest.fixture
+def opened(catalog, tmp_path):
+    """A function: writes lines (strings or bytes), lays them over the catalogue."""
+
+    def over(*lines, **options):
+        path = tmp_path / "attributes.jsonl"
+        path.write_bytes(b"".join((x.encode() if isinstance(x, str) else x) + b"\n" for x in lines))
+        return open_attributes(catalog, path, cache_dir=tmp_path / "cache", **options)
+
+    return over
+
+
+def test_listings_have_the_attributes_of_their_line_and_without_one_none(catalog, opened):
+    ids = [catalog.listing(i).listing_id for i in range(len(catalog))]
+    other = opened(line(ids[3], color="mauve"), "", line(ids[1], größe="40; 41"), line(ids[2]))
+    assert [other.listing(i).attributes for i in range(4)] == [
+        {},
+        {"größe": "40; 41"},
+        {},
+        {"color": "mauve"},
+    ]
+    own, laid = catalog.listing(3, draw=5), other.listing(3, draw=5)
+    assert laid.attributes == {"color": "mauve"}  # a fresh rendering has them too
+    assert (laid.listing_id, laid.title, laid.split) == (own.listing_id, own.title, own.split)
+
+
+def test_all_else_is_the_catalogue_s_own_and_the_fingerprint_is_not(catalog, opened):
+    first = catalog.listing(0).listing_id
+    other, changed = opened(line(first, color="red")), opened(line(first, color="blue"))
+    assert len({catalog.fingerprint, other.fingerprint, changed.fingerprint}) == 3
+    assert opened(line(first, color="red")).fingerprint == other.fingerprint
+    assert len(other) == len(catalog) and other.name == catalog.name
+    np.testing.assert_array_equal(other.products, catalog.products)
+    np.testing.assert_array_equal(other.indices("validation"), catalog.indices("validation"))
+    np.testing.assert_array_equal(other.image(1), catalog.image(1))
+
+
+def test_a_worker_process_reads_the_same(catalog, opened):
+    other = opened(line(catalog.listing(0).listing_id, color="red"))
+    sent = pickle.dumps(other)
+    assert len(sent) < len(pickle.dumps(catalog)) + 1000
+    assert pickle.loads(sent).listing(0) == other.listing(0)
+    assert pickle.loads(sent).fingerprint == other.fingerprint
+
+
+def test_several_catalogues_share_one_file(catalog, opened, tmp_path, catalogue_folder):
+    shop = open_catalog(catalogue_folder, cache_dir=tmp_path / "cache")
+    path = tmp_path / "both.jsonl"
+    path.write_text(line(shop.listing(1).listing_id, a="1") + "\n" + line("nobody's", a="2") + "\n")
+    both = ConcatCatalog([catalog, shop])
+    other = open_attributes(both, path, cache_dir=tmp_path / "cache")
+    assert other.listing(len(catalog) + 1).attributes == {"a": "1"}
+
+
+def test_lines_of_no_listing_are_counted_and_told(catalog, opened, caplog):
+    caplog.set_level("INFO", "afmrl_jax")
+    lines = [line("nobody's"), line(catalog.listing(0).listing_id, a="1"), line("none's")]
+    for _ in range(2):  # the second time from the cache
+        opened(*lines)
+        assert f"attributes of 1 of {len(catalog)} listings" in caplog.messages[-1]
+        assert "2 of its lines are of no listing" in caplog.messages[-1]
+
+
+def test_a_file_of_another_catalogue_is_refused(opened):
+    for lines in ([], [line("nobody's", a="1")]):
+        with pytest.raises(UserError, match=r"none of the .* listings of built-in"):
+            opened(*lines)
+
+
+@pytest.mark.parametrize(
+    "bad, told",
+    [
+        (b'{"listing_id": "x", "attributes": {"a": "\xff"}}', "is not UTF-8"),
+        ('{"listing_id": "x", "attributes": {"a": "b"', "is not JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ('["x"]', "is a list"),
+        ('{"listing_id": "x"}', "attributes is missing"),
+        ('{"listing_id": "x", "attributes": ["a"]}', "attributes is a list"),
+        (
+            '{"listing_id": "x", "attributes": "color"}',
+            'attributes is the string "color"',
+        ),
+        ('{"listing_id": "x", "attributes": {"a": {"b": "c"}}}', 'attribute "a" is an object'),
+        ('{"listing_id": "x", "attributes": {"a": "\\ud800"}}', "lone surrogate"),
+        ('{"listing_id": 7, "attributes": {}}', "listing_id is a number"),
+        ('{"attributes": {"a": "b"}}', "listing_id is missing"),
+    ],
+)
+def test_a_bad_line_is_told_by_its_number_or_left_out(bad, told, catalog, opened, caplog, tmp_path):
+    good = line(catalog.listing(0).listing_id, a="1")
+    with pytest.raises(UserError) as error:
+        opened(good, bad)
+    assert "attributes.jsonl line 2" in str(error.value) and told in str(error.value)
+    other = opened(good, bad, on_bad_listing="skip", report_dir=tmp_path / "w")
+    assert other.listing(0).attributes == {"a": "1"}
+    assert told in caplog.text
+    assert json.loads((tmp_path / "w/bad_listings.jsonl").read_text())["line"] == 2
+
+
+def test_two_lines_of_one_listing_are_refused(catalog, opened):
+    first = catalog.listing(0).listing_id
+    with pytest.raises(UserError, match=r"line 3: .* stands already in line 1; keep one"):
+        opened(line(first, a="1"), "", line(first, a="2"))
+    other = opened(line(first, a="1"), line(first, a="2"), on_bad_listing="skip")
+    assert other.listing(0).attributes == {"a": "1"}
+
+
+def test_a_configuration_names_the_file(agcl_config, tmp_path):
+    data = agcl_config.data
+    own = open_catalogue(data.path, data, tmp_path)
+    data.attributes = str(tmp_path / "attributes.jsonl")
+    with pytest.raises(UserError, match=r"data\.attributes: there is no file"):
+        open_catalogue(data.path, data, tmp_path)
+    (tmp_path / "attributes.jsonl").write_text(line(own.listing(0).listing_id, a="1"))
+    other = open_catalogue(data.path, data, tmp_path)
+    assert other.listing(0).attributes == {"a": "1"} != own.listing(0).attributes
