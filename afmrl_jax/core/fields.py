@@ -5,16 +5,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from afmrl_jax.core.errors import UserError
 
 
-def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
-    """Dotted field -> value."""
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted field -> value, of a ConfigDict or a dict."""
     flat = {}
     for key, value in config.items():
-        nested = isinstance(value, ConfigDict | dict)
+        # Not by its class: the losses read this file, and need no ml_collections.
+        nested = hasattr(value, "items")
         flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat
 
