@@ -1,12 +1,15 @@
-"""Times a contrastive training step: ours against transformers' Qwen2-VL with torch, or ours alone.
+"""Times a contrastive training step: ours against transformers' Qwen-VL with torch, or ours alone.
 
     python benchmarks/train_step.py                   tiny, on CPU, both libraries on the same batch
+    python benchmarks/train_step.py --preset tiny_qwen3            another family; or tiny_qwen2_5
     python benchmarks/train_step.py --accelerator     qwen2_vl_2b, random weights, GradCache, 1 GPU
+    python benchmarks/train_step.py --accelerator --preset qwen2_5_vl_3b --remat full --lora-rank 16
 
 A step embeds queries and targets, takes InfoNCE over the batch, goes back, clips, and updates all
-parameters with AdamW. Both libraries begin with the same parameters and must see the same loss.
-Their steps alternate, so that what else the machine does meets all; compilation is left out, and
-the batch is already where it is computed. Prints a table, writes JSON.
+parameters with AdamW, or with --lora-rank the decoder's adapters alone, on a frozen base. Both
+libraries begin with the same parameters and must see the same loss. Their steps alternate, so that
+what else the machine does meets all; compilation is left out, and the batch is already where it is
+computed. Prints a table, writes JSON.
 
 Axes: A chunks · C pairs of a chunk · V = 2 views (query, target) · B = A · C pairs.
 """
@@ -35,7 +38,7 @@ from PIL import Image
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.losses.contrastive import Options, contrastive_loss
-from afmrl_jax.models import hf_weights
+from afmrl_jax.models import hf_weights, lora
 from afmrl_jax.models.config import QwenVLConfig
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.presets import preset
@@ -49,6 +52,7 @@ TEMPERATURE, WEIGHT_DECAY, CLIP_NORM = 0.02, 0.05, 1.0
 # normal floats would be timed.
 LEARNING_RATE = 1e-6
 PLAIN = Options(temperature=TEMPERATURE, negative_weight="none", mask_attributes=None)
+DECODER = r"^layers\."  # which kernels --lora-rank adapts
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "torch", "numpy")
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX reports each compilation under this
 REST = 0.2  # seconds between two libraries' steps, in which the first one's threads stop spinning
@@ -60,12 +64,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--accelerator", action="store_true", help="ours alone, utilisation, memory"
     )
-    parser.add_argument("--preset", help="tiny | qwen2_vl_2b | qwen2_vl_7b")
+    parser.add_argument("--preset", help="a name of afmrl_jax.models.presets")
     parser.add_argument("--batch", type=int, help="pairs of the global batch")
     parser.add_argument("--chunks", type=int, help="GradCache: pieces of the batch; 1 = direct")
     parser.add_argument("--steps", type=int, help="timed steps, after two that are not")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), help="of computation")
     parser.add_argument("--remat", choices=("none", "full", "dots"), default="none")
+    parser.add_argument("--lora-rank", type=int, default=0, help="ours alone; 0 = all parameters")
     parser.add_argument("--max-tokens", type=int, help="of a row, its image's included")
     parser.add_argument("--max-patches", type=int, help="of a row; an image fills 3/4 or more")
     parser.add_argument("--out", type=Path, help="the JSON file, else benchmarks/results/...")
@@ -127,65 +132,88 @@ def infonce(embeddings: jax.Array) -> tuple[jax.Array, None]:
     return total / count, None
 
 
-def fresh_params(config: QwenVLConfig) -> dict:
-    """Random float32 parameters, the same at each call."""
-    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(Embedder(config, rngs=nnx.Rngs(0)))))()
+def make_model(config: QwenVLConfig, rank: int, **options: str) -> Embedder:
+    """A random model, the same at each call: float32 parameters, a frozen base in `dtype`."""
+    rngs = nnx.Rngs(0)
+    if not rank:
+        return Embedder(config, rngs=rngs, **options)
+    model = Embedder(config, rngs=rngs, param_dtype=options["dtype"], **options)
+    lora.adapt(model, lora.LoRA(rank, 2 * rank, DECODER), rngs)
+    return model
 
 
-def jax_step(config: QwenVLConfig, rows: Rows, dtype: str, remat: str) -> tuple[Step, dict]:
+def fresh_params(make: Callable[[], Embedder]) -> dict:
+    return jax.jit(lambda: nnx.to_pure_dict(nnx.state(make())))()
+
+
+def jax_step(
+    config: QwenVLConfig, rows: Rows, dtype: str, remat: str, rank: int
+) -> tuple[Step, dict]:
     """Our step, compiled, and how much memory its arguments and temporaries take in bytes."""
-    graph, _ = nnx.split(
-        nnx.eval_shape(lambda: Embedder(config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
-    )
+    make = functools.partial(make_model, config, rank, dtype=dtype, remat=remat)
+    graph, _ = nnx.split(nnx.eval_shape(make))
 
     def embed(params, chunk):
         flat = {name: array.reshape(-1, *array.shape[2:]) for name, array in chunk.items()}
         vectors = nnx.merge(graph, params)(flat)
         return vectors.reshape(*chunk["tokens"].shape[:2], -1)
 
-    gradient = gradcache.value_and_grad(embed, infonce)
     optimizer = optax.chain(
         optax.clip_by_global_norm(CLIP_NORM),
         optax.adamw(LEARNING_RATE, weight_decay=WEIGHT_DECAY),
     )
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state, rows):
-        params, opt_state = state
-        (loss, _), gradients = gradient(params, rows)
-        changes, opt_state = optimizer.update(gradients, opt_state, params)
-        return (optax.apply_updates(params, changes), opt_state), loss
+    def update(state, frozen, rows):
+        trained, opt_state = state
+        gradient = gradcache.value_and_grad(
+            lambda trained, chunk: embed(lora.join(trained, frozen), chunk), infonce
+        )
+        (loss, _), gradients = gradient(trained, rows)
+        changes, opt_state = optimizer.update(gradients, opt_state, trained)
+        return (optax.apply_updates(trained, changes), opt_state), loss
 
-    params = fresh_params(config)
-    parameters = sum(x.size for x in jax.tree.leaves(params))
-    state, on_device = (params, jax.jit(optimizer.init)(params)), jax.device_put(rows)
-    memory = update.lower(state, on_device).compile().memory_analysis()
+    trained, frozen = lora.split(fresh_params(make))
+    counts = {"trained": count(trained), "frozen": count(frozen)}
+    state, on_device = (trained, jax.jit(optimizer.init)(trained)), jax.device_put(rows)
+    memory = update.lower(state, frozen, on_device).compile().memory_analysis()
 
     def step() -> float:
         nonlocal state
-        state, loss = jax.block_until_ready(update(state, on_device))
+        state, loss = jax.block_until_ready(update(state, frozen, on_device))
         return float(loss)
 
     return step, {
-        "parameters": parameters,
+        "parameters": counts,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
     }
 
 
+def count(params: dict) -> int:
+    return sum(x.size for x in jax.tree.leaves(params))
+
+
 def torch_step(config: QwenVLConfig, rows: Rows, dtype: str) -> tuple[Step, dict]:
-    """The same step by transformers' Qwen2-VL without its language head; bfloat16 by autocast.
+    """The same step by transformers' model without its language head; bfloat16 by autocast.
 
     Only real patches are given, and M-RoPE positions as ours: it computes neither again.
     """
     import torch
-    from transformers import Qwen2VLConfig, Qwen2VLModel
+    from transformers import AutoConfig, AutoModel
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model = Qwen2VLModel(Qwen2VLConfig(**config.to_hf(), bos_token_id=None)).train()
-    weights = hf_weights.to_hf(fresh_params(config), config)
+    settings = config.to_hf()
+    settings = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    model = AutoModel.from_config(settings, dtype=torch.float32).train()
+    weights = hf_weights.to_hf(fresh_params(functools.partial(make_model, config, 0)), config)
+    # Files say model.layers... and visual..., or model.language_model... and model.visual...
+    place = re.compile(r"^(model\.)?((visual|language_model)\.)?")
     model.load_state_dict(
-        {re.sub(r"^model\.", "language_model.", k): torch.from_numpy(v.copy()) for k, v in weights}
+        {
+            place.sub(lambda m: m[2] or "language_model.", name): torch.from_numpy(array.copy())
+            for name, array in weights
+        }
     )
     optimizer = torch.optim.AdamW(
         model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True
@@ -219,7 +247,7 @@ def torch_step(config: QwenVLConfig, rows: Rows, dtype: str) -> tuple[Step, dict
         optimizer.step()
         return float(loss.detach())
 
-    return step, {"parameters": sum(p.numel() for p in model.parameters())}
+    return step, {"parameters": {"trained": sum(p.numel() for p in model.parameters())}}
 
 
 def first_losses(steps: dict[str, Step]) -> dict[str, float]:
@@ -255,12 +283,15 @@ def time_steps(steps: dict[str, Step], count: int) -> tuple[dict[str, list[float
     return seconds, compilations
 
 
-def utilisation(config: QwenVLConfig, rows: Rows, chunks: int, seconds: float) -> dict:
+def utilisation(config: QwenVLConfig, rows: Rows, args: argparse.Namespace, seconds: float) -> dict:
     """Useful FLOP/s as `training.cost` counts them, against the chip's peak in bf16; memory."""
+    make = functools.partial(make_model, config, args.lora_rank, dtype="float32")
+    params = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(make())))
     memory = jax.devices()[0].memory_stats() or {}
-    counted = {name: rows[name] for name in ("token_mask", "patch_segments")}
-    amount = {name: float(value) for name, value in jax.jit(cost.work)(counted).items()}
-    flops = cost.step_flops(config, amount, gradcache=chunks > 1)
+    counted = {name: rows[name] for name in ("token_mask", "patch_segments", "patch_positions")}
+    work = jax.jit(functools.partial(cost.work, config))(counted)
+    amount = {name: float(value) for name, value in work.items()}
+    flops = cost.step_flops(config, params, amount, gradcache=args.chunks > 1)
     peak = cost.peak_flops(jax.devices()[0])
     return {
         "amount": amount,
@@ -344,8 +375,10 @@ def main() -> None:
     dtypes = ("float32", "bfloat16") if args.dtype == "both" else (args.dtype,)
     steps, details = {}, {}
     for dtype in dtypes:
-        steps[f"jax {dtype}"], details[f"jax {dtype}"] = jax_step(config, rows, dtype, args.remat)
-        if not args.accelerator:
+        steps[f"jax {dtype}"], details[f"jax {dtype}"] = jax_step(
+            config, rows, dtype, args.remat, args.lora_rank
+        )
+        if not args.accelerator and not args.lora_rank:
             name = f"torch {dtype}"
             steps[name], details[name] = torch_step(config, rows, dtype)
     losses = first_losses(steps)
@@ -362,7 +395,7 @@ def main() -> None:
         "steps": summarise(seconds, args.batch),
         "ratios": ratios(seconds),
         "utilisation": {
-            name: utilisation(config, rows, args.chunks, statistics.median(times))
+            name: utilisation(config, rows, args, statistics.median(times))
             for name, times in seconds.items()
             if name.startswith("jax")
         },
@@ -371,7 +404,8 @@ def main() -> None:
         "seconds": seconds,
     }
     report(result)
-    default = f"train_step_{args.preset}_{jax.default_backend()}.json"
+    adapted = "_lora" if args.lora_rank else ""
+    default = f"train_step_{args.preset}{adapted}_{jax.default_backend()}.json"
     out = args.out or Path(__file__).parent / "results" / default
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")
