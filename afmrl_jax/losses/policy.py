@@ -1,0 +1,144 @@
+"""The policy gradient of groups of answers: GRPO (arXiv 2402.03300) and Dr. GRPO (2503.20783).
+
+For token t of answer b, with ratio r = exp(log pi - log pi_old), advantage A_b of the whole answer,
+and d = log pi_ref - log pi,
+    L_bt = -min(r A_b, clip(r, 1 - c, 1 + c) A_b) + beta (exp(d) - d - 1).
+GRPO averages L over an answer's own tokens, then over answers; Dr. GRPO sums over the tokens and
+divides by one constant length, so that a long wrong answer is no better than a short one.
+
+All log-probs must be of one distribution: either tokens are drawn at temperature 1, without top-k
+and top-p, or the trainer's logits are divided by the sampler's temperature too. In the first inner
+epoch r is 1 and the loss about 0 by construction: watch rewards and gradients, not the loss.
+Axes: B answers, the samples of a query adjacent · T token slots of an answer · M micro-batches.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from afmrl_jax.core.fields import check_choice, check_ranges
+
+OBJECTIVES = ("grpo", "dr_grpo")
+RANGES = {"policy option clip": (0.0, 1.0), "policy option kl": (0.0, 100.0)}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which policy gradient; raises UserError for a value that none has."""
+
+    objective: str = "grpo"  # grpo | dr_grpo, whose advantages are not divided by the std either
+    clip: float = 0.2  # c
+    kl: float = 0.01  # beta, the weight of the divergence from the reference; 0 needs none
+    # Leave answers that were cut at the token limit out of the loss: DAPO's overlong filtering
+    # (arXiv 2503.14476), TRL's mask_truncated_completions. Their rewards stay in the group's mean.
+    # False lets their reward count, which teaches to end in time where cut answers are invalid.
+    mask_truncated: bool = False
+
+    def __post_init__(self):
+        check_choice("policy option objective", self.objective, OBJECTIVES)
+        values = {"policy option clip": self.clip, "policy option kl": self.kl}
+        check_ranges(values, RANGES)
+
+
+def policy_loss(
+    log_probs: jax.Array, entropy: jax.Array, answers: Mapping[str, jax.Array], options: Options
+) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+    """The loss of B answers, with gradient to log_probs alone.
+
+    log_probs, entropy: float32[B, T], of `token_log_probs` under the policy. answers:
+      mask                bool[B, T], the answers' tokens, the stop token included; a row without
+                          any is filling
+      advantages          float32[B]; zero_variance: bool[B], of `rl.advantages`
+      truncated           bool[B], no stop token within T
+      old_log_probs       float32[B, T], of the policy before this step's first update
+      reference_log_probs float32[B, T], of the reference; may be left out where kl is 0
+      sampler_log_probs   float32[B, T], as the sampler saw them; may be left out
+    T is Dr. GRPO's constant length: the sampler's max_new_tokens, the same in every step.
+
+    Answers of zero-variance groups are left out altogether, their KL too, as are truncated ones
+    where the options say so. Returns (sum, denominator, totals), float32 scalars: the loss is the
+    sums over micro-batches divided by max(the denominators' sum, 1). When all answers are left out
+    both are 0 and so is every gradient, exactly. totals are for `policy_metrics`.
+    """
+    mask, old = answers["mask"], answers["old_log_probs"]
+    advantages = answers["advantages"][:, None]
+    given = mask.any(axis=1)
+    kept = given & ~answers["zero_variance"]
+    if options.mask_truncated:
+        kept &= ~answers["truncated"]
+    trained = mask & kept[:, None]
+    # Zeroed before the exponential: whatever stands in unused slots can't become inf or NaN.
+    ratio = jnp.exp(jnp.where(trained, log_probs - old, 0))
+    clipped = jnp.clip(ratio, 1 - options.clip, 1 + options.clip)
+    losses = -jnp.minimum(ratio * advantages, clipped * advantages)
+    if options.kl:
+        losses += options.kl * _k3(log_probs, answers["reference_log_probs"], trained)
+    sums = jnp.sum(jnp.where(trained, losses, 0), axis=1)
+    count = jnp.sum(kept, dtype=sums.dtype)
+    if options.objective == "grpo":
+        sums /= jnp.maximum(jnp.sum(mask, axis=1), 1)
+        denominator = count
+    else:
+        denominator = count * mask.shape[1]
+
+    totals = {
+        "answers": given,
+        "skipped": given & answers["zero_variance"],
+        "truncated": given & answers["truncated"],
+        "tokens": mask,
+        "trained_tokens": trained,
+        # Where the clipped side is the smaller one, the token gets no gradient but KL's.
+        "clipped": trained & (clipped * advantages < ratio * advantages),
+        "ratio": jnp.where(trained, ratio, 0),
+        "entropy": jnp.where(mask, entropy, 0),
+    }
+    maxima = {"ratio_max": totals["ratio"]}
+    if "reference_log_probs" in answers:
+        totals["kl"] = _k3(log_probs, answers["reference_log_probs"], mask)
+    if "sampler_log_probs" in answers:
+        difference = jnp.where(mask, jnp.abs(old - answers["sampler_log_probs"]), 0)
+        totals["sampler_difference"] = maxima["sampler_difference_max"] = difference
+    totals = {name: jnp.sum(x, dtype=jnp.float32) for name, x in totals.items()}
+    totals |= {name: jnp.max(x) for name, x in maxima.items()}
+    return jnp.sum(sums), denominator, lax.stop_gradient(totals)
+
+
+def policy_metrics(totals: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """What to log, from the totals of a batch, or of M micro-batches stacked; float32 scalars.
+
+    totals: `policy_loss`'s, float32[] or [M]. Returns
+      clip_share, ratio_mean, ratio_max   over the tokens trained on
+      kl, entropy                         over all tokens of answers, in nats
+      sampler_difference(_max)            |old - sampler's| log-prob, the same
+      answer_tokens                       mean length
+      skipped, truncated                  shares of the answers
+    0 where there is nothing to average.
+    """
+    whole = {
+        name: jnp.max(x) if name.endswith("_max") else jnp.sum(x) for name, x in totals.items()
+    }
+    tokens, trained, answers = (
+        jnp.maximum(whole[name], 1) for name in ("tokens", "trained_tokens", "answers")
+    )
+    metrics = {
+        "clip_share": whole["clipped"] / trained,
+        "ratio_mean": whole["ratio"] / trained,
+        "answer_tokens": whole["tokens"] / answers,
+        "skipped": whole["skipped"] / answers,
+        "truncated": whole["truncated"] / answers,
+    }
+    averaged = {"kl", "entropy", "sampler_difference"} & whole.keys()
+    metrics |= {name: whole[name] / tokens for name in sorted(averaged)}
+    return metrics | {name: x for name, x in whole.items() if name.endswith("_max")}
+
+
+def _k3(log_probs: jax.Array, reference: jax.Array, mask: jax.Array) -> jax.Array:
+    """exp(d) - d - 1, d = log pi_ref - log pi: never negative, its mean the KL from the reference.
+
+    (Schulman, "Approximating KL divergence", 2020.) 0 outside the mask.
+    """
+    d = jnp.where(mask, reference - log_probs, 0)
+    return jnp.expm1(d) - d

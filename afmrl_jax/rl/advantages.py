@@ -1,0 +1,45 @@
+"""Advantages: how much better an answer was than the others to the same query.
+
+Axes: Q queries · G answers of a query, a group.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Advantages(NamedTuple):
+    """What the groups' rewards say.
+
+    values: float32[Q, G]. std: float32[Q], of the group's rewards. zero_variance: bool[Q], all
+    rewards equal: such a group teaches nothing and is left out of the loss.
+    """
+
+    values: np.ndarray
+    std: np.ndarray
+    zero_variance: np.ndarray
+
+
+def group_advantages(rewards: np.ndarray, scale: bool, epsilon: float = 1e-4) -> Advantages:
+    """(r - mean) / (std + epsilon) within each group (GRPO, arXiv 2402.03300, section 4.1.2).
+
+    rewards: float32[Q, G], finite. scale: False leaves the division out (Dr. GRPO, 2503.20783: it
+    makes queries that are nearly always, or nearly never, answered well count for more). The std is
+    the population's. epsilon keeps differences of rounding from becoming advantages of size 1.
+    Raises ValueError where a reward is not finite or a group has fewer than 2 answers.
+    """
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(
+            f"rewards are {list(rewards.shape)}: expected [queries, 2 or more answers]"
+        )
+    if not np.isfinite(rewards).all():
+        raise ValueError(f"{(~np.isfinite(rewards)).sum()} rewards are not finite")
+    # A mean in float32 may miss the value that all have, and a std of 1e-8 is not none.
+    exact = rewards.astype(np.float64)
+    zero_variance = exact.max(axis=1) == exact.min(axis=1)
+    std = np.where(zero_variance, 0.0, exact.std(axis=1))
+    values = exact - exact.mean(axis=1, keepdims=True)
+    values[zero_variance] = 0.0
+    if scale:
+        values /= np.where(zero_variance, 1.0, std + epsilon)[:, None]
+    return Advantages(values.astype(np.float32), std.astype(np.float32), zero_variance)

@@ -1,0 +1,149 @@
+"""Rewards: what an answer's attributes are worth, judged by what the enriched query finds.
+
+Every answer is searched for: its attributes are appended to its query, or nothing where its format
+is invalid. What the searches found comes in as arrays; all here is pure numpy on the host.
+Axes: B = Q x G answers, the G of a query adjacent · Q queries · n rows of one search, B or Q
+· K ranks · R relevant gallery listings, padded with -1.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from afmrl_jax.core.fields import check_choice, check_ranges
+from afmrl_jax.retrieval.metrics import (
+    ndcg_at_k,
+    recall_at_k,
+    reciprocal_rank,
+    relevant_ranks,
+)
+
+KINDS = ("recall", "mrr", "ndcg", "margin")
+RANGES = {
+    "reward option k": (1, 1_000_000),
+    "reward option invalid": (-100.0, 0.0),
+    "reward option length_cost": (0.0, 100.0),
+}
+GALLERY_SHARE = 20  # k is at most a 20th of the gallery
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which reward; raises UserError for a value that none has."""
+
+    kind: str = "recall"  # recall (the paper's) | mrr | ndcg | margin, from coarse to smooth
+    k: int = 50  # of recall and ndcg; the paper's best of those tried
+    gain: bool = False  # less what the query finds without attributes
+    invalid: float = -0.1  # of an answer in an invalid format
+    length_cost: float = 0.0  # a token
+
+    def __post_init__(self):
+        check_choice("reward option kind", self.kind, KINDS)
+        check_ranges({field: getattr(self, field.split()[-1]) for field in RANGES}, RANGES)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found for n rows, and where the right answers stand.
+
+    ids: int64[n, K], best first, -1 where the ranking is short; scores: float32[n, K], their
+    cosines. relevant: int64[n, R], gallery ids of the same product; relevant_scores:
+    float32[n, R], the cosines of all of them, found or not. own: int64[n], the query listing's
+    gallery id, -1 where it has none: it is taken out of all of these, so that it never counts.
+    """
+
+    ids: np.ndarray
+    scores: np.ndarray
+    relevant: np.ndarray
+    relevant_scores: np.ndarray
+    own: np.ndarray
+
+
+def bounded_k(k: int, gallery: int) -> int:
+    """k, or less where the gallery (its number of listings) is small.
+
+    Among 100 listings nearly every query finds its product in the first 50, so that the reward
+    is a constant: k is at most a 20th of the gallery, where chance finds one right listing in 20.
+    """
+    return max(1, min(k, gallery // GALLERY_SHARE))
+
+
+def rewards(
+    answers: Found,
+    plain: Found | None,
+    valid: np.ndarray,
+    lengths: np.ndarray,
+    samples: int,
+    options: Options,
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Rewards of B answers, and their parts.
+
+    answers: the searches of the B enriched queries, K > options.k. plain: the Q queries' searches
+    without attributes; None unless the gain is wanted. valid: bool[B], the format's verdict.
+    lengths: int[B], tokens. samples: G.
+
+    A valid answer's reward is its measure, less the query's own under `gain`, less its length's
+    cost. An invalid one gets `invalid` plus the worst valid reward of its group or 0, whichever is
+    lower: breaking the format never pays, also where measures are negative. `gain` moves all valid
+    answers of a group by one number: it makes rewards comparable between queries, and changes
+    advantages only where some of the group are invalid.
+
+    Returns float32[B], and float32[B] for each of recall@1, recall@K, mrr, ndcg@K, margin (of
+    what was searched, valid or not), gain (where `plain` is given), valid.
+    Raises ValueError where a ranking is too short or a query has nothing relevant to find.
+    """
+    parts = measures(answers, options.k)
+    main = options.kind if options.kind in parts else f"{options.kind}@{options.k}"
+    worth = parts[main] - options.length_cost * lengths
+    if plain is not None:
+        alone = np.repeat(measures(plain, options.k)[main], samples)
+        parts["gain"] = parts[main] - alone
+        worth = worth - alone if options.gain else worth
+    elif options.gain:
+        raise ValueError("the gain needs what the queries find alone: give `plain`")
+    groups = np.where(valid, worth, np.inf).reshape(-1, samples)
+    worst = np.minimum(groups.min(axis=1), 0.0)
+    worth = np.where(valid, worth, np.repeat(worst, samples) + options.invalid)
+    parts["valid"] = valid
+    return worth.astype(np.float32), {name: x.astype(np.float32) for name, x in parts.items()}
+
+
+def measures(found: Found, k: int) -> dict[str, np.ndarray]:
+    """recall@1, recall@k, mrr, ndcg@k and margin of n searches, float64[n] each.
+
+    The margin is the best right cosine less the best wrong one, above 0 where the first rank is
+    right: no two answers have quite the same, where Recall@k has two values.
+    Raises ValueError as `rewards` does.
+    """
+    relevant = np.where(found.relevant == found.own[:, None], -1, found.relevant)
+    right = relevant >= 0
+    if not right.any(axis=1).all():
+        rows = np.flatnonzero(~right.any(axis=1))
+        raise ValueError(
+            f"{len(rows)} queries (the first: row {rows[0]}) have no other listing of their "
+            "product in the gallery: leave them out before sampling"
+        )
+    # The query's own listing goes last and is cut off; the rest close up.
+    order = np.argsort(found.ids == found.own[:, None], axis=1, kind="stable")[:, :-1]
+    ids, scores = (np.take_along_axis(x, order, axis=1) for x in (found.ids, found.scores))
+    if ids.shape[1] < k:
+        raise ValueError(
+            f"{ids.shape[1]} ranks are left without the query's own listing, a reward at {k} needs "
+            f"{k}: search with k={k + 1}"
+        )
+    wrong = (ids >= 0) & ~(ids[:, :, None] == relevant[:, None, :]).any(axis=2)
+    if not wrong.any(axis=1).all():
+        raise ValueError(
+            f"a ranking of {ids.shape[1]} ranks holds no wrong listing: search deeper than the "
+            f"{right.sum(axis=1).max()} that are relevant"
+        )
+    best_right = np.where(right, found.relevant_scores, -np.inf).max(axis=1)
+    best_wrong = np.where(wrong, scores, -np.inf).max(axis=1)
+    ranks = relevant_ranks(ids, relevant)
+    return {
+        "recall@1": recall_at_k(ranks, 1).astype(np.float64),
+        f"recall@{k}": recall_at_k(ranks, k).astype(np.float64),
+        "mrr": reciprocal_rank(ranks),
+        f"ndcg@{k}": ndcg_at_k(ranks, right.sum(axis=1), k),
+        "margin": best_right.astype(np.float64) - best_wrong,
+    }
