@@ -190,6 +190,7 @@ class QwenVLConfig:
             "initializer_range": self.initializer_range,
             "eos_token_id": self.eos_token_id,
             "pad_token_id": self.pad_token_id,
+            "bos_token_id": self.pad_token_id,  # what published files call it; their default else
         }
         if self.architecture == "qwen3_vl":
             own = {

@@ -129,7 +129,7 @@ def write_folder(
     _write_processor(folder, enc)
     _write_sentence_transformers(folder, enc)
     record = {
-        "config": enc.settings.to_dict(),
+        "config": _settings(enc).to_dict(),
         "step": source.step,
         "evaluation": source.evaluation,
     }
@@ -224,7 +224,7 @@ def _frames(enc: Encoder) -> dict[str, Any]:
 
 def model_card(enc: Encoder, source: Pretrained, head: bool) -> str:
     """README.md. What it quotes stands in JSON, fenced by more backticks than it holds."""
-    settings = enc.settings.to_json(indent=2)
+    settings = _settings(enc).to_json(indent=2)
     evaluation = "This model was not judged by the run that trained it."
     if source.evaluation:
         evaluation = results_table({f"step {source.step}": source.evaluation}).strip()
@@ -237,6 +237,13 @@ def model_card(enc: Encoder, source: Pretrained, head: bool) -> str:
         config=settings,
         fence="`" * max(3, ticks + 1),
     )
+
+
+def _settings(enc: Encoder) -> ConfigDict:
+    """The configuration without its cache, which is a place on one machine."""
+    settings = enc.settings.to_dict()
+    settings["data"].pop("cache_dir", None)
+    return ConfigDict(settings)
 
 
 def _size(enc: Encoder) -> int:

@@ -132,7 +132,10 @@ def from_folder(settings: ConfigDict, folder: Path) -> Encoder:
     """
     path = folder / "config.json"
     try:
-        config = from_hf(json.loads(path.read_text(encoding="utf-8")))
+        described = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(described, dict):
+            raise UserError("config.json holds no object: fetch it again")
+        config = from_hf(described)
     except FileNotFoundError:
         raise UserError(
             f"{folder} has no config.json, which belongs to the weights there: fetch it too"

@@ -26,12 +26,6 @@ def logged(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The workdir of a run that nothing stopped; made by the first test that needs it."""
-    return tmp_path_factory.mktemp("agcl") / "whole"
-
-
 def test_a_run_leaves_all_that_it_promises(agcl_config, whole, capsys):
     main.run(agcl_config, whole)
     told = capsys.readouterr().out

@@ -8,12 +8,15 @@ import jax
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from ml_collections import ConfigDict
 from PIL import Image
 
 from afmrl_jax import main
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.processor import Row
+from afmrl_jax.data.tokenizer import special_token_ids
+from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
 from afmrl_jax.programs.export import model_card, write_folder
 from afmrl_jax.training.pretrained import RECORD, Pretrained, find_pretrained
@@ -128,13 +131,18 @@ def keys_told(info):
     return {kind: set(info[kind]) for kind in NO_KEYS}
 
 
-def test_transformers_computes_equal_logits_from_the_folder(exported):
-    from flax import nnx
+def whole_model(folder):
+    """transformers' model with its language head, of which nothing is missing or left over."""
     from transformers import AutoModelForImageTextToText
 
-    enc, params, _ = load(exported)
-    model, info = AutoModelForImageTextToText.from_pretrained(exported, output_loading_info=True)
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     assert keys_told(info) == NO_KEYS
+    return model
+
+
+def test_transformers_computes_equal_logits_from_the_folder(exported):
+    enc, params, _ = load(exported)
+    model = whole_model(exported)
     batch, inputs = torch_inputs(enc, ROWS[:2])
     with torch.no_grad():
         theirs = model(**inputs).logits.numpy()
@@ -150,6 +158,17 @@ def test_transformers_computes_equal_logits_from_the_folder(exported):
     ours = np.asarray(logits(params["backbone"], batch))
     real = batch["token_mask"]
     np.testing.assert_allclose(ours[real], theirs[real], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tiny_qwen2_5", "tiny_qwen3"])
+def test_the_other_families_are_read_alike(exported, tmp_path, name):
+    enc, _, _ = load(exported)
+    vocabulary = special_token_ids(enc.tokenizer) | {"vocab_size": enc.model_config.vocab_size}
+    enc = dataclasses.replace(enc, model_config=preset(name).replace(**vocabulary))
+    source = Pretrained(enc, load=None, step=None, evaluation=None, told="", path="")
+    write_folder(tmp_path / "out", enc, jax.jit(lambda: enc.init_params(1))(), source)
+    check_cosines(tmp_path / "out")
+    whole_model(tmp_path / "out")
 
 
 def test_a_model_without_a_head_loads_as_the_bare_model(exported, tmp_path):
@@ -207,10 +226,11 @@ def test_only_an_export_is_ever_replaced(exported, whole, tmp_path):
 def test_the_model_card_quotes_without_breaking(exported, whole):
     card = (exported / "README.md").read_text()
     results = json.loads((whole / "evaluation.json").read_text())
+    assert "cache_dir" not in card
+    enc, _, _ = load(exported)
     for task, scores in results.items():
         assert f"| {task}" in card and f"{scores['mrr']:.3f}" in card
-    settings = ConfigDict({"model": {"embedding_dim": 0}, "note": "````\n# Not a heading"})
-    enc, _, _ = load(exported)
+    settings = ConfigDict(enc.settings.to_dict() | {"note": "````\n# Not a heading"})
     source = Pretrained(enc, load=None, step=3, evaluation=None, told="", path="")
     card = model_card(dataclasses.replace(enc, settings=settings), source, head=True)
     assert card.endswith("\n`````\n") and "\n# Not a heading" not in card
