@@ -39,7 +39,8 @@ class Options:
 
     def __post_init__(self):
         check_choice("reward option kind", self.kind, KINDS)
-        check_ranges({field: getattr(self, field.split()[-1]) for field in RANGES}, RANGES)
+        values = (self.k, self.invalid, self.length_cost)
+        check_ranges(dict(zip(RANGES, values)), RANGES)
 
 
 @dataclass(frozen=True)
