@@ -30,6 +30,7 @@ from afmrl_jax.models.qwen_vl import QwenVL
 from afmrl_jax.models.rope import rotary_angles, text_frequencies
 
 VISION_TOKEN = re.compile(r"<\|(vision|image|video)_\w+\|>")  # as Qwen's tokenizers name them
+MATRIX = re.compile(r"\b(kernel|lora_[ab]|embed\.embedding)\b")  # what `Linear` casts at each use
 KeyValue = tuple[jax.Array, jax.Array]
 
 
@@ -188,8 +189,8 @@ def prefill(
 def decode(graph: nnx.GraphDef, params: Any, state: State, sampling: Sampling) -> State:
     """Draws tokens until every answer has ended; the state is given up for the one returned."""
     model = _for_decoding(nnx.merge(graph, params))
-    # Straight code, not a scan: a scan would cut each layer's weights and cache out of a stack, and
-    # copy them, at every token.
+    # Straight code, not a scan, which would cut each layer's weights and cache out of a stack at
+    # every token: seen to take 1.4 times as long on a CPU, and 7 times with the cache in its carry.
     layers = [layer for group in model.layers for layer in _unstack(group)]
     frequencies = text_frequencies(model.config.text)
 
@@ -361,8 +362,7 @@ def _for_decoding(model: QwenVL) -> QwenVL:
 
     def cast(path: Any, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        matrix = ".kernel" in name or "embed.embedding" in name
-        return leaf.astype(model.dtype) if matrix else leaf
+        return leaf.astype(model.dtype) if MATRIX.search(name) else leaf
 
     state = jax.tree_util.tree_map_with_path(cast, state)
     if all(axis in mesh.shape for axis in BATCH_AXES):
