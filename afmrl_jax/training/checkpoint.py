@@ -134,16 +134,18 @@ def find_checkpoints(path: str, *, best: bool = False) -> tuple[Checkpoints, int
     )
 
 
-def check_unchanged(saved: str, config: ConfigDict, workdir: Path) -> None:
+def check_unchanged(
+    saved: str, config: ConfigDict, workdir: Path, may_change: tuple[str, ...] = MAY_CHANGE
+) -> None:
     """Raises UserError where `config` differs from the one a run began with, field by field.
 
-    saved: the JSON of that configuration. MAY_CHANGE fields may differ.
+    saved: the JSON of that configuration. may_change: beginnings of fields that may differ.
     """
     before, now = flatten(json.loads(saved)), flatten(json.loads(config.to_json()))
     changed = [
         f"{name} was {before.get(name, 'absent')!r} and is now {now.get(name, 'absent')!r}"
         for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not name.startswith(MAY_CHANGE)
+        if before.get(name) != now.get(name) and not name.startswith(may_change)
     ]
     if changed:
         raise UserError(
