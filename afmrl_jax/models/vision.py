@@ -151,10 +151,7 @@ class VisionTower(nnx.Module):
         finite and mean nothing.
         """
         config, positions = self.config, rows["patch_positions"]
-        x = self.patch_embed(rows["patches"])
-        if config.num_positions:
-            table = self.position_embed.embedding[...]
-            x = x + resample(table, positions, rows["patch_grids"]).astype(x.dtype)
+        x = self.embed_patches(rows)
         angles = rotary_angles(positions, *vision_frequencies(config))
         image, window = attention_masks(config, positions, rows["patch_segments"])
 
@@ -171,6 +168,15 @@ class VisionTower(nnx.Module):
             if len(tapped) < len(config.deepstack_layers):
                 tapped.append(self.deepstack[len(tapped)](x))
         return self.merger(x), tapped
+
+    def embed_patches(self, rows: Mapping[str, jax.Array]) -> jax.Array:
+        """The first layer's input, [N, P, D]."""
+        x = self.patch_embed(rows["patches"])
+        if self.config.num_positions:
+            table = self.position_embed.embedding[...]
+            learned = resample(table, rows["patch_positions"], rows["patch_grids"])
+            x = x + learned.astype(x.dtype)
+        return x
 
 
 def attention_masks(

@@ -25,6 +25,7 @@ def make_rows(config: QwenVLConfig, n: int, s: int, p: int, seed: int = 0, image
         "positions": np.broadcast_to(np.arange(s, dtype=np.int32), (n, 3, s)).copy(),
         "patches": random.normal(size=(n, p, config.vision.patch_dim)).astype(np.float32),
         "patch_positions": np.broadcast_to(grid.astype(np.int32), (n, p, 2)).copy(),
+        "patch_grids": np.full((n, p, 2), (side, p // side), np.int32),
         "patch_segments": np.full((n, p), int(images), np.int32),
     }
 

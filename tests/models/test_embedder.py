@@ -117,6 +117,12 @@ def test_rows_without_image_and_empty_rows_have_finite_vectors_and_gradients(ran
     assert all(np.abs(leaf).max() == 0 for leaf in tower)
 
 
+def test_rows_without_room_for_patches_embed_as_rows_without_images(random_rows):
+    rows = random_rows(CONFIG, n=4, s=20, p=16, images=False)
+    bare = {name: part[:, :0] if "patch" in name else part for name, part in rows.items()}
+    np.testing.assert_allclose(embed(bare), embed(rows), atol=1e-6)
+
+
 def test_a_truncated_embedding_is_the_start_of_the_whole_one_at_length_one(rows):
     graph = nnx.split(
         nnx.eval_shape(

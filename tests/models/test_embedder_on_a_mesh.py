@@ -18,7 +18,7 @@ from afmrl_jax.models.presets import preset
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.partition import param_shardings
 
-config = preset("tiny").replace(vocab_size=64)
+config = preset("tiny_qwen3").replace(vocab_size=64)
 graph, state = nnx.split(Embedder(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
 rows = make_rows(config, n=8, s=24, p=16)
 

@@ -24,10 +24,42 @@ def count_parameters(name: str) -> int:
 @pytest.mark.parametrize(
     ("name", "count"),
     # Half the bytes of the published bfloat16 checkpoints.
-    [("qwen2_vl_2b", 4_417_971_200 // 2), ("qwen2_vl_7b", 16_582_751_232 // 2)],
+    [
+        ("qwen2_vl_2b", 4_417_971_200 // 2),
+        ("qwen2_vl_7b", 16_582_751_232 // 2),
+        ("qwen2_5_vl_7b", 16_584_333_312 // 2),
+    ],
 )
 def test_presets_have_as_many_parameters_as_the_published_checkpoints(name, count):
     assert count_parameters(name) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "head"),
+    [
+        ("qwen2_vl_7b", "qwen2_vl_7b", True),
+        ("qwen2_5_vl_7b", "qwen2_5_vl_7b", True),
+        ("qwen3_vl_8b", "qwen3_vl_embedding_8b", False),  # published as an embedder
+    ],
+)
+def test_presets_are_the_published_configs_and_indices(name, folder, head):
+    if not QWEN.exists():
+        pytest.skip("the published configs are not beside this checkout")
+    config = from_hf(json.loads((QWEN / folder / "config.json").read_text()))
+    assert config == preset(name)
+    index = json.loads((QWEN / folder / "model.safetensors.index.json").read_text())
+    model = nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0), head=head))
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model)))
+    assert count == index["metadata"]["total_size"] // 2
+
+
+def test_layers_are_cut_where_deepstack_taps_and_feeds_them():
+    config = preset("qwen3_vl_8b")
+    assert config.vision.layer_groups == (9, 8, 8, 2)
+    assert config.layer_groups == (3, 33)
+    assert preset("qwen2_5_vl_3b").vision.layer_groups == (32,)
+    assert preset("qwen2_5_vl_3b").layer_groups == (36,)
+    assert preset("qwen2_5_vl_3b").vision.window_patches == 8
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -56,13 +88,6 @@ def test_the_newer_nested_layout_reads_as_the_flat_one():
     assert from_hf(nested) == preset("qwen2_vl_2b")
 
 
-def test_the_published_7b_config_is_the_preset():
-    if not QWEN.exists():
-        pytest.skip("the published configs are not beside this checkout")
-    published = json.loads((QWEN / "qwen2_vl_7b" / "config.json").read_text())
-    assert from_hf(published) == preset("qwen2_vl_7b")
-
-
 def test_a_mistyped_preset_is_told_the_nearest_name():
     with pytest.raises(UserError, match="did you mean 'qwen2_vl_2b'"):
         preset("qwen2_vl_2B")
@@ -86,6 +111,26 @@ def test_a_mistyped_preset_is_told_the_nearest_name():
 def test_a_config_that_this_model_cannot_compute_is_refused(change, told):
     with pytest.raises(UserError, match=told):
         from_hf({**preset("qwen2_vl_2b").to_hf(), **change})
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "change", "told"),
+    [
+        ("qwen3_vl_2b", "text_config", {"attention_bias": True}, "attention_bias is True"),
+        ("qwen3_vl_2b", "text_config", {"rope_theta": None}, "no rope_theta"),
+        ("qwen3_vl_2b", "vision_config", {"hidden_act": "gelu"}, "computes only 'gelu_pytorch"),
+        ("qwen3_vl_2b", "vision_config", {"out_hidden_size": 9}, "output width is 9"),
+        ("qwen3_vl_2b", "vision_config", {"num_position_embeddings": 2300}, "no square table"),
+        ("qwen3_vl_2b", "vision_config", {"deepstack_visual_indexes": [5, 24]}, "0 to 23"),
+        ("qwen2_5_vl_3b", "vision_config", {"window_size": 27}, "smaller than one merged token"),
+        ("qwen2_5_vl_3b", "vision_config", {"fullatt_block_indexes": None}, "no fullatt_block"),
+    ],
+)
+def test_a_family_that_departs_from_what_it_publishes_is_refused(name, part, change, told):
+    config = preset(name).to_hf()
+    config[part] |= change
+    with pytest.raises(UserError, match=told):
+        from_hf(config)
 
 
 def test_a_trained_tokenizer_sets_its_own_vocabulary_and_special_tokens():

@@ -44,7 +44,7 @@ def test_pairs_of_products_are_split_by_columns_then_rows_and_layers_stay_whole(
     assert specs["vision.merger.up.bias"] == PartitionSpec("tensor")
 
 
-@pytest.mark.parametrize("name", ["tiny", "qwen2_vl_2b"])
+@pytest.mark.parametrize("name", ["tiny", "qwen2_5_vl_3b", "qwen3_vl_2b"])
 def test_an_embedder_and_its_optimizer_state_have_shardings_throughout(name):
     params = abstract_params(Embedder, name)
     state = jax.eval_shape(optax.adamw(1e-3).init, params)

@@ -1,0 +1,51 @@
+"""Prints how far each family is from transformers, as the parity tests measure it.
+
+    python benchmarks/parity_table.py
+
+Float32: max |difference|. bf16: relative error and lowest cosine of the embeddings against float32,
+ours beside transformers' own, which rounds as much. Writes benchmarks/results/parity.json.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import transformers
+from running import ROOT, write
+
+sys.path.insert(0, str(ROOT / "tests" / "parity"))
+from qwen_cases import (  # noqa: E402
+    CASES,
+    CHECKS,
+    bfloat16_embeddings,
+    make_case,
+    torch_bfloat16_embeddings,
+)
+
+
+def measure(name: str) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        case = make_case(name, Path(folder))
+        result = {check: difference(case) for check, difference in CHECKS.items()}
+        for whose, embeddings in (
+            ("bf16", bfloat16_embeddings),
+            ("transformers' bf16", torch_bfloat16_embeddings),
+        ):
+            error, cosine = embeddings(case)
+            result |= {f"{whose}: relative error": error, f"{whose}: cosine": cosine}
+    return result
+
+
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    table = {name: measure(name) for name in CASES}
+    print(f"{'':34}", *(f"{name:>16}" for name in table))
+    for check in next(iter(table.values())):
+        digits = ".5f" if "cosine" in check else ".1e"
+        print(f"{check:34}", *(f"{row[check]:16{digits}}" for row in table.values()))
+    write("parity", {"max_difference": table})
+
+
+if __name__ == "__main__":
+    main()
