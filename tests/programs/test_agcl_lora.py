@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,19 +23,27 @@ from afmrl_jax.training.checkpoint import find_checkpoints
 from afmrl_jax.training.encoder import Encoder, abstract_params, lora_of
 from afmrl_jax.training.pretrained import Base, read_base
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def small_config(tokenizer):
-    tiny = preset("tiny")
+    """The family whose layers come in groups, two of one layer each."""
+    tiny = preset("tiny_qwen3")
     return tiny.replace(
         vision=dataclasses.replace(
-            tiny.vision, hidden_size=32, num_heads=2, num_layers=1, mlp_size=64
+            tiny.vision,
+            hidden_size=32,
+            num_heads=2,
+            num_layers=2,
+            mlp_size=64,
+            deepstack_layers=(0,),
         ),
         text=dataclasses.replace(
             tiny.text,
             hidden_size=32,
             num_heads=2,
             num_kv_heads=1,
-            num_layers=1,
+            num_layers=2,
             head_dim=16,
             mrope_sections=(2, 3, 3),
             mlp_size=64,
@@ -94,8 +105,8 @@ def test_only_adapters_are_trained_and_saved(adapted):
     arrays = {name: x for name, x in state_of(adapted).items() if x.ndim}
     projections = ("attention.query", "attention.key", "attention.value", "attention.out")
     projections += ("gate", "up", "down")
-    own = {f"{p}.lora_{side}" for p in projections for side in "ab"}
-    of_state = {name.partition("layers.0.")[2] for name in arrays}
+    own = {f"{group}.{p}.lora_{side}" for group in "01" for p in projections for side in "ab"}
+    of_state = {name.partition("layers.")[2] for name in arrays}
     assert of_state == own and len(arrays) == 3 * len(own)  # parameters and both moments
     assert all(x.any() for x in arrays.values())  # B has left zero
 
@@ -109,6 +120,16 @@ def test_a_run_stopped_and_started_again_ends_bit_equal(config, adapted, tmp_pat
     assert one.keys() == other.keys()
     assert [name for name in one if not np.array_equal(one[name], other[name])] == []
     assert scores(adapted) == scores(tmp_path / "stopped")
+
+
+def test_eight_devices_go_on_with_the_losses_of_one(config, adapted, command, tmp_path):
+    shutil.copytree(adapted, tmp_path / "eight")
+    shutil.rmtree(tmp_path / "eight" / "checkpoints" / "4")
+    (tmp_path / "eight" / "evaluation.json").unlink()
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    eight = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run(command(config, tmp_path / "eight"), cwd=ROOT, env=eight, check=True)
+    np.testing.assert_allclose(losses(tmp_path / "eight"), losses(adapted), atol=1e-5)
 
 
 def test_gradcache_trains_adapters_as_the_direct_step_does(config, adapted, tmp_path):
