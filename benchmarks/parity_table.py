@@ -14,7 +14,7 @@ import transformers
 from running import ROOT, write
 
 sys.path.insert(0, str(ROOT / "tests" / "parity"))
-from qwen_cases import (  # noqa: E402
+from qwen_cases import (
     CASES,
     CHECKS,
     bfloat16_embeddings,

@@ -4,6 +4,7 @@ transformers computes in float32 with torch on the CPU. Rows are ragged: no, one
 images of other sizes between texts, some larger than an attention window.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -318,18 +319,27 @@ def run(model: nnx.Module, call: Callable, rows):
 
 def our_blocks(case: Case) -> list[np.ndarray]:
     """The tower's input and each block's output, one after another; of real patches."""
-    tower, rows = our_model(case).vision, case.rows
-    angles = rotary_angles(rows["patch_positions"], *vision_frequencies(tower.config))
-    image, window = attention_masks(tower.config, rows["patch_positions"], rows["patch_segments"])
-    outputs = [tower.embed_patches(rows)]
+
+    def begin(model: QwenVL, rows):
+        tower, positions = model.vision, rows["patch_positions"]
+        angles = rotary_angles(positions, *vision_frequencies(tower.config))
+        masks = attention_masks(tower.config, positions, rows["patch_segments"])
+        return tower.embed_patches(rows), angles, masks
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(graph: nnx.GraphDef, state: nnx.State, x: jax.Array, angles, mask: jax.Array):
+        return nnx.merge(graph, state)(x, angles, mask)
+
+    tower = our_model(case).vision
+    x, angles, (image, window) = run(our_model(case), begin, case.rows)
+    outputs = [x]
     for group in tower.layers:
         graph, stacked = nnx.split(group)
-        step = jax.jit(lambda state, x, mask, graph=graph: nnx.merge(graph, state)(x, angles, mask))
         for i in range(len(jax.tree.leaves(stacked)[0])):
             full = len(outputs) - 1 in tower.config.full_attention_layers or window is None
             state = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-            outputs.append(step(state, outputs[-1], image if full else window))
-    return [np.asarray(block)[rows["patch_segments"] > 0] for block in outputs]
+            outputs.append(step(graph, state, outputs[-1], angles, image if full else window))
+    return [np.asarray(block)[case.rows["patch_segments"] > 0] for block in outputs]
 
 
 def worst(ours, theirs) -> float:
