@@ -27,7 +27,8 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.init_from = ""  # a checkpoint or a Hugging Face folder; "" = from scratch
 
     config.model = ConfigDict()
-    config.model.preset = "tiny"  # tiny | qwen2_vl_2b | qwen2_vl_7b; unused with init_from
+    # a name of models/presets.py: tiny | tiny_qwen2_5 | tiny_qwen3 | qwen2_vl_2b | qwen2_5_vl_3b
+    config.model.preset = "tiny"  # | qwen3_vl_2b | ...; unused with init_from
     config.model.dtype = "bfloat16"  # of the computation; parameters and the loss stay float32
     config.model.remat = "none"  # none | dots | full: what the backward pass computes again
     config.model.embedding_dim = 0  # first dimensions kept of the embedding; 0 = all

@@ -111,34 +111,17 @@ def build(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder) -> Built:
     trained, frozen = lora.split(params)
     abstract = abstract_state(trained, optimizer, mesh)
     embed = enc.embed()
-    whole, by_rows = replicated(mesh), batch_sharding(mesh)
-
-    def loss(embeddings: jax.Array, batch: dict[str, jax.Array]):
-        side = {name: batch[name] for name in TERMS}
-        queries, targets = _sides(embeddings)
-        info = {}
-        for name, array in side.items():
-            query, target = _sides(array)
-            info[f"query_{name}"] = jax.lax.with_sharding_constraint(query, by_rows)
-            info[f"target_{name}"] = jax.lax.with_sharding_constraint(target, whole)
-        total, count, metrics = contrastive_loss(
-            jax.lax.with_sharding_constraint(queries, by_rows),
-            jax.lax.with_sharding_constraint(targets, whole),
-            info,
-            options,
-        )
-        return total / count, metrics
 
     @functools.partial(
         jax.jit,
         donate_argnames="state",
-        out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), whole),
+        out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), replicated(mesh)),
     )
     def step(frozen: Any, state: TrainState, batch: dict[str, jax.Array]):
         rows = {name: batch[name] for name in ROWS}
         gradient = gradcache.value_and_grad(
             lambda trained, rows: embed(lora.join(trained, frozen), rows),
-            lambda e: loss(e, batch),
+            lambda embeddings: _loss(embeddings, batch, options, mesh),
         )
         (value, metrics), gradients = gradient(state.params, rows)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -168,6 +151,23 @@ def build(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder) -> Built:
         abstract,
         frozen,
     )
+
+
+def _loss(
+    embeddings: jax.Array, batch: dict[str, jax.Array], options: Options, mesh: Mesh
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The mean loss, and its metrics: each device's queries against all targets.
+
+    embeddings: float32[A, C, V, E].
+    """
+    info = {}
+    for name, array in {"embedding": embeddings, **{n: batch[n] for n in TERMS}}.items():
+        query, target = _sides(array)
+        info[f"query_{name}"] = jax.lax.with_sharding_constraint(query, batch_sharding(mesh))
+        info[f"target_{name}"] = jax.lax.with_sharding_constraint(target, replicated(mesh))
+    queries, targets = info.pop("query_embedding"), info.pop("target_embedding")
+    total, count, metrics = contrastive_loss(queries, targets, info, options)
+    return total / count, metrics
 
 
 def _sides(array: jax.Array) -> tuple[jax.Array, jax.Array]:
