@@ -5,9 +5,11 @@
 
 Prompts hold an image and text of several lengths; no answer ends before its last token. On CPU
 both libraries have the same weights and must greedily give the same tokens; their runs alternate.
-Prefill counts, compilation does not. On an accelerator a decode step is set against its floor:
-the bytes of the weights and of the cache that it must read, by the bandwidth of a measured copy.
-In every case the log-probs are set against those of the trainer's full forward pass.
+Prefill counts, compilation does not. Where the machine does other work, two threads wait for each
+other at every operation and torch's slow down many times: then hold the run to one core
+(`taskset -c 0`). On an accelerator a decode step is set against its floor: the bytes of the weights
+and of the cache that it must read, by the bandwidth of a measured copy. In every case the
+log-probs are set against those of the trainer's full forward pass.
 
 Axes: N prompts · G samples of a prompt · S prompt tokens · T tokens of an answer · P patches.
 """
@@ -190,14 +192,18 @@ def against_transformers(args: argparse.Namespace, config: QwenVLConfig) -> dict
         found = theirs(samples, sampling)
         if not sampling.temperature and not np.array_equal(answers.tokens, found):
             raise AssertionError("the libraries greedily give different tokens")
-        seconds = {"ours": [], "transformers": []}
+        runs = {
+            "ours": functools.partial(run_ours, graph, params, rows, keys, sampling),
+            "transformers": functools.partial(theirs, samples, sampling),
+        }
+        seconds, used = {name: [] for name in runs}, {name: [] for name in runs}
         for _ in range(args.rounds):
-            time.sleep(REST)
-            seconds["ours"].append(sum(run_ours(graph, params, rows, keys, sampling)[1:]))
-            time.sleep(REST)
-            start = time.perf_counter()
-            theirs(samples, sampling)
-            seconds["transformers"].append(time.perf_counter() - start)
+            for name, run in runs.items():
+                time.sleep(REST)
+                start = time.perf_counter(), time.process_time()
+                run()
+                seconds[name].append(time.perf_counter() - start[0])
+                used[name].append(time.process_time() - start[1])
         medians = {name: statistics.median(times) for name, times in seconds.items()}
         rounds = [b / a for a, b in zip(seconds["ours"], seconds["transformers"])]
         in_bf16, *_ = run_ours(halved, params, rows, keys, sampling)
@@ -209,7 +215,10 @@ def against_transformers(args: argparse.Namespace, config: QwenVLConfig) -> dict
             "ratio_of_one_round": [min(rounds), max(rounds)],
             "log_prob_difference": agreement(graph, params, rows, answers),
             "log_prob_difference_bf16": agreement(halved, params, rows, in_bf16),
+            "ratio_of_cpu_seconds": statistics.median(used["transformers"])
+            / statistics.median(used["ours"]),
             "seconds": seconds,
+            "cpu_seconds": used,
         }
     return results
 
@@ -296,7 +305,7 @@ def report(results: dict) -> None:
         if not isinstance(row, dict):
             print(f"{name}: {row:.4g}")
             continue
-        told = {key: value for key, value in row.items() if key != "seconds"}
+        told = {key: value for key, value in row.items() if "seconds" not in key or "ratio" in key}
         print(f"\n{name} (prompts x samples)")
         for key, value in told.items():
             print(f"  {key:28}{value}")
@@ -311,6 +320,7 @@ def main() -> None:
     report(results)
     about = {
         "device": jax.devices()[0].device_kind,
+        "cores": len(os.sched_getaffinity(0)),
         "load_average": {"before": load[0], "after": os.getloadavg()[0]},
         "settings": vars(args),
     }

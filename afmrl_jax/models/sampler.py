@@ -275,14 +275,13 @@ def _check_ids(sampling: Sampling, vocab_size: int) -> None:
 def _append(state: State, logits: jax.Array, sampling: Sampling) -> State:
     """The state with one more token a sample; logits: float32[N, G or 1, V]."""
     allowed = restrict(logits, sampling)
-    shape = (*state.done.shape, logits.shape[-1])
     if sampling.temperature:
         keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, state.step)))(state.keys)
-        draw = jax.vmap(jax.vmap(jax.random.categorical))
-        token = draw(keys, jnp.broadcast_to(allowed, shape)).astype(jnp.int32)
+        noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:])))(keys)
+        token = _highest(allowed + noise)  # a draw, by Gumbel's trick
         sampling_log_prob = _log_prob(allowed, token)
     else:
-        token = jnp.broadcast_to(jnp.argmax(allowed, -1), state.done.shape).astype(jnp.int32)
+        token = jnp.broadcast_to(_highest(allowed), state.done.shape)
         sampling_log_prob = jnp.zeros(token.shape, jnp.float32)
 
     def put(buffer: jax.Array, value: jax.Array) -> jax.Array:
@@ -299,6 +298,16 @@ def _append(state: State, logits: jax.Array, sampling: Sampling) -> State:
         done=state.done | jnp.isin(token, jnp.asarray(sampling.stop, jnp.int32)),
         step=state.step + 1,
     )
+
+
+def _highest(x: jax.Array) -> jax.Array:
+    """Where along the last axis the highest number is, the first of equals; int32.
+
+    As argmax, by two plain reductions: on a CPU argmax took half of a greedy step.
+    """
+    places = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    highest = x == x.max(axis=-1, keepdims=True)
+    return jnp.where(highest, places, x.shape[-1] - 1).min(axis=-1)
 
 
 def _log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
