@@ -8,6 +8,7 @@ ours beside transformers' own, which rounds as much. Writes benchmarks/results/p
 
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import transformers
@@ -44,7 +45,8 @@ def main() -> None:
     for check in next(iter(table.values())):
         digits = ".5f" if "cosine" in check else ".1e"
         print(f"{check:34}", *(f"{row[check]:16{digits}}" for row in table.values()))
-    write("parity", {"max_difference": table})
+    theirs = {package: version(package) for package in ("torch", "transformers")}
+    write("parity", {**theirs, "max_difference": table})
 
 
 if __name__ == "__main__":
