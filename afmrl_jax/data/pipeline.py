@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import grain
 import numpy as np
@@ -113,10 +114,21 @@ def _live_with_parent(*_: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+class Batches(Protocol):
+    """step -> batch, by indexing; `listing`, int32[A, C, ...], says which listings it shows.
+
+    Picklable: worker processes hold a copy. Its repr tells it from others: Grain compares it.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, step: int) -> Batch: ...
+
+
 class Stream:
     """Iterates batches from `next_step` on, made ahead by worker processes (0: in a thread)."""
 
-    def __init__(self, batches: PairBatches, next_step: int, workers: int):
+    def __init__(self, batches: Batches, next_step: int, workers: int):
         """next_step: the stream's state, the first step to deliver."""
         dataset = grain.MapDataset.source(batches)[next_step:].to_iter_dataset(
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)

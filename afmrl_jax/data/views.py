@@ -56,17 +56,17 @@ def listing_text(listing: Listing, attributes: Mapping[str, str] | None = None) 
 
 
 def evaluation_row(
-    catalog: Catalog, index: int, view: str, *, attributes: bool, max_images: int
+    catalog: Catalog, index: int, view: str, *, attributes: bool, max_images: int, draw: int = 0
 ) -> Row:
     """The listing as it stands, with its first `max_images` images.
 
-    A part that it lacks is left out, even if the row is then empty.
+    A part that it lacks is left out, even if the row is then empty. draw: as `training_row`'s.
     """
-    listing = catalog.listing(index)
+    listing = catalog.listing(index, draw)
     images = []
     if "image" in view:
         shown = range(min(listing.n_images, max_images))
-        images = [catalog.image(index, which) for which in shown]
+        images = [catalog.image(index, which, draw) for which in shown]
     text = ""
     if "text" in view:
         text = listing_text(listing, listing.attributes if attributes else None)

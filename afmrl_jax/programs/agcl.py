@@ -255,6 +255,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 step=functools.partial(built.step, frozen),
                 open_stream=_open_stream(config, catalog, sampler, processor, statistics, local),
                 examples=config.batch,
+                unit="pairs",
                 chunk=config.batch // config.chunks,
                 validate=_validation(catalog, tasks, judge),
                 name_listings=lambda rows: [catalog.listing(int(i)).listing_id for i in rows],

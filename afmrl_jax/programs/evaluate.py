@@ -63,7 +63,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         return np.concatenate(parts)
 
     # ---- encoder
-    enc = source.encoder(config)
+    enc = source.model(config)
     params = source.load(abstract_params(enc, mesh))
     embed, local = host_embedder(enc.embed(), mesh, config.eval.batch)
     judge = Judge(

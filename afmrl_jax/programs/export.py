@@ -80,7 +80,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     out = Path(config.out)
     check_place(out)
     source = find_pretrained(config.checkpoint, best=config.best)
-    enc = source.encoder(config)
+    enc = source.model(config)
     enc.processor()  # tells of settings that do not fit the model before its weights are read
     params = source.load(abstract_params(enc, mesh))
 

@@ -66,7 +66,8 @@ def work(config: QwenVLConfig, rows: dict[str, jax.Array]) -> dict[str, jax.Arra
 def step_flops(
     config: QwenVLConfig, params: Any, amount: dict[str, float], *, gradcache: bool
 ) -> float:
-    """Useful FLOPs of one training step on rows of which there is `amount` (as `work` counts it).
+    """Useful FLOPs of one training step on rows of which there is `amount` (as `work` counts it,
+    and `logits`, the positions at which a generator scores its vocabulary).
 
     params: the model's, adapters included, arrays or abstract. A multiply-add counts 2.
     """
@@ -74,8 +75,8 @@ def step_flops(
     names = {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf.size
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        # Tables are looked up, not multiplied.
-        if path[-1].key in ("kernel", *ADAPTER)
+        # Tables are looked up, not multiplied, but as the head, which is told apart.
+        if path[-1].key in ("kernel", *ADAPTER) and path[0].key != "lm_head"
     }
     adapters = [name for name in names if name.endswith(ADAPTER)]
     # Gradients pass through a part, as its inputs', if anything in it or before it is trained.
@@ -86,6 +87,8 @@ def step_flops(
         part = "vision" if _in_vision(name) else "text"
         trained = name.endswith(ADAPTER) or not adapters
         total += 2 * size * _uses(config, name, amount) * (forward + passed[part] + trained)
+    scored = config.vocab_size * config.text.hidden_size * amount.get("logits", 0.0)
+    total += 2 * scored * (forward + 1 + (not adapters))
     heads = {"vision": config.vision.hidden_size, "text": config.text.num_heads}
     heads["text"] *= config.text.head_dim
     for part, pairs in (("vision", "patch_pairs"), ("text", "token_pairs")):

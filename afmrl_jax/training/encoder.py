@@ -1,14 +1,16 @@
-"""The encoder as programs use it: model, tokenizer and processor put together from a configuration.
+"""A model as programs use it: layers, tokenizer and processor put together from a configuration.
 
-A run's record holds all of it but the parameters, so a checkpoint needs nothing beside it.
+A run's record holds all of it but the parameters, so a checkpoint needs nothing beside it. The
+encoder is here, the generator in generator.py.
 """
 
+import abc
 import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,51 +30,82 @@ from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.lora import LoRA, adapt
 from afmrl_jax.models.partition import param_shardings
 from afmrl_jax.models.presets import preset
+from afmrl_jax.models.qwen_vl import QwenVL
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """Listings' rows to embeddings. `settings` is the configuration's `model` and `data` parts."""
+class Assembly(abc.ABC):
+    """What an encoder and a generator have in common.
 
+    settings: a configuration, of which its `model` and `data` parts are used.
+    """
+
+    kind: ClassVar[str]  # how a record names it
     settings: ConfigDict
     model_config: QwenVLConfig
     tokenizer: Tokenizer | None  # None where only shapes matter
     chat_template: str = CHATML  # Jinja; "" where the model's folder has none
     lora: LoRA | None = None  # in training; a checkpoint's adapters are merged when it is read
 
-    def build(self, rngs: nnx.Rngs) -> Embedder:
-        model = self.settings.model
-        if model.dtype not in DTYPES:
-            raise UserError(f"model.dtype is {model.dtype!r}: use {' or '.join(DTYPES)}")
-        dtype = DTYPES[model.dtype]
-        embedder = Embedder(
-            self.model_config,
-            rngs=rngs,
-            dtype=dtype,
-            # What no optimizer adds small steps to is kept as it is multiplied.
-            param_dtype=dtype if self.lora else jnp.float32,
-            remat=model.remat,
-            embedding_dim=model.embedding_dim or None,
-        )
+    @abc.abstractmethod
+    def assemble(self, **options: Any) -> Embedder | QwenVL:
+        """The model without adapters; options: rngs, dtype, param_dtype and remat."""
+
+    def build(self, rngs: nnx.Rngs) -> Embedder | QwenVL:
+        """The model as it is trained. Raises UserError for an unknown `model.dtype`."""
+        settings = self.settings.model
+        if settings.dtype not in DTYPES:
+            raise UserError(f"model.dtype is {settings.dtype!r}: use {' or '.join(DTYPES)}")
+        dtype = DTYPES[settings.dtype]
+        # What no optimizer adds small steps to is kept as it is multiplied.
+        param_dtype = dtype if self.lora else jnp.float32
+        model = self.assemble(rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=settings.remat)
         if self.lora:
-            adapt(embedder, self.lora, rngs)
-        return embedder
+            adapt(model, self.lora, rngs)
+        return model
 
     def init_params(self, seed: int) -> Any:
         """Fresh parameters as a nested dict; float32, but frozen ones in `model.dtype`."""
         return nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(seed))))
 
+    def graph(self) -> nnx.GraphDef:
+        """What `nnx.merge` needs beside parameters."""
+        return nnx.split(nnx.eval_shape(lambda: self.build(nnx.Rngs(0))))[0]
+
+    def record(self) -> dict[str, str]:
+        """What `from_record` needs beside the configuration."""
+        return {
+            "kind": self.kind,
+            "model": json.dumps(self.model_config.to_hf()),
+            "tokenizer": self.tokenizer.to_str(),
+            "chat_template": self.chat_template,
+        }
+
+
+AnyAssembly = TypeVar("AnyAssembly", bound=Assembly)
+
+
+@dataclass(frozen=True)
+class Encoder(Assembly):
+    """Listings' rows to embeddings."""
+
+    kind = "encoder"
+
+    def assemble(self, **options: Any) -> Embedder:
+        dim = self.settings.model.embedding_dim or None
+        return Embedder(self.model_config, embedding_dim=dim, **options)
+
     def embed(self) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:
         """A pure function (params, rows[..., N, S]) -> float32[..., N, E]; leading axes stay."""
-        graphdef, _ = nnx.split(nnx.eval_shape(lambda: self.build(nnx.Rngs(0))))
+        graph = self.graph()
 
         def embed(params: Any, rows: dict[str, jax.Array]) -> jax.Array:
             leading = rows["tokens"].shape[:-1]
             n = math.prod(leading)  # not -1, which rows without patches leave open
             flat = {k: v.reshape(n, *v.shape[len(leading) :]) for k, v in rows.items()}
-            vectors = nnx.merge(graphdef, params)(flat)
+            vectors = nnx.merge(graph, params)(flat)
             return vectors.reshape(*leading, vectors.shape[-1])
 
         return embed
@@ -89,14 +122,6 @@ class Encoder:
             prompt=embedding_prompt(data.prompt, self.chat_template, data.instruction),
         )
 
-    def record(self) -> dict[str, str]:
-        """What `from_record` needs beside the configuration."""
-        return {
-            "model": json.dumps(self.model_config.to_hf()),
-            "tokenizer": self.tokenizer.to_str(),
-            "chat_template": self.chat_template,
-        }
-
 
 def lora_of(settings: ConfigDict) -> LoRA | None:
     """How training adapts the model; None where it trains all parameters."""
@@ -106,9 +131,11 @@ def lora_of(settings: ConfigDict) -> LoRA | None:
     return LoRA(model.lora_rank, model.lora_alpha, model.lora_targets)
 
 
-def from_record(settings: ConfigDict, record: dict[str, str]) -> Encoder:
-    """The encoder of a checkpoint."""
-    return Encoder(
+def from_record(
+    settings: ConfigDict, record: dict[str, str], kind: type[AnyAssembly] = Encoder
+) -> AnyAssembly:
+    """The encoder, or the generator, of a checkpoint."""
+    return kind(
         settings,
         from_hf(json.loads(record["model"])),
         Tokenizer.from_str(record["tokenizer"]),
@@ -116,16 +143,20 @@ def from_record(settings: ConfigDict, record: dict[str, str]) -> Encoder:
     )
 
 
-def from_preset(settings: ConfigDict, texts: Iterable[str]) -> Encoder:
+def from_preset(
+    settings: ConfigDict, texts: Iterable[str], kind: type[AnyAssembly] = Encoder
+) -> AnyAssembly:
     """A model from scratch, with a byte-level BPE trained on `texts`."""
     tokenizer = train_tokenizer(texts, settings.model.vocab_size)
     config = preset(settings.model.preset).replace(
         vocab_size=tokenizer.get_vocab_size(), **special_token_ids(tokenizer)
     )
-    return Encoder(settings, config, tokenizer)
+    return kind(settings, config, tokenizer)
 
 
-def from_folder(settings: ConfigDict, folder: Path) -> Encoder:
+def from_folder(
+    settings: ConfigDict | None, folder: Path, kind: type[AnyAssembly] = Encoder
+) -> AnyAssembly:
     """The model and tokenizer of a Hugging Face folder; its weights are read apart.
 
     Raises UserError where the folder has no config.json or it is not JSON.
@@ -145,10 +176,10 @@ def from_folder(settings: ConfigDict, folder: Path) -> Encoder:
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     check_preprocessor(folder, config)
-    return Encoder(settings, config, load_tokenizer(folder), chat_template(folder))
+    return kind(settings, config, load_tokenizer(folder), chat_template(folder))
 
 
-def abstract_params(enc: Encoder, mesh: Mesh) -> Any:
+def abstract_params(enc: Assembly, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of the parameters."""
     params = jax.eval_shape(lambda: enc.init_params(0))
     return jax.tree.map(

@@ -43,6 +43,7 @@ class Training:
     step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
     open_stream: Callable[[int], Stream]
     examples: int  # of a global batch: what is counted per second
+    unit: str  # what an example is called in the logs, as "pairs"
     chunk: int  # rows of the sharded axis, the batch's second
     validate: Callable[[TrainState], dict[str, float]] | None
     name_listings: Callable[[np.ndarray], list[str]]
@@ -58,10 +59,10 @@ class _Window:
     waited: float = 0.0
     flops: float = 0.0
 
-    def rates(self, examples: int) -> dict[str, float]:
+    def rates(self, examples: int, unit: str) -> dict[str, float]:
         seconds = max(time.monotonic() - self.started, 1e-9)
         rates = {
-            "pairs_per_second": self.steps * examples / seconds,
+            f"{unit}_per_second": self.steps * examples / seconds,
             "data_wait_share": self.waited / seconds,
             "model_flops_per_second": self.flops / seconds,
         }
@@ -188,8 +189,9 @@ class _Run:
         self._writer.advance(number)
         if extra or number % self._config.log_every == 0 or number == self._config.steps:
             values = {k: float(v) for k, v in metrics.items() if k != "finite"}
-            values |= self._window.rates(self._training.examples) | (extra or {})
-            self._writer.log(number, values, _told(values))
+            training = self._training
+            values |= self._window.rates(training.examples, training.unit) | (extra or {})
+            self._writer.log(number, values, _told(values, training.unit))
             self._window = _Window()
 
     def _check(self) -> None:
@@ -222,11 +224,11 @@ class _Run:
         self._checkpoints.save(state, self._training.record, number, validation)
 
 
-def _told(values: dict[str, float]) -> str:
+def _told(values: dict[str, float], unit: str) -> str:
     parts = [f"loss {values['loss']:.4f}"]
     if "accuracy" in values:
         parts.append(f"accuracy {values['accuracy']:.2f}")
-    parts.append(f"{values['pairs_per_second']:.1f} pairs/s")
+    parts.append(f"{values[f'{unit}_per_second']:.1f} {unit}/s")
     parts.append(f"{values['model_flops_per_second'] / 1e9:.0f} GFLOP/s")
     if "utilisation" in values:
         parts.append(f"utilisation {values['utilisation']:.1%}")

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import jax
 from ml_collections import ConfigDict
@@ -19,24 +19,32 @@ from ml_collections import ConfigDict
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.models import hf_weights, lora
 from afmrl_jax.training.checkpoint import Checkpoints, find_checkpoints
-from afmrl_jax.training.encoder import Encoder, abstract_params, from_folder, from_record, lora_of
+from afmrl_jax.training.encoder import (
+    AnyAssembly,
+    Assembly,
+    Encoder,
+    abstract_params,
+    from_folder,
+    from_record,
+    lora_of,
+)
 
 # What an exported folder holds of its run: {"config": the run's, "step": .., "evaluation": ..}.
 RECORD = "afmrl_jax.json"
 
 
 @dataclass(frozen=True)
-class Pretrained:
+class Pretrained(Generic[AnyAssembly]):
     """What is known of a model before its parameters are read."""
 
-    enc: Encoder  # its settings are those that trained it; None of a bare folder
+    enc: AnyAssembly  # its settings are those that trained it; None of a bare folder
     load: Callable[[Any], Any]  # abstract parameters, with their shardings -> parameters
     step: int | None
     evaluation: dict | None  # its run's evaluation.json, where that judged this step
     told: str  # how a report names it
     path: str  # where it is found again, though a workdir has got newer checkpoints
 
-    def encoder(self, otherwise: ConfigDict) -> Encoder:
+    def model(self, otherwise: ConfigDict) -> AnyAssembly:
         """The model used as its run did; where it has none, as `otherwise` says, a configuration
         with `model` and `data`."""
         if self.enc.settings is not None:
@@ -46,21 +54,27 @@ class Pretrained:
         return dataclasses.replace(self.enc, settings=settings)
 
 
-def find_pretrained(path: str, *, best: bool = False) -> Pretrained:
+def find_pretrained(
+    path: str, kind: type[AnyAssembly] = Encoder, *, best: bool = False
+) -> Pretrained[AnyAssembly]:
     """The model that `path` names; `best` takes a workdir's best checkpoint on validation.
 
+    kind: what to make of it. A run's checkpoint is that or an error, a folder may be either.
     Raises UserError, naming the file, where there is none or a part of it is missing or broken.
     """
     folder = hf_weights.resolve(path)
     if any(folder.glob("*.safetensors*")):
-        return _of_folder(folder, path)
+        return _of_folder(folder, path, kind)
     checkpoints, step = find_checkpoints(path, best=best)
     record = checkpoints.record(step)
+    found = record.get("kind", Encoder.kind)  # the oldest records are all encoders'
+    if found != kind.kind:
+        raise UserError(f"{path} holds the {found} of a run: name what has trained the {kind.kind}")
     settings = ConfigDict(json.loads(record["config"]))
-    enc = from_record(settings, record)
+    enc = from_record(settings, record, kind)
     return Pretrained(
         enc,
-        functools.partial(_load_run, checkpoints, step, record),
+        functools.partial(_load_run, checkpoints, step, record, kind),
         step,
         _evaluation(folder, step, settings),
         f"{path}, step {step}",
@@ -68,11 +82,11 @@ def find_pretrained(path: str, *, best: bool = False) -> Pretrained:
     )
 
 
-def _of_folder(folder: Path, path: str) -> Pretrained:
-    """A Hugging Face folder; one that was exported here knows its run."""
+def _of_folder(folder: Path, path: str, kind: type[AnyAssembly]) -> Pretrained[AnyAssembly]:
+    """A Hugging Face folder; an encoder that was exported here knows its run."""
     file = folder / RECORD
     settings, step, evaluation = None, None, None
-    if file.exists():
+    if file.exists() and kind is Encoder:
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
             settings = ConfigDict(record["config"])
@@ -82,7 +96,7 @@ def _of_folder(folder: Path, path: str) -> Pretrained:
                 f"{file} is no record of a run: export the folder again, or delete the file to use "
                 "the folder as any other"
             ) from None
-    enc = from_folder(settings, folder)
+    enc = from_folder(settings, folder, kind)
     return Pretrained(
         enc,
         lambda abstract: hf_weights.load(folder, abstract, enc.model_config),
@@ -119,14 +133,14 @@ class Base:
         return {"base": json.dumps(dataclasses.asdict(self))}
 
 
-def read_base(enc: Encoder, frozen: Any, base: Base) -> tuple[Any, Base]:
+def read_base(enc: Assembly, frozen: Any, base: Base) -> tuple[Any, Base]:
     """The parameters that `frozen` describes, with shardings, and their base with its fingerprint.
 
     Raises UserError where it is gone, or is another than the fingerprint says.
     """
     if base.path:
         try:
-            params = find_pretrained(base.path).load(frozen)
+            params = find_pretrained(base.path, type(enc)).load(frozen)
         except UserError as error:
             raise UserError(
                 f"the model that the adapters belong to cannot be read. {error}. Bring {base.path} "
@@ -146,13 +160,15 @@ def read_base(enc: Encoder, frozen: Any, base: Base) -> tuple[Any, Base]:
     return params, Base(base.path, found)
 
 
-def _load_run(checkpoints: Checkpoints, step: int, record: dict[str, str], abstract: Any) -> Any:
+def _load_run(
+    checkpoints: Checkpoints, step: int, record: dict[str, str], kind: type[Assembly], abstract: Any
+) -> Any:
     """A checkpoint's parameters as `abstract` says; adapters are merged in float32."""
     settings = ConfigDict(json.loads(record["config"]))
     adapted = lora_of(settings)
     if not adapted:
         return checkpoints.restore_params(step, abstract)
-    enc = dataclasses.replace(from_record(settings, record), lora=adapted)
+    enc = dataclasses.replace(from_record(settings, record, kind), lora=adapted)
     example = jax.tree.leaves(abstract)[0]
     trained, frozen = lora.split(abstract_params(enc, example.sharding.mesh))
     frozen, _ = read_base(enc, frozen, Base.of_record(record))

@@ -44,7 +44,7 @@ def exported(agcl_config, whole):
 def load(path):
     """An encoder, its parameters, and a function from rows to embeddings."""
     source = find_pretrained(str(path))
-    enc = source.encoder(None)
+    enc = source.model(None)
     params = source.load(jax.eval_shape(lambda: enc.init_params(0)))
     processor, embed = enc.processor(), jax.jit(enc.embed())
     return enc, params, lambda rows: np.asarray(embed(params, processor(rows)))

@@ -1,0 +1,382 @@
+"""Trains the generator to answer a listing with its attributes (SFT); METHOD: section 4.
+
+1. Show listings as questions; their attributes, as the catalogue or an oracle gives them, are the
+   answers.
+2. Update by the cross-entropy of the answers' tokens; every so often let it answer, checkpoint.
+3. Judge the answers to the test listings: format, pairs, whole sets; beside them what one would
+   guess who knows the category alone.
+
+With a larger model's attributes (data.attributes) the same program distils that model.
+
+Axes: A micro-batches · C rows of one · S tokens.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from afmrl_jax.attributes.agreement import Majority, agreement, agreement_by_name
+from afmrl_jax.attributes.text import Verdict, format_attributes, normalise, parse
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import check_ranges, flatten
+from afmrl_jax.core.mesh import local_rows, put_batch, replicated
+from afmrl_jax.core.writer import cut_back, write_atomically
+from afmrl_jax.data.answers import AnswerBatches, described, question, question_and_answer
+from afmrl_jax.data.catalog import Catalog
+from afmrl_jax.data.opening import cache_folder, open_catalogue
+from afmrl_jax.data.pipeline import Stream
+from afmrl_jax.data.views import listing_text
+from afmrl_jax.models import lora
+from afmrl_jax.training import accumulate, cost
+from afmrl_jax.training.checkpoint import Checkpoints, check_unchanged
+from afmrl_jax.training.encoder import abstract_params, from_preset, from_record, lora_of
+from afmrl_jax.training.generator import Answerer, Generator, batches_of
+from afmrl_jax.training.loop import Training, fit
+from afmrl_jax.training.optimizer import make_optimizer
+from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, read_base
+from afmrl_jax.training.state import TrainState, abstract_state, init_state
+
+log = logging.getLogger(__name__)
+
+ROWS = (
+    *("tokens", "token_mask", "positions", "answer_mask"),
+    *("patches", "patch_positions", "patch_segments", "patch_grids"),
+)
+TOKENIZER_LISTINGS = 20_000  # whose texts a preset's tokenizer is trained on
+MAJORITY_LISTINGS = 20_000  # of the training split, from which the guesses are learned
+RANGES = {  # field -> lowest and highest
+    "seed": (0, 2**31 - 1),
+    "log_every": (1, math.inf),
+    "eval_every": (0, math.inf),
+    "checkpoint_every": (0, math.inf),
+    "batch": (1, math.inf),
+    "chunks": (1, math.inf),
+    "vocabulary_chunk": (1, math.inf),
+    "model.lora_rank": (0, math.inf),
+    "data.workers": (0, math.inf),
+    "data.max_answer": (2, math.inf),
+    "eval.batch": (1, math.inf),
+    "eval.validation_listings": (1, math.inf),
+    "eval.listings": (1, math.inf),
+    "eval.samples": (0, math.inf),
+}
+
+
+@dataclass(frozen=True)
+class Built:
+    """The compiled parts of a run, and the state that they expect."""
+
+    start: Callable[[Any], TrainState]  # from parameters, or from scratch with None
+    step: Callable[[Any, TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
+    loss: Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]
+    abstract: TrainState
+    frozen: Any  # abstract parameters beside the state's; {} where all are trained
+
+
+def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
+    """The train step of a configuration, jitted for a mesh; nothing is computed yet.
+
+    step: (frozen parameters, state, batch of arrays [A, C, ...]) -> (state, metrics), the state
+    donated; the frozen ones are only read, so there is one copy of them.
+    loss: (params, rows with answers) -> (sum in nats, number of tokens).
+    """
+    if config.batch % config.chunks:
+        raise UserError(
+            f"chunks is {config.chunks}, which does not divide the batch of {config.batch}"
+        )
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    params = abstract_params(generator, mesh)
+    trained, frozen = lora.split(params)
+    abstract = abstract_state(trained, optimizer, mesh)
+    loss = generator.answer_loss(config.vocabulary_chunk)
+    model = generator.model_config
+
+    @functools.partial(
+        jax.jit,
+        donate_argnames="state",
+        out_shardings=(jax.tree.map(lambda x: x.sharding, abstract), replicated(mesh)),
+    )
+    def step(frozen: Any, state: TrainState, batch: dict[str, jax.Array]):
+        rows = {name: batch[name] for name in ROWS}
+        gradient = accumulate.value_and_grad(
+            lambda trained, rows: loss(lora.join(trained, frozen), rows)
+        )
+        (value, count), gradients = gradient(state.params, rows)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        norm, change = optax.global_norm(gradients), optax.global_norm(updates)
+        ended = (rows["answer_mask"] & (rows["tokens"] == model.eos_token_id)).any(-1)
+        metrics = {
+            "loss": value,
+            "answer_tokens": count,
+            "cut_share": 1 - jnp.mean(ended, dtype=jnp.float32),  # of answers, by data.max_answer
+            "gradient_norm": norm,
+            "finite": jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(change),
+            "stop": jnp.any(batch["stop"]),
+            "flops": cost.step_flops(
+                model, params, cost.work(model, rows) | {"logits": count}, gradcache=False
+            ),
+        }
+        trained = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, trained, opt_state), metrics
+
+    def fresh() -> Any:
+        return lora.split(generator.init_params(config.seed))[0]
+
+    return Built(
+        lambda given: init_state(fresh if given is None else given, optimizer, abstract),
+        step,
+        jax.jit(loss, out_shardings=replicated(mesh)),
+        abstract,
+        frozen,
+    )
+
+
+def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
+    """Runs, or resumes, the whole of it in `workdir`; see configs/sft.py."""
+    # ---- what is asked, and what is there
+    first_process = jax.process_index() == 0
+    check_ranges(flatten(config), RANGES)
+    local = local_rows(mesh, config.batch // config.chunks, "batch / chunks")
+    with Checkpoints(workdir / "checkpoints", writable=True) as checkpoints:
+        saved = checkpoints.record(checkpoints.latest) if checkpoints.latest else None
+        if saved:
+            check_unchanged(saved["config"], config, workdir)
+
+        # ---- catalogue and generator
+        catalog = open_catalogue(config.data.path, config.data, workdir)
+        if saved and saved["catalogue"] != catalog.fingerprint:
+            raise UserError(
+                f"the catalogue {config.data.path} is not the one that {workdir} began with: bring "
+                "that one back, or start anew with another --workdir"
+            )
+        listings = _listings(config, catalog)
+        generator, source = _generator(config, catalog, saved)
+        record = generator.record() | {"config": config.to_json(), "catalogue": catalog.fingerprint}
+        if first_process:
+            write_atomically(workdir / "config.json", config.to_json(indent=2))
+            write_atomically(workdir / "tokenizer.json", record["tokenizer"])
+
+        # ---- state, step and judge
+        built = build(config, mesh, generator)
+        frozen = {}
+        if generator.lora:
+            base = Base.of_record(saved) if saved else Base(source.path if source else "")
+            frozen, base = read_base(generator, built.frozen, base)
+            record |= base.record()
+        if saved:
+            state = checkpoints.restore(checkpoints.latest, built.abstract)
+        else:
+            given = source and not generator.lora
+            state = built.start(source.load(built.abstract.params) if given else None)
+            (workdir / "evaluation.json").unlink(missing_ok=True)  # of a run that never saved
+        if first_process:
+            cut_back(workdir / "samples.jsonl", int(state.step))
+        judge = Judge(config, catalog, generator, built, mesh, workdir, listings["train"])
+
+        def validate(state: TrainState) -> dict[str, float]:
+            scores = judge(lora.join(state.params, frozen), listings["validation"], state.step)
+            scores = scores["generator"]
+            return {"validation": scores["f1"]} | {
+                f"validation_{name}": scores[name] for name in ("loss", "exact_match", "valid")
+            }
+
+        # ---- train
+        if int(state.step) < config.steps:
+            batches = AnswerBatches(
+                catalog,
+                listings["train"],
+                generator.processor(answers=True),
+                batch=config.batch,
+                chunks=config.chunks,
+                rows=local,
+                seed=config.seed,
+                steps=config.steps,
+            )
+            training = Training(
+                step=functools.partial(built.step, frozen),
+                open_stream=lambda step: Stream(batches, step, config.data.workers),
+                examples=config.batch,
+                unit="answers",
+                chunk=config.batch // config.chunks,
+                validate=validate if len(listings["validation"]) else None,
+                name_listings=lambda rows: [catalog.listing(int(i)).listing_id for i in rows],
+                record=record,
+            )
+            state = fit(training, state, checkpoints, config, workdir, mesh)
+        elif first_process:
+            print(f"{workdir} is complete: {config.steps} steps are done", flush=True)
+
+    # ---- judge
+    path = workdir / "evaluation.json"
+    split = "test" if len(listings["test"]) else "validation"
+    if not path.exists() and len(listings[split]):
+        results = judge(lora.join(state.params, frozen), listings[split], state.step)
+        if first_process:
+            write_atomically(path, json.dumps(results, indent=2))
+    if first_process and path.exists():
+        print(f"{catalog.name}, {split} split, after {config.steps} steps:")
+        print(results_table(json.loads(path.read_text(encoding="utf-8"))), flush=True)
+
+
+class Judge:
+    """Lets the generator answer held-out listings and compares with their attributes."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        catalog: Catalog,
+        generator: Generator,
+        built: Built,
+        mesh: Mesh,
+        workdir: Path,
+        training: np.ndarray,
+    ):
+        """training: int64, the listings from which the guesses by category are learned."""
+        self._config, self._catalog, self._workdir = config, catalog, workdir
+        self._mesh, self._loss, self._training = mesh, built.loss, training
+        self._answerer = Answerer(generator, mesh, config.eval.batch)
+        self._processor = generator.processor(answers=True)
+        self._local = local_rows(mesh, config.eval.batch, "eval.batch")
+
+    @functools.cached_property
+    def _majority(self) -> Majority:
+        chosen = np.random.default_rng(0).permutation(self._training)[:MAJORITY_LISTINGS]
+        shown = (self._catalog.listing(int(index)) for index in chosen)
+        return Majority((listing.category, listing.attributes) for listing in shown)
+
+    def __call__(self, params: Any, indices: np.ndarray, step: jax.Array) -> dict[str, Any]:
+        """{"generator", "majority": scores, "by_attribute": {name: f1 of both}} of the listings.
+
+        The first `eval.samples` answers are printed, and added to samples.jsonl.
+        """
+        listings = [self._catalog.listing(int(index)) for index in indices]
+        true = [normalise(listing.attributes) for listing in listings]
+        answers = list(
+            self._answerer.answers(params, indices, functools.partial(question, self._catalog))
+        )
+        parsed = [parse(answer.text, answer.closed) for answer in answers]
+        found = {
+            "generator": [one.attributes for one in parsed],
+            "majority": [self._majority(listing.category) for listing in listings],
+        }
+        verdicts = Counter(one.verdict for one in parsed)
+        scores = {name: agreement(given, true) for name, given in found.items()}
+        scores["generator"] |= {
+            "loss": self._mean_loss(params, indices),
+            "valid": verdicts[Verdict.VALID] / len(parsed),
+            "verdicts": {verdict.value: n / len(parsed) for verdict, n in verdicts.most_common()},
+            "listings": len(parsed),
+        }
+        samples = [
+            {
+                "step": int(step),
+                "listing_id": listing.listing_id,
+                "text": listing_text(listing),
+                "answer": answer.text,
+                "verdict": one.verdict.value,
+                "attributes": wanted,
+            }
+            for listing, answer, one, wanted in zip(listings, answers, parsed, true)
+        ]
+        if jax.process_index() == 0:
+            self._tell(samples[: self._config.eval.samples])
+        by_name = {name: agreement_by_name(given, true) for name, given in found.items()}
+        scores["by_attribute"] = {
+            name: {**of_name, "majority_f1": by_name["majority"][name]["f1"]}
+            for name, of_name in by_name["generator"].items()
+        }
+        return scores
+
+    def _mean_loss(self, params: Any, indices: np.ndarray) -> float:
+        """Nats a token of the true answers."""
+        sums = np.zeros(2)
+        for batch, real in batches_of(indices, self._config.eval.batch):
+            shown = [
+                question_and_answer(self._catalog, int(index), self._processor.max_images)
+                for index in batch[self._local]
+            ]
+            rows = self._processor(shown)
+            rows["answer_mask"][np.arange(len(batch))[self._local] >= real] = False
+            rows = put_batch(rows, self._mesh, axis=0, rows=len(batch))
+            sums += [float(x) for x in self._loss(params, rows)]
+        return float(sums[0] / sums[1])
+
+    def _tell(self, samples: list[dict[str, Any]]) -> None:
+        with (self._workdir / "samples.jsonl").open("a", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps(sample) + "\n")
+        for sample in samples:
+            title = sample["text"].partition("\n")[0]
+            true = format_attributes(sample["attributes"])
+            print(f"  {title}\n    answer: {sample['answer']}\n    true:   {true}", flush=True)
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """An evaluation.json as Markdown, percentages by row, and the attributes' F1 below."""
+    columns = ("f1", "precision", "recall", "exact_match", "valid")
+    rows = [("", *columns, "loss"), ("---",) * 7]
+    for name in ("generator", "majority"):
+        scores = results[name]
+        percent = [f"{scores[c]:.1%}" if c in scores else "" for c in columns]
+        rows.append((name, *percent, f"{scores['loss']:.3f}" if "loss" in scores else ""))
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    f1 = (
+        f"{name} {scores['f1']:.0%} ({scores['majority_f1']:.0%})"
+        for name, scores in results["by_attribute"].items()
+    )
+    return "\n".join([*lines, f"F1 by attribute (the majority's): {', '.join(f1)}"])
+
+
+def _listings(config: ConfigDict, catalog: Catalog) -> dict[str, np.ndarray]:
+    """split -> int64, its listings that have attributes; of validation and test as many as are
+    asked for, the same at each call."""
+    cache = cache_folder(config.data) / "answers"
+    splits = {split: described(catalog, split, cache) for split in ("train", "validation", "test")}
+    if not len(splits["train"]):
+        raise UserError(
+            f"no listing of the training split of {catalog.name} has attributes to learn from: "
+            "have some written (configs/annotate.py) and name them with data.attributes"
+        )
+    limits = {"validation": config.eval.validation_listings, "test": config.eval.listings}
+    for split, limit in limits.items():
+        splits[split] = np.random.default_rng(0).permutation(splits[split])[:limit]
+    if not len(splits["validation"]):
+        log.warning("%s has no validation listings to judge by: the last is the best", catalog.name)
+    return splits
+
+
+def _generator(
+    config: ConfigDict, catalog: Catalog, saved: dict[str, str] | None
+) -> tuple[Generator, Pretrained[Generator] | None]:
+    """The generator, and the model that a new run begins with; None: from scratch, or resumed."""
+    source = None
+    if saved:
+        generator = from_record(config, saved, Generator)
+    elif config.init_from:
+        source = find_pretrained(config.init_from, Generator)
+        generator = dataclasses.replace(source.enc, settings=config)
+    else:
+        generator = from_preset(config, _tokenizer_texts(config, catalog), Generator)
+    return dataclasses.replace(generator, lora=lora_of(config)), source
+
+
+def _tokenizer_texts(config: ConfigDict, catalog: Catalog) -> Iterator[str]:
+    """What rows are made of, as often as it stands in them: the words of the turns as well."""
+    for index in catalog.indices("train")[:TOKENIZER_LISTINGS]:
+        listing = catalog.listing(int(index))
+        yield from (f"system\n{config.data.instruction}", "user\n", "assistant\n")
+        yield from (listing_text(listing), format_attributes(listing.attributes))

@@ -1,0 +1,98 @@
+import pickle
+
+import numpy as np
+import pytest
+
+from afmrl_jax.attributes.text import format_attributes
+from afmrl_jax.data.answers import AnswerBatches, described, question, question_and_answer
+from afmrl_jax.data.catalog import open_catalog
+from afmrl_jax.data.oracle import open_attributes
+from afmrl_jax.data.processor import Processor
+from afmrl_jax.data.prompts import CHATML, ChatPrompt
+from afmrl_jax.data.synthetic import SyntheticCatalog
+from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
+from afmrl_jax.data.views import listing_text
+from afmrl_jax.models.presets import preset
+
+
+@pytest.fixture(scope="module")
+def catalog():
+    return SyntheticCatalog(families={"train": 3, "validation": 1})
+
+
+@pytest.fixture(scope="module")
+def processor(catalog):
+    texts = [format_attributes(catalog.listing(i).attributes) for i in range(len(catalog))]
+    tokenizer = train_tokenizer(texts, 400)
+    config = preset("tiny").replace(
+        vocab_size=tokenizer.get_vocab_size(), **special_token_ids(tokenizer)
+    )
+    return Processor(
+        tokenizer,
+        config,
+        max_tokens=160,
+        max_patches=64,
+        min_pixels=1024,
+        max_pixels=4096,
+        prompt=ChatPrompt(CHATML),
+        max_answer=120,
+        pad_left=True,
+    )
+
+
+def batches(catalog, processor, rows=slice(0, 4), chunks=2):
+    listings = catalog.indices("train")
+    return AnswerBatches(catalog, listings, processor, 8, chunks, rows, seed=3, steps=50)
+
+
+def test_a_batch_depends_on_seed_and_step_alone(catalog, processor):
+    one = batches(catalog, processor)
+    other = pickle.loads(pickle.dumps(one))
+    one[4]
+    first, again = one[5], other[5]
+    assert first["tokens"].shape == (2, 4, 280) and first["listing"].shape == (2, 4)
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+
+
+def test_processes_share_a_batch_without_change(catalog, processor):
+    whole = batches(catalog, processor)[2]
+    for rows in (slice(0, 2), slice(2, 4)):
+        part = batches(catalog, processor, rows)[2]
+        assert all(np.array_equal(part[name], whole[name][:, rows]) for name in whole)
+
+
+def test_an_epoch_shows_every_listing_once_and_the_next_one_anew(catalog, processor):
+    all_batches = batches(catalog, processor, slice(0, 8), chunks=1)
+    listings = catalog.indices("train")
+    count = 2 * len(listings)
+    shown = [all_batches[step] for step in range(-(-count // 8))]
+    order = np.concatenate([batch["listing"][0] for batch in shown])[:count]
+    epochs = order.reshape(2, -1)
+    assert all(np.array_equal(np.sort(epoch), listings) for epoch in epochs)
+    assert not np.array_equal(*epochs)
+    patches = np.concatenate([batch["patches"][0] for batch in shown])[:count]
+    first, second = np.flatnonzero(order == listings[0])
+    assert not np.array_equal(patches[first], patches[second])
+
+
+def test_the_answer_is_the_attributes_and_the_question_has_none_of_them(catalog, processor):
+    listing = catalog.listing(5)
+    shown, learned = question(catalog, 5, 1), question_and_answer(catalog, 5, 1)
+    assert shown.text == learned.text == listing_text(listing)
+    assert shown.answer is None and learned.answer == format_attributes(listing.attributes)
+    row = processor([learned])
+    said = row["tokens"][row["answer_mask"]]
+    assert said[-1] == processor.ids["eos_token_id"]
+    assert processor.tokenizer.decode(said[:-1].tolist()) == learned.answer
+
+
+def test_only_listings_with_attributes_are_learned_from(catalogue_folder, tmp_path):
+    catalog = open_catalog(catalogue_folder, cache_dir=tmp_path)
+    lines = '{"listing_id": "mug-red-1", "attributes": {"color": "red"}}\n'
+    lines += '{"listing_id": "hat-blue-0", "attributes": {}}\n'
+    (tmp_path / "written.jsonl").write_text(lines)
+    labelled = open_attributes(catalog, tmp_path / "written.jsonl", cache_dir=tmp_path)
+    for _ in range(2):  # the second time from the cache
+        [index] = described(labelled, "train", tmp_path)
+        assert catalog.listing(int(index)).listing_id == "mug-red-1"
+        assert np.array_equal(described(catalog, "train", tmp_path), catalog.indices("train"))
