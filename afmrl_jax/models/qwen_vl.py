@@ -129,13 +129,19 @@ class QwenVL(nnx.Module):
         """
         return self.read(rows, cache=False)[0]
 
-    def read(self, rows: Mapping[str, jax.Array], cache: bool) -> tuple[jax.Array, list]:
+    def read(
+        self,
+        rows: Mapping[str, jax.Array],
+        cache: bool,
+        embedded: tuple[jax.Array, jax.Array | None] | None = None,
+    ) -> tuple[jax.Array, list]:
         """The hidden states, and where `cache` asks for them what later tokens attend to.
 
         That is for each group of layers its rotated keys and values, [layers, N, S, K, head size];
-        else None for each.
+        else None for each. embedded: `embed_rows`'s, where rows share what it costs; of the rows
+        then only positions and token_mask are read.
         """
-        x, deepstack = self.embed_rows(rows)
+        x, deepstack = self.embed_rows(rows) if embedded is None else embedded
         positions = jnp.swapaxes(rows["positions"], 1, 2)
         angles = rotary_angles(positions, *text_frequencies(self.config.text))
         mask = rows["token_mask"][:, None, :]

@@ -42,6 +42,11 @@ class Options:
         values = (self.k, self.invalid, self.length_cost)
         check_ranges(dict(zip(RANGES, values)), RANGES)
 
+    @property
+    def measure(self) -> str:
+        """The name of what is rewarded, among `measures`."""
+        return f"{self.kind}@{self.k}" if self.kind in ("recall", "ndcg") else self.kind
+
 
 @dataclass(frozen=True)
 class Found:
@@ -94,11 +99,10 @@ def rewards(
     Raises ValueError where a ranking is too short or a query has nothing relevant to find.
     """
     parts = measures(answers, options.k)
-    main = options.kind if options.kind in parts else f"{options.kind}@{options.k}"
-    worth = parts[main] - options.length_cost * lengths
+    worth = parts[options.measure] - options.length_cost * lengths
     if plain is not None:
-        alone = np.repeat(measures(plain, options.k)[main], samples)
-        parts["gain"] = parts[main] - alone
+        alone = np.repeat(measures(plain, options.k)[options.measure], samples)
+        parts["gain"] = parts[options.measure] - alone
         worth = worth - alone if options.gain else worth
     elif options.gain:
         raise ValueError("the gain needs what the queries find alone: give `plain`")

@@ -48,6 +48,7 @@ class Training:
     validate: Callable[[TrainState], dict[str, float]] | None
     name_listings: Callable[[np.ndarray], list[str]]
     record: dict[str, str]
+    waits: bool = False  # whether a step waits for its own numbers: the next then begins with them
 
 
 @dataclass
@@ -150,6 +151,8 @@ class _Run:
 
     def step(self, state: TrainState, stream: Stream, number: int) -> TrainState:
         """Dispatches one step, then looks at the one before."""
+        if self._training.waits and self._unseen:
+            self._look()
         began = time.monotonic()
         batch = next(stream)
         # While the device is still busy with the step before, waiting costs nothing.
@@ -226,8 +229,7 @@ class _Run:
 
 def _told(values: dict[str, float], unit: str) -> str:
     parts = [f"loss {values['loss']:.4f}"]
-    if "accuracy" in values:
-        parts.append(f"accuracy {values['accuracy']:.2f}")
+    parts += [f"{name} {values[name]:.2f}" for name in ("accuracy", "reward") if name in values]
     parts.append(f"{values[f'{unit}_per_second']:.1f} {unit}/s")
     parts.append(f"{values['model_flops_per_second'] / 1e9:.0f} GFLOP/s")
     if "utilisation" in values:

@@ -1,0 +1,495 @@
+"""Trains the generator by what its attributes find: retrieval-aware reinforcement (RAR); METHOD:
+section 5.
+
+1. Draw queries: training listings whose product has another listing in the gallery.
+2. Let the generator answer each of them several times.
+3. Read the answers; append each one's attributes to its query's text.
+4. Embed the queries with the frozen encoder, and search the gallery, where a query's own listing
+   never counts.
+5. Reward each answer by what it found, and compare it with the others to its query.
+6. Update the generator by the policy gradient, held near the one that it was.
+7. Watch for answers that earn their reward by other means; every so often judge on held-out
+   queries, at the end beside queries without attributes, with those of SFT, and with true ones.
+
+Axes: A micro-batches · C queries of one · Q = A C queries · G answers of a query · B = Q G ·
+T tokens of an answer · E embedding.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import check_ranges, flatten
+from afmrl_jax.core.mesh import batch_shards, local_rows, put_batch, replicated
+from afmrl_jax.core.writer import cut_back, write_atomically
+from afmrl_jax.data.answers import question
+from afmrl_jax.data.catalog import Catalog
+from afmrl_jax.data.opening import open_catalogue
+from afmrl_jax.data.pipeline import Stream
+from afmrl_jax.models import lora
+from afmrl_jax.models.sampler import MATRIX, Samples
+from afmrl_jax.rl.environment import Environment, Judged, Laps, append_groups
+from afmrl_jax.rl.gallery import Gallery, askers, gallery_listings, open_gallery
+from afmrl_jax.rl.held_out import (
+    HeldOut,
+    Outcome,
+    compare,
+    comparison_table,
+    read_arms,
+    write_arms,
+)
+from afmrl_jax.rl.rewards import Options as RewardOptions
+from afmrl_jax.rl.rewards import bounded_k
+from afmrl_jax.rl.rollout import Query, QueryBatches, QueryEmbedder
+from afmrl_jax.rl.watch import Limits, watch
+from afmrl_jax.training.checkpoint import MAY_CHANGE, Checkpoints, check_unchanged
+from afmrl_jax.training.encoder import (
+    DTYPES,
+    abstract_params,
+    from_record,
+    host_embedder,
+    lora_of,
+)
+from afmrl_jax.training.generator import Answerer, Generator
+from afmrl_jax.training.loop import Training, fit
+from afmrl_jax.training.policy import Built, build
+from afmrl_jax.training.pretrained import Base, find_pretrained, read_base
+from afmrl_jax.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+BEFORE = "evaluation_before.json"
+ROOM = 0.05  # R@1 between the generator's attributes and true ones, below which little is won
+ROWS = ("instruction", "max_tokens", "max_answer", "max_patches", "min_pixels", "max_pixels")
+RANGES = {  # field -> lowest and highest
+    "seed": (0, 2**31 - 1),
+    "log_every": (1, math.inf),
+    "eval_every": (0, math.inf),
+    "checkpoint_every": (0, math.inf),
+    "queries": (1, math.inf),
+    "samples": (2, math.inf),
+    "temperature": (0.01, 100),
+    "chunks": (1, math.inf),
+    "inner_epochs": (1, math.inf),
+    "vocabulary_chunk": (1, math.inf),
+    "rollouts_every": (0, math.inf),
+    "reward.gallery": (2, math.inf),
+    "reward.batch": (1, math.inf),
+    "model.lora_rank": (0, math.inf),
+    "data.workers": (0, math.inf),
+    "eval.batch": (1, math.inf),
+    "eval.validation_listings": (1, math.inf),
+    "eval.listings": (1, math.inf),
+}
+NO_EFFECT = (*MAY_CHANGE, "rollouts_every", "watch.", "eval.")  # on what a run computes
+
+
+def sampler_weights(trained: Any, frozen: Any) -> Any:
+    """The parameters that answers are drawn with: the policy's own, with nothing copied."""
+    return lora.join(trained, frozen)
+
+
+class Step:
+    """One step of the run: (state, rows) -> (state, metrics), for `training.loop`."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        built: Built,
+        generator: Generator,
+        frozen: Any,
+        reference: Any,
+        batches: QueryBatches,
+        environment: Environment,
+        workdir: Path,
+        mesh: Mesh,
+    ):
+        """frozen: what is not trained, {} where all is. reference: parameters to stay near, as
+        `Built.reference` takes them; None without."""
+        self._config, self._built, self._generator = config, built, generator
+        self._frozen, self._reference = frozen, reference
+        self._batches, self._environment = batches, environment
+        self._limits, self._workdir, self._mesh = Limits(**config.watch), workdir, mesh
+
+    def __call__(self, state: TrainState, rows: dict[str, jax.Array]):
+        laps, number = Laps(), int(state.step)
+        rows = dict(rows)
+        stop = rows.pop("stop")
+        weights = sampler_weights(state.params, self._frozen)
+        samples = jax.tree.map(np.asarray, self._built.rollout(weights, rows, number))
+        laps("rollout")
+        judged = self._judge(number, samples, laps)
+        verdict = watch(judged.rollouts, self._limits)
+        self._keep(number, judged, everything=bool(verdict.sentence))
+        if verdict.sentence:
+            raise UserError(_stopped(number + 1, verdict.sentence, self._workdir))
+        state, metrics = self._learn(state, rows, samples, judged, stop)
+        laps("update")
+        watched = {f"watch_{name}": figure for name, figure in verdict.figures.items()}
+        return state, metrics | judged.metrics() | watched | laps.seconds
+
+    def _judge(self, number: int, samples: Samples, laps: Laps) -> Judged:
+        lengths = samples.mask.sum(-1)
+        answers = [
+            self._generator.read(
+                samples.tokens[place][: lengths[place]],
+                samples.log_probs[place][: lengths[place]],
+                bool(samples.truncated[place]),
+            )
+            for place in np.ndindex(lengths.shape)
+        ]
+        listings, draws = self._batches.draw(number)
+        return self._environment.judge(
+            listings,
+            draws,
+            [answer.text for answer in answers],
+            [answer.closed for answer in answers],
+            lengths.reshape(-1),
+            laps,
+        )
+
+    def _learn(
+        self,
+        state: TrainState,
+        rows: dict[str, jax.Array],
+        samples: Samples,
+        judged: Judged,
+        stop: jax.Array,
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The updates by one step's answers; the metrics are the last one's."""
+        plain = self._config.temperature == 1  # then the policy's own are what was drawn from
+        values = {
+            "tokens": samples.tokens,
+            "mask": samples.mask,
+            "sampler_log_probs": samples.log_probs if plain else samples.sampling_log_probs,
+            "truncated": samples.truncated,
+            "advantages": judged.advantages.values,
+            "zero_variance": np.broadcast_to(
+                judged.advantages.zero_variance[:, None], samples.truncated.shape
+            ),
+        }
+        chunks, queries = self._batches.chunks, self._batches.queries // self._batches.chunks
+        local = {
+            name: x.reshape(chunks, queries, *x.shape[1:])[:, self._batches.rows]
+            for name, x in values.items()
+        }
+        answers = put_batch(local, self._mesh, axis=1, rows=queries)
+        if self._reference is not None:
+            scores = self._built.reference(self._reference, rows, answers)
+            answers["reference_log_probs"] = scores
+        for epoch in range(1, self._config.inner_epochs + 1):
+            end = int(epoch == self._config.inner_epochs)
+            state, metrics, old = self._built.update(self._frozen, state, rows, answers, stop, end)
+            answers["old_log_probs"] = old
+        return state, jax.block_until_ready(metrics)
+
+    def _keep(self, number: int, judged: Judged, *, everything: bool) -> None:
+        """Adds every n-th group of the run, or all of a step, to rollouts.jsonl."""
+        every = 1 if everything else self._config.rollouts_every
+        if every and jax.process_index() == 0:
+            first = number * self._config.queries
+            groups = [g for q, g in enumerate(judged.groups()) if (first + q) % every == 0]
+            append_groups(self._workdir / "rollouts.jsonl", number + 1, groups)
+
+
+def _stopped(step: int, sentence: str, workdir: Path) -> str:
+    return (
+        f"step {step}: {sentence}\nThe run has stopped; {workdir / 'rollouts.jsonl'} holds more. "
+        "Mend the reward or raise policy.kl and start anew; to go on all the same raise the limit "
+        "in watch.*"
+    )
+
+
+def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
+    """Runs, or resumes, the whole of it in `workdir`; see configs/rar.py."""
+    # ---- what is asked, and what is there
+    first_process = jax.process_index() == 0
+    check_ranges(flatten(config), RANGES)
+    local = local_rows(mesh, _share(config), "queries / chunks")
+    with Checkpoints(workdir / "checkpoints", writable=True) as checkpoints:
+        saved = checkpoints.record(checkpoints.latest) if checkpoints.latest else None
+
+        # ---- generator, catalogue and encoder
+        generator, base = _generator(config, saved)
+        config = generator.settings
+        if saved:
+            check_unchanged(saved["config"], config, workdir, NO_EFFECT)
+        catalog = open_catalogue(config.data.path, config.data, workdir)
+        if saved and saved["catalogue"] != catalog.fingerprint:
+            raise UserError(
+                f"the catalogue {config.data.path} is not the one that {workdir} began with: bring "
+                "that one back, or start anew with another --workdir"
+            )
+        embedder, encoder_base, version = _encoder(config, saved, catalog, mesh)
+
+        # ---- galleries
+        options = RewardOptions(**_fields(RewardOptions, config.reward))
+        opened = functools.partial(_gallery, config, workdir, mesh, catalog, embedder, version)
+        listings, gallery = opened("train") or (None, None)
+        if gallery is None:
+            raise UserError(
+                f"no product of {catalog.name}'s training split has two listings, so that none can "
+                "find another: RAR needs several listings a product"
+            )
+        options = dataclasses.replace(options, k=bounded_k(options.k, len(gallery)))
+        environment = Environment(
+            catalog, embedder, gallery, options, config.samples, config.policy.objective == "grpo"
+        )
+        limits = {"validation": config.eval.validation_listings, "test": config.eval.listings}
+        held_out = {
+            split: HeldOut(catalog, split, *found, embedder, options, limit)
+            for split, limit in limits.items()
+            if (found := opened(split))
+        }
+
+        # ---- policy and the reference that it stays near
+        built = build(config, mesh, generator)
+        params, base = read_base(generator, built.params, base)
+        frozen, reference = (params, params) if generator.lora else ({}, None)
+        if config.policy.kl and not generator.lora:
+            reference = _as_multiplied(params, DTYPES[config.model.dtype])
+        reference = reference if config.policy.kl else None
+        answerer = Answerer(generator, mesh, config.eval.batch, temperature=0)
+
+        def judge(trained: Any, where: HeldOut) -> Outcome:
+            weights, show = sampler_weights(trained, frozen), functools.partial(question, catalog)
+            answers = answerer.answers(weights, where.queries, show)
+            return where.judge([(answer.text, answer.closed) for answer in answers])
+
+        if saved:
+            state = checkpoints.restore(checkpoints.latest, built.abstract)
+        else:
+            state = built.start(None if generator.lora else params)
+            (workdir / "evaluation.json").unlink(missing_ok=True)  # of a run that never saved
+            _judge_before(workdir / BEFORE, held_out, functools.partial(judge, state.params))
+        del params
+        if first_process:
+            write_atomically(workdir / "config.json", config.to_json(indent=2))
+            write_atomically(workdir / "tokenizer.json", generator.record()["tokenizer"])
+            cut_back(workdir / "rollouts.jsonl", int(state.step))
+
+        # ---- train
+        if int(state.step) < config.steps:
+            batches = QueryBatches(
+                catalog,
+                askers(catalog, "train", listings),
+                generator.processor(answers=False),
+                queries=config.queries,
+                chunks=config.chunks,
+                rows=local,
+                seed=config.seed,
+                steps=config.steps,
+            )
+            training = Training(
+                step=Step(
+                    config, built, generator, frozen, reference, batches, environment, workdir, mesh
+                ),
+                open_stream=lambda step: Stream(batches, step, config.data.workers),
+                examples=config.queries * config.samples,
+                unit="answers",
+                chunk=_share(config),
+                validate=_validation(config, workdir, held_out.get("validation"), judge),
+                name_listings=lambda rows: [catalog.listing(int(i)).listing_id for i in rows],
+                record=generator.record()
+                | base.record()
+                | {"encoder": json.dumps(dataclasses.asdict(encoder_base))}
+                | {"config": config.to_json(), "catalogue": catalog.fingerprint},
+                waits=True,
+            )
+            state = fit(training, state, checkpoints, config, workdir, mesh)
+        elif first_process:
+            print(f"{workdir} is complete: {config.steps} steps are done", flush=True)
+
+    # ---- judge
+    path = workdir / "evaluation.json"
+    where = held_out.get("test") or held_out.get("validation")
+    if where and not path.exists():
+        outcome = judge(state.params, where)
+        arms = read_arms(workdir / BEFORE)[where.split]
+        arms = {name: arms[name] for name in ("plain", "sft")} | {
+            "rar": outcome.measures,
+            "oracle": arms["oracle"],
+        }
+        results = compare(arms) | {"answers": outcome.answers, "split": where.split}
+        if first_process:
+            write_atomically(path, json.dumps(results, indent=2))
+    if first_process and path.exists():
+        print(f"{catalog.name}, {where.split} split, after {config.steps} steps:")
+        print(comparison_table(json.loads(path.read_text(encoding="utf-8"))), flush=True)
+
+
+def _share(config: ConfigDict) -> int:
+    """Queries of a micro-batch."""
+    if config.queries % config.chunks:
+        raise UserError(
+            f"chunks is {config.chunks}, which does not divide the {config.queries} queries"
+        )
+    return config.queries // config.chunks
+
+
+def _fields(options: type, config: ConfigDict) -> dict[str, Any]:
+    return {field.name: config[field.name] for field in dataclasses.fields(options)}
+
+
+def _generator(config: ConfigDict, saved: dict[str, str] | None) -> tuple[Generator, Base]:
+    """The generator, whose settings are the configuration with the rows that it was trained on, and
+    the parameters that it begins with, which are also those to stay near."""
+    if saved:
+        generator, base = from_record(config, saved, Generator), Base.of_record(saved)
+        own = ConfigDict(json.loads(saved["config"]))
+    elif config.generator:
+        source = find_pretrained(config.generator, Generator)
+        generator, base = source.model(config), Base(source.path)
+        own = generator.settings
+    else:
+        raise UserError("say which generator to train, as --config.generator=runs/sft")
+    settings = ConfigDict(config.to_dict())
+    settings.data.update({name: own.data[name] for name in ROWS})
+    generator = dataclasses.replace(generator, settings=settings.lock(), lora=lora_of(settings))
+    return generator, base
+
+
+def _encoder(
+    config: ConfigDict, saved: dict[str, str] | None, catalog: Catalog, mesh: Mesh
+) -> tuple[QueryEmbedder, Base, str]:
+    """The frozen encoder, where it was read, and a name for all that its vectors depend on."""
+    local_rows(mesh, config.reward.batch, "reward.batch")
+    if not config.encoder:
+        raise UserError("say which encoder rewards the answers, as --config.encoder=runs/agcl")
+    base = Base(**json.loads(saved["encoder"])) if saved else Base(config.encoder)
+    source = find_pretrained(base.path)
+    enc = source.enc
+    if enc.settings is None:
+        raise UserError(
+            f"{config.encoder} does not know how its rows are made: name a run's workdir, or a "
+            "folder that was exported from one"
+        )
+    params, base = read_base(enc, abstract_params(enc, mesh), Base(source.path, base.fingerprint))
+    params = _as_multiplied(params, DTYPES[enc.settings.model.dtype])
+    embed, local = host_embedder(enc.embed(), mesh, config.reward.batch)
+    version = json.dumps([base.fingerprint, enc.settings.to_json(), config.reward.batch])
+    return (
+        QueryEmbedder(
+            functools.partial(embed, params), enc.processor(), catalog, config.reward.batch, local
+        ),
+        base,
+        version,
+    )
+
+
+def _judge_before(
+    path: Path, held_out: dict[str, HeldOut], judge: Callable[[HeldOut], Outcome]
+) -> None:
+    """Writes what held-out queries find plain, with the answers of the generator as it begins, and
+    with the catalogue's attributes: all that later answers are held against."""
+    arms = {}
+    for split, where in held_out.items():
+        log.info("judging the generator as it begins on %d %s listings", len(where), split)
+        arms[split] = {
+            "plain": where.find(None),
+            "sft": judge(where).measures,
+            "oracle": where.find(where.true),
+        }
+        found = {arm: float(values["recall@1"].mean()) for arm, values in arms[split].items()}
+        log.info("R@1 %s", ", ".join(f"{arm} {share:.3f}" for arm, share in found.items()))
+        if found["oracle"] - found["sft"] < ROOM:
+            log.warning(
+                "True attributes would find hardly more than the generator's do: there is little "
+                "to gain. Has the encoder seen attributes in training (data.attribute_share)?"
+            )
+    if jax.process_index() == 0:
+        write_arms(path, arms)
+
+
+def _validation(
+    config: ConfigDict,
+    workdir: Path,
+    where: HeldOut | None,
+    judge: Callable[[Any, HeldOut], Outcome],
+) -> Callable[[TrainState], dict[str, float]] | None:
+    """Scores on validation listings, and the watch's look at them; None where there are none."""
+    if where is None:
+        log.warning("no validation listing has another to find: the last checkpoint is the best")
+        return None
+    limits = Limits(**config.watch)
+
+    def validate(state: TrainState) -> dict[str, float]:
+        before = read_arms(workdir / BEFORE)[where.split]
+        outcome = judge(state.params, where)
+        found = outcome.measures
+        gain = float(np.mean(found[where.measure] - before["plain"][where.measure]))
+        verdict = watch(outcome.rollouts, limits, gain)
+        if verdict.sentence:
+            raise UserError(_stopped(int(state.step), verdict.sentence, workdir))
+        return {
+            "validation": float(found["recall@1"].mean()),
+            "validation_mrr": float(found["mrr"].mean()),
+            "validation_gain": gain,
+            "validation_over_sft": float(np.mean(found["recall@1"] - before["sft"]["recall@1"])),
+            **{f"validation_{name}": value for name, value in outcome.answers.items()},
+        }
+
+    return validate
+
+
+def _as_multiplied(params: Any, dtype: Any) -> Any:
+    """A copy with the matrices as products round them: half the memory, and the same numbers."""
+
+    def rounded(path: Any, x: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        return jnp.copy(x).astype(dtype if MATRIX.search(name) else x.dtype)
+
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    copy = functools.partial(jax.tree_util.tree_map_with_path, rounded)
+    return jax.jit(copy, out_shardings=shardings)(params)
+
+
+def _gallery(
+    config: ConfigDict,
+    workdir: Path,
+    mesh: Mesh,
+    catalog: Catalog,
+    embedder: QueryEmbedder,
+    version: str,
+    split: str,
+) -> tuple[np.ndarray, Gallery] | None:
+    """A split's listings to be found and their gallery; None where nothing can be."""
+    listings = gallery_listings(catalog, split, config.reward.gallery)
+    if not len(askers(catalog, split, listings)):
+        return None
+    attributes = config.reward.gallery_attributes
+    parts = [version, catalog.fingerprint, str(attributes), listings.tobytes().hex()]
+    shards = batch_shards(mesh)
+    mine = local_rows(mesh, shards, "the mesh")
+
+    def agreed(flag: bool) -> bool:
+        flags = {"flag": np.full(mine.stop - mine.start, flag)}
+        flags = put_batch(flags, mesh, axis=0, rows=shards)["flag"]
+        return bool(jax.jit(jnp.all, out_shardings=replicated(mesh))(flags))
+
+    def embed(listings: np.ndarray) -> np.ndarray:
+        shown = (catalog.listing(int(i)).attributes if attributes else {} for i in listings)
+        return embedder([Query(int(i), 0, own) for i, own in zip(listings, shown)])
+
+    return listings, open_gallery(
+        workdir / "gallery",
+        catalog,
+        listings,
+        embed,
+        version=hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32],
+        agreed=agreed,
+        write=jax.process_index() == 0,
+    )

@@ -1,0 +1,167 @@
+"""What answers are worth: read, put into their queries, embedded, searched for, rewarded.
+
+Axes: Q queries · G answers of a query · B = Q G answers, those of a query adjacent · E embedding.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from afmrl_jax.attributes.text import Parsed, Verdict, parse
+from afmrl_jax.data.catalog import Catalog
+from afmrl_jax.rl.advantages import Advantages, group_advantages
+from afmrl_jax.rl.gallery import Gallery
+from afmrl_jax.rl.rewards import Options, rewards
+from afmrl_jax.rl.rollout import Query, QueryEmbedder
+from afmrl_jax.rl.watch import Rollout
+
+COMPARED = 8  # answers a step whose approximate search is held against the exact one
+
+
+class Laps:
+    """Seconds by part of a step: each call ends one and begins the next."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    def __call__(self, part: str) -> None:
+        now = time.monotonic()
+        self.seconds[f"seconds_{part}"] = now - self._began
+        self._began = now
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The answers of a step and what they are worth.
+
+    rewards: float32[Q, G]. parts: float32[B] each, `rl.rewards`' and what else was measured.
+    """
+
+    rollouts: list[Rollout]
+    verdicts: list[Verdict]
+    rewards: np.ndarray
+    advantages: Advantages
+    parts: dict[str, np.ndarray]
+
+    def metrics(self) -> dict[str, float]:
+        """What to log: means over the answers, and shares of the verdicts."""
+        shares = Counter(self.verdicts)
+        return {
+            "reward": float(self.rewards.mean()),
+            "reward_std": float(self.advantages.std.mean()),  # within a group
+            "zero_variance": float(self.advantages.zero_variance.mean()),  # share of the groups
+            **{name: float(part.mean()) for name, part in self.parts.items()},
+            **{f"verdict_{v.value}": shares[v] / len(self.verdicts) for v in Verdict},
+        }
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Each query with its answers, as rollouts.jsonl tells of it."""
+        samples = self.rewards.shape[1]
+        return [
+            {
+                "listing_id": self.rollouts[start].ids[0],
+                "title": self.rollouts[start].title,
+                "answers": [
+                    {
+                        "answer": self.rollouts[i].answer,
+                        "verdict": self.verdicts[i].value,
+                        "reward": round(self.rollouts[i].reward, 6),
+                        "advantage": round(float(self.advantages.values.flat[i]), 6),
+                    }
+                    for i in range(start, start + samples)
+                ],
+            }
+            for start in range(0, len(self.rollouts), samples)
+        ]
+
+
+def append_groups(path: Path, step: int, groups: Iterable[Mapping[str, Any]]) -> None:
+    """Adds groups of a step to a rollouts.jsonl."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({"step": step, **group}) + "\n" for group in groups)
+
+
+def valid_attributes(parsed: Parsed) -> dict[str, str]:
+    """What an answer adds to its query: nothing where it breaks the format."""
+    return parsed.attributes if parsed.verdict is Verdict.VALID else {}
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Rewards answers by a gallery. samples: G. scale: of `group_advantages`."""
+
+    catalog: Catalog
+    embedder: QueryEmbedder
+    gallery: Gallery
+    options: Options
+    samples: int
+    scale: bool
+
+    def judge(
+        self,
+        listings: np.ndarray,
+        draws: np.ndarray,
+        texts: Sequence[str],
+        closed: Sequence[bool],
+        lengths: np.ndarray,
+        laps: Laps,
+    ) -> Judged:
+        """The answers' worth, the same on every process; all of them call it together.
+
+        listings, draws: int64[Q], the queries. texts: B answers; closed: whether each ended by
+        itself; lengths: int[B], tokens. laps: gets the seconds of parse, embed and search.
+        """
+        parsed = [parse(text, bool(ended)) for text, ended in zip(texts, closed)]
+        given = [valid_attributes(one) for one in parsed]
+        laps("parse")
+        asked = []
+        for q, (listing, draw) in enumerate(zip(listings.tolist(), draws.tolist())):
+            own = given[q * self.samples : (q + 1) * self.samples]
+            asked += [Query(listing, draw, attributes) for attributes in [{}, *own]]
+        vectors = self.embedder(asked).reshape(len(listings), self.samples + 1, -1)
+        laps("embed")
+        values, parts = self._search(listings, vectors, parsed, lengths)
+        laps("search")
+        rollouts = []
+        for i, text in enumerate(texts):
+            q = i // self.samples
+            shown = self.catalog.listing(int(listings[q]), int(draws[q]))
+            ids = (shown.listing_id, shown.product_id)
+            rollouts.append(Rollout(q, shown.title, ids, text, given[i], float(values[i])))
+        verdicts = [one.verdict for one in parsed]
+        grouped = values.reshape(-1, self.samples)
+        advantages = group_advantages(grouped, self.scale)
+        return Judged(rollouts, verdicts, grouped, advantages, parts)
+
+    def _search(
+        self,
+        listings: np.ndarray,
+        vectors: np.ndarray,
+        parsed: Sequence[Parsed],
+        lengths: np.ndarray,
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Rewards of B answers and their parts. vectors: float32[Q, G + 1, E], the plain query's
+        first."""
+        plain, enriched = vectors[:, 0], vectors[:, 1:].reshape(len(parsed), -1)
+        asking = np.repeat(listings, self.samples)
+        k = self.options.k
+        values, parts = rewards(
+            self.gallery.find(enriched, asking, k),
+            self.gallery.find(plain, listings, k),
+            np.array([one.verdict is Verdict.VALID for one in parsed]),
+            lengths,
+            self.samples,
+            self.options,
+        )
+        if self.gallery.approximate:
+            some = slice(COMPARED)
+            agreement = self.gallery.agreement(enriched[some], asking[some], self.options)
+            parts["index_agreement"] = np.array([agreement])
+        return values, parts

@@ -1,0 +1,137 @@
+"""The gallery that rewards search: vectors of the frozen encoder, made once, and their index.
+
+Axes: N gallery listings · n queries · E embedding · K ranks · R relevant listings, padded with -1.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.writer import write_atomically
+from afmrl_jax.data.catalog import Catalog
+from afmrl_jax.data.corpus import listings_by_product
+from afmrl_jax.retrieval.index import EXACT_BELOW, ExactIndex, Index, ScannIndex
+from afmrl_jax.rl.rewards import Found, Options, measures
+
+log = logging.getLogger(__name__)
+
+
+def gallery_listings(catalog: Catalog, split: str, limit: int) -> np.ndarray:
+    """int64: a split's listings, ascending, or of a larger one whole products, about `limit` of
+    them, the same at each call."""
+    listings, starts = listings_by_product(catalog, split)
+    if len(listings) > limit:
+        sizes = np.diff(starts)
+        order = np.random.default_rng(0).permutation(len(sizes))
+        order = order[: int(np.searchsorted(np.cumsum(sizes[order]), limit)) + 1]
+        parts = [listings[starts[product] : starts[product + 1]] for product in order]
+        listings = np.concatenate(parts)
+    return np.sort(listings)
+
+
+def askers(catalog: Catalog, split: str, gallery: np.ndarray) -> np.ndarray:
+    """int64: the listings of a split whose product has another listing in the gallery: int64[N]."""
+    counts = np.bincount(catalog.products[gallery], minlength=int(catalog.products.max()) + 1)
+    listings = catalog.indices(split)
+    return listings[counts[catalog.products[listings]] - np.isin(listings, gallery) > 0]
+
+
+class Gallery:
+    """Listings to be found; `open_gallery` makes it."""
+
+    def __init__(self, catalog: Catalog, listings: np.ndarray, vectors: np.ndarray, index: Index):
+        """listings: int64[N], indices of the catalogue. vectors: float32[N, E], theirs; index: of
+        the same, under the listings as ids."""
+        self._products, self._listings = catalog.products, listings
+        self._vectors, self._index = vectors, index
+        self._by_product = np.argsort(self._products[listings], kind="stable")
+        self._sorted = self._products[listings][self._by_product]
+        if self._sorted[0] == self._sorted[-1]:
+            raise UserError(
+                f"all {len(listings)} listings of the gallery are one product, so that nothing can "
+                "be found wrong: search a larger split or catalogue"
+            )
+
+    def __len__(self) -> int:
+        return len(self._listings)
+
+    @property
+    def approximate(self) -> bool:
+        return self._index.kind != ExactIndex.kind
+
+    def find(
+        self, vectors: np.ndarray, queries: np.ndarray, k: int, *, exact: bool = False
+    ) -> Found:
+        """What queries find, at least k ranks without their own listing and one that is wrong.
+
+        vectors: float32[n, E]. queries: int64[n], the listings that ask. exact: compares with every
+        vector, on the host, whatever the index: for a few queries.
+        """
+        codes = self._products[queries]
+        starts = np.searchsorted(self._sorted, codes, "left")[:, None]
+        counts = np.searchsorted(self._sorted, codes, "right")[:, None] - starts
+        columns = np.arange(max(1, counts.max()))
+        rows = self._by_product[np.minimum(starts + columns, len(self) - 1)]
+        relevant = np.where(columns < counts, self._listings[rows], -1)
+        right = np.einsum("ne,nre->nr", vectors, self._vectors[rows])
+
+        depth = k + 1
+        if depth < len(columns) + 2:  # by powers of two: each depth compiles its own search
+            depth = 1 << (len(columns) + 1).bit_length()
+        search = self._compare if exact else self._index.search
+        ids, scores = search(vectors, depth)
+        own = np.where((relevant == queries[:, None]).any(axis=1), queries, -1)
+        return Found(ids, scores, relevant, right.astype(np.float32), own)
+
+    def _compare(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        scores = vectors @ self._vectors.T
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return self._listings[best], np.take_along_axis(scores, best, axis=1)
+
+    def agreement(self, vectors: np.ndarray, queries: np.ndarray, options: Options) -> float:
+        """The share of queries that are worth the same by the index as by an exact search."""
+        found, exact = (
+            measures(self.find(vectors, queries, options.k, exact=how), options.k)[options.measure]
+            for how in (False, True)
+        )
+        return float(np.isclose(found, exact, atol=1e-5).mean())
+
+
+def open_gallery(
+    folder: Path,
+    catalog: Catalog,
+    listings: np.ndarray,
+    embed: Callable[[np.ndarray], np.ndarray],
+    *,
+    version: str,
+    agreed: Callable[[bool], bool],
+    write: bool,
+    exact_below: int = EXACT_BELOW,
+) -> Gallery:
+    """The gallery of some listings, int64[N], read from the folder where it is there already.
+
+    embed: listings -> float32[N, E]; all processes call it together, so `agreed` tells whether all
+    of them have found the file. version: of whatever the vectors depend on; it names them.
+    write: whether this process keeps what was made.
+    """
+    path = folder / f"{version}.npy"
+    if agreed(path.exists()):
+        vectors = np.load(path, mmap_mode="r")
+    else:
+        log.info("embedding the %d listings of a gallery", len(listings))
+        vectors = embed(listings)
+        if write:
+            write_atomically(path, vectors)
+    if len(listings) < exact_below:
+        index: Index = ExactIndex(version).build(vectors, listings)
+    elif (saved := folder / f"{version}.index").exists():
+        index = Index.load(saved)
+    else:
+        log.info("building ScaNN's index of them")
+        index = ScannIndex(version).build(vectors, listings)
+        if write:
+            index.save(saved)
+    return Gallery(catalog, listings, vectors, index)

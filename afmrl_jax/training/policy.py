@@ -1,0 +1,229 @@
+"""The policy gradient's compiled parts: answers drawn, scored, and learned from.
+
+A prompt's photos pass the vision tower once, whatever the number of its answers.
+Axes: A micro-batches · C prompts of one · Q = A C · G answers of a prompt · S prompt tokens ·
+T answer tokens · D width.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from afmrl_jax.core.mesh import batch_sharding, replicated
+from afmrl_jax.losses.language import token_log_probs
+from afmrl_jax.losses.policy import Options, policy_loss, policy_metrics
+from afmrl_jax.models import lora
+from afmrl_jax.models.partition import shard_rows
+from afmrl_jax.models.sampler import Samples, generate, sample_keys
+from afmrl_jax.training import accumulate, cost
+from afmrl_jax.training.encoder import abstract_params
+from afmrl_jax.training.generator import Generator
+from afmrl_jax.training.optimizer import make_optimizer
+from afmrl_jax.training.state import TrainState, abstract_state, init_state
+
+Arrays = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Built:
+    """The compiled parts of a run, and the state that they expect. Rows are arrays [A, C, ...].
+
+    rollout: (parameters, rows, step) -> Samples of Q queries, whole on every device.
+    reference: (parameters without adapters, rows, answers) -> log-probs [A, C, G, T].
+    update: (frozen parameters, state, rows, answers, stop, step's end: 0 or 1) -> (state, metrics,
+    log-probs before it), the state donated. answers: tokens, mask, sampler_log_probs
+    [A, C, G, T]; advantages, zero_variance, truncated [A, C, G]; reference_log_probs where there is
+    a reference, and old_log_probs after a step's first update.
+    """
+
+    start: Callable[[Any], TrainState]  # from parameters, or fresh adapters with None
+    rollout: Callable[[Any, Arrays, int], Samples]
+    reference: Callable[[Any, Arrays, Arrays], jax.Array]
+    update: Callable[..., tuple[TrainState, Arrays, jax.Array]]
+    params: Any  # abstract parameters of the generator without adapters
+    abstract: TrainState
+
+
+def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
+    """Sampler and update of a configuration, jitted for a mesh; nothing is computed yet."""
+    optimizer = make_optimizer(config.optimizer, config.steps * config.inner_epochs)
+    params = abstract_params(generator, mesh)
+    trained, frozen = lora.split(params)
+    abstract = abstract_state(trained, optimizer, mesh)
+    graph, plain = generator.graph(), dataclasses.replace(generator, lora=None).graph()
+    sampling = generator.sampling(temperature=config.temperature)
+    score = functools.partial(
+        score_answers, chunk=config.vocabulary_chunk, temperature=config.temperature
+    )
+
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    def rollout(params: Any, rows: Arrays, step: int) -> Samples:
+        chunks, queries = rows["tokens"].shape[:2]
+        numbers = jnp.arange(chunks * queries).reshape(chunks, queries)
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+
+        def together(x: jax.Array) -> jax.Array:
+            # C is what the mesh splits, so it is the major part: nothing moves between devices.
+            return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+
+        def apart(x: jax.Array) -> jax.Array:
+            """[C A, ...] -> [Q, ...] in the order of `numbers`."""
+            x = jnp.swapaxes(x.reshape(queries, chunks, *x.shape[1:]), 0, 1)
+            return x.reshape(-1, *x.shape[2:])
+
+        keys = sample_keys(key, together(numbers), config.samples)
+        return jax.tree.map(
+            apart, generate(graph, params, jax.tree.map(together, rows), keys, sampling)
+        )
+
+    @functools.partial(jax.jit, out_shardings=batch_sharding(mesh, 1))
+    def reference(params: Any, rows: Arrays, answers: Arrays):
+        parts = (rows, answers["tokens"], answers["mask"])
+        return jax.lax.map(lambda part: score(plain, params, *part)[0], parts)
+
+    def fresh() -> Any:
+        return lora.split(generator.init_params(config.seed))[0]
+
+    return Built(
+        lambda given: init_state(fresh if given is None else given, optimizer, abstract),
+        rollout,
+        reference,
+        _update(config, mesh, generator, optimizer, functools.partial(score, graph), abstract),
+        frozen or trained,
+        abstract,
+    )
+
+
+def _update(
+    config: ConfigDict,
+    mesh: Mesh,
+    generator: Generator,
+    optimizer: optax.GradientTransformation,
+    score: Callable[..., tuple[jax.Array, jax.Array]],
+    abstract: TrainState,
+) -> Callable[..., tuple[TrainState, Arrays, jax.Array]]:
+    """`Built.update`."""
+    options = Options(**config.policy)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+
+    def loss(params: Any, part: tuple[Arrays, Arrays]):
+        rows, answers = part
+        log_probs, entropy = score(params, rows, answers["tokens"], answers["mask"])
+        # Before the first update old and new are the same numbers, so that no pass is needed.
+        answers = {"old_log_probs": jax.lax.stop_gradient(log_probs)} | answers
+        flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in answers.items()}
+        flat_scores = (x.reshape(-1, x.shape[-1]) for x in (log_probs, entropy))
+        return *policy_loss(*flat_scores, flat, options), answers["old_log_probs"]
+
+    @functools.partial(
+        jax.jit,
+        donate_argnames="state",
+        out_shardings=(shardings, replicated(mesh), batch_sharding(mesh, 1)),
+    )
+    def update(frozen: Any, state: TrainState, rows, answers, stop: jax.Array, end: int):
+        gradient = accumulate.value_and_grad(
+            lambda trained, part: loss(lora.join(trained, frozen), part)
+        )
+        (value, count, totals, old), gradients = gradient(state.params, (rows, answers))
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        norm, change = optax.global_norm(gradients), optax.global_norm(updates)
+        # Where all answers were left out nothing moves: neither momentum nor decay.
+        trained, opt_state = jax.lax.cond(
+            count > 0,
+            lambda: (optax.apply_updates(state.params, updates), opt_state),
+            lambda: (state.params, state.opt_state),
+        )
+        metrics = {
+            "loss": value,
+            "gradient_norm": norm,
+            **policy_metrics(totals),
+            "finite": jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(change),
+            "stop": jnp.any(stop),
+            "flops": _flops(config, generator, lora.join(state.params, frozen), rows, answers),
+        }
+        return TrainState(state.step + end, trained, opt_state), metrics, old
+
+    return update
+
+
+def _flops(
+    config: ConfigDict,
+    generator: Generator,
+    params: Any,
+    rows: Arrays,
+    answers: Arrays,
+) -> jax.Array:
+    """Useful FLOPs of the generator in one step: answers drawn, scored and learned from."""
+    model = generator.model_config
+    prompts = cost.work(model, rows)
+    lengths = rows["token_mask"].sum(-1, dtype=jnp.float32)[..., None]
+    whole = lengths + answers["mask"].sum(-1)
+
+    def pairs(lengths: jax.Array) -> jax.Array:
+        return model.text.num_layers * (lengths * (lengths + 1) / 2).sum()
+
+    # Photos are seen once a query, however many answers it has.
+    logits = answers["mask"].sum(dtype=jnp.float32)
+    scored = prompts | {"tokens": whole.sum(), "token_pairs": pairs(whole), "logits": logits}
+    again = config.samples - 1  # prompts that the sampler reads once, the update each time
+    drawn = scored | {
+        name: scored[name] - again * prompts[name] for name in ("tokens", "token_pairs")
+    }
+    count = functools.partial(cost.step_flops, model, gradcache=False)
+    forward = count(lora.without(params), drawn)
+    if config.policy.kl:
+        forward += count(lora.without(params), scored)
+    return config.inner_epochs * count(params, scored) + forward / 3  # a third has no gradient
+
+
+def score_answers(
+    graph: nnx.GraphDef,
+    params: Any,
+    rows: Mapping[str, jax.Array],
+    tokens: jax.Array,
+    mask: jax.Array,
+    *,
+    chunk: int,
+    temperature: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probs of the answers' tokens, and entropies, float32[C, G, T]; 0 outside the mask.
+
+    graph, params: nnx.split of a QwenVL with its head. rows: the prompts, padded left. tokens:
+    int32[C, G, T] and mask: bool[C, G, T], as the sampler gives them. chunk, temperature: as
+    `token_log_probs` takes them.
+    """
+    model, (prompts, samples, length) = nnx.merge(graph, params), tokens.shape
+    tokens, mask = (x.reshape(prompts * samples, length) for x in (tokens, mask))
+
+    def each(x: jax.Array) -> jax.Array:
+        """[C, ...] -> [C G, ...], as the answers lie."""
+        return shard_rows(jnp.repeat(x, samples, axis=0))
+
+    prompt, deepstack = model.embed_rows(rows)
+    x = jnp.concatenate([each(prompt), model.embed_tokens(tokens)], axis=1)
+    if deepstack is not None:
+        deepstack = jnp.repeat(deepstack, samples, axis=1)
+        deepstack = jnp.pad(deepstack, ((0, 0), (0, 0), (0, length), (0, 0)))
+    # Text goes on behind the prompt by one a token on all axes, as in the sampler.
+    shown = jnp.where(rows["token_mask"][:, None], rows["positions"], -1)
+    behind = shown.max(axis=(1, 2), keepdims=True) + 1 + jnp.arange(length)
+    behind = jnp.broadcast_to(behind, (*rows["positions"].shape[:2], length))
+    answered = {
+        "positions": each(jnp.concatenate([rows["positions"], behind], axis=2)),
+        "token_mask": jnp.concatenate([each(rows["token_mask"]), mask], axis=1),
+    }
+    hidden, _ = model.read(answered, cache=False, embedded=(x, deepstack))
+    # A token is predicted at the one before it, the first at the prompt's last.
+    hidden = hidden[:, -length - 1 : -1]
+    scores = token_log_probs(hidden, model.logits, tokens, chunk, temperature, mask)
+    log_probs, entropy = (x.reshape(prompts, samples, length) for x in scores)
+    return log_probs, entropy
