@@ -18,9 +18,9 @@ def get_config(arm: str = "agcl") -> ConfigDict:
         raise ValueError(f"configs/agcl.py has no arm {arm!r}: it has {', '.join(ARMS)}")
     config = common.get_config()
     config.program = "agcl"
-    config.steps = 640
-    config.eval_every = 160
-    config.checkpoint_every = 80
+    config.steps = 720
+    config.eval_every = 180
+    config.checkpoint_every = 90
 
     config.batch = 64  # pairs of the global batch (VLM2Vec-V2: 1024)
     config.chunks = 1  # GradCache: pieces in which a batch is embedded; 1 = at once
@@ -29,7 +29,9 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.model = ConfigDict()
     # a name of models/presets.py: tiny | tiny_qwen2_5 | tiny_qwen3 | qwen2_vl_2b | qwen2_5_vl_3b
     config.model.preset = "tiny"  # | qwen3_vl_2b | ...; unused with init_from
-    config.model.dtype = "bfloat16"  # of the computation; parameters and the loss stay float32
+    # of the computation; parameters and the loss stay float32. CPUs compute float32 faster;
+    # accelerators bfloat16
+    config.model.dtype = "float32"
     config.model.remat = "none"  # none | dots | full: what the backward pass computes again
     config.model.embedding_dim = 0  # first dimensions kept of the embedding; 0 = all
     # LoRA: narrow matrices are trained beside those of init_from, which stay as they are, stored in
