@@ -1,0 +1,160 @@
+"""From answers to rewards, through the whole search path, on a catalogue small enough to work out
+by hand: a text's vector counts five words.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from afmrl_jax.attributes.text import Verdict
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.data.catalog import Listing
+from afmrl_jax.rl.environment import Environment, Laps
+from afmrl_jax.rl.gallery import askers, gallery_listings, open_gallery
+from afmrl_jax.rl.held_out import HeldOut, compare, comparison_table, read_arms, write_arms
+from afmrl_jax.rl.rewards import Options
+from afmrl_jax.rl.rollout import Query, QueryBatches, QueryEmbedder
+
+WORDS = ("red", "green", "lamp", "mug", "hat")
+
+
+@dataclass
+class Words:
+    """A catalogue of titles; every listing is in the training split."""
+
+    titles: tuple[str, ...] = ("mug", "red mug", "green mug", "red lamp", "hat")
+    products: np.ndarray = None
+    fingerprint: str = "words"
+
+    def __post_init__(self):
+        self.products = np.array([0, 0, 1, 2, 3], np.int32)
+
+    def __len__(self):
+        return len(self.titles)
+
+    def indices(self, split):
+        return np.arange(len(self))
+
+    def listing(self, index, draw=0):
+        names = (f"listing-{index}", f"product-{self.products[index]}")
+        return Listing(*names, self.titles[index], "", "", {"color": "red"}, 0, None)
+
+
+class Counting:
+    """Stands for the encoder's processor and for the encoder: rows to unit vectors."""
+
+    max_images = 1
+
+    def __call__(self, rows):
+        counts = [[row.text.split().count(word) for word in WORDS] for row in rows]
+        vectors = np.array(counts, np.float32) + 1e-3
+        return {"vectors": vectors / np.linalg.norm(vectors, axis=1, keepdims=True)}
+
+
+CATALOG = Words()
+EMBEDDER = QueryEmbedder(lambda rows: rows["vectors"], Counting(), CATALOG, 3, slice(0, 3))
+# The first says what the other listing of the mug shows, the second what another product's does.
+ANSWERS = ["color: red", "color: green", "red", "type: lamp"]
+
+
+def gallery_in(folder, embed=lambda listings: EMBEDDER([Query(int(i)) for i in listings]), **how):
+    listings = np.arange(len(CATALOG))
+    always = {"version": "1", "agreed": bool, "write": True}
+    return open_gallery(folder, CATALOG, listings, embed, **always, **how)
+
+
+@pytest.fixture(scope="module")
+def gallery(tmp_path_factory):
+    return gallery_in(tmp_path_factory.mktemp("gallery"))
+
+
+def judged(gallery, **options):
+    environment = Environment(CATALOG, EMBEDDER, gallery, Options(k=1, **options), 4, scale=False)
+    laps, closed = Laps(), [True] * 4
+    found = environment.judge(np.array([0]), np.array([0]), ANSWERS, closed, np.arange(4), laps)
+    assert list(laps.seconds) == ["seconds_parse", "seconds_embed", "seconds_search"]
+    return found
+
+
+def test_rewards_are_those_worked_by_hand(gallery):
+    found = judged(gallery, kind="margin")
+    # "mug color: red" has the vector of listing 1, 1/2 in common with 2 and 3: 1 - 1/2. With
+    # "green" it is listing 2's: 1/2 - 1. The third is no pair: a tenth below the worst. "mug lamp":
+    # 1/2 with 1, 2 and 3.
+    np.testing.assert_allclose(found.rewards, [[0.5, -0.5, -0.6, 0]], atol=3e-3)
+    np.testing.assert_allclose(found.advantages.values, [[0.65, -0.35, -0.45, 0.15]], atol=3e-3)
+    # Plain it finds 1 and 2 equally near, so that the gain is the margin itself.
+    np.testing.assert_allclose(found.parts["gain"], [0.5, -0.5, 0, 0], atol=3e-3)
+    assert found.verdicts == [Verdict.VALID, Verdict.VALID, Verdict.MALFORMED, Verdict.VALID]
+    metrics = found.metrics()
+    assert metrics["reward"] == pytest.approx(-0.15, abs=3e-3)
+    assert metrics["verdict_malformed"] == 0.25 and metrics["valid"] == 0.75
+    [group] = found.groups()
+    assert group["title"] == "mug" and [a["answer"] for a in group["answers"]] == ANSWERS
+
+
+def test_the_query_listing_never_counts(gallery):
+    plain = EMBEDDER([Query(0)])
+    found = gallery.find(plain, np.array([0]), k=1)
+    assert found.ids[0, 0] == 0 and found.own[0] == 0  # it lies nearest to itself
+    # What is left has listing 1 and 2 at one distance, so that the right one is never alone first.
+    assert judged(gallery, kind="mrr").parts["mrr"].tolist()[:2] == [1, 0.5]
+    # A listing whose product has no other one in the gallery does not ask.
+    assert askers(CATALOG, "train", np.arange(5)).tolist() == [0, 1]
+    assert askers(CATALOG, "train", np.arange(1, 5)).tolist() == [0]
+
+
+def test_a_gallery_is_embedded_once_and_its_approximate_index_is_held_against_the_exact(tmp_path):
+    exact = gallery_in(tmp_path / "1")
+    again = gallery_in(tmp_path / "1", embed=None)
+    assert len(again) == 5 and not exact.approximate
+    scann = gallery_in(tmp_path / "2", exact_below=0)
+    assert (tmp_path / "2" / "1.index").is_dir()
+    scann = gallery_in(tmp_path / "2", exact_below=0, embed=None)
+    assert scann.approximate
+    parts = judged(scann, kind="margin").parts
+    assert parts["index_agreement"] == 1
+    np.testing.assert_allclose(parts["gain"], judged(exact, kind="margin").parts["gain"], atol=1e-5)
+
+
+def test_large_galleries_are_whole_products_and_one_product_is_none(tmp_path):
+    for limit in (1, 2, 3):
+        listings = gallery_listings(CATALOG, "train", limit)
+        assert len(listings) >= limit
+        assert np.isin(CATALOG.products, CATALOG.products[listings]).sum() == len(listings)
+    with pytest.raises(UserError, match="all 2 listings of the gallery are one product"):
+        vectors = np.eye(2, dtype=np.float32)
+        always = {"version": "1", "agreed": bool, "write": False}
+        open_gallery(tmp_path, CATALOG, np.array([0, 1]), lambda _: vectors, **always)
+
+
+def test_queries_are_a_function_of_seed_and_step():
+    def batches(seed):
+        return QueryBatches(CATALOG, np.array([0, 1, 2, 4]), None, 2, 1, slice(0, 2), seed, 9)
+
+    one = batches(0)
+    first = [one.draw(step) for step in range(2)]
+    assert sorted(np.concatenate([listings for listings, _ in first])) == [0, 1, 2, 4]
+    draws = np.concatenate([draws for _, draws in first])
+    assert len(set(draws)) == 4 and (draws > 0).all()
+    for step, (listings, drawn) in enumerate(first):
+        again = batches(0).draw(step)
+        assert (again[0] == listings).all() and (again[1] == drawn).all()
+    assert (batches(1).draw(0)[1] != first[0][1]).all()
+
+
+def test_arms_are_compared_query_by_query(gallery, tmp_path):
+    options = Options(kind="margin", k=50)
+    where = HeldOut(CATALOG, "test", np.arange(5), gallery, EMBEDDER, options, limit=9)
+    assert where.queries.tolist() == [0, 1] and where.k == 1
+    arms = {"plain": where.find(None), "oracle": where.find(where.true)}
+    write_arms(tmp_path / "arms.json", {"test": arms})
+    outcome = where.judge([("color: red", True), ("color: red", False)])  # the second was cut
+    assert outcome.answers == {"f1": pytest.approx(2 / 3), "valid": 0.5, "pairs": 0.5}
+    arms = read_arms(tmp_path / "arms.json")["test"] | {"rar": outcome.measures}
+    result = compare(arms)
+    # Listing 1, "red mug", finds "mug" and "green mug" by .71 and .5, "red lamp" by .5.
+    assert result["differences"]["rar - plain"]["margin"] == pytest.approx(0.25, abs=5e-3)
+    assert result["arms"]["plain"]["margin_ci95"] > 0
+    assert "| oracle - plain |" in comparison_table(result)
