@@ -59,7 +59,7 @@ def test_a_score_worked_by_hand():
     assert expected == pytest.approx(1.1692, abs=1e-4)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(LISTING, min_size=5, max_size=5), st.lists(LISTING, min_size=4, max_size=4))
 def test_the_matrix_is_the_textbooks_bm25_of_every_pair(corpus, queries):
     scores = matrix(CorpusStatistics.from_documents(corpus), queries, corpus)

@@ -133,7 +133,7 @@ def test_embedding_prompts_tokenise_as_transformers_does(folder, library, tokeni
     _same(library, chat_template(folder), processor, rows, [end])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(text=st.text(max_size=60).filter(lambda text: "|>" not in text), images=st.integers(0, 3))
 def test_any_text_tokenises_as_transformers_does(folder, library, generator, text, images):
     rows = [Row(text, (_image(),) * images)]

@@ -315,7 +315,7 @@ def test_a_collapsed_encoder_scores_no_accuracy():
     assert loss_of(PLAIN, np.ones((3, 3)))[1]["accuracy"] == 0
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.permutations(range(6)), st.sampled_from(sorted(ARMS)))
 def test_the_order_of_the_pairs_does_not_matter(order, name):
     queries, targets, info = random_batch(6)

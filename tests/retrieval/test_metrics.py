@@ -55,7 +55,7 @@ def test_the_interval_of_a_share_is_that_of_the_normal_approximation():
     assert np.isnan(metrics.interval95(np.array([1.0])))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 30), st.data())
 def test_metrics_of_a_whole_ranking_equal_scikit_learns(seed, n, data):
     n_relevant = data.draw(st.integers(1, n - 1))

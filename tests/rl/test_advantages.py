@@ -41,7 +41,7 @@ def test_differences_of_rounding_do_not_become_large_advantages():
     assert not groups.zero_variance[0] and np.abs(groups.values).max() < 1e-3
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(arrays(np.float32, (3, 5), elements=st.floats(-10, 10, width=32)), st.booleans())
 def test_advantages_of_a_group_cancel_and_shifting_all_rewards_changes_nothing(rewards, scale):
     values = group_advantages(rewards, scale).values
