@@ -138,13 +138,14 @@ class QwenVL(nnx.Module):
         """The hidden states, and where `cache` asks for them what later tokens attend to.
 
         That is for each group of layers its rotated keys and values, [layers, N, S, K, head size];
-        else None for each. embedded: `embed_rows`'s, where rows share what it costs; of the rows
-        then only positions and token_mask are read.
+        else None for each. embedded: what `embed_rows` would make of the rows, made elsewhere. Of
+        the rows then only positions and `seen` are read: bool[N, S, S], what each token (rows) may
+        see of those before it (columns).
         """
         x, deepstack = self.embed_rows(rows) if embedded is None else embedded
         positions = jnp.swapaxes(rows["positions"], 1, 2)
         angles = rotary_angles(positions, *text_frequencies(self.config.text))
-        mask = rows["token_mask"][:, None, :]
+        mask = rows["seen"] if "seen" in rows else rows["token_mask"][:, None, :]
 
         def mix(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
             return attend(query, key, value, mask, causal=True), (key, value) if cache else None

@@ -76,7 +76,8 @@ class Gallery:
         columns = np.arange(max(1, counts.max()))
         rows = self._by_product[np.minimum(starts + columns, len(self) - 1)]
         relevant = np.where(columns < counts, self._listings[rows], -1)
-        right = np.einsum("ne,nre->nr", vectors, self._vectors[rows])
+        # One column at a time: never n x R x E at once.
+        right = [np.einsum("ne,ne->n", vectors, self._vectors[column]) for column in rows.T]
 
         depth = k + 1
         if depth < len(columns) + 2:  # by powers of two: each depth compiles its own search
@@ -84,7 +85,7 @@ class Gallery:
         search = self._compare if exact else self._index.search
         ids, scores = search(vectors, depth)
         own = np.where((relevant == queries[:, None]).any(axis=1), queries, -1)
-        return Found(ids, scores, relevant, right.astype(np.float32), own)
+        return Found(ids, scores, relevant, np.stack(right, 1).astype(np.float32), own)
 
     def _compare(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         scores = vectors @ self._vectors.T

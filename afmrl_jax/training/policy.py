@@ -1,6 +1,7 @@
 """The policy gradient's compiled parts: answers drawn, scored, and learned from.
 
-A prompt's photos pass the vision tower once, whatever the number of its answers.
+The answers to a prompt are scored in one row behind it, each blind to the others: photos and prompt
+are read once, whatever the number of answers.
 Axes: A micro-batches · C prompts of one · Q = A C · G answers of a prompt · S prompt tokens ·
 T answer tokens · D width.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -73,7 +75,7 @@ def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
 
         def together(x: jax.Array) -> jax.Array:
             # C is what the mesh splits, so it is the major part: nothing moves between devices.
-            return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
+            return jnp.swapaxes(x, 0, 1).reshape(chunks * queries, *x.shape[2:])
 
         def apart(x: jax.Array) -> jax.Array:
             """[C A, ...] -> [Q, ...] in the order of `numbers`."""
@@ -166,23 +168,19 @@ def _flops(
     model = generator.model_config
     prompts = cost.work(model, rows)
     lengths = rows["token_mask"].sum(-1, dtype=jnp.float32)[..., None]
-    whole = lengths + answers["mask"].sum(-1)
-
-    def pairs(lengths: jax.Array) -> jax.Array:
-        return model.text.num_layers * (lengths * (lengths + 1) / 2).sum()
-
-    # Photos are seen once a query, however many answers it has.
-    logits = answers["mask"].sum(dtype=jnp.float32)
-    scored = prompts | {"tokens": whole.sum(), "token_pairs": pairs(whole), "logits": logits}
-    again = config.samples - 1  # prompts that the sampler reads once, the update each time
-    drawn = scored | {
-        name: scored[name] - again * prompts[name] for name in ("tokens", "token_pairs")
+    tokens = answers["mask"].sum(dtype=jnp.float32)
+    # All tokens of answers attend to themselves and to their prompt, which is read once.
+    own = answers["mask"].sum(-1, dtype=jnp.float32)
+    pairs = (own * lengths + own * (own + 1) / 2).sum() * model.text.num_layers
+    amount = prompts | {
+        "tokens": prompts["tokens"] + tokens,
+        "token_pairs": prompts["token_pairs"] + pairs,
+        "logits": tokens,
     }
-    count = functools.partial(cost.step_flops, model, gradcache=False)
-    forward = count(lora.without(params), drawn)
-    if config.policy.kl:
-        forward += count(lora.without(params), scored)
-    return config.inner_epochs * count(params, scored) + forward / 3  # a third has no gradient
+    count = functools.partial(cost.step_flops, model, amount=amount, gradcache=False)
+    passes = 2 if config.policy.kl else 1  # without a gradient, a third each: sampler, reference
+    forward = passes * count(lora.without(params)) / 3
+    return config.inner_epochs * count(params) + forward
 
 
 def score_answers(
@@ -202,28 +200,29 @@ def score_answers(
     `token_log_probs` takes them.
     """
     model, (prompts, samples, length) = nnx.merge(graph, params), tokens.shape
-    tokens, mask = (x.reshape(prompts * samples, length) for x in (tokens, mask))
-
-    def each(x: jax.Array) -> jax.Array:
-        """[C, ...] -> [C G, ...], as the answers lie."""
-        return shard_rows(jnp.repeat(x, samples, axis=0))
-
-    prompt, deepstack = model.embed_rows(rows)
-    x = jnp.concatenate([each(prompt), model.embed_tokens(tokens)], axis=1)
+    behind, size = samples * length, rows["tokens"].shape[1]
+    x, deepstack = model.embed_rows(rows)
+    x = jnp.concatenate([x, model.embed_tokens(tokens.reshape(prompts, behind))], axis=1)
     if deepstack is not None:
-        deepstack = jnp.repeat(deepstack, samples, axis=1)
-        deepstack = jnp.pad(deepstack, ((0, 0), (0, 0), (0, length), (0, 0)))
-    # Text goes on behind the prompt by one a token on all axes, as in the sampler.
+        deepstack = jnp.pad(deepstack, ((0, 0), (0, 0), (0, behind), (0, 0)))
+    # Each answer's text goes on behind the prompt by one a token on all axes, as in the sampler.
     shown = jnp.where(rows["token_mask"][:, None], rows["positions"], -1)
-    behind = shown.max(axis=(1, 2), keepdims=True) + 1 + jnp.arange(length)
-    behind = jnp.broadcast_to(behind, (*rows["positions"].shape[:2], length))
-    answered = {
-        "positions": each(jnp.concatenate([rows["positions"], behind], axis=2)),
-        "token_mask": jnp.concatenate([each(rows["token_mask"]), mask], axis=1),
+    own = shown.max(axis=(1, 2), keepdims=True) + 1 + jnp.tile(jnp.arange(length), samples)
+    own = jnp.broadcast_to(own, (prompts, rows["positions"].shape[1], behind))
+    real = jnp.concatenate([rows["token_mask"], mask.reshape(prompts, behind)], axis=1)
+    # Whose each token is: 0 the prompt's, which all see, else its answer's number.
+    whose = np.concatenate([np.zeros(size, int), 1 + np.arange(behind) // length])
+    seen = (whose == 0) | (whose[:, None] == whose)
+    packed = {
+        "positions": jnp.concatenate([rows["positions"], own], axis=2),
+        "seen": real[:, None] & seen,
     }
-    hidden, _ = model.read(answered, cache=False, embedded=(x, deepstack))
-    # A token is predicted at the one before it, the first at the prompt's last.
-    hidden = hidden[:, -length - 1 : -1]
+    hidden, _ = model.read(packed, cache=False, embedded=(shard_rows(x), deepstack))
+    # A token is predicted at the one before it, an answer's first at the prompt's last.
+    last = jnp.broadcast_to(hidden[:, None, size - 1 : size], (prompts, samples, 1, x.shape[2]))
+    hidden = hidden[:, size:].reshape(prompts, samples, length, -1)
+    hidden = jnp.concatenate([last, hidden[:, :, :-1]], axis=2).reshape(-1, length, x.shape[2])
+    tokens, mask = (x.reshape(-1, length) for x in (tokens, mask))
     scores = token_log_probs(hidden, model.logits, tokens, chunk, temperature, mask)
     log_probs, entropy = (x.reshape(prompts, samples, length) for x in scores)
     return log_probs, entropy

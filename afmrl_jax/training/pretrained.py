@@ -143,7 +143,7 @@ def read_base(enc: Assembly, frozen: Any, base: Base) -> tuple[Any, Base]:
             params = find_pretrained(base.path, type(enc)).load(frozen)
         except UserError as error:
             raise UserError(
-                f"the model that the adapters belong to cannot be read. {error}. Bring {base.path} "
+                f"the model that this run stands on cannot be read. {error}. Bring {base.path} "
                 "back as it was, or leave a link there to where it is now"
             ) from None
     else:
@@ -153,8 +153,8 @@ def read_base(enc: Assembly, frozen: Any, base: Base) -> tuple[Any, Base]:
     found = lora.fingerprint(params)
     if base.fingerprint not in ("", found):
         raise UserError(
-            f"{base.path or 'this seed'} gives other parameters than those that the adapters were "
-            "trained on: bring the model back as it was (or, of a seed, JAX's version and the kind "
+            f"{base.path or 'this seed'} gives other parameters than those that this run stands "
+            "on: bring the model back as it was (or, of a seed, JAX's version and the kind "
             "of device), or start anew with another --workdir"
         )
     return params, Base(base.path, found)
