@@ -18,7 +18,7 @@ def command():
 
     def build(config, workdir):
         return [
-            *(sys.executable, "-m", "afmrl_jax.main", "--config=configs/agcl.py"),
+            *(sys.executable, "-m", "afmrl_jax.main", f"--config=configs/{config.program}.py"),
             *(f"--workdir={workdir}", *flat(config)),
         ]
 

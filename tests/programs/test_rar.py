@@ -1,0 +1,261 @@
+"""The program on a small catalogue, with a generator that has half learned it and an encoder that
+nobody trained: 15 products in two listings each to find one another."""
+
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from afmrl_jax import main
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.mesh import make_mesh
+from afmrl_jax.data.answers import question_and_answer
+from afmrl_jax.data.opening import open_catalogue
+from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
+from afmrl_jax.losses.language import answer_cross_entropy
+from afmrl_jax.models.presets import preset
+from afmrl_jax.training.checkpoint import Checkpoints, find_checkpoints
+from afmrl_jax.training.encoder import Encoder, abstract_params
+from afmrl_jax.training.generator import Generator
+from afmrl_jax.training.pretrained import find_pretrained
+from afmrl_jax.training.state import abstract_state, init_state
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = {"workers": 0, "max_patches": 16, "min_pixels": 256, "max_pixels": 1024}
+TEXTS = ["system user assistant color: type: red green blue grey mug shirt lamp shoe hat new"] * 4
+
+
+def small(config, catalogue_folder, tmp_path_factory):
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    config.data.update(path=str(catalogue_folder), cache_dir=str(cache), **SIZES)
+    config.model.dtype = "float32"
+    return config
+
+
+def write_checkpoint(folder, made, params):
+    mesh = make_mesh(dict(made.settings.mesh))
+    abstract = abstract_state(abstract_params(made, mesh), optax.sgd(0.1), mesh)
+    state = init_state(params, optax.sgd(0.1), abstract)
+    with Checkpoints(folder / "checkpoints", writable=True) as checkpoints:
+        record = made.record() | {"config": made.settings.to_json()}
+        checkpoints.save(state, record, 0, None)
+
+
+def half_learned(generator):
+    """Parameters that know the format and the kinds, and guess at colours."""
+    catalog = open_catalogue(generator.settings.data.path, generator.settings.data, Path())
+    shown = [question_and_answer(catalog, int(i), 1) for i in catalog.indices("train")]
+    rows, graph, adam = (
+        generator.processor(answers=True)(shown),
+        generator.graph(),
+        optax.adam(3e-3),
+    )
+
+    def loss(params):
+        model = nnx.merge(graph, params)
+        total, count = answer_cross_entropy(
+            model(rows), model.logits, rows["tokens"], rows["answer_mask"], 64
+        )
+        return total / count
+
+    @jax.jit
+    def step(params, moments):
+        value, gradients = jax.value_and_grad(loss)(params)
+        updates, moments = adam.update(gradients, moments)
+        return optax.apply_updates(params, updates), moments, value
+
+    params = jax.jit(lambda: generator.init_params(0))()
+    moments, value = adam.init(params), 9.0
+    while value > 0.25:
+        params, moments, value = step(params, moments)
+    return params
+
+
+@pytest.fixture(scope="module")
+def models(catalogue_folder, tmp_path_factory):
+    """The workdirs of a generator and of an encoder that nobody trained, each of one layer."""
+    from configs import agcl, sft
+
+    folder = tmp_path_factory.mktemp("models")
+    tokenizer, tiny = train_tokenizer(TEXTS, 340), preset("tiny")
+    config = tiny.replace(
+        vision=dataclasses.replace(tiny.vision, num_layers=1),
+        text=dataclasses.replace(tiny.text, num_layers=1),
+        vocab_size=tokenizer.get_vocab_size(),
+        **special_token_ids(tokenizer),
+    )
+    settings = small(agcl.get_config(), catalogue_folder, tmp_path_factory)
+    settings.data.max_tokens = 40
+    encoder = Encoder(settings, config, tokenizer)
+    write_checkpoint(folder / "encoder", encoder, lambda: encoder.init_params(0))
+    settings = small(sft.get_config(), catalogue_folder, tmp_path_factory)
+    settings.data.update(max_tokens=64, max_answer=16, instruction="color type")
+    generator = Generator(settings, config, tokenizer)
+    write_checkpoint(folder / "generator", generator, half_learned(generator))
+    return folder
+
+
+@pytest.fixture
+def config(models, catalogue_folder, tmp_path_factory):
+    """configs/rar.py at its smallest, in one process."""
+    from configs.rar import get_config
+
+    config = small(get_config(), catalogue_folder, tmp_path_factory)
+    config.update(generator=str(models / "generator"), encoder=str(models / "encoder"))
+    config.update(steps=4, queries=4, samples=4, chunks=2, rollouts_every=2)
+    config.update(eval_every=2, checkpoint_every=2)
+    config.reward.batch = 20
+    config.eval.batch = 4
+    config.watch.update(copied=1.0, held_out_gain=-2.0)
+    return config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Holds the run that the first test makes."""
+    return tmp_path_factory.mktemp("rar")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def state_of(workdir):
+    checkpoints, step = find_checkpoints(str(workdir))
+    return checkpoints.restore_raw(step)
+
+
+@pytest.fixture
+def run(config, folder):
+    """The workdir of a run that nothing stopped."""
+    if not (folder / "run").exists():
+        main.run(config, folder / "run")
+    return folder / "run"
+
+
+def test_a_run_leaves_all_that_it_promises(config, folder, capsys):
+    main.run(config, folder / "run")
+    told = capsys.readouterr().out
+    rows = lines(folder / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    promised = {"reward", "reward_std", "zero_variance", "recall@1", "mrr", "margin", "gain", "kl"}
+    promised |= {"clip_share", "entropy", "answer_tokens", "valid", "verdict_malformed"}
+    promised |= {"sampler_difference", "watch_copied", "watch_leaked", "watch_pair_diversity"}
+    parts = ("rollout", "parse", "embed", "search", "update")
+    assert promised | {f"seconds_{part}" for part in parts} <= set(rows[0])
+    assert rows[0]["kl"] < 1e-9 and rows[-1]["kl"] > 1e-9  # it begins as the reference
+    assert all(row["sampler_difference_max"] < 1e-4 and row["ratio_max"] == 1 for row in rows)
+    assert {"validation", "validation_gain", "validation_over_sft", "validation_f1"} <= set(rows[1])
+
+    groups = lines(folder / "run" / "rollouts.jsonl")
+    assert [group["step"] for group in groups] == [1, 1, 2, 2, 3, 3, 4, 4]  # every second
+    assert all(len(group["answers"]) == 4 for group in groups)
+    results = json.loads((folder / "run" / "evaluation.json").read_text())
+    assert list(results["arms"]) == ["plain", "sft", "rar", "oracle"] and results["split"] == "test"
+    found = {arm: scores["margin"] for arm, scores in results["arms"].items()}
+    paired = results["differences"]["rar - sft"]
+    assert paired["margin"] == pytest.approx(found["rar"] - found["sft"])
+    assert "margin_ci95" in paired and "| rar - sft |" in told
+    assert len(list((folder / "run" / "gallery").glob("*.npy"))) == 3  # train, validation, test
+
+
+def test_a_run_killed_and_started_again_gives_the_same_rollouts_and_parameters(
+    config, run, tmp_path
+):
+    """What is left of one that died in its third step, when rollouts had been written."""
+    killed = tmp_path / "killed"
+    shutil.copytree(run, killed)
+    shutil.rmtree(killed / "checkpoints" / "4")
+    (killed / "evaluation.json").unlink()
+    with (killed / "rollouts.jsonl").open("a") as file:
+        file.write('{"step": 3, "listi')
+    config.rollouts_every = 2
+    config.watch.copied = 0.999  # this one may change
+    main.run(config, killed)
+    jax.tree.map(np.testing.assert_array_equal, state_of(run), state_of(killed))
+    for name in ("rollouts.jsonl", "evaluation.json"):
+        assert (run / name).read_text() == (killed / name).read_text()
+    rewards = [[row["reward"] for row in lines(f / "metrics.jsonl")] for f in (run, killed)]
+    assert rewards[0] == rewards[1]
+
+
+def test_two_processes_see_the_answers_rewards_and_gradients_of_one(config, command, run, tmp_path):
+    config.mesh.data = 2
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+    running = []
+    for index in range(2):
+        own = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": "2", "PROCESS_ID": str(index)}
+        line = command(config, tmp_path / "two")
+        running.append(subprocess.Popen(line, cwd=ROOT, env=os.environ | own))
+    try:
+        assert [process.wait(timeout=600) for process in running] == [0, 0]
+    finally:
+        for process in running:
+            process.kill()
+    one, two = (lines(folder / "metrics.jsonl") for folder in (run, tmp_path / "two"))
+    for name in ("reward", "reward_std", "gradient_norm", "kl", "answer_tokens", "validation"):
+        found = [[row.get(name, 0) for row in rows] for rows in (one, two)]
+        np.testing.assert_allclose(found[1], found[0], rtol=2e-3, atol=1e-6, err_msg=name)
+    for ours, theirs in zip(*(lines(f / "rollouts.jsonl") for f in (run, tmp_path / "two"))):
+        assert [a["answer"] for a in ours["answers"]] == [a["answer"] for a in theirs["answers"]]
+
+
+def test_a_run_that_looks_like_cheating_stops_with_its_rollouts(config, tmp_path):
+    config.watch.answer_diversity = 1.0  # no word in common between any answers
+    config.rollouts_every = 0
+    with pytest.raises(UserError, match=r"step 1: These rollouts look like reward hacking.*\n  '"):
+        main.run(config, tmp_path / "stopped")
+    assert len(lines(tmp_path / "stopped" / "rollouts.jsonl")) == 4  # all groups of that step
+    assert not list((tmp_path / "stopped" / "checkpoints").glob("[0-9]*"))
+
+
+def test_adapters_on_the_generator_begin_as_it_and_are_found_again(config, tmp_path):
+    config.update(steps=2, chunks=1, inner_epochs=2, eval_every=0, checkpoint_every=1)
+    config.model.lora_rank = 2
+    config.policy.objective = "dr_grpo"
+    main.run(config, tmp_path / "adapters")
+    rows = lines(tmp_path / "adapters" / "metrics.jsonl")
+    assert rows[0]["kl"] < 1e-9 and rows[1]["kl"] > 1e-9
+    trained = jax.tree.leaves_with_path(state_of(tmp_path / "adapters")["params"])
+    assert trained and all("lora_" in jax.tree_util.keystr(path) for path, _ in trained)
+    source = find_pretrained(str(tmp_path / "adapters"), Generator)
+    assert source.enc.settings.data.max_answer == 16  # as SFT's: this configuration says 56
+    mesh = make_mesh(dict(config.mesh))
+    with jax.set_mesh(mesh):
+        merged = source.load(abstract_params(source.enc, mesh))
+        before = find_pretrained(config.generator, Generator)
+        before = before.load(abstract_params(before.enc, mesh))
+    moved = [not np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (merged, before)))]
+    assert any(moved) and not all(moved)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("generator", "", "--config.generator=runs/sft"),
+        ("encoder", "", "--config.encoder=runs/agcl"),
+        ("generator", "encoder", "holds the encoder of a run"),
+        ("chunks", 3, "chunks is 3, which does not divide the 4 queries"),
+    ],
+)
+def test_what_cannot_be_run_is_told_in_a_sentence(config, models, tmp_path, field, value, says):
+    config[field] = str(models / value) if value == "encoder" else value
+    with pytest.raises(UserError, match=says):
+        main.run(config, tmp_path / "run")
+
+
+def test_a_changed_configuration_is_refused(config, run):
+    config.policy.kl = 0.5
+    with pytest.raises(UserError, match=r"policy.kl was 0.02 and is now 0.5"):
+        main.run(config, run)
