@@ -12,9 +12,9 @@ from configs import common
 def get_config() -> ConfigDict:
     config = common.get_config()
     config.program = "sft"
-    config.steps = 400
-    config.eval_every = 100
-    config.checkpoint_every = 100
+    config.steps = 900
+    config.eval_every = 300
+    config.checkpoint_every = 150
 
     config.batch = 32  # answers of the global batch
     # micro-batches in which it is computed, with the same gradient; 1 = at once. 8 rows at a time
