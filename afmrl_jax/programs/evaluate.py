@@ -49,8 +49,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     queries = _names(config.eval.queries) or [config.data.path]
     gallery = _names(config.eval.gallery) or queries
     opened = {
-        name: open_listings(name, config.data, workdir)
-        for name in dict.fromkeys(queries + gallery)
+        name: open_listings(name, config.data, workdir) for name in dict.fromkeys(queries + gallery)
     }
     # By content: a catalogue named twice, in two ways, would let a query find itself.
     distinct = {catalog.fingerprint: catalog for catalog in opened.values()}
