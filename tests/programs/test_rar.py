@@ -226,7 +226,8 @@ def test_adapters_on_the_generator_begin_as_it_and_are_found_again(config, tmp_p
     config.policy.objective = "dr_grpo"
     main.run(config, tmp_path / "adapters")
     rows = lines(tmp_path / "adapters" / "metrics.jsonl")
-    assert rows[0]["kl"] < 1e-9 and rows[1]["kl"] > 1e-9
+    # Told of the second epoch, when the first has moved a little from what they began as.
+    assert 0 < rows[0]["kl"] < 0.01 and rows[0]["ratio_max"] > 1
     trained = jax.tree.leaves_with_path(state_of(tmp_path / "adapters")["params"])
     assert trained and all("lora_" in jax.tree_util.keystr(path) for path, _ in trained)
     source = find_pretrained(str(tmp_path / "adapters"), Generator)

@@ -120,10 +120,7 @@ def test_a_toy_reward_is_learned_and_a_constant_one_changes_nothing_at_all(confi
     assert metrics["kl"] > 0.01
 
 
-def test_micro_batches_have_the_gradient_of_the_whole_and_a_second_epoch_goes_on_from_the_first(
-    config,
-):
-    config.optimizer.warmup_share = 0.0
+def test_micro_batches_have_the_gradient_of_the_whole(config):
     generator, mesh, built, state, frozen, reference = made(config)
     rows = rows_of(config, generator)
     with jax.set_mesh(mesh):
@@ -133,10 +130,8 @@ def test_micro_batches_have_the_gradient_of_the_whole_and_a_second_epoch_goes_on
             for x in (rows, answers)
         ]
         other = jax.tree.map(lambda x: x.copy(), state)
-        other, in_parts, _ = built.update(frozen, other, *parts, STOP, 1)
-        state, metrics, old = built.update(frozen, state, rows, answers, STOP, 0)
-        assert metrics["gradient_norm"] > 0 and state.step == 0
-        np.testing.assert_allclose(in_parts["gradient_norm"], metrics["gradient_norm"], rtol=1e-4)
-        np.testing.assert_allclose(in_parts["kl"], metrics["kl"], atol=1e-6)
-        _, metrics, _ = built.update(frozen, state, rows, answers | {"old_log_probs": old}, STOP, 1)
-        assert metrics["ratio_max"] > 1.001
+        _, whole, _ = built.update(frozen, state, rows, answers, STOP, 1)
+        _, in_parts, _ = built.update(frozen, other, *parts, STOP, 1)
+    assert whole["gradient_norm"] > 0
+    for name in ("gradient_norm", "loss", "entropy", "answer_tokens"):
+        np.testing.assert_allclose(in_parts[name], whole[name], rtol=1e-4, atol=1e-6)
