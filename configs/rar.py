@@ -15,9 +15,9 @@ from configs import common
 def get_config() -> ConfigDict:
     config = common.get_config()
     config.program = "rar"
-    config.steps = 80
+    config.steps = 150
     config.log_every = 1
-    config.eval_every = 20
+    config.eval_every = 50
     config.checkpoint_every = 10
 
     config.generator = ""  # SFT's workdir, one of its checkpoints, or a Hugging Face folder

@@ -233,6 +233,7 @@ class ExactIndex(Index):
             self._on_device = jnp.asarray(_padded(self._vectors, -len(self._vectors) % 1024))
         size = np.int32(len(self._vectors))
         step = query_block(len(self._on_device))
+        step = min(step, 1 << max(3, (len(queries) - 1).bit_length()))  # few queries are few rows
         rows, scores = np.empty((len(queries), k), np.int32), np.empty((len(queries), k), "f4")
         for start in range(0, len(queries), step):
             block = queries[start : start + step]
