@@ -144,7 +144,8 @@ def test_a_server_that_only_fails_ends_the_run_and_the_same_command_goes_on(
         main.run(config, tmp_path)
     assert f"to {GIVE_UP} listings in a row" in str(error.value) and KEY not in str(error.value)
     assert len(lines(tmp_path / "attributes.jsonl")) == 5
-    assert len(server.payloads) == 5 + 2 * GIVE_UP
+    # One listing more may be under way when the last of them is counted.
+    assert 5 + 2 * GIVE_UP <= len(server.payloads) <= 5 + 2 * (GIVE_UP + 1)
     server.reply = lambda n: said("a: b")
     config.api.concurrency = 3  # may change
     valid, _ = annotated(config, tmp_path)
