@@ -18,9 +18,9 @@ def get_config(arm: str = "agcl") -> ConfigDict:
         raise ValueError(f"configs/agcl.py has no arm {arm!r}: it has {', '.join(ARMS)}")
     config = common.get_config()
     config.program = "agcl"
-    config.steps = 720
-    config.eval_every = 180
-    config.checkpoint_every = 90
+    config.steps = 640
+    config.eval_every = 160
+    config.checkpoint_every = 80
 
     config.batch = 64  # pairs of the global batch (VLM2Vec-V2: 1024)
     config.chunks = 1  # GradCache: pieces in which a batch is embedded; 1 = at once
