@@ -45,7 +45,7 @@ from afmrl_jax.models import lora
 from afmrl_jax.retrieval.evaluation import Task, parse_task, results_table, write_evaluation
 from afmrl_jax.retrieval.tasks import Judge, can_be_run, validation_sample
 from afmrl_jax.training import cost, encoder, gradcache
-from afmrl_jax.training.checkpoint import Checkpoints, check_unchanged
+from afmrl_jax.training.checkpoint import Checkpoints, check_catalogue, check_unchanged
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import make_optimizer
 from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, read_base
@@ -194,11 +194,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
         # ---- catalogue and encoder
         catalog = open_catalogue(config.data.path, config.data, workdir)
-        if saved and saved["catalogue"] != catalog.fingerprint:
-            raise UserError(
-                f"the catalogue {config.data.path} is not the one that {workdir} began with: bring "
-                "that one back, or start anew with another --workdir"
-            )
+        if saved:
+            check_catalogue(saved, catalog.fingerprint, config.data.path, workdir)
         statistics, sampler = _sampler(config, catalog)
         enc, source = _encoder(config, catalog, saved)
         processor = enc.processor()

@@ -55,7 +55,7 @@ from afmrl_jax.rl.rewards import Options as RewardOptions
 from afmrl_jax.rl.rewards import bounded_k
 from afmrl_jax.rl.rollout import Query, QueryBatches, QueryEmbedder
 from afmrl_jax.rl.watch import Limits, watch
-from afmrl_jax.training.checkpoint import MAY_CHANGE, Checkpoints, check_unchanged
+from afmrl_jax.training.checkpoint import MAY_CHANGE, Checkpoints, check_catalogue, check_unchanged
 from afmrl_jax.training.encoder import (
     DTYPES,
     abstract_params,
@@ -228,11 +228,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         if saved:
             check_unchanged(saved["config"], config, workdir, NO_EFFECT)
         catalog = open_catalogue(config.data.path, config.data, workdir)
-        if saved and saved["catalogue"] != catalog.fingerprint:
-            raise UserError(
-                f"the catalogue {config.data.path} is not the one that {workdir} began with: bring "
-                "that one back, or start anew with another --workdir"
-            )
+        if saved:
+            check_catalogue(saved, catalog.fingerprint, config.data.path, workdir)
         embedder, encoder_base, version = _encoder(config, saved, catalog, mesh)
 
         # ---- galleries

@@ -42,7 +42,7 @@ from afmrl_jax.data.pipeline import Stream
 from afmrl_jax.data.views import listing_text
 from afmrl_jax.models import lora
 from afmrl_jax.training import accumulate, cost
-from afmrl_jax.training.checkpoint import Checkpoints, check_unchanged
+from afmrl_jax.training.checkpoint import Checkpoints, check_catalogue, check_unchanged
 from afmrl_jax.training.encoder import abstract_params, from_preset, from_record, lora_of
 from afmrl_jax.training.generator import Answerer, Generator, batches_of
 from afmrl_jax.training.loop import Training, fit
@@ -158,11 +158,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
         # ---- catalogue and generator
         catalog = open_catalogue(config.data.path, config.data, workdir)
-        if saved and saved["catalogue"] != catalog.fingerprint:
-            raise UserError(
-                f"the catalogue {config.data.path} is not the one that {workdir} began with: bring "
-                "that one back, or start anew with another --workdir"
-            )
+        if saved:
+            check_catalogue(saved, catalog.fingerprint, config.data.path, workdir)
         listings = _listings(config, catalog)
         generator, source = _generator(config, catalog, saved)
         record = generator.record() | {"config": config.to_json(), "catalogue": catalog.fingerprint}

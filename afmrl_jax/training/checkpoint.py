@@ -152,3 +152,15 @@ def check_unchanged(
             f"{workdir} holds a run of another configuration: {'; '.join(changed)}. Give the old "
             "values to resume it, or another --workdir to start anew"
         )
+
+
+def check_catalogue(saved: dict[str, str], fingerprint: str, path: str, workdir: Path) -> None:
+    """Raises UserError where the catalogue at `path` is not the one that a run began with.
+
+    saved: the run's record. fingerprint: of the catalogue as it is now.
+    """
+    if saved["catalogue"] != fingerprint:
+        raise UserError(
+            f"the catalogue {path} is not the one that {workdir} began with: bring "
+            "that one back, or start anew with another --workdir"
+        )

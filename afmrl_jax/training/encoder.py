@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import local_rows, put_batch, replicated
 from afmrl_jax.data.processor import Processor, check_preprocessor
-from afmrl_jax.data.prompts import CHATML, chat_template, embedding_prompt
+from afmrl_jax.data.prompts import CHATML, Prompt, chat_template, embedding_prompt
 from afmrl_jax.data.tokenizer import load_tokenizer, special_token_ids, train_tokenizer
 from afmrl_jax.models.config import QwenVLConfig, from_hf
 from afmrl_jax.models.embedder import Embedder
@@ -74,6 +74,20 @@ class Assembly(abc.ABC):
         """What `nnx.merge` needs beside parameters."""
         return nnx.split(nnx.eval_shape(lambda: self.build(nnx.Rngs(0))))[0]
 
+    def make_processor(self, prompt: Prompt, **more: Any) -> Processor:
+        """Rows of the configuration's sizes; more: the Processor's other arguments."""
+        data = self.settings.data
+        return Processor(
+            self.tokenizer,
+            self.model_config,
+            max_tokens=data.max_tokens,
+            max_patches=data.max_patches,
+            min_pixels=data.min_pixels,
+            max_pixels=data.max_pixels,
+            prompt=prompt,
+            **more,
+        )
+
     def record(self) -> dict[str, str]:
         """What `from_record` needs beside the configuration."""
         return {
@@ -112,14 +126,8 @@ class Encoder(Assembly):
 
     def processor(self) -> Processor:
         data = self.settings.data
-        return Processor(
-            self.tokenizer,
-            self.model_config,
-            max_tokens=data.max_tokens,
-            max_patches=data.max_patches,
-            min_pixels=data.min_pixels,
-            max_pixels=data.max_pixels,
-            prompt=embedding_prompt(data.prompt, self.chat_template, data.instruction),
+        return self.make_processor(
+            embedding_prompt(data.prompt, self.chat_template, data.instruction)
         )
 
 

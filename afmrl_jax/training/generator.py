@@ -49,14 +49,8 @@ class Generator(Assembly):
     def processor(self, *, answers: bool) -> Processor:
         """Rows as the sampler goes on from them; or, to learn from, with room for their answers."""
         data = self.settings.data
-        return Processor(
-            self.tokenizer,
-            self.model_config,
-            max_tokens=data.max_tokens,
-            max_patches=data.max_patches,
-            min_pixels=data.min_pixels,
-            max_pixels=data.max_pixels,
-            prompt=ChatPrompt(self.chat_template, data.instruction),
+        return self.make_processor(
+            ChatPrompt(self.chat_template, data.instruction),
             max_answer=data.max_answer if answers else 0,
             # Answers that all end at one place lie in few chunks of the loss.
             pad_left=True,
