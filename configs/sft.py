@@ -21,7 +21,9 @@ def get_config() -> ConfigDict:
     # stay in a CPU's cache
     config.chunks = 4
     config.vocabulary_chunk = 16  # tokens of each row whose logits are in memory at once
-    config.init_from = ""  # a checkpoint or a Hugging Face folder; "" = from scratch
+    # a checkpoint, of an encoder too, which has learnt to see, or a Hugging Face folder; "" = from
+    # scratch
+    config.init_from = ""
 
     config.model = ConfigDict()
     # a name of models/presets.py: tiny | tiny_qwen2_5 | tiny_qwen3 | qwen2_5_vl_3b | ...

@@ -55,11 +55,13 @@ class Pretrained(Generic[AnyAssembly]):
 
 
 def find_pretrained(
-    path: str, kind: type[AnyAssembly] = Encoder, *, best: bool = False
+    path: str, kind: type[AnyAssembly] = Encoder, *, best: bool = False, other: bool = False
 ) -> Pretrained[AnyAssembly]:
     """The model that `path` names; `best` takes a workdir's best checkpoint on validation.
 
-    kind: what to make of it. A run's checkpoint is that or an error, a folder may be either.
+    kind: what to make of it. A run's checkpoint is that or an error, unless `other`: then either
+    begins the other, as one that learnt to see begins one that learns to tell. A folder may be
+    either.
     Raises UserError, naming the file, where there is none or a part of it is missing or broken.
     """
     folder = hf_weights.resolve(path)
@@ -68,10 +70,11 @@ def find_pretrained(
     checkpoints, step = find_checkpoints(path, best=best)
     record = checkpoints.record(step)
     found = record.get("kind", Encoder.kind)  # the oldest records are all encoders'
-    if found != kind.kind:
-        raise UserError(f"{path} holds the {found} of a run: name what has trained the {kind.kind}")
     settings = ConfigDict(json.loads(record["config"]))
     enc = from_record(settings, record, kind)
+    # An encoder whose head is not its embedding table has none.
+    if found != kind.kind and not (other and enc.model_config.tie_embeddings):
+        raise UserError(f"{path} holds the {found} of a run: name what has trained the {kind.kind}")
     return Pretrained(
         enc,
         functools.partial(_load_run, checkpoints, step, record, kind),
