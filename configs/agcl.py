@@ -63,6 +63,7 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.data.target_views = "image+text 0.9, image 0.05, text 0.05"
     config.data.crop_area = 1.0  # least share of an image's area that a training crop keeps
     config.data.flip_share = 0.0  # of training images mirrored
+    config.data.described_only = False  # training listings without attributes are left out
     config.data.attribute_share = 0.0  # of training texts that carry the structured attributes
     config.data.attribute_dropout = 0.3  # of those, attributes left out
     config.data.attribute_noise = 0.1  # of those, values replaced by another listing's

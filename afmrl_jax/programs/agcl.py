@@ -33,8 +33,9 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten
 from afmrl_jax.core.mesh import batch_sharding, local_rows, replicated
 from afmrl_jax.core.writer import write_atomically
+from afmrl_jax.data.answers import described
 from afmrl_jax.data.catalog import Catalog
-from afmrl_jax.data.corpus import corpus_statistics, look_alikes
+from afmrl_jax.data.corpus import TrainedOn, corpus_statistics, look_alikes
 from afmrl_jax.data.opening import cache_folder, open_catalogue
 from afmrl_jax.data.pairs import Composition, PairSampler
 from afmrl_jax.data.pipeline import PairBatches, Stream
@@ -194,6 +195,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
         # ---- catalogue and encoder
         catalog = open_catalogue(config.data.path, config.data, workdir)
+        if config.data.described_only:
+            catalog = TrainedOn(catalog, described(catalog, "train", cache_folder(config.data)))
         if saved:
             check_catalogue(saved, catalog.fingerprint, config.data.path, workdir)
         statistics, sampler = _sampler(config, catalog)

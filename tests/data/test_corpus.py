@@ -1,10 +1,12 @@
 import itertools
+import pickle
 
 import numpy as np
 import pytest
 
 from afmrl_jax.data.catalog import open_catalog
 from afmrl_jax.data.corpus import (
+    TrainedOn,
     corpus_statistics,
     listings_by_product,
     look_alikes,
@@ -23,6 +25,20 @@ def test_listings_stand_by_product(catalog):
     for start, end in itertools.pairwise(starts):
         assert len(set(catalog.products[listings[start:end]])) == 1
     np.testing.assert_array_equal(np.sort(listings), catalog.indices("train"))
+
+
+def test_a_training_split_can_be_cut_and_nothing_else_is(catalog):
+    some = catalog.indices("train")[:4]
+    cut = pickle.loads(pickle.dumps(TrainedOn(catalog, some)))
+    listings, starts = listings_by_product(cut, "train")
+    np.testing.assert_array_equal(np.sort(listings), some)
+    assert len(starts) == 2 + 1 and len(cut) == len(catalog)
+    assert cut.listing(30) == catalog.listing(30) and cut.image(30).size == catalog.image(30).size
+    for split in ("validation", "test", "all"):
+        np.testing.assert_array_equal(cut.indices(split), catalog.indices(split))
+    # What is cached of one is not taken for the other's.
+    others = [catalog.fingerprint, TrainedOn(catalog, some[:2]).fingerprint]
+    assert cut.fingerprint == TrainedOn(catalog, some).fingerprint not in others
 
 
 def test_look_alikes_share_an_attribute(catalog, tmp_path):
