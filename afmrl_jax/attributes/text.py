@@ -9,7 +9,7 @@ import enum
 import re
 import unicodedata
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 MAX_CHARACTERS = 2_000
 MAX_PAIRS = 50
@@ -38,10 +38,15 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True)
 class Parsed:
-    """What was read. attributes: all pairs that could be, whatever the verdict; normalised."""
+    """What was read. attributes: all pairs that could be, whatever the verdict; normalised.
+
+    spans: each name's pair in the text as it was given, (first character, behind the last), with
+    the blanks before it, without the separator behind it.
+    """
 
     attributes: dict[str, str]
     verdict: Verdict
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
 
 
 def normalise(attributes: Mapping[str, str]) -> dict[str, str]:
@@ -77,15 +82,17 @@ def parse(
     closed: whether the text ended by itself, not by a limit of tokens. Of a text that is cut, by
     that limit or here by `max_characters`, the last pair is not trusted, and left out.
     """
+    blank = len(text) - len(text.lstrip())
     text = text.strip()
     long = len(text) > max_characters
-    pieces = [piece for piece in _PIECE.findall(text[:max_characters]) if piece.strip()]
+    pieces = [piece for piece in _PIECE.finditer(text[:max_characters]) if piece[1].strip()]
     if long or not closed:
         pieces = pieces[:-1]
     attributes: dict[str, str] = {}
+    spans = {}
     faults = set()
     for piece in pieces[:max_pairs]:
-        pair = _PAIR.fullmatch(piece)
+        pair = _PAIR.fullmatch(piece[1])
         name, value = pair.groups() if pair else ("", "")
         name, value = _clean_name(_unescape(name)), _clean(_unescape(value))
         if not name or not value:
@@ -94,6 +101,7 @@ def parse(
             faults.add(Verdict.DUPLICATE)
         else:
             attributes[name] = value
+            spans[name] = (blank + piece.start(1), blank + piece.end(1))
     if not closed:
         faults.add(Verdict.UNCLOSED)
     if long or len(pieces) > max_pairs:
@@ -101,7 +109,7 @@ def parse(
     if not pieces:
         faults.add(Verdict.EMPTY)
     verdict = next((fault for fault in Verdict if fault in faults), Verdict.VALID)
-    return Parsed(attributes, verdict)
+    return Parsed(attributes, verdict, spans)
 
 
 def _clean(text: str) -> str:
