@@ -364,7 +364,7 @@ def _generator(
     if saved:
         generator = from_record(config, saved, Generator)
     elif config.init_from:
-        source = find_pretrained(config.init_from, Generator, other=True)
+        source = find_pretrained(config.init_from, Generator, begin=True)
         generator = dataclasses.replace(source.enc, settings=config)
     else:
         generator = from_preset(config, _tokenizer_texts(config, catalog), Generator)

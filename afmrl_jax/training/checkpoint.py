@@ -92,13 +92,19 @@ class Checkpoints:
         return self._orbax.load_checkpointables(step, {"state": abstract})["state"]
 
     def restore_params(self, step: int, abstract: Any) -> Any:
-        """The parameters alone, straight into the shardings of `abstract`."""
+        """The parameters alone, straight into the shardings of `abstract`.
+
+        Raises ValueError where one of them was not saved, which Orbax would leave abstract.
+        """
         options = ocp.options.PyTreeOptions(
             loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
         )
         with ocp.Context(pytree_options=options):
             loaded = self._orbax.load_checkpointables(step, {"state": {"params": abstract}})
-        return loaded["state"]["params"]
+        params = loaded["state"]["params"]
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+            raise ValueError(f"{self.folder / str(step)} lacks some of these parameters")
+        return params
 
     def restore_raw(self, step: int) -> Any:
         """The state as nested containers of arrays on this process's device, as it was saved."""

@@ -55,13 +55,12 @@ class Pretrained(Generic[AnyAssembly]):
 
 
 def find_pretrained(
-    path: str, kind: type[AnyAssembly] = Encoder, *, best: bool = False, other: bool = False
+    path: str, kind: type[AnyAssembly] = Encoder, *, best: bool = False, begin: bool = False
 ) -> Pretrained[AnyAssembly]:
     """The model that `path` names; `best` takes a workdir's best checkpoint on validation.
 
-    kind: what to make of it. A run's checkpoint is that or an error, unless `other`: then either
-    begins the other, as one that learnt to see begins one that learns to tell. A folder may be
-    either.
+    kind: what to make of it. A run's checkpoint is that or an error; with `begin` an encoder, which
+    has learnt to see, gives a generator its parameters. A folder may be either.
     Raises UserError, naming the file, where there is none or a part of it is missing or broken.
     """
     folder = hf_weights.resolve(path)
@@ -72,17 +71,26 @@ def find_pretrained(
     found = record.get("kind", Encoder.kind)  # the oldest records are all encoders'
     settings = ConfigDict(json.loads(record["config"]))
     enc = from_record(settings, record, kind)
-    # An encoder whose head is not its embedding table has none.
-    if found != kind.kind and not (other and enc.model_config.tie_embeddings):
+    load = functools.partial(_load_run, checkpoints, step, record)
+    if found == kind.kind:
+        load = functools.partial(load, kind)
+    elif begin and found == Encoder.kind and enc.model_config.tie_embeddings:
+        load = functools.partial(_without_pooling, functools.partial(load, Encoder))
+    else:  # an encoder whose head is not its embedding table has none
         raise UserError(f"{path} holds the {found} of a run: name what has trained the {kind.kind}")
     return Pretrained(
         enc,
-        functools.partial(_load_run, checkpoints, step, record, kind),
+        load,
         step,
         _evaluation(folder, step, settings),
         f"{path}, step {step}",
         str(checkpoints.folder / str(step)),
     )
+
+
+def _without_pooling(load: Callable[[Any], Any], abstract: Any) -> Any:
+    """An encoder's parameters as a language model's."""
+    return load({"backbone": abstract})["backbone"]
 
 
 def _of_folder(folder: Path, path: str, kind: type[AnyAssembly]) -> Pretrained[AnyAssembly]:
