@@ -90,7 +90,8 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.tasks = "image+text->image+text, image->image, text->text, image->text, text->image"
     config.eval.batch = 128  # rows embedded at once
-    config.eval.attributes = False  # the listings' structured attributes join their texts
+    config.eval.attributes = "none"  # | oracle: the catalogue's attributes join the texts
+    config.eval.enrich = "both"  # both | queries | gallery: whose texts they join
 
     if arm == "vlm2vec":
         config.loss.negative_weight = "none"

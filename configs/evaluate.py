@@ -32,5 +32,8 @@ def get_config() -> ConfigDict:
     config.eval.gallery_split = ""
     config.eval.tasks = "image+text->image+text, image->image, text->text, image->text, text->image"
     config.eval.batch = 128  # rows embedded at once
-    config.eval.attributes = False  # the listings' structured attributes join their texts
+    # whose attributes join the texts: none | oracle, those of the catalogue or of data.attributes |
+    config.eval.attributes = "none"  # a generator's: a run's workdir, a checkpoint, a folder
+    config.eval.enrich = "both"  # both | queries | gallery: whose texts
+    config.eval.min_confidence = 0.0  # a generator's attributes below this are left out; in [0, 1]
     return config.lock()

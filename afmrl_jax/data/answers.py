@@ -20,9 +20,7 @@ from afmrl_jax.data.views import evaluation_row
 
 def question(catalog: Catalog, index: int, max_images: int, draw: int = 0) -> Row:
     """What a generator is shown of a listing: its first images, title, category, description."""
-    return evaluation_row(
-        catalog, index, "image+text", attributes=False, max_images=max_images, draw=draw
-    )
+    return evaluation_row(catalog, index, "image+text", max_images=max_images, draw=draw)
 
 
 def question_and_answer(catalog: Catalog, index: int, max_images: int, draw: int = 0) -> Row:

@@ -192,9 +192,7 @@ class Processor:
     def _line(self, row: Row) -> _Line:
         grids = self._window_grids(row.images)
         frame, _ = self._frame(len(row.images))
-        others = len(frame.head) - len(grids) + sum(map(math.prod, grids)) + len(frame.tail)
-        text = row.text[: _CHARACTERS_PER_TOKEN * self.max_tokens]
-        text = encode_text(self.tokenizer, frame.piece(text))[: self.max_tokens - others]
+        text, room = self._text(row, grids)
         answer: list[int] = []
         if row.answer is not None:
             if not self.max_answer:
@@ -203,8 +201,20 @@ class Processor:
                 self.tokenizer, row.answer[: _CHARACTERS_PER_TOKEN * self.max_answer]
             )
             answer = [*answer, self.ids["eos_token_id"]][: self.max_answer]
-        ids = np.array([*frame.head, *text, *frame.tail, *answer], np.int32)
+        ids = np.array([*frame.head, *text[:room], *frame.tail, *answer], np.int32)
         return _Line(*_expanded(ids, self.ids["image_token_id"], grids), len(answer), grids)
+
+    def _text(self, row: Row, grids: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
+        """The text's tokens, and for how many of them its images leave room."""
+        frame, _ = self._frame(len(grids))
+        others = len(frame.head) - len(grids) + sum(map(math.prod, grids)) + len(frame.tail)
+        text = frame.piece(row.text[: _CHARACTERS_PER_TOKEN * self.max_tokens])
+        return encode_text(self.tokenizer, text), self.max_tokens - others
+
+    def holds(self, row: Row) -> bool:
+        """Whether all of the row's text fits beside its images."""
+        text, room = self._text(row, self._window_grids(row.images))
+        return len(text) <= room
 
     def _window_grids(self, images: Sequence[Image.Image]) -> list[tuple[int, int]]:
         """Rows and columns of merge windows of each image of a row, so that all fit together."""

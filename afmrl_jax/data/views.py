@@ -56,9 +56,15 @@ def listing_text(listing: Listing, attributes: Mapping[str, str] | None = None) 
 
 
 def evaluation_row(
-    catalog: Catalog, index: int, view: str, *, attributes: bool, max_images: int, draw: int = 0
+    catalog: Catalog,
+    index: int,
+    view: str,
+    *,
+    max_images: int,
+    attributes: Mapping[str, str] | None = None,
+    draw: int = 0,
 ) -> Row:
-    """The listing as it stands, with its first `max_images` images.
+    """The listing as it stands, with its first `max_images` images; attributes join its text.
 
     A part that it lacks is left out, even if the row is then empty. draw: as `training_row`'s.
     """
@@ -67,9 +73,7 @@ def evaluation_row(
     if "image" in view:
         shown = range(min(listing.n_images, max_images))
         images = [catalog.image(index, which, draw) for which in shown]
-    text = ""
-    if "text" in view:
-        text = listing_text(listing, listing.attributes if attributes else None)
+    text = listing_text(listing, attributes) if "text" in view else ""
     return Row(text, tuple(image for image in images if image is not None))
 
 

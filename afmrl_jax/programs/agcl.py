@@ -30,7 +30,7 @@ from ml_collections import ConfigDict
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_ranges, flatten
+from afmrl_jax.core.fields import check_choice, check_ranges, flatten
 from afmrl_jax.core.mesh import batch_sharding, local_rows, replicated
 from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.answers import described
@@ -44,7 +44,13 @@ from afmrl_jax.data.views import Augmentation, listing_text, parse_mixture
 from afmrl_jax.losses.contrastive import Options, contrastive_loss
 from afmrl_jax.models import lora
 from afmrl_jax.retrieval.evaluation import Task, parse_task, results_table, write_evaluation
-from afmrl_jax.retrieval.tasks import Judge, can_be_run, validation_sample
+from afmrl_jax.retrieval.tasks import (
+    Judge,
+    can_be_run,
+    enrichment,
+    own_attributes,
+    validation_sample,
+)
 from afmrl_jax.training import cost, encoder, gradcache
 from afmrl_jax.training.checkpoint import Checkpoints, check_catalogue, check_unchanged
 from afmrl_jax.training.loop import Training, fit
@@ -186,6 +192,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     # ---- what is asked, and what is there
     first_process = jax.process_index() == 0
     check_ranges(flatten(config), RANGES)
+    check_choice("eval.attributes", config.eval.attributes, ("none", "oracle"))
     tasks = [parse_task(name) for name in config.eval.tasks.split(",")]
     local = local_rows(mesh, config.batch // config.chunks, "batch / chunks")
     with Checkpoints(workdir / "checkpoints", writable=True) as checkpoints:
@@ -199,6 +206,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             catalog = TrainedOn(catalog, described(catalog, "train", cache_folder(config.data)))
         if saved:
             check_catalogue(saved, catalog.fingerprint, config.data.path, workdir)
+        shown = own_attributes(catalog) if config.eval.attributes == "oracle" else None
+        enriched = enrichment(shown, config.eval.enrich)
         statistics, sampler = _sampler(config, catalog)
         enc, source = _encoder(config, catalog, saved)
         processor = enc.processor()
@@ -233,7 +242,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 catalog,
                 batch=config.eval.batch,
                 local=built.embed_rows,
-                attributes=config.eval.attributes,
+                enriched=enriched,
             )
 
         listings = catalog.indices("test")

@@ -1,8 +1,9 @@
 """Judges any checkpoint on any catalogues.
 
 1. Open the catalogues of the queries and of the gallery.
-2. Embed both with the checkpoint's encoder, each view that a task needs.
-3. Rank the gallery for each query; write and print the scores.
+2. Let a generator describe the listings whose texts its attributes are to join, where one is named.
+3. Embed both with the checkpoint's encoder, each view that a task needs.
+4. Rank the gallery for each query; write and print the scores.
 """
 
 import functools
@@ -16,22 +17,41 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_ranges, flatten
+from afmrl_jax.core.fields import check_choice, check_ranges, flatten
 from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.catalog import Catalog, ConcatCatalog
 from afmrl_jax.data.opening import open_listings, with_attributes
-from afmrl_jax.retrieval.evaluation import parse_task, results_table, write_evaluation
-from afmrl_jax.retrieval.tasks import Judge
+from afmrl_jax.retrieval.evaluation import (
+    Task,
+    parse_task,
+    results_table,
+    write_evaluation,
+    write_queries,
+)
+from afmrl_jax.retrieval.tasks import (
+    SIDES,
+    Attributes,
+    Enrichment,
+    Judge,
+    can_be_run,
+    enrichment,
+    own_attributes,
+)
+from afmrl_jax.training.describer import Describer
 from afmrl_jax.training.encoder import abstract_params, host_embedder
 from afmrl_jax.training.pretrained import find_pretrained
 
 log = logging.getLogger(__name__)
 
+RANGES = {"eval.batch": (1, math.inf), "eval.min_confidence": (0, 1)}
+
 
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
-    """Writes `evaluation.json` into the workdir; see configs/evaluate.py."""
-    # ---- checkpoint
-    check_ranges(flatten(config), {"eval.batch": (1, math.inf)})
+    """Writes `evaluation.json` and `evaluation_queries.json` into the workdir; see
+    configs/evaluate.py."""
+    # ---- what is asked, and the encoder
+    check_ranges(flatten(config), RANGES)
+    check_choice("eval.enrich", config.eval.enrich, SIDES)
     if not config.checkpoint:
         raise UserError("say which checkpoint to judge, as --config.checkpoint=runs/agcl")
     tasks = [parse_task(name) for name in config.eval.tasks.split(",")]
@@ -44,8 +64,44 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             "model fields, prompt, instruction and row sizes do not count",
             config.checkpoint,
         )
+    enc = source.model(config)
+    embed, local = host_embedder(enc.embed(), mesh, config.eval.batch)
 
     # ---- catalogues
+    catalog, queries, gallery = _listings(config, workdir)
+    tasks = [task for task in tasks if can_be_run(task, catalog, queries, gallery)]
+    if not tasks:
+        raise UserError(
+            "no query's product has another listing in the gallery: add a catalogue to "
+            "eval.gallery, or a task as image->text to eval.tasks"
+        )
+
+    # ---- attributes
+    enriched = _enrichment(config, mesh, catalog, tasks, queries, gallery)
+
+    # ---- scores
+    params = source.load(abstract_params(enc, mesh))
+    judge = Judge(
+        functools.partial(embed, params),
+        enc.processor(),
+        catalog,
+        batch=config.eval.batch,
+        local=local,
+        enriched=enriched,
+    )
+    found = judge.scores(tasks, queries, gallery)
+    results = {task: scores.means() for task, scores in found.items()}
+    if jax.process_index() == 0:
+        write_atomically(workdir / "config.json", config.to_json(indent=2))
+        listing_ids = [catalog.listing(int(i)).listing_id for i in queries]
+        write_queries(workdir / "evaluation_queries.json", found, listing_ids)
+        write_evaluation(workdir / "evaluation.json", results)
+        print(f"{source.told}, on {catalog.name}:")
+        print(results_table({"checkpoint": results}), flush=True)
+
+
+def _listings(config: ConfigDict, workdir: Path) -> tuple[Catalog, np.ndarray, np.ndarray]:
+    """All that is named as one catalogue; in it the queries int64[Q] and the gallery int64[N]."""
     queries = _names(config.eval.queries) or [config.data.path]
     gallery = _names(config.eval.gallery) or queries
     opened = {
@@ -61,35 +117,11 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         parts = [_indices(part, split) + starts[key] for key, part in named.items()]
         return np.concatenate(parts)
 
-    # ---- encoder
-    enc = source.model(config)
-    params = source.load(abstract_params(enc, mesh))
-    embed, local = host_embedder(enc.embed(), mesh, config.eval.batch)
-    judge = Judge(
-        functools.partial(embed, params),
-        enc.processor(),
+    return (
         catalog,
-        batch=config.eval.batch,
-        local=local,
-        attributes=config.eval.attributes,
-    )
-
-    # ---- scores
-    results = judge.run(
-        tasks,
         indices(queries, config.eval.query_split),
         indices(gallery, config.eval.gallery_split),
     )
-    if not results:
-        raise UserError(
-            "no query's product has another listing in the gallery: add a catalogue to "
-            "eval.gallery, or a task as image->text to eval.tasks"
-        )
-    if jax.process_index() == 0:
-        write_atomically(workdir / "config.json", config.to_json(indent=2))
-        write_evaluation(workdir / "evaluation.json", results)
-        print(f"{source.told}, on {catalog.name}:")
-        print(results_table({"checkpoint": results}), flush=True)
 
 
 def _names(text: str) -> list[str]:
@@ -107,3 +139,64 @@ def _indices(catalog: Catalog, split: str) -> np.ndarray:
             "eval.query_split or eval.gallery_split (train, validation, test, all)"
         )
     return listings
+
+
+def _enrichment(
+    config: ConfigDict,
+    mesh: Mesh,
+    catalog: Catalog,
+    tasks: list[Task],
+    queries: np.ndarray,
+    gallery: np.ndarray,
+) -> Enrichment:
+    """The attributes that eval.attributes and eval.enrich ask for; a generator describes each
+    listing that needs them once, now, and leaves the device's memory again."""
+    chosen = config.eval
+    if chosen.min_confidence and chosen.attributes in ("none", "oracle"):
+        raise UserError(
+            f"eval.min_confidence is {chosen.min_confidence}, but eval.attributes is "
+            f"{chosen.attributes}: only a generator says how sure it is"
+        )
+    if chosen.attributes == "none":
+        return Enrichment()
+    sides = {
+        "queries": (queries, [task.query_view for task in tasks]),
+        "gallery": (gallery, [task.gallery_view for task in tasks]),
+    }
+    needed = [
+        listings
+        for side, (listings, views) in sides.items()
+        if chosen.enrich in (side, "both") and any("text" in view for view in views)
+    ]
+    if not needed:
+        raise UserError(
+            f"attributes join texts, and none of {', '.join(task.name for task in tasks)} has one "
+            f"to enrich with eval.enrich={chosen.enrich}: set eval.attributes=none, or add a task "
+            "as image+text->image+text"
+        )
+    attributes = own_attributes(catalog)
+    if chosen.attributes != "oracle":
+        attributes = _described(config, mesh, catalog, np.unique(np.concatenate(needed)))
+    return enrichment(attributes, chosen.enrich)
+
+
+def _described(
+    config: ConfigDict, mesh: Mesh, catalog: Catalog, listings: np.ndarray
+) -> Attributes:
+    """What a generator says of the listings, where it is sure enough."""
+    path, least = config.eval.attributes, config.eval.min_confidence
+    try:
+        describer = Describer(path, mesh, config.eval.batch, otherwise=config)
+    except UserError as error:
+        raise UserError(
+            f"eval.attributes is {path!r}, neither none nor oracle, and as a generator: {error}"
+        ) from None
+    log.info("%s describes %d listings", describer.told, len(listings))
+    said = describer(catalog, listings)
+    sure = {int(i): one.sure(least) for i, one in zip(listings, said)}
+    log.info(
+        "%.1f%% of them got attributes, %.1f on average",
+        100 * np.mean([bool(one) for one in sure.values()]),
+        np.mean([len(one) for one in sure.values()]),
+    )
+    return sure.__getitem__

@@ -6,6 +6,7 @@ items of a query, padded with -1.
 1. Embed the listings of each view (`embed_listings`).
 2. Rank the gallery for each query and score the ranking (`rank_and_score`).
 3. Write `evaluation.json`, and show models side by side (`write_evaluation`, `results_table`).
+4. Keep each query's own values, and pair two evaluations by them (`write_queries`, `paired`).
 """
 
 import difflib
@@ -35,6 +36,27 @@ from afmrl_jax.retrieval.index import (
 APPROXIMATE_DEPTH = 1000  # ranks looked at where the gallery is too large to rank it whole
 
 Results = Mapping[str, Mapping[str, float]]  # task -> metric -> value
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well each query found what it should.
+
+    queries: int64[Q], which of those asked were kept, ascending. values: float64[Q] each, named as
+    by `metrics.score_ranks`. extra: what is known of all of them together.
+    """
+
+    queries: np.ndarray
+    values: dict[str, np.ndarray]
+    extra: dict[str, float]
+
+    def means(self) -> dict[str, float]:
+        """Means of the values, `recall@1_ci95`, half the width of its 95% interval, from two
+        queries on, `n_queries`, and what is in extra."""
+        means = {name: float(value.mean()) for name, value in self.values.items()}
+        if "recall@1" in means and len(self.queries) > 1:
+            means["recall@1_ci95"] = metrics.interval95(self.values["recall@1"])
+        return {**means, "n_queries": len(self.queries), **self.extra}
 
 
 @dataclass(frozen=True)
@@ -118,8 +140,8 @@ def rank_and_score(
     *,
     exclude_self: bool,
     exact_below: int = EXACT_BELOW,
-) -> dict[str, float]:
-    """Mean metrics of finding the gallery's listings of the query's product.
+) -> Scores:
+    """Metrics of finding the gallery's listings of each query's product.
 
     query_vectors: float32[Q, E], gallery_vectors: float32[N, E], L2-normalised. *_listing_keys [Q]
     and [N] name a listing, *_products [Q] and [N] its product: strings or integers, equal for the
@@ -132,9 +154,9 @@ def rank_and_score(
     ScaNN's first 1,000 ranks are scored, `map` is a lower bound, and `index_recall` is the share of
     the true 10 nearest that ScaNN found in a sample.
 
-    Returns `recall@K`, `mrr`, `map`, `ndcg@10`, `recall@1_ci95` (half the width of its 95%
-    interval, from two queries on), `n_queries` (those kept), `n_gallery`. Raises UserError where no
-    query is left or a vector is not finite, ValueError where one key names two products.
+    Returns values `recall@K`, `mrr`, `map`, `ndcg@10`, and as extra `n_gallery` and `index_recall`.
+    Raises UserError where no query is left or a vector is not finite, ValueError where one key
+    names two products.
     """
     require_finite(query_vectors, "query embeddings")
     require_finite(gallery_vectors, "gallery embeddings")
@@ -150,36 +172,70 @@ def rank_and_score(
             f"{len(gallery_vectors)} in the gallery: evaluate on a catalogue with several listings "
             "a product, or add the catalogue that holds them to the gallery"
         )
-    kept = kept[np.argsort(n_relevant[kept], kind="stable")]  # blocks of like width
+    order = np.argsort(n_relevant[kept], kind="stable")
+    by_width = kept[order]  # blocks of like width
 
-    extra: dict[str, float] = {}
+    extra: dict[str, float] = {"n_gallery": len(gallery_vectors)}
     if len(gallery_vectors) < exact_below:
         ranker = _exact_ranker(gallery_vectors)
     else:
-        ranker, extra["index_recall"] = _scann_ranker(gallery_vectors, query_vectors[kept])
+        ranker, extra["index_recall"] = _scann_ranker(gallery_vectors, query_vectors[by_width])
     parts = []
     step = query_block(len(gallery_vectors))
     for start in range(0, len(kept), step):
-        block = kept[start : start + step]
+        block = by_width[start : start + step]
         own = same_listing.members(block) if exclude_self else np.full((len(block), 1), -1)
         relevant = same_product.members(block)
         relevant[(relevant[:, :, None] == own[:, None, :]).any(axis=2)] = -1
         ranks = ranker(query_vectors[block], own, relevant, step)
         parts.append(metrics.score_ranks(ranks, n_relevant[block], ks))
-    values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    if 1 in ks and len(kept) > 1:
-        extra["recall@1_ci95"] = metrics.interval95(values["recall@1"])
-    return {
-        **{name: float(value.mean()) for name, value in values.items()},
-        **extra,
-        "n_queries": len(kept),
-        "n_gallery": len(gallery_vectors),
-    }
+    back = np.argsort(order)
+    values = {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
+    return Scores(kept, values, extra)
 
 
 def write_evaluation(path: str | Path, results: Results) -> None:
     """Writes {task: {metric: value, n_queries, n_gallery}} as JSON, whole or not at all."""
     write_atomically(Path(path), json.dumps(results, indent=2, allow_nan=False) + "\n")
+
+
+def write_queries(path: str | Path, found: Mapping[str, Scores], listing_ids: list[str]) -> None:
+    """Writes {task: {"listing_ids": [...], "values": {metric: [...]}}} as JSON, a value a query, so
+    that another evaluation can be paired with this one.
+
+    listing_ids: of all queries, which the `queries` of the scores count.
+    """
+    tasks = {
+        task: {
+            "listing_ids": [listing_ids[query] for query in scores.queries],
+            "values": {name: value.tolist() for name, value in scores.values.items()},
+        }
+        for task, scores in found.items()
+    }
+    write_atomically(Path(path), json.dumps(tasks, allow_nan=False) + "\n")
+
+
+def paired(before: str | Path, after: str | Path) -> dict[str, dict[str, float]]:
+    """What queries gained between two evaluations, from the files of `write_queries`.
+
+    Returns {task: {metric: mean of after - before, metric_ci95: half the width of its 95% interval,
+    n_queries}} of the tasks that both have. Raises UserError where these have other queries.
+    """
+    one, two = (json.loads(Path(path).read_text(encoding="utf-8")) for path in (before, after))
+    gains: dict[str, dict[str, float]] = {}
+    for task in one.keys() & two.keys():
+        ids = one[task]["listing_ids"]
+        if ids != two[task]["listing_ids"]:
+            raise UserError(
+                f"{before} and {after} judge {task} by other queries: evaluate both on the same "
+                "catalogue with the same eval.queries, eval.gallery and splits"
+            )
+        gains[task] = {}
+        for name, values in one[task]["values"].items():
+            mean, half = metrics.paired(np.array(values), np.array(two[task]["values"][name]))
+            gains[task] |= {name: mean, f"{name}_ci95": half}
+        gains[task]["n_queries"] = len(ids)
+    return gains
 
 
 def results_table(models: Mapping[str, Results]) -> str:

@@ -83,6 +83,18 @@ def score_ranks(
     return scores
 
 
+def paired(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
+    """How much the same queries gained: the mean of after - before, and its `interval95`.
+
+    before, after: float[Q], in one order. Narrower than the two means' intervals suggest, because
+    what makes a query hard drops out. Raises ValueError where they are not of the same queries.
+    """
+    if before.shape != after.shape:
+        raise ValueError(f"{before.shape} values cannot be paired with {after.shape}")
+    difference = np.asarray(after, np.float64) - before
+    return float(difference.mean()), interval95(difference)
+
+
 def interval95(values: np.ndarray) -> float:
     """Half the width of the normal 95% interval of a mean over queries: 1.96 standard errors.
 

@@ -3,24 +3,55 @@
 Axes: Q queries · N gallery listings · E embedding.
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import jax
 import numpy as np
 
+from afmrl_jax.core.fields import check_choice
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.corpus import listings_by_product
-from afmrl_jax.data.processor import Processor
-from afmrl_jax.data.views import evaluation_row
-from afmrl_jax.retrieval.evaluation import Results, Task, embed_listings, rank_and_score
+from afmrl_jax.data.processor import Processor, Row
+from afmrl_jax.data.views import evaluation_row, listing_text
+from afmrl_jax.retrieval.evaluation import Results, Scores, Task, embed_listings, rank_and_score
+
+Attributes = Callable[[int], Mapping[str, str]]  # of a listing, by its index
+SIDES = ("both", "queries", "gallery")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Enrichment:
+    """The attributes that join the texts of queries and of the gallery; None: they stay plain.
+
+    A view without text has nowhere to put them, and is the same with and without.
+    """
+
+    queries: Attributes | None = None
+    gallery: Attributes | None = None
+
+
+def enrichment(attributes: Attributes | None, side: str) -> Enrichment:
+    """Attributes for one of SIDES, or for both. Raises UserError, naming eval.enrich, otherwise."""
+    check_choice("eval.enrich", side, SIDES)
+    return Enrichment(
+        attributes if side != "gallery" else None, attributes if side != "queries" else None
+    )
+
+
+def own_attributes(catalog: Catalog) -> Attributes:
+    """Those that the catalogue holds: the oracle's."""
+    return lambda index: catalog.listing(index).attributes
 
 
 class Judge:
-    """Embeds listings of one catalogue, each view once, and scores tasks on them.
+    """Embeds listings of one catalogue, each once a view and side, and scores tasks on them.
 
     embed: this process's rows of a batch -> float32[batch, E]. batch: rows embedded at once, by all
-    processes; local: which of them this process makes. attributes: whether texts carry the
-    structured attributes.
+    processes; local: which of them this process makes. enriched: what the two sides' texts carry.
     """
 
     def __init__(
@@ -31,56 +62,95 @@ class Judge:
         *,
         batch: int,
         local: slice,
-        attributes: bool,
+        enriched: Enrichment = Enrichment(),
     ):
         self._embed, self._processor, self._catalog = embed, processor, catalog
-        self._batch, self._local, self._attributes = batch, local, attributes
-        self._vectors: dict[tuple[str, bytes], np.ndarray] = {}
+        self._batch, self._local, self.enriched = batch, local, enriched
+        # What was embedded, by view and attributes: listings int64[N], ascending, and vectors.
+        self._known: dict[tuple[str, Attributes | None], tuple[np.ndarray, np.ndarray]] = {}
 
-    def vectors(self, view: str, indices: np.ndarray) -> np.ndarray:
-        """float32[N, E] of the listings' view; kept, so that tasks share them."""
-        key = (view, indices.tobytes())
-        if key not in self._vectors:
-            # Decided by the view and not by the rows, so that all processes agree.
-            buckets = [self._processor.text_bucket] if view == "text" else []
+    def vectors(
+        self, view: str, indices: np.ndarray, attributes: Attributes | None = None
+    ) -> np.ndarray:
+        """float32[N, E] of the listings' view, with attributes in its text.
 
-            def rows(batch: np.ndarray) -> dict[str, np.ndarray]:
-                listed = [
-                    evaluation_row(
-                        self._catalog,
-                        int(index),
-                        view,
-                        attributes=self._attributes,
-                        max_images=self._processor.max_images,
-                    )
-                    for index in batch[self._local]
-                ]
-                return self._processor(listed, buckets)
+        A listing's vector is kept, so that tasks share it, and queries and gallery where both carry
+        the same attributes.
+        """
+        key = (view, attributes if "text" in view else None)
+        known, vectors = self._known.get(key, (np.empty(0, np.int64), None))
+        new = np.setdiff1d(indices, known)
+        if len(new):
+            added = self._embedded(*key, new)
+            order = np.argsort(np.concatenate([known, new]))
+            known = np.concatenate([known, new])[order]
+            vectors = added if vectors is None else np.concatenate([vectors, added])[order]
+            self._known[key] = known, vectors
+        return vectors[np.searchsorted(known, indices)]
 
-            self._vectors[key] = embed_listings(self._embed, rows, indices, self._batch)
-        return self._vectors[key]
+    def _embedded(self, view: str, attributes: Attributes | None, new: np.ndarray) -> np.ndarray:
+        # Decided by the view and not by the rows, so that all processes agree.
+        buckets = [self._processor.text_bucket] if view == "text" else []
+        whole: list[bool] = []  # of the texts that were given attributes: whether all of them fit
 
-    def run(self, tasks: Sequence[Task], queries: np.ndarray, gallery: np.ndarray) -> Results:
+        def row(index: int) -> Row:
+            given = attributes(index) if attributes else {}
+            shown = evaluation_row(
+                self._catalog,
+                index,
+                view,
+                max_images=self._processor.max_images,
+                attributes=given,
+            )
+            if given:
+                # The description stands behind the attributes: of it alone anything may be cut.
+                listing = dataclasses.replace(self._catalog.listing(index), description="")
+                text = listing_text(listing, given)
+                whole.append(self._processor.holds(dataclasses.replace(shown, text=text)))
+            return shown
+
+        def rows(batch: np.ndarray) -> dict[str, np.ndarray]:
+            return self._processor([row(int(index)) for index in batch[self._local]], buckets)
+
+        vectors = embed_listings(self._embed, rows, new, self._batch)
+        if not all(whole):
+            log.warning(
+                "%s: %.0f%% of the texts lose attributes, because the encoder's rows end at "
+                "data.max_tokens=%d; train it with more",
+                view,
+                100 * (1 - np.mean(whole)),
+                self._processor.max_tokens,
+            )
+        return vectors
+
+    def scores(
+        self, tasks: Sequence[Task], queries: np.ndarray, gallery: np.ndarray
+    ) -> dict[str, Scores]:
         """Scores of each task; queries int64[Q] and gallery int64[N] are listings' indices.
 
         A task is left out where there is nothing to find: no queries, or none whose product has
         another listing in the gallery, where the query's own does not count.
         """
         products = self._catalog.products
-        results = {}
+        found = {}
         for task in tasks:
             if not can_be_run(task, self._catalog, queries, gallery):
                 continue
-            results[task.name] = rank_and_score(
-                self.vectors(task.query_view, queries),
+            found[task.name] = rank_and_score(
+                self.vectors(task.query_view, queries, self.enriched.queries),
                 queries,
                 products[queries],
-                self.vectors(task.gallery_view, gallery),
+                self.vectors(task.gallery_view, gallery, self.enriched.gallery),
                 gallery,
                 products[gallery],
                 exclude_self=task.exclude_self,
             )
-        return results
+        return found
+
+    def run(self, tasks: Sequence[Task], queries: np.ndarray, gallery: np.ndarray) -> Results:
+        """Their means: what `scores` gives, over the queries."""
+        found = self.scores(tasks, queries, gallery)
+        return {task: scores.means() for task, scores in found.items()}
 
 
 def can_be_run(

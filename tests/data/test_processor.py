@@ -108,6 +108,15 @@ def test_a_long_text_is_cut_from_its_end_and_keeps_the_end_token():
     assert batch["tokens"][0, 63] == IDS["pad_token_id"] and batch["token_mask"].all()
 
 
+def test_a_row_holds_its_text_until_its_last_token_is_cut():
+    image = _image(64, 64)
+    for images in ((), (image,)):
+        for words in range(1, 60):
+            row = Row("navy " * words, images)
+            whole = _processor(max_tokens=512)([row])["token_mask"].sum()
+            assert _processor().holds(row) == (whole <= 64)
+
+
 def test_rows_are_put_into_the_first_bucket_that_holds_them_and_stay_the_same():
     processor = _processor()
     whole, buckets = processor(ROWS), [(16, 0), (64, 0), (40, 64), (64, 128)]

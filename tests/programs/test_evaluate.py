@@ -1,10 +1,15 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from afmrl_jax import main
+from afmrl_jax.attributes.text import Parsed, Verdict
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.programs import evaluate
+from afmrl_jax.retrieval.evaluation import paired
+from afmrl_jax.training.describer import Description
 from afmrl_jax.training.pretrained import RECORD
 
 
@@ -73,6 +78,104 @@ def test_an_exported_folder_scores_as_its_run_does(config, agcl_config, whole, f
     config.data.update({name: agcl_config.data[name] for name in names})
     config.model.dtype = "float32"
     assert judged(config, bare, tmp_path / "bare scores") == ran
+
+
+def test_each_query_s_values_have_the_evaluation_s_means_and_pair_with_another_s(
+    config, folder, tmp_path
+):
+    config.eval.update(batch=8, query_split="all", tasks="image+text->image+text, image->text")
+    plain = judged(config, folder, tmp_path / "plain")
+    config.eval.update(attributes="oracle", enrich="queries")
+    enriched = judged(config, folder, tmp_path / "oracle")
+    files = [tmp_path / name / "evaluation_queries.json" for name in ("plain", "oracle")]
+    told = json.loads(files[0].read_text())
+    gains = paired(*files)
+    assert set(told) == set(gains) == set(plain)
+    for task, of_task in told.items():
+        assert of_task["listing_ids"][:2] == ["mug-red-0", "mug-red-1"]
+        for name, values in of_task["values"].items():
+            assert np.mean(values) == plain[task][name]
+            gain = enriched[task][name] - plain[task][name]
+            assert gains[task][name] == pytest.approx(gain, abs=1e-12)
+    # Its query is an image, where no attributes can stand.
+    assert enriched["image->text"] == plain["image->text"]
+    assert enriched["image+text->image+text"] != plain["image+text->image+text"]
+    config.eval.query_split = "test"
+    judged(config, folder, tmp_path / "test")
+    with pytest.raises(UserError, match="by other queries"):
+        paired(files[0], tmp_path / "test" / "evaluation_queries.json")
+
+
+class Parrot:
+    """Stands for a generator: it says the true attributes, of colours it is half sure."""
+
+    told = "parrot"
+
+    def __init__(self, path, mesh, batch, *, otherwise):
+        self.path = path
+
+    def __call__(self, catalog, listings):
+        ASKED.extend(listings.tolist())
+        for index in listings:
+            own = catalog.listing(int(index)).attributes
+            confidence = {"color": 0.5, "type": 0.9}
+            verdict = Verdict.VALID if index % 2 else Verdict.UNCLOSED
+            yield Description(None, Parsed(own, verdict, {}), confidence)
+
+
+ASKED = []
+
+
+def test_a_generator_describes_each_listing_once_and_what_it_is_unsure_of_is_left_out(
+    config, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(evaluate, "Describer", Parrot)
+    shown = {}
+    real = evaluate.Judge
+
+    class Watching(real):
+        def __init__(self, *args, enriched, **options):
+            shown.update(queries=enriched.queries, gallery=enriched.gallery)
+            super().__init__(*args, enriched=enriched, **options)
+
+    monkeypatch.setattr(evaluate, "Judge", Watching)
+    ASKED.clear()
+    config.eval.update(
+        batch=8, query_split="test", gallery_split="all", attributes="some/generator"
+    )
+    config.eval.update(tasks="image+text->text", min_confidence=0.6)
+    judged(config, folder, tmp_path / "both")
+    assert list(range(40)) == ASKED
+    assert shown["queries"] is shown["gallery"]
+    assert [shown["queries"](index) for index in (0, 1)] == [{}, {"type": "mug"}]
+    # Only of texts, and of the side that is asked for.
+    ASKED.clear()
+    config.eval.update(tasks="text->image, image->text", enrich="queries")
+    judged(config, folder, tmp_path / "queries")
+    assert len(ASKED) == 4 and shown["gallery"] is None
+
+
+@pytest.mark.parametrize(
+    "fields, told",
+    [
+        ({"attributes": "orcale"}, "'orcale', neither none nor oracle.*no such folder"),
+        ({"attributes": "oracle", "enrich": "query"}, r'enrich is \'query\'.*mean "queries"'),
+        ({"attributes": "oracle", "min_confidence": 0.5}, "only a generator says how sure"),
+        ({"attributes": "x", "min_confidence": 1.5}, "min_confidence is 1.5: give 0 to 1"),
+        (
+            {"attributes": "oracle", "enrich": "queries", "tasks": "image->text"},
+            "none of image->text has one to enrich with eval.enrich=queries",
+        ),
+    ],
+)
+def test_attributes_that_cannot_be_had_are_told_before_anything_is_embedded(
+    config, folder, tmp_path, monkeypatch, fields, told
+):
+    monkeypatch.setattr(evaluate, "Judge", None)
+    config.checkpoint = str(folder)
+    config.eval.update(batch=8, **fields)
+    with pytest.raises(UserError, match=told):
+        main.run(config, tmp_path / "w")
 
 
 def spoil(folder, case):

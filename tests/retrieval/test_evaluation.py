@@ -32,7 +32,7 @@ def angles(*degrees):
 
 def judge(vectors, keys, products, **options):
     sides = (vectors, np.array(keys), np.array(products))
-    return rank_and_score(*sides, *sides, **{"exclude_self": True, **options})
+    return rank_and_score(*sides, *sides, **{"exclude_self": True, **options}).means()
 
 
 def test_a_gallery_of_four_scores_as_worked_by_hand():
@@ -50,7 +50,7 @@ def test_several_right_listings_count_by_their_precisions():
     vectors, products = angles(0, 1, 2, 3), ["a", "a", "b", "a"]
     query = (vectors[:1], np.array(["q"]), np.array(["a"]))
     gallery = (vectors, np.array(["q", "w", "x", "y"]), np.array(products))
-    scores = rank_and_score(*query, *gallery, exclude_self=True)
+    scores = rank_and_score(*query, *gallery, exclude_self=True).means()
     assert scores["map"] == pytest.approx((1 / 1 + 2 / 3) / 2)
     assert "recall@1_ci95" not in scores  # one query has no interval
 
@@ -66,9 +66,9 @@ def test_every_copy_of_the_query_listing_in_the_gallery_is_taken_out():
     # The gallery is two catalogues that share listing a1: its copy must not count as a find.
     query = (angles(0), np.array(["a1"]), np.array(["a"]))
     gallery = (angles(0, 0, 20, 40), np.array(["a1", "a1", "b1", "a2"]), np.array([*"aaba"]))
-    scores = rank_and_score(*query, *gallery, exclude_self=True)
+    scores = rank_and_score(*query, *gallery, exclude_self=True).means()
     assert scores["mrr"] == 1 / 2 and scores["n_gallery"] == 4
-    scores = rank_and_score(*query, *gallery, exclude_self=True, exact_below=0)
+    scores = rank_and_score(*query, *gallery, exclude_self=True, exact_below=0).means()
     assert scores["mrr"] == 1 / 2 and scores["index_recall"] == 1
 
 
@@ -140,8 +140,8 @@ def test_a_large_gallery_is_scored_by_scann_and_says_how_far_to_trust_it():
     vectors = clustered(rng, products, 64, noise=0.12)
     queries = (vectors[:400], np.arange(400), products[:400])
     gallery = (vectors, np.arange(5000), products)
-    exact = rank_and_score(*queries, *gallery, exclude_self=True)
-    scann = rank_and_score(*queries, *gallery, exclude_self=True, exact_below=5000)
+    exact = rank_and_score(*queries, *gallery, exclude_self=True).means()
+    scann = rank_and_score(*queries, *gallery, exclude_self=True, exact_below=5000).means()
     assert 0.8 < scann["index_recall"] <= 1 and "index_recall" not in exact
     for name in ("recall@1", "recall@10", "mrr", "map", "ndcg@10"):
         assert scann[name] == pytest.approx(exact[name], abs=0.03), name

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.catalog import open_catalog
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
@@ -10,7 +11,13 @@ from afmrl_jax.data.views import evaluation_row
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.presets import preset
 from afmrl_jax.retrieval.evaluation import parse_task
-from afmrl_jax.retrieval.tasks import Judge, can_be_run, validation_sample
+from afmrl_jax.retrieval.tasks import (
+    Judge,
+    can_be_run,
+    enrichment,
+    own_attributes,
+    validation_sample,
+)
 
 SAME, CROSS = parse_task("image+text->image+text"), parse_task("image->text")
 
@@ -60,12 +67,80 @@ def test_texts_are_embedded_without_patches_and_as_they_are_with(catalog):
         return model(params, rows)
 
     listings = catalog.indices("all")[:4]
-    options = {"batch": 4, "local": slice(0, 4), "attributes": False}
-    judge = Judge(embed, processor, catalog, **options)
+    judge = Judge(embed, processor, catalog, batch=4, local=slice(0, 4))
     vectors = judge.vectors("text", listings)
     judge.vectors("image", listings)
     assert shapes == [((4, 32), (4, 0)), ((4, 32), (4, 16))]
-    texts = [
-        evaluation_row(catalog, int(i), "text", attributes=False, max_images=1) for i in listings
-    ]
+    texts = [evaluation_row(catalog, int(i), "text", max_images=1) for i in listings]
     np.testing.assert_allclose(vectors, model(params, processor(texts)), atol=1e-6)
+
+
+class Words:
+    """Stands for the processor and the encoder: it keeps what it is shown, and holds few words."""
+
+    max_images, max_tokens, text_bucket = 1, 4, (4, 0)
+
+    def __init__(self):
+        self.texts = []
+
+    def __call__(self, rows, buckets=()):
+        self.texts += [row.text for row in rows]
+        return {"x": np.array([[len(row.text), 1] for row in rows], np.float32)}
+
+    def holds(self, row):
+        return len(row.text.split()) <= self.max_tokens
+
+
+def enriched_judge(catalog, side):
+    words = Words()
+    given = enrichment(own_attributes(catalog), side)
+    judge = Judge(
+        lambda rows: rows["x"], words, catalog, batch=4, local=slice(0, 4), enriched=given
+    )
+    return words, judge
+
+
+@pytest.mark.parametrize(
+    "side, enriched, plain", [("both", 40, 0), ("queries", 8, 40), ("gallery", 40, 8)]
+)
+def test_a_side_alone_is_enriched_and_what_both_share_is_embedded_once(
+    catalog, side, enriched, plain
+):
+    listings = catalog.indices("all")  # 40, in batches of 4
+    words, judge = enriched_judge(catalog, side)
+    judge.run([parse_task("text->text")], listings[:8], listings)
+    carry = ["color: " in text for text in words.texts]
+    assert (sum(carry), len(carry) - sum(carry)) == (enriched, plain)
+    before = len(words.texts)
+    judge.run([parse_task("text->text"), parse_task("image->image")], listings[4:8], listings)
+    # Nothing of the texts anew; image views carry no attributes, and are the same on both sides.
+    assert words.texts[before:] == [""] * 40
+
+
+def test_vectors_come_in_the_order_asked_for_however_they_were_made(catalog):
+    _, judge = enriched_judge(catalog, "queries")
+    later, earlier = np.array([9, 2]), np.array([30, 2, 5])
+    first = judge.vectors("text", later)
+    both = judge.vectors("text", np.array([5, 9, 30, 2, 9]))
+    lengths = [len(evaluation_row(catalog, i, "text", max_images=1).text) for i in range(40)]
+    assert first[:, 0].tolist() == [lengths[9], lengths[2]]
+    assert both[:, 0].tolist() == [lengths[i] for i in (5, 9, 30, 2, 9)]
+    assert judge.vectors("text", earlier)[:, 0].tolist() == [lengths[i] for i in earlier]
+
+
+def test_texts_that_lose_attributes_are_told(catalog, caplog):
+    words, judge = enriched_judge(catalog, "queries")
+    # "MUG new", "mug", "color: red; type: mug" are 7 words; the odd listings' are as many.
+    words.max_tokens = 7
+    listings = catalog.indices("all")[:8]
+    with caplog.at_level("WARNING", "afmrl_jax.retrieval.tasks"):
+        judge.vectors("text", listings, judge.enriched.queries)
+        assert not caplog.records  # of "A fine thing." anything may be cut
+        words.max_tokens = 6
+        judge.vectors("text", listings + 8, judge.enriched.queries)
+    assert "100% of the texts lose attributes" in caplog.text
+
+
+def test_a_side_that_does_not_exist_is_refused():
+    with pytest.raises(UserError, match=r"eval\.enrich is 'query'.*did you mean \"queries\""):
+        enrichment(None, "query")
