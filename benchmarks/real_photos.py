@@ -31,8 +31,8 @@ FIELDS = {
 }
 
 
-def split_luma(source: Path, target: Path) -> None:
-    """Writes luma with `split` set by garment."""
+def split_luma(source: Path, target: Path, *, validation: bool = False) -> None:
+    """Writes luma with `split` set by garment; validation: a fifth of what is not test's."""
     target.mkdir(parents=True, exist_ok=True)
     if not (target / "images").exists():
         shutil.copytree(source / "images", target / "images")
@@ -41,6 +41,8 @@ def split_luma(source: Path, target: Path) -> None:
         listing = json.loads(line)
         number = int(hashlib.sha256(listing["style_id"].encode()).hexdigest(), 16)
         listing["split"] = "test" if number % 2 == 1 else "train"
+        if validation and number % 10 == 0:
+            listing["split"] = "validation"
         lines.append(json.dumps(listing) + "\n")
     (target / "products.jsonl").write_text("".join(lines))
 

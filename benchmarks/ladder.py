@@ -1,0 +1,306 @@
+"""The method rung by rung: what each stage adds to the one before it.
+
+python benchmarks/ladder.py --out DIR                              # the built-in catalogue
+python benchmarks/ladder.py --out DIR --photos ../shared/data      # fashion and garment photos
+python benchmarks/ladder.py --out DIR --smoke                      # some minutes; means nothing
+
+Every stage is a run of its own, by its own command, in DIR/SEED-STAGE. What is done is not done
+again, so that a call goes on where the last one stopped, and rungs share what they have in common:
+one SFT, one RAR, one AGCL a seed. Two calls with different --seeds may run beside each other; one
+with all of them, after those, prints the tables. All encoders see attributes in most of their
+training texts, so that rungs differ in what they are named for alone. Single masks and weights are
+trained for 40% of the steps, beside a VLM2Vec of that length.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from real_photos import split_luma
+from running import evaluation, train, write
+
+from afmrl_jax.retrieval.metrics import interval95, paired
+
+TASK = "image+text->image+text"
+SHORT = 0.4  # of the steps, for single masks and weights
+SINGLE = {  # each alone, on VLM2Vec
+    "VLM2Vec": {},
+    "mask: target similarity .95": {"loss.mask_target_similarity": 0.95},
+    "mask: margin .1": {"loss.mask_margin": 0.1},
+    "mask: attributes .95": {"loss.mask_attributes": 0.95},
+    "weight: BM25": {"loss.negative_weight": "bm25"},
+    "weight: similarity (LLaVE)": {"loss.negative_weight": "similarity"},
+    "look-alike batches": {"data.lookalike_share": 0.25},
+}
+METRICS = {"R@1": "recall@1", "R@5": "recall@5", "R@10": "recall@10", "mAP": "map"}
+CLASSES = {"Acc": "accuracy", "NMI": "nmi", "ARI": "ari", "purity": "purity"}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A line of the table. attributes: whose, in the texts of the queries alone and of both."""
+
+    name: str
+    encoder: str
+    attributes: str = "none"  # none | oracle | a stage that trained a generator
+    sure: bool = False  # less those below the threshold that RAR chose on validation
+    needs: tuple[str, ...] = ()  # stages besides the encoder's that its compute counts
+
+
+RUNGS = (
+    Rung("untrained", "untrained"),
+    Rung("VLM2Vec", "vlm2vec"),
+    Rung("+ attribute-label head", "head"),
+    Rung("+ AGCL", "agcl"),
+    Rung("+ SFT's attributes", "agcl", "sft", needs=("sft",)),
+    Rung("+ SFT's, the sure ones", "agcl", "sft", True, needs=("sft",)),
+    Rung("+ RAR's", "agcl", "rar", needs=("sft", "rar")),
+    Rung(
+        "+ RAR's, by a distilled generator",
+        "agcl",
+        "small",
+        needs=("sft", "rar", "annotate", "small"),
+    ),
+    Rung("+ CIT", "again", "rar", needs=("agcl", "sft", "rar", "annotate")),
+    Rung("oracle's attributes", "agcl", "oracle"),
+    Rung("CIT, oracle's attributes", "again", "oracle", needs=("agcl", "sft", "rar", "annotate")),
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How long each stage is: fields of its configuration."""
+
+    steps: int  # of an encoder
+    stages: dict[str, dict[str, Any]]  # of sft, rar, annotate, small
+    encoder: dict[str, Any] = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+BUILT_IN = Size(
+    steps=240,
+    stages={
+        "sft": {"steps": 1400},
+        "rar": {"steps": 100},
+        "annotate": {"share": 0.6},
+        "small": {"steps": 700},
+    },
+)
+# Photos become some 80 px, 25 tokens; descriptions are long, and stand behind the attributes.
+PHOTO = {"data.max_patches": 100, "data.min_pixels": 4096, "data.max_pixels": 6400}
+PHOTOS = Size(
+    steps=160,
+    stages={
+        "sft": {"steps": 800} | PHOTO,
+        "rar": {"steps": 60},
+        "annotate": {"share": 1.0},
+        "small": {"steps": 400} | PHOTO,
+    },
+    encoder=PHOTO
+    | {
+        "data.max_tokens": 84,
+        "data.crop_area": 0.5,
+        "data.flip_share": 0.5,
+        "data.lookalike_share": 0.0,  # most of its products have one listing
+    },
+)
+SMOKE = Size(
+    steps=4,
+    stages={
+        "sft": {"steps": 8, "eval.listings": 32},
+        "rar": {"steps": 2, "reward.gallery": 200, "eval.listings": 32},
+        "annotate": {"share": 0.01},
+        "small": {"steps": 8, "eval.listings": 32},
+    },
+    evaluate={"eval.probe_listings": 200},
+    seeds=(0,),
+)
+
+
+class Ladder:
+    """The stages of one seed and what is judged of them."""
+
+    def __init__(self, out: Path, size: Size, seed: int, photos: Path | None):
+        self.out, self.size, self.seed = out.absolute(), size, seed
+        self.data: dict[str, Any] = {}
+        self.judged: dict[str, Any] = {"eval.tasks": TASK, "eval.downstream": True} | size.evaluate
+        if photos:
+            luma, fashion = (out / "luma").absolute(), (photos / "fashion").absolute()
+            split_luma(photos / "luma", luma, validation=True)
+            self.data = {"data.path": f"{fashion},{luma}"}
+            self.judged |= {
+                "eval.queries": luma,
+                "eval.gallery": f"{luma},{fashion}",
+                "eval.query_split": "test",
+                "eval.gallery_split": "all",
+            }
+
+    def workdir(self, stage: str) -> Path:
+        return self.out / f"{self.seed}-{stage}"
+
+    def run(self, stage: str, config: str, fields: dict[str, Any], done: str = "evaluation.json"):
+        """A stage's run, unless it is done; its seconds are added up beside it."""
+        workdir = self.workdir(stage)
+        if (workdir / done).exists() and (workdir.parent / f"{workdir.name}.done").exists():
+            return
+        began = time.monotonic()
+        train(config, workdir, fields, {"JAX_COMPILATION_CACHE_DIR": str(self.out / "compiled")})
+        seconds = workdir.parent / f"{workdir.name}.done"
+        seconds.write_text(json.dumps(time.monotonic() - began))
+        print(f"{workdir.name}: {time.monotonic() - began:.0f} s", flush=True)
+
+    def encoder(self, stage: str, arm: str = "", **fields: Any) -> None:
+        config = f"configs/agcl.py{arm and ':' + arm}"
+        given = {"steps": self.size.steps, "eval_every": 0, "eval.tasks": TASK, "seed": self.seed}
+        self.run(stage, config, given | self.data | self.size.encoder | fields)
+
+    def train_all(self) -> None:
+        """All stages, those first on which others stand."""
+        self.encoder("untrained", "vlm2vec", **{"steps": 1, "optimizer.learning_rate": 0})
+        for stage, arm in (("vlm2vec", "vlm2vec"), ("head", "head"), ("agcl", "")):
+            self.encoder(stage, arm)
+        stages, shared = self.size.stages, {"seed": self.seed}
+        self.run("sft", "configs/sft.py", shared | self.data | stages["sft"])
+        models = {"generator": self.workdir("sft"), "encoder": self.workdir("agcl")}
+        self.run("rar", "configs/rar.py", shared | models | self.data | stages["rar"])
+        given = {"generator": self.workdir("rar"), "split": "train"}
+        self.run(
+            "annotate",
+            "configs/annotate.py",
+            given | self.data | stages["annotate"],
+            done="attributes.jsonl",
+        )
+        written = {"data.attributes": self.workdir("annotate") / "attributes.jsonl"}
+        self.run("small", "configs/sft.py", shared | self.data | written | stages["small"])
+        self.encoder("again", **written)
+        short = {"steps": round(SHORT * self.size.steps)}
+        for name, fields in SINGLE.items():
+            self.encoder(single(name), "vlm2vec", **short, **fields)
+
+    def judge(self, rung: Rung, enrich: str) -> dict[str, Any]:
+        """A rung's scores with its attributes in the texts of the queries, or of both."""
+        fields = self.judged | {"checkpoint": self.workdir(rung.encoder)} | self.data
+        stage = f"judged-{rung.encoder}"
+        if rung.attributes != "none":
+            source = rung.attributes
+            fields |= {"eval.enrich": enrich}
+            fields["eval.attributes"] = source if source == "oracle" else self.workdir(source)
+            stage += f"-{source}-{enrich}"
+        if rung.sure:
+            chosen = evaluation(self.workdir("rar"))["least_confidence"]
+            fields["eval.min_confidence"] = chosen[f"{rung.attributes}_sure"]
+            stage += "-sure"
+        self.run(stage, "configs/evaluate.py", fields)
+        queries = evaluation(self.workdir(stage), "evaluation_queries.json")
+        return evaluation(self.workdir(stage)) | {"queries": queries[TASK]}
+
+    def seconds(self, rung: Rung) -> float:
+        """Of all that a rung stands on, on this machine."""
+        stages = {rung.encoder, *rung.needs}
+        return sum(json.loads((self.out / f"{self.seed}-{s}.done").read_text()) for s in stages)
+
+
+def single(name: str) -> str:
+    return "only-" + "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+def told(found: list[np.ndarray]) -> dict[str, Any]:
+    """found: each seed's values of the same queries. mean; half: of its 95% interval over queries,
+    each query's mean over the seeds; by_seed."""
+    return {
+        "mean": float(np.mean(found)),
+        "half": interval95(np.mean(found, axis=0)),
+        "by_seed": [float(np.mean(values)) for values in found],
+    }
+
+
+def collect(ladders: list[Ladder], rung: Rung, enrich: str) -> dict[str, Any]:
+    judged = [ladder.judge(rung, enrich) for ladder in ladders]
+    asked = [found["queries"]["listing_ids"] for found in judged]
+    assert all(ids == asked[0] for ids in asked), "seeds were judged on different queries"
+    cells = {
+        name: told([np.array(found["queries"]["values"][metric]) for found in judged])
+        for name, metric in METRICS.items()
+    }
+    for name, metric in CLASSES.items():
+        values = [found["category"][metric] for found in judged]
+        halves = [found["category"][f"{metric}_ci95"] for found in judged]
+        cells[name] = {"mean": float(np.mean(values)), "half": float(np.mean(halves))}
+        cells[name]["by_seed"] = values
+    recalls = [found["queries"]["values"][METRICS["R@1"]] for found in judged]
+    return {"cells": cells, "recalls": np.mean(recalls, axis=0)}
+
+
+def table(rows: dict[str, dict[str, Any]], names: list[str]) -> str:
+    lines = [["", *names, "R@1 over the rung above", "minutes"]]
+    for name, row in rows.items():
+        cells = [f"{row['cells'][n]['mean']:.3f} ± {row['cells'][n]['half']:.3f}" for n in names]
+        by_seed = row["cells"][names[0]]["by_seed"]
+        cells[0] += f" ({min(by_seed):.3f}-{max(by_seed):.3f})"
+        lines.append([name, *cells, row["gain"], row["minutes"]])
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def climb(ladders: list[Ladder], enrich: str) -> dict[str, dict[str, Any]]:
+    """Rung -> its cells, what it gains over the one above it, query by query, and its compute."""
+    rows, above = {}, None
+    for rung in RUNGS:
+        row = collect(ladders, rung, enrich)
+        recalls, gain = row.pop("recalls"), ""
+        if above is not None:
+            mean, half = paired(above, recalls)
+            gain = f"{mean:+.3f} ± {half:.3f}"
+        minutes = [ladder.seconds(rung) / 60 for ladder in ladders]
+        rows[rung.name] = row | {"gain": gain, "minutes": f"{np.mean(minutes):.1f}"}
+        above = recalls
+    return rows
+
+
+def singles(ladders: list[Ladder]) -> dict[str, Any]:
+    """R@1 of each mask and weight alone, and what it gains over the VLM2Vec of its length."""
+    rows, base = {}, None
+    for name in SINGLE:
+        judged = [ladder.judge(Rung(name, single(name)), "both") for ladder in ladders]
+        found = [np.array(one["queries"]["values"][METRICS["R@1"]]) for one in judged]
+        recalls = np.mean(found, axis=0)
+        base = recalls if base is None else base
+        mean, half = paired(base, recalls)
+        rows[name] = told(found) | {"gain": mean, "gain_half": half}
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--photos", type=Path, help="holds luma/ and fashion/")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--smoke", action="store_true", help="four steps a stage, one seed")
+    args = parser.parse_args()
+    size = SMOKE if args.smoke else PHOTOS if args.photos else BUILT_IN
+    ladders = [Ladder(args.out, size, seed, args.photos) for seed in args.seeds or size.seeds]
+    for ladder in ladders:
+        ladder.train_all()
+    columns = {enrich: climb(ladders, enrich) for enrich in ("queries", "both")}
+    for enrich, title in (("queries", "queries alone"), ("both", "queries and gallery")):
+        print(f"\nAttributes in the texts of {title}:\n")
+        print(table(columns[enrich], [*METRICS, *CLASSES]), flush=True)
+    alone = singles(ladders)
+    print(f"\nEach alone on VLM2Vec, {SHORT:.0%} of the steps:\n\n| | R@1 | gain |\n|---|---|---|")
+    for name, row in alone.items():
+        by_seed = f"({min(row['by_seed']):.3f}-{max(row['by_seed']):.3f})"
+        gain = f"{row['gain']:+.3f} ± {row['gain_half']:.3f}"
+        print(f"| {name} | {row['mean']:.3f} ± {row['half']:.3f} {by_seed} | {gain} |")
+    name = "ladder_photos" if args.photos else "ladder_built_in"
+    if not args.smoke:
+        write(name, {"size": dataclasses.asdict(size), "columns": columns, "singles": alone})
+
+
+if __name__ == "__main__":
+    main()
