@@ -65,7 +65,7 @@ def measure(batch: int, chunk: int) -> dict[str, int]:
         return nnx.merge(graphdef, params)(flat).reshape(chunk, 2, -1)
 
     def step(params, rows, side):
-        return gradcache.value_and_grad(embed, lambda e: loss(e, side))(params, rows)
+        return gradcache.value_and_grad(embed, lambda _, e: loss(e, side))(params, rows)
 
     memory = jax.jit(step).lower(params, rows, side).compile().memory_analysis()
     return {

@@ -167,7 +167,8 @@ def jax_step(
     def update(state, frozen, rows):
         trained, opt_state = state
         gradient = gradcache.value_and_grad(
-            lambda trained, chunk: embed(lora.join(trained, frozen), chunk), infonce
+            lambda trained, chunk: embed(lora.join(trained, frozen), chunk),
+            lambda _, embeddings: infonce(embeddings),
         )
         (loss, _), gradients = gradient(trained, rows)
         changes, opt_state = optimizer.update(gradients, opt_state, trained)

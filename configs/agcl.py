@@ -2,6 +2,7 @@
 
 configs/agcl.py           AGCL on the built-in catalogue, small enough for two CPU cores
 configs/agcl.py:vlm2vec   the VLM2Vec baseline: the same code, weights and attribute masks off
+configs/agcl.py:head      that baseline with a head beside it that learns the attributes as labels
 """
 
 import math
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-ARMS = ("agcl", "vlm2vec")
+ARMS = ("agcl", "vlm2vec", "head")
 
 
 def get_config(arm: str = "agcl") -> ConfigDict:
@@ -86,6 +87,9 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.loss.mask_attributes = 0.95  # drop j if the attributes agree both ways above this
     config.loss.same_product = "drop"  # drop | positive | keep: other listings of the product
     config.loss.symmetric = True  # targets -> queries as well
+    # losses/labels.py: beside the loss above a linear layer tells attributes from embeddings
+    config.loss.head_weight = 0.0  # what its loss, in nats an attribute, counts; 0 = no such head
+    config.loss.head_labels = 2048  # the most frequent pairs of name and value that it tells
 
     config.eval = ConfigDict()
     config.eval.tasks = "image+text->image+text, image->image, text->text, image->text, text->image"
@@ -93,8 +97,10 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.eval.attributes = "none"  # | oracle: the catalogue's attributes join the texts
     config.eval.enrich = "both"  # both | queries | gallery: whose texts they join
 
-    if arm == "vlm2vec":
+    if arm in ("vlm2vec", "head"):
         config.loss.negative_weight = "none"
         config.loss.mask_attributes = math.inf
         config.data.lookalike_share = 0.0
+    if arm == "head":
+        config.loss.head_weight = 0.3
     return config.lock()

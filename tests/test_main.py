@@ -30,7 +30,7 @@ def run(*arguments, cwd=ROOT):
         (["--config=configs/agcl.py", "--config.loss.xyz=1"], "no field 'xyz'"),
         (["--config=configs/agcl.py", "--config.steps=many"], "--config.steps=many"),
         (["--config=configs/agcl.py", "steps=5"], "did you mean --config.steps=5?"),
-        (["--config=configs/agcl.py:other"], "no arm 'other': it has agcl, vlm2vec"),
+        (["--config=configs/agcl.py:other"], "no arm 'other': it has agcl, vlm2vec, head"),
         (["--config=configs/none.py"], "there is no configuration file configs/none.py"),
         (["--confg=configs/agcl.py"], "Did you mean: config"),
         ([], "say what to run, as --config=configs/agcl.py"),

@@ -19,7 +19,8 @@ P = PartitionSpec
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"\bembed\.embedding\b", P("tensor", "fsdp")),
     (r"\bposition_embed\.embedding\b", P(None, "fsdp")),
-    (r"\blm_head\.kernel\b", P("fsdp", "tensor")),
+    (r"\b(lm_head|head)\.kernel\b", P("fsdp", "tensor")),
+    (r"\bhead\.bias\b", P("tensor")),
     (r"\b(query|key|value|gate|up|patch_embed)\.kernel\b", P("fsdp", "tensor")),
     (r"\b(query|key|value|gate|up|patch_embed)\.bias\b", P("tensor")),
     (r"\bqkv\.kernel\b", P("fsdp", None, "tensor")),

@@ -5,7 +5,9 @@
 3. Update; every so often validate and checkpoint.
 4. Judge the encoder before and after by finding the test listings' products.
 
-With weights and attribute masks off the same program is VLM2Vec: configs/agcl.py:vlm2vec.
+With weights and attribute masks off the same program is VLM2Vec: configs/agcl.py:vlm2vec. With a
+head beside it, which tells attributes from embeddings and is left out when they are judged:
+configs/agcl.py:head.
 
 Axes: A chunks · C examples of a chunk · V views of an example (query, target, hard negatives) ·
 B = A C pairs · E embedding.
@@ -42,6 +44,7 @@ from afmrl_jax.data.pipeline import PairBatches, Stream
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.views import Augmentation, listing_text, parse_mixture
 from afmrl_jax.losses.contrastive import Options, contrastive_loss
+from afmrl_jax.losses.labels import Labels, frequent_labels, label_loss
 from afmrl_jax.models import lora
 from afmrl_jax.retrieval.evaluation import Task, parse_task, results_table, write_evaluation
 from afmrl_jax.retrieval.tasks import (
@@ -56,13 +59,14 @@ from afmrl_jax.training.checkpoint import Checkpoints, check_catalogue, check_un
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import make_optimizer
 from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, read_base
-from afmrl_jax.training.state import TrainState, abstract_state, init_state
+from afmrl_jax.training.state import TrainState, abstract_state, init_state, zeros
 
 log = logging.getLogger(__name__)
 
 PATCHES = ("patches", "patch_positions", "patch_segments", "patch_grids")
 ROWS = ("tokens", "token_mask", "positions", *PATCHES)
 TERMS = ("product", "terms", "query_weights", "document_weights")
+HEAD = "head"  # the name of its parameters beside the encoder's
 EVALUATIONS = {"before": "evaluation_before.json", "after": "evaluation.json"}
 TOKENIZER_LISTINGS = 20_000  # whose texts a preset's tokenizer is trained on
 VALIDATION_LISTINGS = 600
@@ -85,6 +89,8 @@ RANGES = {  # field -> lowest and highest
     "data.attribute_share": (0, 1),
     "data.attribute_dropout": (0, 1),
     "data.attribute_noise": (0, 1),
+    "loss.head_weight": (0, math.inf),
+    "loss.head_labels": (1, math.inf),
 }
 
 
@@ -100,9 +106,12 @@ class Built:
     frozen: Any  # abstract parameters beside the state's; {} where all are trained
 
 
-def build(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder) -> Built:
+def build(
+    config: ConfigDict, mesh: Mesh, enc: encoder.Encoder, statistics: CorpusStatistics
+) -> Built:
     """The train step of a configuration, jitted for a mesh; nothing is computed yet.
 
+    statistics: of the training listings' attributes, from which the head's labels are taken.
     step: (frozen parameters, state, batch of arrays [A, C, V, ...]) -> (state, metrics), the state
     donated; the frozen ones are only read, so there is one copy of them.
     embed: (params, this process's rows of eval.batch) -> float32[eval.batch, E] on every device.
@@ -112,12 +121,17 @@ def build(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder) -> Built:
             f"chunks is {config.chunks}, which does not divide the batch of {config.batch}"
         )
     # A flag can't say None, so a threshold that nothing passes turns a mask off.
-    options = Options(**{k: None if v == math.inf else v for k, v in config.loss.items()})
+    asked = {name: config.loss[name] for name in Options.__annotations__}
+    options = Options(**{k: None if v == math.inf else v for k, v in asked.items()})
     optimizer = make_optimizer(config.optimizer, config.steps)
     params = encoder.abstract_params(enc, mesh)
     trained, frozen = lora.split(params)
-    abstract = abstract_state(trained, optimizer, mesh)
+    labels, head = _head(config, enc, statistics, mesh)
+    abstract = abstract_state(trained | head, optimizer, mesh)
     embed = enc.embed()
+    loss = functools.partial(
+        _loss, options=options, labels=labels, head_weight=config.loss.head_weight, mesh=mesh
+    )
 
     @functools.partial(
         jax.jit,
@@ -127,8 +141,8 @@ def build(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder) -> Built:
     def step(frozen: Any, state: TrainState, batch: dict[str, jax.Array]):
         rows = {name: batch[name] for name in ROWS}
         gradient = gradcache.value_and_grad(
-            lambda trained, rows: embed(lora.join(trained, frozen), rows),
-            lambda embeddings: _loss(embeddings, batch, options, mesh),
+            lambda trained, rows: embed(encoder_params(trained, frozen), rows),
+            functools.partial(loss, batch=batch),
         )
         (value, metrics), gradients = gradient(state.params, rows)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -148,11 +162,14 @@ def build(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder) -> Built:
         trained = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, trained, opt_state), metrics
 
-    def fresh() -> Any:
-        return lora.split(enc.init_params(config.seed))[0]
+    def start(given: Any) -> TrainState:
+        def params() -> Any:
+            return lora.split(enc.init_params(config.seed))[0] | zeros(head)
+
+        return init_state(params if given is None else given | zeros(head), optimizer, abstract)
 
     return Built(
-        lambda given: init_state(fresh if given is None else given, optimizer, abstract),
+        start,
         step,
         *encoder.host_embedder(embed, mesh, config.eval.batch),
         abstract,
@@ -160,12 +177,37 @@ def build(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder) -> Built:
     )
 
 
-def _loss(
-    embeddings: jax.Array, batch: dict[str, jax.Array], options: Options, mesh: Mesh
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The mean loss, and its metrics: each device's queries against all targets.
+def encoder_params(trained: Any, frozen: Any) -> Any:
+    """The encoder's part of what is trained, the head left out, and what is frozen."""
+    return lora.join({name: part for name, part in trained.items() if name != HEAD}, frozen)
 
-    embeddings: float32[A, C, V, E].
+
+def _head(
+    config: ConfigDict, enc: encoder.Encoder, statistics: CorpusStatistics, mesh: Mesh
+) -> tuple[Labels | None, Any]:
+    """What the head tells apart, and its abstract parameters; None and {} where there is none."""
+    if not config.loss.head_weight:
+        return None, {}
+    labels = frequent_labels(statistics, config.loss.head_labels)
+    log.info("the head tells %d values of %d attributes", len(labels.terms), labels.n_names)
+    width = config.model.embedding_dim or enc.model_config.text.hidden_size
+    return labels, encoder.placed({HEAD: labels.abstract_head(width)}, mesh)
+
+
+def _loss(
+    trained: Any,
+    embeddings: jax.Array,
+    batch: dict[str, jax.Array],
+    *,
+    options: Options,
+    labels: Labels | None,
+    head_weight: float,
+    mesh: Mesh,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The mean loss, and its metrics: each device's queries against all targets; the head's loss
+    of every view beside it.
+
+    trained: the parameters, of which the head's are read here. embeddings: float32[A, C, V, E].
     """
     info = {}
     for name, array in {"embedding": embeddings, **{n: batch[n] for n in TERMS}}.items():
@@ -174,7 +216,12 @@ def _loss(
         info[f"target_{name}"] = jax.lax.with_sharding_constraint(target, replicated(mesh))
     queries, targets = info.pop("query_embedding"), info.pop("target_embedding")
     total, count, metrics = contrastive_loss(queries, targets, info, options)
-    return total / count, metrics
+    value = total / count
+    if labels:
+        total, count, of_head = label_loss(trained[HEAD], embeddings, batch["terms"], labels)
+        value += head_weight * total / jnp.maximum(count, 1)
+        metrics |= of_head
+    return value, metrics
 
 
 def _sides(array: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -221,7 +268,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             write_atomically(workdir / "tokenizer.json", record["tokenizer"])
 
         # ---- state, step and judges
-        built = build(config, mesh, enc)
+        built = build(config, mesh, enc, statistics)
         frozen = {}
         if enc.lora:
             base = Base.of_record(saved) if saved else Base(source.path if source else "")
@@ -230,14 +277,16 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         if saved:
             state = checkpoints.restore(checkpoints.latest, built.abstract)
         else:
-            given = source and not enc.lora
-            state = built.start(source.load(built.abstract.params) if given else None)
+            given = None
+            if source and not enc.lora:
+                given = source.load(encoder_params(built.abstract.params, {}))
+            state = built.start(given)
             for name in EVALUATIONS.values():  # of a run that died before it saved anything
                 (workdir / name).unlink(missing_ok=True)
 
         def judge(state: TrainState) -> Judge:
             return Judge(
-                functools.partial(built.embed, lora.join(state.params, frozen)),
+                functools.partial(built.embed, encoder_params(state.params, frozen)),
                 processor,
                 catalog,
                 batch=config.eval.batch,

@@ -189,7 +189,11 @@ def from_folder(
 
 def abstract_params(enc: Assembly, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of the parameters."""
-    params = jax.eval_shape(lambda: enc.init_params(0))
+    return placed(jax.eval_shape(lambda: enc.init_params(0)), mesh)
+
+
+def placed(params: Any, mesh: Mesh) -> Any:
+    """Abstract parameters with the shardings that partition's rules give them."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         params,

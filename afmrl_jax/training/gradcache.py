@@ -19,31 +19,33 @@ Rows = dict[str, jax.Array]
 
 
 def value_and_grad(
-    embed: Callable[[Params, Rows], jax.Array], loss: Callable[[jax.Array], tuple[jax.Array, Any]]
+    embed: Callable[[Params, Rows], jax.Array],
+    loss: Callable[[Params, jax.Array], tuple[jax.Array, Any]],
 ) -> Callable[[Params, Rows], tuple[tuple[jax.Array, Any], Params]]:
-    """Like jax.value_and_grad(has_aux=True) of `loss(embeddings of all chunks)` by the parameters.
+    """Like jax.value_and_grad(has_aux=True) of `loss(params, embeddings of all chunks)` by params.
 
-    embed: (params, rows[C, V, ...]) -> float32[C, V, E]; loss: float32[A, C, V, E] -> scalar, aux.
+    embed: (params, rows[C, V, ...]) -> float32[C, V, E].
+    loss: (params, float32[A, C, V, E]) -> scalar, aux; it may use parameters that embed does not.
     Returns a function of (params, rows[A, C, V, ...]) -> ((loss, aux), gradients).
     """
 
     def direct(params: Params, rows: Rows):
         def total(params):
-            return loss(embed(params, jax.tree.map(lambda x: x[0], rows))[None])
+            return loss(params, embed(params, jax.tree.map(lambda x: x[0], rows))[None])
 
         return jax.value_and_grad(total, has_aux=True)(params)
 
     def cached(params: Params, rows: Rows):
         embeddings = jax.lax.map(lambda chunk: embed(params, chunk), rows)
-        value, by_embedding = jax.value_and_grad(loss, has_aux=True)(embeddings)
+        both = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+        value, (by_params, by_embedding) = both(params, embeddings)
 
         def accumulate(total, chunk_and_gradient):
             chunk, gradient = chunk_and_gradient
             _, pull_back = jax.vjp(lambda p: embed(p, chunk), params)
             return jax.tree.map(jnp.add, total, *pull_back(gradient)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        gradients, _ = jax.lax.scan(accumulate, zeros, (rows, by_embedding))
+        gradients, _ = jax.lax.scan(accumulate, by_params, (rows, by_embedding))
         return value, gradients
 
     def chosen(params: Params, rows: Rows):

@@ -64,5 +64,10 @@ def init_state(
     return TrainState(jax.device_put(jnp.int32(0), abstract.step.sharding), params, opt_state)
 
 
+def zeros(abstract: Any) -> Any:
+    """Arrays of zeros as `abstract` says, in its shardings."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), abstract)
+
+
 def _shardings(abstract: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, abstract)

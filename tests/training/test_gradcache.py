@@ -14,7 +14,7 @@ def embed(params, rows):
     return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def info_nce(embeddings):
+def info_nce(_, embeddings):
     flat = embeddings.reshape(-1, 2, EMBEDDING)
     logits = flat[:, 0] @ flat[:, 1].T / 0.05
     losses = jax.nn.logsumexp(logits, axis=1) - jnp.diag(logits)
@@ -42,6 +42,26 @@ def test_the_gradient_over_chunks_is_the_direct_one(problem, chunks):
     for name in wanted:
         error = jnp.linalg.norm(got[name] - wanted[name]) / jnp.linalg.norm(wanted[name])
         assert error <= 1e-6
+
+
+@pytest.mark.parametrize("chunks", [2, 8])
+def test_parameters_that_only_the_loss_uses_get_their_gradient(problem, chunks):
+    """A head on the embeddings, as a loss of its own, and w2, which both use."""
+    params, x = problem
+    params = params | {"head": jnp.linspace(-1, 1, EMBEDDING)}
+
+    def loss(params, embeddings):
+        value, aux = info_nce(None, embeddings)
+        logits = embeddings @ params["head"] + jnp.sum(params["w2"] ** 2)
+        return value + jnp.mean(jax.nn.softplus(logits)), aux
+
+    step = jax.jit(value_and_grad(embed, loss))
+    (direct, _), wanted = step(params, {"x": x[None]})
+    (cached, _), got = step(params, {"x": x.reshape(chunks, -1, 2, WIDTH)})
+    np.testing.assert_allclose(cached, direct, rtol=1e-6)
+    assert got.keys() == params.keys() and np.abs(wanted["head"]).max() > 0
+    for name in wanted:
+        np.testing.assert_allclose(got[name], wanted[name], atol=1e-5, rtol=1e-5)
 
 
 def test_the_negatives_are_those_of_the_whole_batch_not_of_a_chunk(problem):

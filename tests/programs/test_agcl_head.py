@@ -1,0 +1,114 @@
+"""The program with an attribute-label head, which is trained and saved beside the encoder."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from afmrl_jax import main
+from afmrl_jax.core.mesh import make_mesh
+from afmrl_jax.training.checkpoint import find_checkpoints
+from afmrl_jax.training.encoder import abstract_params
+from afmrl_jax.training.pretrained import find_pretrained
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def state_of(workdir):
+    checkpoints, step = find_checkpoints(str(workdir))
+    state = checkpoints.restore_raw(step)
+    leaves = jax.tree.leaves_with_path(state)
+    return {jax.tree_util.keystr(k, simple=True, separator="."): np.asarray(v) for k, v in leaves}
+
+
+def logged(workdir, name):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)[name] for line in lines]
+
+
+@pytest.fixture
+def config(agcl_config):
+    agcl_config.update(steps=4, eval_every=0, checkpoint_every=2, chunks=2)
+    agcl_config.loss.update(head_weight=0.5, negative_weight="none")
+    agcl_config.eval.tasks = "image->text"
+    return agcl_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("head") / "run"
+
+
+@pytest.fixture
+def headed(config, folder):
+    """The workdir of a run that nothing stopped."""
+    if not folder.exists():
+        main.run(config, folder)
+    return folder
+
+
+def stopped(headed, workdir):
+    """A copy that was killed after half of its steps."""
+    shutil.copytree(headed, workdir)
+    shutil.rmtree(workdir / "checkpoints" / "4")
+    (workdir / "evaluation.json").unlink()
+    return workdir
+
+
+def test_the_head_learns_and_is_saved(headed):
+    losses = logged(headed, "head_loss")
+    # A new head holds the 3 training colours for equally likely, and the 5 kinds.
+    assert losses[0] == pytest.approx((np.log(3) + np.log(5)) / 2, rel=1e-5)
+    assert losses[-1] < losses[0] and logged(headed, "head_accuracy")[0] == 0
+    state = state_of(headed)
+    assert state["params.head.bias"].shape == (8,)
+    assert state["params.head.kernel"].any()
+
+
+def test_a_run_stopped_and_started_again_ends_bit_equal(config, headed, tmp_path):
+    main.run(config, stopped(headed, tmp_path / "stopped"))
+    one, other = state_of(headed), state_of(tmp_path / "stopped")
+    assert one.keys() == other.keys()
+    assert [name for name in one if not np.array_equal(one[name], other[name])] == []
+
+
+def test_all_at_once_trains_as_chunks_do_and_another_weight_does_not(config, headed, tmp_path):
+    config.chunks = 1
+    main.run(config, tmp_path / "direct")
+    for name in ("loss", "head_loss", "gradient_norm"):
+        np.testing.assert_allclose(logged(tmp_path / "direct", name), logged(headed, name), 1e-4)
+
+
+def test_eight_devices_go_on_with_the_losses_of_one(config, headed, command, tmp_path):
+    workdir = stopped(headed, tmp_path / "eight")
+    config.mesh.update(data=2, fsdp=2, tensor=2)
+    eight = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    subprocess.run(command(config, workdir), cwd=ROOT, env=eight, check=True)
+    for name in ("loss", "head_loss"):
+        np.testing.assert_allclose(logged(workdir, name), logged(headed, name), atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_reads_a_checkpoint_gets_the_encoder_alone(config, headed, tmp_path, rank):
+    """As evaluate, export and RAR read it; a run that begins with it gets a head of its own."""
+    workdir = headed
+    if rank:  # the head is trained beside adapters, on the encoder of the run with a head
+        config.update(init_from=str(headed), steps=2, chunks=1)
+        config.model.lora_rank = rank
+        workdir = tmp_path / "adapters"
+        main.run(config, workdir)
+        before = json.loads((workdir / "evaluation_before.json").read_text())
+        assert before == json.loads((headed / "evaluation.json").read_text())
+        names = {name.rpartition(".")[2] for name in state_of(workdir) if "params." in name}
+        assert names == {"lora_a", "lora_b", "kernel", "bias"}
+    source = find_pretrained(str(workdir))
+    params = source.load(abstract_params(source.enc, make_mesh(dict(config.mesh))))
+    own = jax.tree.map(np.asarray, dataclasses.replace(source.enc, lora=None).init_params(0))
+    assert jax.tree.structure(params) == jax.tree.structure(own)
+    assert not np.array_equal(jax.tree.leaves(params)[-1], jax.tree.leaves(own)[-1])
