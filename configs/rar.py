@@ -38,7 +38,9 @@ def get_config() -> ConfigDict:
     config.reward.invalid = -0.1  # of an answer in an invalid format
     config.reward.length_cost = 0.0  # a token
     config.reward.gallery = 20_000  # training listings searched, whole products of a larger split
-    config.reward.gallery_attributes = False  # the catalogue's attributes join the gallery's texts
+    # the catalogue's attributes, or data.attributes', join the texts of every gallery: those that
+    # training searches and those of held-out queries
+    config.reward.gallery_attributes = False
     config.reward.batch = 144  # rows embedded at once; queries x (samples + 1) is one step's
 
     config.policy = ConfigDict()  # losses/policy.py
@@ -84,6 +86,8 @@ def get_config() -> ConfigDict:
 
     config.eval = ConfigDict()
     config.eval.batch = 128  # listings answered at once
-    config.eval.validation_listings = 480  # that ask at each validation, of that split
+    # that ask at each validation, of that split; by them it is chosen how sure of a pair a
+    # generator must be (rl/judging.py)
+    config.eval.validation_listings = 480
     config.eval.listings = 2000  # that ask at the end, of the test split
     return config.lock()

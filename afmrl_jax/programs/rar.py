@@ -9,7 +9,8 @@ section 5.
 5. Reward each answer by what it found, and compare it with the others to its query.
 6. Update the generator by the policy gradient, held near the one that it was.
 7. Watch for answers that earn their reward by other means; every so often judge on held-out
-   queries, at the end beside queries without attributes, with those of SFT, and with true ones.
+   queries, at the end beside queries without attributes, with those of SFT, with those of which SFT
+   is sure, and with true ones.
 
 Axes: A micro-batches · C queries of one · Q = A C queries · G answers of a query · B = Q G ·
 T tokens of an answer · E embedding.
@@ -19,9 +20,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-import logging
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +42,14 @@ from afmrl_jax.models import lora
 from afmrl_jax.models.sampler import MATRIX, Samples
 from afmrl_jax.rl.environment import Environment, Judged, Laps, append_groups
 from afmrl_jax.rl.gallery import Gallery, askers, gallery_listings, open_gallery
-from afmrl_jax.rl.held_out import (
-    HeldOut,
-    Outcome,
-    compare,
-    comparison_table,
-    read_arms,
-    write_arms,
-)
+from afmrl_jax.rl.held_out import HeldOut, Said, comparison_table
+from afmrl_jax.rl.judging import Judge
 from afmrl_jax.rl.rewards import Options as RewardOptions
 from afmrl_jax.rl.rewards import bounded_k
 from afmrl_jax.rl.rollout import Query, QueryBatches, QueryEmbedder
-from afmrl_jax.rl.watch import Limits, watch
+from afmrl_jax.rl.watch import Limits, stopped, watch
 from afmrl_jax.training.checkpoint import MAY_CHANGE, Checkpoints, check_catalogue, check_unchanged
+from afmrl_jax.training.describer import describe
 from afmrl_jax.training.encoder import (
     DTYPES,
     abstract_params,
@@ -69,10 +63,6 @@ from afmrl_jax.training.policy import Built, build
 from afmrl_jax.training.pretrained import Base, find_pretrained, read_base
 from afmrl_jax.training.state import TrainState
 
-log = logging.getLogger(__name__)
-
-BEFORE = "evaluation_before.json"
-ROOM = 0.05  # R@1 between the generator's attributes and true ones, below which little is won
 ROWS = ("instruction", "max_tokens", "max_answer", "max_patches", "min_pixels", "max_pixels")
 RANGES = {  # field -> lowest and highest
     "seed": (0, 2**31 - 1),
@@ -135,7 +125,7 @@ class Step:
         verdict = watch(judged.rollouts, self._limits)
         self._keep(number, judged, everything=bool(verdict.sentence))
         if verdict.sentence:
-            raise UserError(_stopped(number + 1, verdict.sentence, self._workdir))
+            raise stopped(number + 1, verdict, self._workdir / "rollouts.jsonl")
         state, metrics = self._learn(state, rows, samples, judged, stop)
         laps("update")
         watched = {f"watch_{name}": figure for name, figure in verdict.figures.items()}
@@ -205,14 +195,6 @@ class Step:
             append_groups(self._workdir / "rollouts.jsonl", number + 1, groups)
 
 
-def _stopped(step: int, sentence: str, workdir: Path) -> str:
-    return (
-        f"step {step}: {sentence}\nThe run has stopped; {workdir / 'rollouts.jsonl'} holds more. "
-        "Mend the reward or raise policy.kl and start anew; to go on all the same raise the limit "
-        "in watch.*"
-    )
-
-
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Runs, or resumes, the whole of it in `workdir`; see configs/rar.py."""
     # ---- what is asked, and what is there
@@ -261,22 +243,26 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         reference = reference if config.policy.kl else None
         answerer = Answerer(generator, mesh, config.eval.batch, temperature=0)
 
-        def judge(trained: Any, where: HeldOut) -> Outcome:
+        def say(trained: Any, listings: np.ndarray) -> list[Said]:
             weights, show = sampler_weights(trained, frozen), functools.partial(question, catalog)
-            answers = answerer.answers(weights, where.queries, show)
-            return where.judge([(answer.text, answer.closed) for answer in answers])
+            answers = answerer.answers(weights, listings, show)
+            found = [describe(answer, generator.tokenizer) for answer in answers]
+            return [Said(one.answer.text, one.sure) for one in found]
 
+        judge = Judge(workdir, held_out, say, Limits(**config.watch))
         if saved:
             state = checkpoints.restore(checkpoints.latest, built.abstract)
         else:
             state = built.start(None if generator.lora else params)
-            (workdir / "evaluation.json").unlink(missing_ok=True)  # of a run that never saved
-            _judge_before(workdir / BEFORE, held_out, functools.partial(judge, state.params))
+            judge.begin(state.params)
         del params
         if first_process:
             write_atomically(workdir / "config.json", config.to_json(indent=2))
             write_atomically(workdir / "tokenizer.json", generator.record()["tokenizer"])
             cut_back(workdir / "rollouts.jsonl", int(state.step))
+
+        def validate(state: TrainState) -> dict[str, float]:
+            return judge.validate(state.params, int(state.step))
 
         # ---- train
         if int(state.step) < config.steps:
@@ -298,7 +284,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 examples=config.queries * config.samples,
                 unit="answers",
                 chunk=_share(config),
-                validate=_validation(config, workdir, held_out.get("validation"), judge),
+                validate=validate if "validation" in held_out else None,
                 name_listings=lambda rows: [catalog.listing(int(i)).listing_id for i in rows],
                 record=generator.record()
                 | base.record()
@@ -311,21 +297,11 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             print(f"{workdir} is complete: {config.steps} steps are done", flush=True)
 
     # ---- judge
-    path = workdir / "evaluation.json"
-    where = held_out.get("test") or held_out.get("validation")
-    if where and not path.exists():
-        outcome = judge(state.params, where)
-        arms = read_arms(workdir / BEFORE)[where.split]
-        arms = {name: arms[name] for name in ("plain", "sft")} | {
-            "rar": outcome.measures,
-            "oracle": arms["oracle"],
-        }
-        results = compare(arms) | {"answers": outcome.answers, "split": where.split}
-        if first_process:
-            write_atomically(path, json.dumps(results, indent=2))
-    if first_process and path.exists():
-        print(f"{catalog.name}, {where.split} split, after {config.steps} steps:")
-        print(comparison_table(json.loads(path.read_text(encoding="utf-8"))), flush=True)
+    judge.end(state.params)
+    if first_process and judge.path.exists():
+        results = json.loads(judge.path.read_text(encoding="utf-8"))
+        print(f"{catalog.name}, {results['split']} split, after {config.steps} steps:")
+        print(comparison_table(results), flush=True)
 
 
 def _share(config: ConfigDict) -> int:
@@ -385,61 +361,6 @@ def _encoder(
         base,
         version,
     )
-
-
-def _judge_before(
-    path: Path, held_out: dict[str, HeldOut], judge: Callable[[HeldOut], Outcome]
-) -> None:
-    """Writes what held-out queries find plain, with the answers of the generator as it begins, and
-    with the catalogue's attributes: all that later answers are held against."""
-    arms = {}
-    for split, where in held_out.items():
-        log.info("judging the generator as it begins on %d %s listings", len(where), split)
-        arms[split] = {
-            "plain": where.find(None),
-            "sft": judge(where).measures,
-            "oracle": where.find(where.true),
-        }
-        found = {arm: float(values["recall@1"].mean()) for arm, values in arms[split].items()}
-        log.info("R@1 %s", ", ".join(f"{arm} {share:.3f}" for arm, share in found.items()))
-        if found["oracle"] - found["sft"] < ROOM:
-            log.warning(
-                "True attributes would find hardly more than the generator's do: there is little "
-                "to gain. Has the encoder seen attributes in training (data.attribute_share)?"
-            )
-    if jax.process_index() == 0:
-        write_arms(path, arms)
-
-
-def _validation(
-    config: ConfigDict,
-    workdir: Path,
-    where: HeldOut | None,
-    judge: Callable[[Any, HeldOut], Outcome],
-) -> Callable[[TrainState], dict[str, float]] | None:
-    """Scores on validation listings, and the watch's look at them; None where there are none."""
-    if where is None:
-        log.warning("no validation listing has another to find: the last checkpoint is the best")
-        return None
-    limits = Limits(**config.watch)
-
-    def validate(state: TrainState) -> dict[str, float]:
-        before = read_arms(workdir / BEFORE)[where.split]
-        outcome = judge(state.params, where)
-        found = outcome.measures
-        gain = float(np.mean(found[where.measure] - before["plain"][where.measure]))
-        verdict = watch(outcome.rollouts, limits, gain)
-        if verdict.sentence:
-            raise UserError(_stopped(int(state.step), verdict.sentence, workdir))
-        return {
-            "validation": float(found["recall@1"].mean()),
-            "validation_mrr": float(found["mrr"].mean()),
-            "validation_gain": gain,
-            "validation_over_sft": float(np.mean(found["recall@1"] - before["sft"]["recall@1"])),
-            **{f"validation_{name}": value for name, value in outcome.answers.items()},
-        }
-
-    return validate
 
 
 def _as_multiplied(params: Any, dtype: Any) -> Any:

@@ -4,26 +4,30 @@ texts, and what the difference makes: paired, query by query.
 Axes: Q queries.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from afmrl_jax.attributes.agreement import agreement
-from afmrl_jax.attributes.text import parse
-from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.retrieval.metrics import interval95
-from afmrl_jax.rl.environment import valid_attributes
 from afmrl_jax.rl.gallery import Gallery, askers
 from afmrl_jax.rl.rewards import Options, bounded_k, measures
 from afmrl_jax.rl.rollout import Query, QueryEmbedder
 from afmrl_jax.rl.watch import Rollout
 
 Measures = Mapping[str, np.ndarray]  # of `rl.rewards.measures`, float64[Q] each
+Given = Sequence[Mapping[str, str]]  # attributes, of each of Q queries
+
+
+class Said(NamedTuple):
+    """What a generator says of a query, valid or not."""
+
+    text: str
+    sure: Callable[[float], dict[str, str]]  # its valid attributes of at least a confidence
 
 
 @dataclass(frozen=True)
@@ -63,17 +67,27 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self.queries)
 
-    def find(self, attributes: Sequence[Mapping[str, str]] | None) -> Measures:
-        """What the queries find with these attributes in their texts, one a query; None: plain."""
-        given = attributes or [{}] * len(self)
-        asked = [Query(int(i), 0, own) for i, own in zip(self.queries, given)]
-        found = self._gallery.find(self._embedder(asked), self.queries, self.k)
-        return measures(found, self.k)
+    def find(self, arms: Sequence[Given]) -> list[Measures]:
+        """What the queries find with each arm's attributes in their texts; {} asks plain.
 
-    def judge(self, answers: Sequence[tuple[str, bool]]) -> Outcome:
-        """answers: each query's, text and whether it ended by itself."""
-        given = [valid_attributes(parse(text, closed)) for text, closed in answers]
-        found = self.find(given)
+        What several arms ask alike is embedded and searched for once.
+        """
+        asked = [[(q, tuple(own.items())) for q, own in enumerate(given)] for given in arms]
+        # Those of one query side by side: its photos are prepared once.
+        distinct = sorted(dict.fromkeys(itertools.chain(*asked)), key=lambda one: one[0])
+        listings = self.queries[[q for q, _ in distinct]]
+        vectors = self._embedder(
+            [Query(int(i), 0, dict(own)) for i, (_, own) in zip(listings, distinct)]
+        )
+        found = measures(self._gallery.find(vectors, listings, self.k), self.k)
+        row = {one: n for n, one in enumerate(distinct)}
+        rows = [[row[one] for one in given] for given in asked]
+        return [{name: x[of_arm] for name, x in found.items()} for of_arm in rows]
+
+    def judge(self, said: Sequence[Said]) -> Outcome:
+        """said: of each query."""
+        given = [one.sure(0.0) for one in said]
+        (found,) = self.find([given])
         return Outcome(
             found,
             {
@@ -86,46 +100,24 @@ class HeldOut:
                     q,
                     listing.title,
                     (listing.listing_id, listing.product_id),
-                    text,
+                    one.text,
                     own,
                     float(found[self.measure][q]),
                 )
-                for q, (listing, (text, _), own) in enumerate(zip(self._listings, answers, given))
+                for q, (listing, one, own) in enumerate(zip(self._listings, said, given))
             ],
         )
 
 
-def write_arms(path: Path, arms: Mapping[str, Mapping[str, Measures]]) -> None:
-    """Keeps what was found, by split and arm, so that later arms can be paired with it."""
-    plain = {
-        split: {
-            arm: {name: x.tolist() for name, x in found.items()} for arm, found in of_split.items()
-        }
-        for split, of_split in arms.items()
-    }
-    write_atomically(path, json.dumps(plain))
-
-
-def read_arms(path: Path) -> dict[str, dict[str, Measures]]:
-    return {
-        split: {
-            arm: {name: np.array(x) for name, x in found.items()} for arm, found in arms.items()
-        }
-        for split, arms in json.loads(path.read_text(encoding="utf-8")).items()
-    }
-
-
-def compare(arms: Mapping[str, Measures]) -> dict[str, Any]:
-    """{"arms": {arm: means}, "differences": {"b - a": means}} of the same queries, for each pair of
-    arms as they stand; each mean with half the width of its 95% interval beside it, as NAME_ci95.
+def compare(arms: Mapping[str, Measures], pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """{"arms": {arm: means}, "differences": {"a - b": means}} of the same queries, for those of the
+    pairs (a, b) whose arms are there; each mean with half the width of its 95% interval beside it,
+    as NAME_ci95.
     """
-    names = list(arms)
     differences = {
-        f"{later} - {earlier}": {
-            name: arms[later][name] - arms[earlier][name] for name in arms[later]
-        }
-        for i, earlier in enumerate(names)
-        for later in names[i + 1 :]
+        f"{one} - {other}": {name: arms[one][name] - arms[other][name] for name in arms[one]}
+        for one, other in pairs
+        if one in arms and other in arms
     }
     return {
         "arms": {name: _means(one) for name, one in arms.items()},

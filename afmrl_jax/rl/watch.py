@@ -8,10 +8,12 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from afmrl_jax.attributes.bm25 import WORD
+from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges
 
 EXAMPLES = 3  # rollouts shown for each limit that was passed
@@ -102,6 +104,15 @@ def watch(
     if not charges:
         return Verdict(figures, "")
     return Verdict(figures, "These rollouts look like reward hacking: " + "\n".join(charges))
+
+
+def stopped(step: int, verdict: Verdict, rollouts: Path) -> UserError:
+    """The error that ends a run at this step. rollouts: the file that holds more of them."""
+    return UserError(
+        f"step {step}: {verdict.sentence}\nThe run has stopped; {rollouts} holds more. "
+        "Mend the reward or raise policy.kl and start anew; to go on all the same raise the limit "
+        "in watch.*"
+    )
 
 
 def _words(text: str) -> list[str]:

@@ -160,7 +160,9 @@ def test_a_run_leaves_all_that_it_promises(config, folder, capsys):
     assert [group["step"] for group in groups] == [1, 1, 2, 2, 3, 3, 4, 4]  # every second
     assert all(len(group["answers"]) == 4 for group in groups)
     results = json.loads((folder / "run" / "evaluation.json").read_text())
-    assert list(results["arms"]) == ["plain", "sft", "rar", "oracle"] and results["split"] == "test"
+    arms = ["plain", "sft", "sft_sure", "rar", "rar_sure", "oracle"]
+    assert list(results["arms"]) == arms and results["split"] == "test"
+    assert set(results["least_confidence"]) == {"sft_sure", "rar_sure"}
     found = {arm: scores["margin"] for arm, scores in results["arms"].items()}
     paired = results["differences"]["rar - sft"]
     assert paired["margin"] == pytest.approx(found["rar"] - found["sft"])

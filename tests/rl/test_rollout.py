@@ -1,67 +1,18 @@
-"""From answers to rewards, through the whole search path, on a catalogue small enough to work out
-by hand: a text's vector counts five words.
-"""
-
-from dataclasses import dataclass
+"""From answers to rewards, through the whole search path, worked out by hand."""
 
 import numpy as np
 import pytest
+from words import CATALOG, EMBEDDER, gallery_in
 
 from afmrl_jax.attributes.text import Verdict
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.catalog import Listing
 from afmrl_jax.rl.environment import Environment, Laps
 from afmrl_jax.rl.gallery import askers, gallery_listings, open_gallery
-from afmrl_jax.rl.held_out import HeldOut, compare, comparison_table, read_arms, write_arms
 from afmrl_jax.rl.rewards import Options
-from afmrl_jax.rl.rollout import Query, QueryBatches, QueryEmbedder
+from afmrl_jax.rl.rollout import Query, QueryBatches
 
-WORDS = ("red", "green", "lamp", "mug", "hat")
-
-
-@dataclass
-class Words:
-    """A catalogue of titles; every listing is in the training split."""
-
-    titles: tuple[str, ...] = ("mug", "red mug", "green mug", "red lamp", "hat")
-    products: np.ndarray = None
-    fingerprint: str = "words"
-
-    def __post_init__(self):
-        self.products = np.array([0, 0, 1, 2, 3], np.int32)
-
-    def __len__(self):
-        return len(self.titles)
-
-    def indices(self, split):
-        return np.arange(len(self))
-
-    def listing(self, index, draw=0):
-        names = (f"listing-{index}", f"product-{self.products[index]}")
-        return Listing(*names, self.titles[index], "", "", {"color": "red"}, 0, None)
-
-
-class Counting:
-    """Stands for the encoder's processor and for the encoder: rows to unit vectors."""
-
-    max_images = 1
-
-    def __call__(self, rows):
-        counts = [[row.text.split().count(word) for word in WORDS] for row in rows]
-        vectors = np.array(counts, np.float32) + 1e-3
-        return {"vectors": vectors / np.linalg.norm(vectors, axis=1, keepdims=True)}
-
-
-CATALOG = Words()
-EMBEDDER = QueryEmbedder(lambda rows: rows["vectors"], Counting(), CATALOG, 3, slice(0, 3))
 # The first says what the other listing of the mug shows, the second what another product's does.
 ANSWERS = ["color: red", "color: green", "red", "type: lamp"]
-
-
-def gallery_in(folder, embed=lambda listings: EMBEDDER([Query(int(i)) for i in listings]), **how):
-    listings = np.arange(len(CATALOG))
-    always = {"version": "1", "agreed": bool, "write": True}
-    return open_gallery(folder, CATALOG, listings, embed, **always, **how)
 
 
 @pytest.fixture(scope="module")
@@ -142,19 +93,3 @@ def test_queries_are_a_function_of_seed_and_step():
         again = batches(0).draw(step)
         assert (again[0] == listings).all() and (again[1] == drawn).all()
     assert (batches(1).draw(0)[1] != first[0][1]).all()
-
-
-def test_arms_are_compared_query_by_query(gallery, tmp_path):
-    options = Options(kind="margin", k=50)
-    where = HeldOut(CATALOG, "test", np.arange(5), gallery, EMBEDDER, options, limit=9)
-    assert where.queries.tolist() == [0, 1] and where.k == 1
-    arms = {"plain": where.find(None), "oracle": where.find(where.true)}
-    write_arms(tmp_path / "arms.json", {"test": arms})
-    outcome = where.judge([("color: red", True), ("color: red", False)])  # the second was cut
-    assert outcome.answers == {"f1": pytest.approx(2 / 3), "valid": 0.5, "pairs": 0.5}
-    arms = read_arms(tmp_path / "arms.json")["test"] | {"rar": outcome.measures}
-    result = compare(arms)
-    # Listing 1, "red mug", finds "mug" and "green mug" by .71 and .5, "red lamp" by .5.
-    assert result["differences"]["rar - plain"]["margin"] == pytest.approx(0.25, abs=5e-3)
-    assert result["arms"]["plain"]["margin_ci95"] > 0
-    assert "| oracle - plain |" in comparison_table(result)

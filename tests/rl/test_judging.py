@@ -1,0 +1,109 @@
+"""Held-out queries with different attributes in their texts. Listing 0, "mug", seeks 1, "red mug",
+and 1 seeks 0; others are "green mug", "red lamp" and "hat"."""
+
+import json
+
+import pytest
+from words import CATALOG, EMBEDDER, gallery_in
+
+from afmrl_jax.rl.held_out import HeldOut, Said, comparison_table
+from afmrl_jax.rl.judging import Judge, choose_confidence
+from afmrl_jax.rl.rewards import Options
+from afmrl_jax.rl.watch import Limits
+
+LIMITS = Limits(copied=1.0, answer_diversity=0.0, pair_diversity=0.0, held_out_gain=-2.0)
+
+
+def said(**pairs):
+    """An answer; pairs: name = (value, confidence)."""
+    return Said(
+        str(pairs), lambda least: {name: v for name, (v, sure) in pairs.items() if sure >= least}
+    )
+
+
+# What is wrong weighs more than what is right: "mug red green green" is next to "green mug".
+SURE_OF_THE_RIGHT = [said(color=("red", 0.9), type=("green green", 0.2)), said()]
+INVALID = [Said("red", lambda least: {}), Said("red", lambda least: {})]
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    gallery = gallery_in(tmp_path_factory.mktemp("gallery"))
+    options = Options(kind="margin", k=50)
+    return {
+        split: HeldOut(CATALOG, split, range(5), gallery, EMBEDDER, options, limit=9)
+        for split in ("validation", "test")
+    }
+
+
+def test_arms_are_found_as_by_hand_and_what_they_ask_alike_once(held_out, monkeypatch):
+    where = held_out["test"]
+    assert where.queries.tolist() == [0, 1] and where.k == 1
+    asked = []
+    monkeypatch.setattr(
+        where, "_embedder", lambda queries: asked.append(len(queries)) or EMBEDDER(queries)
+    )
+    plain, oracle, again = where.find([[{}] * 2, where.true, [{}, where.true[1]]])
+    assert asked == [4]
+    # "mug" finds "red mug" and "green mug" by .71; "mug red" its own by 1, "green mug" by .5.
+    assert plain["margin"][0] == pytest.approx(0, abs=5e-3)
+    assert oracle["margin"][0] == pytest.approx(0.5, abs=5e-3)
+    assert again["margin"].tolist() == [plain["margin"][0], oracle["margin"][1]]
+
+
+def test_a_pair_must_be_as_sure_as_lets_validation_queries_find_most(held_out):
+    where = held_out["validation"]
+    assert choose_confidence(where, SURE_OF_THE_RIGHT) == 0.3  # the lowest that leaves out .2
+    # Both are wrong, so that R@1 is the same: without the second the right one moves up to rank 2.
+    wrong = [said(color=("green green", 1.0), type=("hat hat hat", 0.6)), said()]
+    assert choose_confidence(where, wrong) == 0.7
+    assert choose_confidence(where, INVALID) == 0
+
+
+def judge_of(folder, held_out):
+    """A judge of a generator that as it begins doubts the wrong, and as it ends knows no format;
+    and what was asked of it."""
+    asked = []
+
+    def say(trained, listings):
+        asked.append(trained)
+        return SURE_OF_THE_RIGHT if trained == "begun" else INVALID
+
+    return Judge(folder, held_out, say, LIMITS), asked
+
+
+def test_the_baseline_is_chosen_on_validation_and_judged_on_test_queries(held_out, tmp_path):
+    judge, asked = judge_of(tmp_path, held_out)
+    judge.begin("begun")
+    found = judge.validate("ended", 1)
+    assert found["validation_over_sft"] == found["validation"] - 0.5
+    assert found["validation_over_sft_sure"] == found["validation"] - 1
+    judge.end("ended")
+    assert asked == ["begun"] * 2 + ["ended"] * 3  # answers are given once a split and moment
+    results = json.loads(judge.path.read_text())
+    assert list(results["arms"]) == ["plain", "sft", "sft_sure", "rar", "rar_sure", "oracle"]
+    assert results["least_confidence"] == {"sft_sure": 0.3, "rar_sure": 0.0}
+    recall = {arm: means["recall@1"] for arm, means in results["arms"].items()}
+    assert recall["sft"] == 0.5 and recall["sft_sure"] == 1
+    assert recall["rar"] == recall["rar_sure"] == recall["plain"]
+    differences = results["differences"]
+    assert {"sft - plain", "rar - sft", "rar - sft_sure", "oracle - sft"} <= set(differences)
+    assert differences["sft_sure - sft"]["recall@1"] == 0.5
+    assert differences["sft_sure - sft"]["recall@1_ci95"] > 0
+    assert results["split"] == "test" and "| rar - sft_sure |" in comparison_table(results)
+
+
+def test_without_validation_queries_there_is_no_such_baseline(held_out, tmp_path):
+    judge, asked = judge_of(tmp_path, {"test": held_out["test"]})
+    judge.begin("begun")
+    judge.end("ended")
+    results = json.loads(judge.path.read_text())
+    assert list(results["arms"]) == ["plain", "sft", "rar", "oracle"] and len(asked) == 2
+    assert results["least_confidence"] == {} and "rar - sft_sure" not in results["differences"]
+
+
+def test_without_test_queries_validation_answers_serve_for_both(held_out, tmp_path):
+    judge, asked = judge_of(tmp_path, {"validation": held_out["validation"]})
+    judge.begin("begun")
+    judge.end("ended")
+    assert json.loads(judge.path.read_text())["split"] == "validation" and len(asked) == 2
