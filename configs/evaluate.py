@@ -36,4 +36,7 @@ def get_config() -> ConfigDict:
     config.eval.attributes = "none"  # a generator's: a run's workdir, a checkpoint, a folder
     config.eval.enrich = "both"  # both | queries | gallery: whose texts
     config.eval.min_confidence = 0.0  # a generator's attributes below this are left out; in [0, 1]
+    # also judge by category: a linear probe and k-means on the first task's query embeddings
+    config.eval.downstream = False
+    config.eval.probe_listings = 5000  # at most, of the queries' training split, for the probe
     return config.lock()

@@ -3,13 +3,16 @@
 1. Open the catalogues of the queries and of the gallery.
 2. Let a generator describe the listings whose texts its attributes are to join, where one is named.
 3. Embed both with the checkpoint's encoder, each view that a task needs.
-4. Rank the gallery for each query; write and print the scores.
+4. Rank the gallery for each query; where asked, tell the queries' categories as well.
+5. Write and print the scores.
 """
 
 import functools
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,8 +24,8 @@ from afmrl_jax.core.fields import check_choice, check_ranges, flatten
 from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.catalog import Catalog, ConcatCatalog
 from afmrl_jax.data.opening import open_listings, with_attributes
+from afmrl_jax.retrieval.downstream import CategoryTask
 from afmrl_jax.retrieval.evaluation import (
-    Task,
     parse_task,
     results_table,
     write_evaluation,
@@ -43,7 +46,12 @@ from afmrl_jax.training.pretrained import find_pretrained
 
 log = logging.getLogger(__name__)
 
-RANGES = {"eval.batch": (1, math.inf), "eval.min_confidence": (0, 1)}
+RANGES = {
+    "seed": (0, 2**32 - 1),
+    "eval.batch": (1, math.inf),
+    "eval.min_confidence": (0, 1),
+    "eval.probe_listings": (2, math.inf),
+}
 
 
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
@@ -68,16 +76,24 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     embed, local = host_embedder(enc.embed(), mesh, config.eval.batch)
 
     # ---- catalogues
-    catalog, queries, gallery = _listings(config, workdir)
+    catalog, queries, gallery, training = _listings(config, workdir)
+    view, category = tasks[0].query_view, None
+    if training is not None:
+        limit = config.eval.probe_listings
+        category = CategoryTask(catalog, training, queries, limit, config.seed)
     tasks = [task for task in tasks if can_be_run(task, catalog, queries, gallery)]
-    if not tasks:
+    if not tasks and not category:
         raise UserError(
             "no query's product has another listing in the gallery: add a catalogue to "
             "eval.gallery, or a task as image->text to eval.tasks"
         )
 
     # ---- attributes
-    enriched = _enrichment(config, mesh, catalog, tasks, queries, gallery)
+    shown = [("queries", task.query_view, queries) for task in tasks]
+    shown += [("gallery", task.gallery_view, gallery) for task in tasks]
+    if category:
+        shown += [("queries", view, queries), ("queries", view, category.probe)]
+    enriched = _enrichment(config, mesh, catalog, shown)
 
     # ---- scores
     params = source.load(abstract_params(enc, mesh))
@@ -90,6 +106,9 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         enriched=enriched,
     )
     found = judge.scores(tasks, queries, gallery)
+    if category:
+        embedded = functools.partial(judge.vectors, view, attributes=enriched.queries)
+        found[category.name] = category.scores(embedded)
     results = {task: scores.means() for task, scores in found.items()}
     if jax.process_index() == 0:
         write_atomically(workdir / "config.json", config.to_json(indent=2))
@@ -100,8 +119,16 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         print(results_table({"checkpoint": results}), flush=True)
 
 
-def _listings(config: ConfigDict, workdir: Path) -> tuple[Catalog, np.ndarray, np.ndarray]:
-    """All that is named as one catalogue; in it the queries int64[Q] and the gallery int64[N]."""
+class _Listings(NamedTuple):
+    """All that is named as one catalogue, and indices of its listings, int64 each."""
+
+    catalog: Catalog
+    queries: np.ndarray
+    gallery: np.ndarray
+    training: np.ndarray | None  # of the queries' catalogues; None where no probe asks for it
+
+
+def _listings(config: ConfigDict, workdir: Path) -> _Listings:
     queries = _names(config.eval.queries) or [config.data.path]
     gallery = _names(config.eval.gallery) or queries
     opened = {
@@ -112,15 +139,15 @@ def _listings(config: ConfigDict, workdir: Path) -> tuple[Catalog, np.ndarray, n
     catalog = with_attributes(ConcatCatalog(list(distinct.values())), config.data, workdir)
     starts = dict(zip(distinct, np.cumsum([0, *map(len, distinct.values())])))
 
-    def indices(names: list[str], split: str) -> np.ndarray:
+    def indices(names: list[str], of: Callable[[Catalog], np.ndarray]) -> np.ndarray:
         named = {opened[name].fingerprint: opened[name] for name in names}
-        parts = [_indices(part, split) + starts[key] for key, part in named.items()]
-        return np.concatenate(parts)
+        return np.concatenate([of(part) + starts[key] for key, part in named.items()])
 
-    return (
+    return _Listings(
         catalog,
-        indices(queries, config.eval.query_split),
-        indices(gallery, config.eval.gallery_split),
+        indices(queries, lambda part: _indices(part, config.eval.query_split)),
+        indices(gallery, lambda part: _indices(part, config.eval.gallery_split)),
+        indices(queries, lambda part: part.indices("train")) if config.eval.downstream else None,
     )
 
 
@@ -142,15 +169,13 @@ def _indices(catalog: Catalog, split: str) -> np.ndarray:
 
 
 def _enrichment(
-    config: ConfigDict,
-    mesh: Mesh,
-    catalog: Catalog,
-    tasks: list[Task],
-    queries: np.ndarray,
-    gallery: np.ndarray,
+    config: ConfigDict, mesh: Mesh, catalog: Catalog, shown: list[tuple[str, str, np.ndarray]]
 ) -> Enrichment:
     """The attributes that eval.attributes and eval.enrich ask for; a generator describes each
-    listing that needs them once, now, and leaves the device's memory again."""
+    listing that needs them once, now, and leaves the device's memory again.
+
+    shown: what is embedded, as (side, view, listings).
+    """
     chosen = config.eval
     if chosen.min_confidence and chosen.attributes in ("none", "oracle"):
         raise UserError(
@@ -159,20 +184,16 @@ def _enrichment(
         )
     if chosen.attributes == "none":
         return Enrichment()
-    sides = {
-        "queries": (queries, [task.query_view for task in tasks]),
-        "gallery": (gallery, [task.gallery_view for task in tasks]),
-    }
     needed = [
         listings
-        for side, (listings, views) in sides.items()
-        if chosen.enrich in (side, "both") and any("text" in view for view in views)
+        for side, view, listings in shown
+        if "text" in view and chosen.enrich in (side, "both")
     ]
     if not needed:
         raise UserError(
-            f"attributes join texts, and none of {', '.join(task.name for task in tasks)} has one "
-            f"to enrich with eval.enrich={chosen.enrich}: set eval.attributes=none, or add a task "
-            "as image+text->image+text"
+            f"attributes join texts, and eval.tasks={chosen.tasks} has none to enrich with "
+            f"eval.enrich={chosen.enrich}: set eval.attributes=none, or add a task as "
+            "image+text->image+text"
         )
     attributes = own_attributes(catalog)
     if chosen.attributes != "oracle":

@@ -12,7 +12,7 @@ items of a query, padded with -1.
 import difflib
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,16 +241,25 @@ def paired(before: str | Path, after: str | Path) -> dict[str, dict[str, float]]
 def results_table(models: Mapping[str, Results]) -> str:
     """A Markdown table of models ("untrained", "trained", ...), one line a task and model.
 
-    Columns are the metrics that any of them has; R@1 carries its 95% interval.
+    Columns are the metrics that any of them has; one that has a 95% interval carries it. Tasks that
+    have no metric in common stand in tables of their own.
     """
-    rows = [
-        (task, model, models[model][task])
-        for task in dict.fromkeys(task for results in models.values() for task in results)
-        for model in models
-        if task in models[model]
-    ]
-    names = dict.fromkeys(name for _, _, scores in rows for name in scores)
-    names.pop("recall@1_ci95", None)
+    tables: list[tuple[dict[str, None], list[tuple[str, str, Mapping[str, float]]]]] = []
+    for task in dict.fromkeys(task for results in models.values() for task in results):
+        rows = [(task, model, models[model][task]) for model in models if task in models[model]]
+        names = dict.fromkeys(n for *_, scores in rows for n in scores if not n.endswith("_ci95"))
+        metric = {name for name in names if not name.startswith("n_")}
+        same = next((table for table in tables if metric & table[0].keys()), None)
+        if same is None:
+            tables.append((names, rows))
+        else:
+            same[0].update(names)
+            same[1].extend(rows)
+    return "\n".join(_table(*table) for table in tables)
+
+
+def _table(names: Iterable[str], rows: Sequence[tuple[str, str, Mapping[str, float]]]) -> str:
+    names = sorted(names, key=lambda name: name.startswith("n_"))  # counts stand last
     lines = [["task", "model", *(name.replace("recall@", "R@") for name in names)]]
     for task, model, scores in rows:
         lines.append([task, model, *(_cell(scores, name) for name in names)])

@@ -83,7 +83,8 @@ def test_an_exported_folder_scores_as_its_run_does(config, agcl_config, whole, f
 def test_each_query_s_values_have_the_evaluation_s_means_and_pair_with_another_s(
     config, folder, tmp_path
 ):
-    config.eval.update(batch=8, query_split="all", tasks="image+text->image+text, image->text")
+    config.eval.update(batch=8, query_split="all", gallery_split="all")
+    config.eval.tasks = "image+text->image+text, image->text"
     plain = judged(config, folder, tmp_path / "plain")
     config.eval.update(attributes="oracle", enrich="queries")
     enriched = judged(config, folder, tmp_path / "oracle")
@@ -155,6 +156,20 @@ def test_a_generator_describes_each_listing_once_and_what_it_is_unsure_of_is_lef
     assert len(ASKED) == 4 and shown["gallery"] is None
 
 
+def test_categories_are_told_from_the_same_embeddings_where_asked(config, folder, tmp_path, capsys):
+    config.eval.update(batch=8, tasks="image+text->image+text", downstream=True)
+    results = judged(config, folder, tmp_path / "w")
+    assert set(results) == {"image+text->image+text", "category"}
+    counts = {"n_queries": 4, "n_probe": 30, "n_categories": 2}
+    assert counts.items() <= results["category"].items()
+    assert "| category | checkpoint |" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "w" / "evaluation_queries.json").read_text())["category"]
+    assert np.mean(kept["values"]["accuracy"]) == results["category"]["accuracy"]
+    config.eval.query_split = "train"
+    with pytest.raises(UserError, match="0 training listings beside the queries"):
+        judged(config, folder, tmp_path / "none left")
+
+
 @pytest.mark.parametrize(
     "fields, told",
     [
@@ -164,7 +179,7 @@ def test_a_generator_describes_each_listing_once_and_what_it_is_unsure_of_is_lef
         ({"attributes": "x", "min_confidence": 1.5}, "min_confidence is 1.5: give 0 to 1"),
         (
             {"attributes": "oracle", "enrich": "queries", "tasks": "image->text"},
-            "none of image->text has one to enrich with eval.enrich=queries",
+            "eval.tasks=image->text has none to enrich with eval.enrich=queries",
         ),
     ],
 )

@@ -217,3 +217,18 @@ def test_the_table_shows_models_side_by_side_and_leaves_unknown_cells_empty():
         "| t    | untrained | 0.052 ± 0.010 | 1,200     |",
         "| t    | trained   | 0.500         |           |",
     ]
+
+
+def test_tasks_without_a_metric_in_common_stand_in_tables_of_their_own():
+    category = {"accuracy": 0.5, "n_queries": 4, "nmi": 0.25, "nmi_ci95": 0.125}
+    table = results_table({"a": {"t": {"recall@1": 1.0}, "c": category, "u": {"recall@1": 0.0}}})
+    assert table.splitlines() == [
+        "| task | model | R@1   |",
+        "| ---- | ----- | ----- |",
+        "| t    | a     | 1.000 |",
+        "| u    | a     | 0.000 |",
+        "",
+        "| task | model | accuracy | nmi           | n_queries |",
+        "| ---- | ----- | -------- | ------------- | --------- |",
+        "| c    | a     | 0.500    | 0.250 ± 0.125 | 4         |",
+    ]

@@ -55,6 +55,15 @@ def test_the_interval_of_a_share_is_that_of_the_normal_approximation():
     assert np.isnan(metrics.interval95(np.array([1.0])))
 
 
+def test_queries_are_paired_by_their_differences():
+    before, after = np.array([0.0, 1.0, 0.0, 1.0]), np.array([1.0, 1.0, 0.0, 1.0])
+    # Differences 1, 0, 0, 0: mean 1/4, standard deviation 1/2, standard error 1/4.
+    assert metrics.paired(before, after) == pytest.approx((0.25, 1.96 / 4))
+    assert metrics.paired(before, before + 0.5) == (0.5, 0)  # unpaired it would be .57
+    with pytest.raises(ValueError, match="paired"):
+        metrics.paired(before, after[:3])
+
+
 @settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 30), st.data())
 def test_metrics_of_a_whole_ranking_equal_scikit_learns(seed, n, data):

@@ -1,0 +1,118 @@
+"""What embeddings know beside products: a listing's category, by a linear probe and by clusters.
+
+Axes: N listings judged · L listings that the probe learns from · E embedding · K categories.
+
+1. A logistic regression on standardised embeddings learns training listings' categories; `accuracy`
+   is the share of the judged listings that it names rightly. A category that it never met is wrong.
+2. k-means puts the judged listings into K clusters, as many as they have categories; `nmi`
+   (arithmetic mean), `ari` and `purity` say how well clusters and categories agree.
+
+Intervals are half the width of the bootstrap's 95% interval over listings, probe and clusters held
+fixed: they leave out that a probe would learn otherwise from other listings, and that listings of
+one product resemble one another.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.data.catalog import Catalog
+from afmrl_jax.retrieval.evaluation import Scores
+
+RESAMPLES = 500
+STARTS = 10  # of k-means, from other centres each; the tightest clusters are kept
+
+
+class CategoryTask:
+    """Whether embeddings tell the categories of some listings of a catalogue."""
+
+    name = "category"
+
+    def __init__(
+        self, catalog: Catalog, training: np.ndarray, judged: np.ndarray, limit: int, seed: int
+    ):
+        """training, judged: int64, indices of listings; those of training that are judged as well
+        are left out, and at most `limit` of the rest are learned from. A listing without category
+        is neither learned from nor judged.
+
+        Raises UserError where either side has not two categories.
+        """
+        training = np.setdiff1d(training, judged)
+        drawn = np.random.default_rng(seed).permutation(training)[:limit]
+        self.probe, self._learned = _with_category(catalog, np.sort(drawn))
+        self._judged, self._categories = _with_category(catalog, judged)
+        self._kept = np.flatnonzero(np.isin(judged, self._judged))
+        self._seed = seed
+        for found, what, cure in (
+            (self._learned, "training listings beside the queries", "eval.queries"),
+            (self._categories, "queries", "eval.query_split"),
+        ):
+            if len(np.unique(found)) < 2:
+                raise UserError(
+                    f"{catalog.name} has {len(found)} {what} with a category, of "
+                    f"{len(np.unique(found))} categories: there is nothing to tell apart; choose "
+                    f"another {cure}, or set eval.downstream=False"
+                )
+
+    def scores(self, vectors: Callable[[np.ndarray], np.ndarray]) -> Scores:
+        """vectors: listings int64[n] -> float32[n, E]. Values: `accuracy`; extra: its interval,
+        `nmi`, `ari`, `purity` and theirs (`_ci95`), `n_probe` and `n_categories`."""
+        judged = vectors(self._judged)
+        right = probe(vectors(self.probe), self._learned, judged, self._seed) == self._categories
+        clusters = cluster(judged, len(np.unique(self._categories)), self._seed)
+        extra = agreement(self._categories, clusters)
+        rng, drawn = np.random.default_rng(self._seed), []
+        for _ in range(RESAMPLES):
+            again = rng.integers(len(right), size=len(right))
+            drawn.append(
+                {"accuracy": right[again].mean()}
+                | agreement(self._categories[again], clusters[again])
+            )
+        for name in drawn[0]:
+            low, high = np.quantile([one[name] for one in drawn], [0.025, 0.975])
+            extra[f"{name}_ci95"] = float(high - low) / 2
+        extra |= {"n_probe": len(self.probe), "n_categories": len(np.unique(self._categories))}
+        return Scores(self._kept, {"accuracy": right.astype(np.float64)}, extra)
+
+
+def probe(vectors: np.ndarray, categories: np.ndarray, judged: np.ndarray, seed: int) -> np.ndarray:
+    """The categories [N] that a logistic regression gives to judged: float32[N, E], once it has
+    learned those [L] of vectors: float32[L, E]."""
+    # Only now, as below: an evaluation without it need not wait for the import.
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    regression = LogisticRegression(max_iter=1000, random_state=seed)
+    model = make_pipeline(StandardScaler(), regression)
+    model.fit(vectors.astype(np.float64), categories)
+    return model.predict(judged.astype(np.float64))
+
+
+def cluster(vectors: np.ndarray, k: int, seed: int) -> np.ndarray:
+    """k-means' cluster int32[N] of each of vectors: float32[N, E]."""
+    from sklearn.cluster import KMeans
+
+    return KMeans(k, n_init=STARTS, random_state=seed).fit_predict(vectors)
+
+
+def agreement(categories: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
+    """`nmi`: mutual information over the mean of the two entropies; `ari`: the share of pairs on
+    which both agree, 0 by chance (Hubert and Arabie, 1985); `purity`: the share of listings that
+    are of their cluster's most frequent category. categories [N], clusters [N]."""
+    from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+    from sklearn.metrics.cluster import contingency_matrix
+
+    table = contingency_matrix(categories, clusters)  # [K, clusters]
+    return {
+        "nmi": float(normalized_mutual_info_score(categories, clusters)),
+        "ari": float(adjusted_rand_score(categories, clusters)),
+        "purity": float(table.max(axis=0).sum() / table.sum()),
+    }
+
+
+def _with_category(catalog: Catalog, listings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the listings that have a category, and their categories, str[n]."""
+    categories = np.array([catalog.listing(int(i)).category for i in listings], str)
+    return listings[categories != ""], categories[categories != ""]
