@@ -86,10 +86,10 @@ class Size:
 BUILT_IN = Size(
     steps=240,
     stages={
-        "sft": {"steps": 1400},
+        "sft": {"steps": 2000},
         "rar": {"steps": 100},
         "annotate": {"share": 0.6},
-        "small": {"steps": 700},
+        "small": {"steps": 1000},
     },
 )
 # Photos become some 80 px, 25 tokens; descriptions are long, and stand behind the attributes.

@@ -19,9 +19,9 @@ def get_config(arm: str = "agcl") -> ConfigDict:
         raise ValueError(f"configs/agcl.py has no arm {arm!r}: it has {', '.join(ARMS)}")
     config = common.get_config()
     config.program = "agcl"
-    config.steps = 640
-    config.eval_every = 160
-    config.checkpoint_every = 80
+    config.steps = 400
+    config.eval_every = 100
+    config.checkpoint_every = 50
 
     config.batch = 64  # pairs of the global batch (VLM2Vec-V2: 1024)
     config.chunks = 1  # GradCache: pieces in which a batch is embedded; 1 = at once
@@ -55,7 +55,7 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.data.workers = 1  # processes that prepare batches; 0 = in the training process
     config.data.prompt = "plain"  # plain | chat: the model's chat template, as Qwen3-VL-Embedding's
     config.data.instruction = ""  # said before each text; with chat, as the system
-    config.data.max_tokens = 56  # a row's tokens, images included
+    config.data.max_tokens = 96  # a row's tokens, images included
     config.data.max_patches = 64  # a row's patches, over all its images
     config.data.min_pixels = 3136  # an image is enlarged to this area
     config.data.max_pixels = 4096  # and reduced to this one
@@ -65,7 +65,9 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.data.crop_area = 1.0  # least share of an image's area that a training crop keeps
     config.data.flip_share = 0.0  # of training images mirrored
     config.data.described_only = False  # training listings without attributes are left out
-    config.data.attribute_share = 0.0  # of training texts that carry the structured attributes
+    # of training texts that carry the structured attributes: an encoder makes use of them in a
+    # query only if it has seen them
+    config.data.attribute_share = 0.7
     config.data.attribute_dropout = 0.3  # of those, attributes left out
     config.data.attribute_noise = 0.1  # of those, values replaced by another listing's
     # of a batch made of groups of look-alikes; 0 where most products have one listing

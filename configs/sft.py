@@ -12,14 +12,14 @@ from configs import common
 def get_config() -> ConfigDict:
     config = common.get_config()
     config.program = "sft"
-    config.steps = 900
-    config.eval_every = 300
-    config.checkpoint_every = 150
+    config.steps = 2000
+    config.eval_every = 500
+    config.checkpoint_every = 250
 
-    config.batch = 32  # answers of the global batch
+    config.batch = 16  # answers of the global batch
     # micro-batches in which it is computed, with the same gradient; 1 = at once. 8 rows at a time
     # stay in a CPU's cache
-    config.chunks = 4
+    config.chunks = 2
     config.vocabulary_chunk = 16  # tokens of each row whose logits are in memory at once
     # a checkpoint, of an encoder too, which has learnt to see, or a Hugging Face folder; "" = from
     # scratch
