@@ -1,4 +1,4 @@
-"""What a step costs: useful FLOPs, and the chip's peak to hold them against.
+"""What a step costs: useful FLOPs, and the chip's peaks to hold them against.
 
 Useful FLOPs = 6 x parameters x tokens, attention added: a forward pass, and a backward pass of
 twice its work, once for the inputs' gradient and once for the parameters'. Under LoRA a frozen
@@ -10,6 +10,7 @@ Axes: N rows · S tokens · P patches.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,11 +31,32 @@ PEAK_FLOPS = {
     "TPU v6": 918e12,
 }
 
+# Bytes a second between one chip and its memory, likewise.
+PEAK_BANDWIDTH = {
+    "NVIDIA H200": 4.8e12,
+    "NVIDIA H100": 3.35e12,
+    "NVIDIA A100": 2.04e12,
+    "TPU v4": 1.2e12,
+    "TPU v5 lite": 819e9,
+    "TPU v5e": 819e9,
+    "TPU v5": 2.765e12,
+    "TPU v6": 1.64e12,
+}
+
 
 def peak_flops(device: jax.Device) -> float | None:
     """The chip's dense bf16 FLOP/s; None where it is not known (a CPU's is not)."""
-    kinds = sorted(PEAK_FLOPS, key=len, reverse=True)
-    return next((PEAK_FLOPS[k] for k in kinds if device.device_kind.startswith(k)), None)
+    return _of_kind(PEAK_FLOPS, device)
+
+
+def peak_bandwidth(device: jax.Device) -> float | None:
+    """The chip's memory bandwidth, in bytes a second; None where it is not known."""
+    return _of_kind(PEAK_BANDWIDTH, device)
+
+
+def _of_kind(peaks: Mapping[str, float], device: jax.Device) -> float | None:
+    kinds = sorted(peaks, key=len, reverse=True)
+    return next((peaks[k] for k in kinds if device.device_kind.startswith(k)), None)
 
 
 def work(config: QwenVLConfig, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
