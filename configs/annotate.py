@@ -2,8 +2,10 @@
 python -m afmrl_jax.main --config=configs/annotate.py --workdir=runs/annotated
 --config.data.path=CATALOGUE --config.api.base_url=http://localhost:8000/v1 --config.api.model=NAME
 
-The key stands in the environment, as OPENAI_API_KEY. The same command again goes on where the last
-one stopped. Then: --config.data.attributes=runs/annotated/attributes.jsonl
+Or with a generator that was trained here: --config.generator=runs/sft
+
+An endpoint's key stands in the environment, as OPENAI_API_KEY. The same command again goes on where
+the last one stopped. Then: --config.data.attributes=runs/annotated/attributes.jsonl
 """
 
 from ml_collections import ConfigDict
@@ -25,9 +27,19 @@ def get_config() -> ConfigDict:
     for name in ("seed", "steps", "eval_every", "checkpoint_every"):  # nothing is trained
         del config[name]
     del config.data.attributes
-    config.log_every = 20  # answers
+    config.log_every = 100  # answers
 
     config.split = "all"  # train | validation | test | all: the listings to annotate
+    config.share = 1.0  # of the split's products that are annotated, each with all its listings
+
+    # a generator's workdir, one of its checkpoints, a folder exported from it; "" = the endpoint.
+    # It is asked as it was trained to be, and greedily; each line also tells how sure it is of each
+    # attribute (`confidence`). Of all below it uses eval.batch alone
+    config.generator = ""
+    config.eval = ConfigDict()
+    config.eval.batch = 128  # listings that a generator answers at once, on all devices
+
+    # ---- an endpoint
     config.prompt = PROMPT  # said before each listing's title, category and description
     config.images = 1  # first images of a listing that are sent
     config.image_side = 768  # pixels; a larger image is reduced to this longest side

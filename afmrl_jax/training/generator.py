@@ -125,14 +125,24 @@ class Answerer:
         params: the generator's. listings: int[N], indices. row: (index, most images of a row) ->
         the question; it is asked for this process's listings only.
         """
+        under_way: tuple[tuple[jax.Array, ...], int] | None = None
         for batch, real in batches_of(listings, self._batch):
             shown = [row(int(i), self._processor.max_images) for i in batch[self._local]]
             rows = put_batch(self._processor(shown), self._mesh, axis=0, rows=self._batch)
-            out = self._answer(params, rows, batch.astype(np.int32))
-            tokens, log_probs, lengths, truncated = (np.asarray(x)[:, 0] for x in out)
-            for n in range(real):
-                end = lengths[n]
-                yield self._generator.read(tokens[n, :end], log_probs[n, :end], truncated[n])
+            # Returns at once: the device answers while the next batch is made here.
+            begun = self._answer(params, rows, batch.astype(np.int32)), real
+            if under_way:
+                yield from self._read(*under_way)
+            under_way = begun
+        if under_way:
+            yield from self._read(*under_way)
+
+    def _read(self, out: tuple[jax.Array, ...], real: int) -> Iterator[Answer]:
+        """Waits for a batch; real: how many of its rows are no filling."""
+        tokens, log_probs, lengths, truncated = (np.asarray(x)[:, 0] for x in out)
+        for n in range(real):
+            end = lengths[n]
+            yield self._generator.read(tokens[n, :end], log_probs[n, :end], truncated[n])
 
 
 def batches_of(listings: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, int]]:

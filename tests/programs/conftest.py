@@ -1,8 +1,21 @@
-"""Running the program as its own process."""
+"""Running the program as its own process; a generator that is taught already."""
 
+import dataclasses
 import sys
 
+import jax
+import optax
 import pytest
+
+from afmrl_jax.core.mesh import make_mesh
+from afmrl_jax.data.answers import question_and_answer
+from afmrl_jax.data.opening import open_catalogue
+from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
+from afmrl_jax.models.presets import preset
+from afmrl_jax.training.checkpoint import Checkpoints
+from afmrl_jax.training.encoder import abstract_params
+from afmrl_jax.training.generator import Generator
+from afmrl_jax.training.state import TrainState, abstract_state, init_state
 
 
 @pytest.fixture
@@ -29,3 +42,41 @@ def command():
 def whole(tmp_path_factory):
     """The workdir of a run of agcl_config that nothing stopped; made by the first who needs it."""
     return tmp_path_factory.mktemp("agcl") / "whole"
+
+
+@pytest.fixture(scope="session")
+def taught(catalogue_folder, tmp_path_factory):
+    """The workdir of a generator of one layer that has learned the training listings' answers."""
+    from configs.sft import get_config
+
+    settings = get_config()
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    sizes = {"max_tokens": 64, "max_answer": 16, "max_patches": 16}
+    settings.data.update(path=str(catalogue_folder), cache_dir=str(cache), **sizes)
+    settings.data.update(min_pixels=256, max_pixels=1024, instruction="color type")
+    words = ["system user assistant color: type: red green blue grey mug shirt lamp shoe hat new"]
+    tokenizer, tiny = train_tokenizer(words * 4, 340), preset("tiny")
+    parts = {part: getattr(tiny, part) for part in ("vision", "text")}
+    one_layer = {name: dataclasses.replace(part, num_layers=1) for name, part in parts.items()}
+    ids = special_token_ids(tokenizer) | {"vocab_size": tokenizer.get_vocab_size()}
+    generator = Generator(settings, tiny.replace(**one_layer, **ids), tokenizer)
+    workdir = tmp_path_factory.mktemp("taught")
+    catalog = open_catalogue(settings.data.path, settings.data, workdir)
+    shown = [question_and_answer(catalog, int(i), 1) for i in catalog.indices("train")]
+    rows, loss = generator.processor(answers=True)(shown), generator.answer_loss(64)
+    mesh, adam = make_mesh(dict(settings.mesh)), optax.adam(4e-3)
+    abstract = abstract_state(abstract_params(generator, mesh), adam, mesh)
+    state = init_state(lambda: generator.init_params(0), adam, abstract)
+
+    @jax.jit
+    def step(state):
+        gradients = jax.grad(lambda params: loss(params, rows)[0] / len(shown))(state.params)
+        updates, moments = adam.update(gradients, state.opt_state, state.params)
+        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), moments)
+
+    for _ in range(40):
+        state = step(state)
+    with Checkpoints(workdir / "checkpoints", writable=True) as checkpoints:
+        record = generator.record() | {"config": settings.to_json()}
+        checkpoints.save(state, record, int(state.step), None)
+    return workdir

@@ -1,0 +1,143 @@
+"""Our own generator as the one that annotates: 40 listings of a small catalogue."""
+
+import itertools
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from afmrl_jax import main
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.mesh import make_mesh
+from afmrl_jax.data.opening import open_catalogue, open_listings
+from afmrl_jax.data.synthetic import SyntheticCatalog
+from afmrl_jax.programs.annotate import chosen_listings
+from afmrl_jax.training.describer import Describer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def config(agcl_config, taught):
+    from configs.annotate import get_config
+
+    config = get_config()
+    config.data.update(path=agcl_config.data.path, cache_dir=agcl_config.data.cache_dir)
+    config.generator, config.eval.batch, config.log_every = str(taught), 8, 10
+    return config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Holds the run that the first test makes."""
+    return tmp_path_factory.mktemp("annotated") / "run"
+
+
+def annotated(config, workdir):
+    """(lines of attributes.jsonl, of invalid.jsonl) of a run that nothing stopped."""
+    if not workdir.exists():
+        main.run(config, workdir)
+    return [
+        [json.loads(line) for line in (workdir / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("attributes", "invalid")
+    ]
+
+
+def test_every_listing_gets_what_the_generator_says_and_how_sure_it_is(config, folder, capsys):
+    valid, invalid = annotated(config, folder)
+    told = capsys.readouterr().out
+    assert "40 of 40 listings are answered; this start: " in told and " tokens" in told
+    catalog = open_listings(config.data.path, config.data, folder)
+    describer = Describer(config.generator, make_mesh(dict(config.mesh)), 16, otherwise=config)
+    said = {
+        catalog.listing(i).listing_id: one
+        for i, one in enumerate(describer(catalog, np.arange(40)))
+    }
+    assert len(valid) > 20 and len(valid) + len(invalid) == 40
+    for line in valid:
+        one = said[line["listing_id"]]
+        assert line["attributes"] == one.sure(0) and line["confidence"].keys() == one.sure(0).keys()
+        assert line["confidence"] == pytest.approx(one.confidence, abs=1e-3)
+    assert all(not said[line["listing_id"]].sure(0) for line in invalid)
+    config.data.unlock().attributes = str(folder / "attributes.jsonl")
+    catalog = open_catalogue(config.data.path, config.data, folder)  # confidence is no hindrance
+    shown = {catalog.listing(i).listing_id: catalog.listing(i).attributes for i in range(40)}
+    assert all(shown[line["listing_id"]] == line["attributes"] for line in valid)
+
+
+def test_two_processes_go_on_behind_the_last_whole_line_with_the_answers_of_one(
+    config, folder, command, tmp_path
+):
+    wanted = annotated(config, folder)
+    lines = (folder / "attributes.jsonl").read_bytes().splitlines(keepends=True)
+    kept = lines[:13]
+    shutil.copytree(folder, tmp_path / "two", ignore=lambda *_: ["tensorboard", "invalid.jsonl"])
+    (tmp_path / "two" / "attributes.jsonl").write_bytes(b"".join(kept) + lines[13][:-9])
+    config.mesh.data = 2
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        joined = {"COORDINATOR_ADDRESS": f"127.0.0.1:{s.getsockname()[1]}", "NUM_PROCESSES": "2"}
+    running = [
+        subprocess.Popen(
+            command(config, tmp_path / "two"),
+            cwd=ROOT,
+            env=os.environ | joined | {"PROCESS_ID": str(index)},
+            stdout=subprocess.PIPE,
+        )
+        for index in range(2)
+    ]
+    try:
+        told = [process.communicate(timeout=300)[0].decode() for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0, 0]
+    found = annotated(config, tmp_path / "two")
+    assert (tmp_path / "two" / "attributes.jsonl").read_bytes().startswith(b"".join(kept))
+    for ours, theirs in zip(found, wanted):
+        assert [strip(line) for line in ours] == [strip(line) for line in theirs]
+    for ours, theirs in zip(found[0], wanted[0]):
+        assert ours["confidence"] == pytest.approx(theirs["confidence"], abs=1e-3)
+    assert f"{40 - 13} of 40 listings are left" in told[0]
+    assert "listings" not in told[1]
+
+
+def strip(line):
+    return {name: value for name, value in line.items() if name != "confidence"}
+
+
+def test_a_share_is_of_whole_products_and_a_larger_one_holds_it():
+    catalog = SyntheticCatalog(families={"train": 3, "test": 2})
+    train = catalog.indices("train")
+    shares = [chosen_listings(catalog, "train", share) for share in (1e-9, 0.4, 0.7, 1.0)]
+    counts = [len(set(catalog.products[chosen])) for chosen in shares]
+    total = len(set(catalog.products[train]))
+    assert counts == [1, math.ceil(0.4 * total), math.ceil(0.7 * total), total]
+    for chosen, larger in itertools.pairwise(shares):
+        assert set(chosen) < set(larger) and sorted(chosen) == list(chosen)
+        assert set(chosen) == set(train[np.isin(catalog.products[train], catalog.products[chosen])])
+    assert list(shares[-1]) == list(train)
+
+
+def test_another_checkpoint_does_not_go_on_with_the_answers_of_the_first(config, folder, tmp_path):
+    annotated(config, folder)
+    shutil.copytree(folder, tmp_path / "run")
+    shutil.copytree(config.generator, tmp_path / "other")
+    config.generator = str(tmp_path / "other")
+    with pytest.raises(UserError, match=r"generator was '.*checkpoints/40' and is now '.*other"):
+        main.run(config, tmp_path / "run")
+
+
+def test_a_model_that_nobody_taught_is_refused(config, tmp_path, agcl_config):
+    config.generator = agcl_config.data.path
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        main.run(config, tmp_path)
+    config.update(generator=config.generator, share=0.0)
+    with pytest.raises(UserError, match=r"share is 0\.0"):
+        main.run(config, tmp_path)
