@@ -1,0 +1,389 @@
+"""Times RAR's step by its parts: rollout, parse, embed, search, update.
+
+    python benchmarks/rar_step.py --out W           tiny: a real run on the built-in catalogue, CPU
+    python benchmarks/rar_step.py --out W --generator W/sft --encoder W/agcl       of models at hand
+    python benchmarks/rar_step.py --accelerator     qwen2_5_vl_3b rewarded by qwen2_vl_2b, 1 GPU
+    python benchmarks/rar_step.py --accelerator --preset tiny      the same path with a tiny model
+
+The tiny run is configs/rar.py with its own gallery; what it logs of each step is read, but for the
+first two, which compile. Without --generator and --encoder both are trained first, --learn steps.
+On an accelerator weights are random, in bfloat16, and no answer ends before its last token; the
+answers that are parsed are as long as those that are drawn. It needs no library beyond JAX, Flax,
+Optax, transformers' tokenizers and Pillow. A decoded token is set against its floor: the bytes of
+weights and cache that a step must read, by the chip's bandwidth (a measured copy's where unknown).
+
+Axes: A micro-batches · C prompts of one · N = A C prompts · G answers of a prompt · S prompt tokens
+· T tokens of an answer · B = N G answers · E embedding.
+"""
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from generate import bytes_a_step, make_rows, measured_bandwidth, run_ours, sampling_of
+from PIL import Image
+from running import train, write
+
+from afmrl_jax.attributes.text import Verdict, format_attributes, parse
+from afmrl_jax.data.processor import Processor, Row
+from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
+from afmrl_jax.losses.policy import Options, policy_loss
+from afmrl_jax.losses.scoring import score_answers
+from afmrl_jax.models import lora, sampler
+from afmrl_jax.models.config import QwenVLConfig
+from afmrl_jax.models.embedder import Embedder
+from afmrl_jax.models.presets import preset
+from afmrl_jax.models.qwen_vl import QwenVL
+from afmrl_jax.retrieval.index import ExactIndex
+from afmrl_jax.rl.advantages import group_advantages
+from afmrl_jax.rl.rewards import Found, rewards
+from afmrl_jax.rl.rewards import Options as RewardOptions
+from afmrl_jax.training import accumulate
+from afmrl_jax.training.cost import PEAK_BANDWIDTH, peak_bandwidth
+
+PARTS = ("rollout", "parse", "embed", "search", "update")
+UNTIMED = 2  # first steps, which compile
+VOCABULARY_CHUNK = 16  # as configs/rar.py
+# Answers and titles of as many words as are wanted; what they say does not matter here.
+WORDS = "neckline closure sleeve volume colour fabric red blue cotton zip round long short large"
+WATCH_NOTHING = {
+    "copied": 1.0, "leaked": 1.0, "answer_diversity": 0.0, "pair_diversity": 0.0,
+    "held_out_gain": -2.0,
+}  # fmt: skip
+
+
+def parse_args() -> argparse.Namespace:
+    """The flags; what is not given depends on --accelerator and on whether its model is tiny."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--accelerator", action="store_true", help="random weights, see above")
+    parser.add_argument("--steps", type=int, default=8, help="timed, after two that are not")
+    parser.add_argument("--encoder", help="a run's workdir; with --accelerator a preset")
+    parser.add_argument("--out", type=Path, help="of the tiny run: holds workdirs and logs")
+    parser.add_argument("--generator", help="of the tiny run: a run's workdir")
+    parser.add_argument("--learn", type=int, default=100, help="steps of a model not given")
+    parser.add_argument("--preset", default="qwen2_5_vl_3b", help="the generator's")
+    parser.add_argument("--dtype", default="bfloat16", help="of computation")
+    parser.add_argument("--remat", choices=("none", "dots", "full"), default="full")
+    parser.add_argument("--lora-rank", type=int, default=0, help="0 = all parameters, the paper's")
+    parser.add_argument("--queries", type=int, help="N")
+    parser.add_argument("--samples", type=int, default=8, help="G")
+    parser.add_argument("--chunks", type=int, help="A")
+    parser.add_argument("--prompt", type=int, help="S, the image's tokens included")
+    parser.add_argument("--new", type=int, help="T")
+    parser.add_argument("--grid", type=int, help="patches a side of a square image")
+    parser.add_argument("--gallery", type=int, help="listings searched; exact below 50,000")
+    parser.add_argument("--embed-batch", type=int, help="rows embedded at once")
+    tiny = {
+        "queries": 4, "chunks": 2, "prompt": 64, "new": 24, "grid": 8, "gallery": 4000,
+        "embed_batch": 36,
+    }  # fmt: skip
+    large = {
+        "queries": 32, "chunks": 16, "prompt": 384, "new": 128, "grid": 24, "gallery": 49_000,
+        "embed_batch": 96,
+    }  # fmt: skip
+    chosen, _ = parser.parse_known_args()
+    parser.set_defaults(**tiny if chosen.preset.startswith("tiny") else large)
+    args = parser.parse_args()
+    if not args.accelerator and not args.out:
+        parser.error("the tiny run needs --out, a folder for its workdirs")
+    if args.queries % args.chunks:
+        parser.error(f"--queries {args.queries} must be a multiple of --chunks {args.chunks}")
+    return args
+
+
+# ---- a real run
+
+
+def real_run(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict]:
+    """Seconds by part of the timed steps of a run of configs/rar.py, and answers' tokens."""
+    models = {"generator": args.generator, "encoder": args.encoder}
+    for name, config in (("generator", "sft"), ("encoder", "agcl")):
+        if models[name] is None:
+            models[name] = str((args.out / config).absolute())
+            fields = {"steps": args.learn, "checkpoint_every": 50}
+            train(f"configs/{config}.py", args.out / config, fields)
+    fields = {"steps": args.steps + UNTIMED, "eval_every": 0, "checkpoint_every": 0}
+    fields |= {"eval.validation_listings": 32, "eval.listings": 32} | models
+    fields |= {f"watch.{name}": limit for name, limit in WATCH_NOTHING.items()}
+    train("configs/rar.py", args.out / "rar", fields)
+    lines = (args.out / "rar" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines][UNTIMED:]
+    config = json.loads((args.out / "rar" / "config.json").read_text())
+    gallery = max(
+        (args.out / "rar" / "gallery").glob("*.npy"), key=lambda path: path.stat().st_size
+    )
+    answers = config["queries"] * config["samples"]
+    rate = [answers * row["answer_tokens"] / row["seconds_rollout"] for row in rows]
+    return {part: [row[f"seconds_{part}"] for row in rows] for part in PARTS}, {
+        "answers": answers,
+        "answer_tokens": statistics.fmean(row["answer_tokens"] for row in rows),
+        "valid": statistics.fmean(row["valid"] for row in rows),
+        "gallery": len(np.load(gallery, mmap_mode="r")),
+        "tokens_per_second": statistics.median(rate),
+    }
+
+
+# ---- one step's parts with random weights
+
+
+def random_step(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict]:
+    """Seconds by part of timed steps, and decoding against its floor."""
+    config, count, samples = preset(args.preset), args.queries, args.samples
+    rows = jax.device_put(make_rows(config, count, args.prompt, args.grid))
+    graph, params, update = make_update(config, args)
+    sampling = sampling_of(config, args.new, temperature=1.0)
+    answers, listings = make_texts(args, count * samples), make_listings(args, count)
+    embed, tokenizer = make_embedder(args)
+    token_ids = [tokenizer.encode(text).ids[: args.new] for text in answers]
+    search = make_search(embed(listings[:1], [""]).shape[1], args)
+
+    seconds = {part: [] for part in (*PARTS, "prefill", "decode")}
+    for number in range(UNTIMED + args.steps):
+        keys = sampler.sample_keys(jax.random.key(number), range(count), samples)
+        clock = [time.perf_counter()]
+        drawn, prefill, decode = run_ours(graph, params(), rows, keys, sampling)
+        drawn = jax.block_until_ready(drawn)
+        clock.append(time.perf_counter())
+        parsed = [parse(tokenizer.decode(ids)) for ids in token_ids]
+        clock.append(time.perf_counter())
+        texts = [text for n in range(count) for text in ["", *answers[n * samples :][:samples]]]
+        vectors = embed([one for one in listings for _ in range(samples + 1)], texts)
+        clock.append(time.perf_counter())
+        values = search(vectors.reshape(count, samples + 1, -1), parsed)
+        clock.append(time.perf_counter())
+        loss = update(rows, drawn, group_advantages(values, scale=True))
+        clock.append(time.perf_counter())
+        if not np.isfinite(loss):
+            raise FloatingPointError(f"the loss became {loss}")
+        times = dict(zip(PARTS, np.diff(clock).tolist())) | {"prefill": prefill, "decode": decode}
+        if number >= UNTIMED:
+            for part, spent in times.items():
+                seconds[part].append(spent)
+    prefill, decode = (statistics.median(seconds.pop(part)) for part in ("prefill", "decode"))
+    read = bytes_a_step(config, lora.without(params()), rows["token_mask"], samples, args.new)
+    return seconds, against_memory(args, read, prefill, decode)
+
+
+def against_memory(args: argparse.Namespace, read: dict, prefill: float, decode: float) -> dict:
+    """Tokens a second beside what reading weights and cache allows, here and on known chips."""
+    device, answers = jax.devices()[0], args.queries * args.samples
+    bandwidth = peak_bandwidth(device) or measured_bandwidth()
+    limit = {
+        chip: answers * bytes_ / sum(read.values())
+        for chip, bytes_ in {"here": bandwidth, **PEAK_BANDWIDTH}.items()
+        if chip in ("here", "NVIDIA H200", "TPU v5e")
+    }
+    rate = answers * (args.new - 1) / decode
+    return {
+        "bandwidth": bandwidth,
+        "bytes_a_decode_step": read,
+        "seconds_prefill": prefill,
+        "seconds_decode": decode,
+        "tokens_per_second": answers * args.new / (prefill + decode),
+        "decoded_tokens_per_second": rate,
+        "limit_tokens_per_second": limit,
+        "share_of_limit": rate / limit["here"],
+        "peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+    }
+
+
+def make_update(config: QwenVLConfig, args: argparse.Namespace):
+    """The generator's graph, a function that gives its parameters, and one that updates them:
+    (rows [N, ...], Samples, Advantages) -> loss. The reference is the generator as it began."""
+    rank, full = args.lora_rank, not args.lora_rank
+
+    def make(rank: int) -> QwenVL:
+        rngs = nnx.Rngs(0)
+        kept = "float32" if full else args.dtype  # what no optimizer moves needs no more
+        options = {"dtype": args.dtype, "param_dtype": kept, "remat": args.remat}
+        model = QwenVL(config, rngs=rngs, **options)
+        if rank:
+            lora.adapt(model, lora.LoRA(rank, 2 * rank, r"^layers\."), rngs)
+        return model
+
+    graph, plain = (nnx.split(nnx.eval_shape(functools.partial(make, r)))[0] for r in (rank, 0))
+    trained, frozen = lora.split(jax.jit(lambda: nnx.to_pure_dict(nnx.state(make(rank))))())
+    dtype = jnp.dtype(args.dtype)
+    reference = jax.tree.map(lambda x: x.astype(dtype), trained) if full else frozen
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, weight_decay=0.0))
+    state = trained, jax.jit(optimizer.init)(trained)
+    score = functools.partial(score_answers, chunk=VOCABULARY_CHUNK, temperature=1.0)
+
+    def loss(params, frozen, part):
+        rows, answers = part
+        scores = score(graph, lora.join(params, frozen), rows, answers["tokens"], answers["mask"])
+        flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in answers.items()}
+        log_probs, entropy = (x.reshape(-1, x.shape[-1]) for x in scores)
+        flat["old_log_probs"] = jax.lax.stop_gradient(log_probs)
+        return policy_loss(log_probs, entropy, flat, Options(kl=0.02))[:2]
+
+    @jax.jit
+    def refer(params, rows, answers):
+        parts = (rows, answers["tokens"], answers["mask"])
+        return jax.lax.map(lambda part: score(plain, params, *part)[0], parts)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def learn(state, frozen, rows, answers):
+        params, moments = state
+        gradient = accumulate.value_and_grad(lambda params, part: loss(params, frozen, part))
+        (value, _), gradients = gradient(params, (rows, answers))
+        changes, moments = optimizer.update(gradients, moments, params)
+        return (optax.apply_updates(params, changes), moments), value
+
+    def update(rows, drawn, advantages) -> float:
+        nonlocal state
+        zero = np.repeat(advantages.zero_variance[:, None], args.samples, 1)
+        answers = {
+            "tokens": drawn.tokens, "mask": drawn.mask, "truncated": drawn.truncated,
+            "sampler_log_probs": drawn.log_probs, "advantages": advantages.values,
+            "zero_variance": zero,
+        }  # fmt: skip
+        rows, answers = jax.tree.map(
+            lambda x: jnp.reshape(x, (args.chunks, -1, *x.shape[1:])), (rows, answers)
+        )
+        answers["reference_log_probs"] = refer(reference, rows, answers)
+        state, value = learn(state, frozen, rows, answers)
+        return float(value)
+
+    return graph, lambda: lora.join(state[0], frozen), update
+
+
+def make_texts(args: argparse.Namespace, count: int) -> list[str]:
+    """Attributes of at least T tokens each, as a byte-level tokenizer of few words sees them."""
+    random, words = np.random.default_rng(0), WORDS.split()
+
+    def one() -> str:
+        pairs = {f"{name} {n}": " ".join(random.choice(words, 2)) for n, name in enumerate(words)}
+        return format_attributes(pairs)
+
+    return [one() for _ in range(count)]
+
+
+def make_listings(args: argparse.Namespace, count: int) -> list[Row]:
+    """The queries' titles and photos, of noise."""
+    random, side = np.random.default_rng(1), args.grid * 14
+    return [
+        Row(
+            " ".join(random.choice(WORDS.split(), 10)),
+            (Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)),),
+        )
+        for _ in range(count)
+    ]
+
+
+def make_embedder(args: argparse.Namespace):
+    """(listings, attributes' texts) -> float32[n, E] by a random encoder, a thread making the next
+    batch's rows as in a run; and the tokenizer, which serves the answers as well."""
+    name = args.encoder or ("tiny" if args.preset.startswith("tiny") else "qwen2_vl_2b")
+    tokenizer = train_tokenizer([WORDS] * 4, 400)
+    config = preset(name).replace(**special_token_ids(tokenizer))
+    area, dtype = (args.grid * config.vision.patch_size) ** 2, args.dtype
+    processor = Processor(
+        tokenizer, config, max_tokens=args.prompt + args.new, max_patches=args.grid**2,
+        min_pixels=area // 2, max_pixels=area,
+    )  # fmt: skip
+
+    def make() -> Embedder:
+        return Embedder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+
+    graph, _ = nnx.split(nnx.eval_shape(make))
+    params = jax.jit(lambda: nnx.to_pure_dict(nnx.state(make())))()
+    compiled = jax.jit(lambda params, rows: nnx.merge(graph, params)(rows))
+
+    def embed(listings: list[Row], texts: list[str]) -> np.ndarray:
+        size = args.embed_batch
+        shown = [Row(f"{one.text}\n{text}", one.images) for one, text in zip(listings, texts)]
+        filled = shown + shown[:1] * (-len(shown) % size)
+        batches = [filled[start : start + size] for start in range(0, len(filled), size)]
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            vectors = [compiled(params, rows) for rows in pool.map(processor, batches)]
+        return np.concatenate([np.asarray(x, np.float32) for x in vectors])[: len(shown)]
+
+    return embed, tokenizer
+
+
+def make_search(width: int, args: argparse.Namespace) -> Callable[..., np.ndarray]:
+    """(float32[N, G + 1, E], what was parsed) -> rewards float32[N, G], from a random gallery in
+    which each query has one right listing."""
+    random, options = np.random.default_rng(2), RewardOptions("margin", k=50)
+    vectors = random.normal(size=(args.gallery, width)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    index = ExactIndex("random").build(vectors, np.arange(args.gallery))
+
+    def find(queries: np.ndarray, right: np.ndarray) -> Found:
+        ids, scores = index.search(queries, options.k + 1)
+        own = (queries * vectors[right]).sum(1, keepdims=True)
+        return Found(ids, scores, right[:, None], own, np.full(len(right), -1))
+
+    def search(found: np.ndarray, parsed: list) -> np.ndarray:
+        count, samples = found.shape[0], found.shape[1] - 1
+        right = np.arange(count)
+        enriched = find(found[:, 1:].reshape(count * samples, -1), np.repeat(right, samples))
+        plain = find(found[:, 0], right)
+        valid = np.array([one.verdict is Verdict.VALID for one in parsed])
+        lengths = np.full(len(parsed), args.new)
+        return rewards(enriched, plain, valid, lengths, samples, options)[0].reshape(count, samples)
+
+    return search
+
+
+# ---- what is told
+
+
+def summary(seconds: dict[str, list[float]]) -> dict:
+    """Medians and extremes of each part, and its share of a step, which is told by the sums."""
+    steps = [sum(parts) for parts in zip(*seconds.values())]
+    searched = [a + b for a, b in zip(seconds["parse"], seconds["search"])]
+    shares = [part / whole for part, whole in zip(searched, steps)]
+    return {
+        "step_seconds": statistics.median(steps),
+        "parts": {
+            part: {
+                "median_ms": 1e3 * statistics.median(times),
+                "min_ms": 1e3 * min(times),
+                "max_ms": 1e3 * max(times),
+                "share": sum(times) / sum(steps),
+            }
+            for part, times in seconds.items()
+        },
+        "search_and_parse_share": {
+            "of_all_steps": sum(searched) / sum(steps), "min": min(shares), "max": max(shares),
+        },
+    }  # fmt: skip
+
+
+def main() -> None:
+    args = parse_args()
+    load = os.getloadavg()
+    seconds, figures = (random_step if args.accelerator else real_run)(args)
+    result = summary(seconds)
+    print(f"{'':10}{'median ms':>11}{'min':>9}{'max':>9}{'share':>8}")
+    for part, row in result["parts"].items():
+        numbers = f"{row['median_ms']:11.1f}{row['min_ms']:9.1f}{row['max_ms']:9.1f}"
+        print(f"{part:10}{numbers}{row['share']:8.1%}")
+    share = result["search_and_parse_share"]
+    print(f"search and parse: {share['of_all_steps']:.2%} of a step (at most {share['max']:.2%})")
+    for name, value in figures.items():
+        print(f"{name}: {value}")
+    about = {
+        "device": jax.devices()[0].device_kind,
+        "load_average": {"before": load[0], "after": os.getloadavg()[0]},
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+    }
+    kind = f"_{args.preset}_{jax.default_backend()}" if args.accelerator else ""
+    write(f"rar_step{kind}", {**about, **figures, **result, "seconds": seconds})
+
+
+if __name__ == "__main__":
+    main()
