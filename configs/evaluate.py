@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     config.eval.attributes = "none"  # a generator's: a run's workdir, a checkpoint, a folder
     config.eval.enrich = "both"  # both | queries | gallery: whose texts
     config.eval.min_confidence = 0.0  # a generator's attributes below this are left out; in [0, 1]
-    # also judge by category: a linear probe and k-means on the first task's query embeddings
-    config.eval.downstream = False
+    # also judge by category: a linear probe and k-means on embeddings of the queries, as the first
+    config.eval.downstream = False  # task shows them, but for the category in their text
     config.eval.probe_listings = 5000  # at most, of the queries' training split, for the probe
     return config.lock()

@@ -24,7 +24,7 @@ from afmrl_jax.core.fields import check_choice, check_ranges, flatten
 from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.catalog import Catalog, ConcatCatalog
 from afmrl_jax.data.opening import open_listings, with_attributes
-from afmrl_jax.retrieval.downstream import CategoryTask
+from afmrl_jax.retrieval.downstream import CategoryTask, Unlabelled
 from afmrl_jax.retrieval.evaluation import (
     parse_task,
     results_table,
@@ -97,18 +97,20 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
     # ---- scores
     params = source.load(abstract_params(enc, mesh))
-    judge = Judge(
+    judge = functools.partial(
+        Judge,
         functools.partial(embed, params),
         enc.processor(),
-        catalog,
         batch=config.eval.batch,
         local=local,
         enriched=enriched,
     )
-    found = judge.scores(tasks, queries, gallery)
+    found = judge(catalog).scores(tasks, queries, gallery)
     if category:
-        embedded = functools.partial(judge.vectors, view, attributes=enriched.queries)
-        found[category.name] = category.scores(embedded)
+        embedded = functools.partial(judge(Unlabelled(catalog)).vectors, view)
+        found[category.name] = category.scores(
+            functools.partial(embedded, attributes=enriched.queries)
+        )
     results = {task: scores.means() for task, scores in found.items()}
     if jax.process_index() == 0:
         write_atomically(workdir / "config.json", config.to_json(indent=2))

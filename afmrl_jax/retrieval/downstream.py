@@ -2,6 +2,9 @@
 
 Axes: N listings judged · L listings that the probe learns from · E embedding · K categories.
 
+The category itself is left out of the texts (`Unlabelled`): a listing that states it would be
+told by that word alone.
+
 1. A logistic regression on standardised embeddings learns training listings' categories; `accuracy`
    is the share of the judged listings that it names rightly. A category that it never met is wrong.
 2. k-means puts the judged listings into K clusters, as many as they have categories; `nmi`
@@ -12,16 +15,31 @@ fixed: they leave out that a probe would learn otherwise from other listings, an
 one product resemble one another.
 """
 
+import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.catalog import Catalog
+from afmrl_jax.data.catalog import Catalog, Listing
 from afmrl_jax.retrieval.evaluation import Scores
 
 RESAMPLES = 500
 STARTS = 10  # of k-means, from other centres each; the tightest clusters are kept
+
+
+class Unlabelled:
+    """A catalogue whose listings do not say their category; otherwise the same."""
+
+    def __init__(self, catalog: Catalog):
+        self._catalog = catalog
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._catalog, name)
+
+    def listing(self, index: int, draw: int = 0) -> Listing:
+        return dataclasses.replace(self._catalog.listing(index, draw), category="")
 
 
 class CategoryTask:
@@ -56,8 +74,8 @@ class CategoryTask:
                 )
 
     def scores(self, vectors: Callable[[np.ndarray], np.ndarray]) -> Scores:
-        """vectors: listings int64[n] -> float32[n, E]. Values: `accuracy`; extra: its interval,
-        `nmi`, `ari`, `purity` and theirs (`_ci95`), `n_probe` and `n_categories`."""
+        """vectors: listings int64[n] -> float32[n, E], of `Unlabelled`. Values: `accuracy`; extra:
+        its interval, `nmi`, `ari`, `purity` and theirs (`_ci95`), `n_probe` and `n_categories`."""
         judged = vectors(self._judged)
         right = probe(vectors(self.probe), self._learned, judged, self._seed) == self._categories
         clusters = cluster(judged, len(np.unique(self._categories)), self._seed)

@@ -115,10 +115,11 @@ class Judge:
         vectors = embed_listings(self._embed, rows, new, self._batch)
         if not all(whole):
             log.warning(
-                "%s: %.0f%% of the texts lose attributes, because the encoder's rows end at "
+                "%s: %d of %d texts lose attributes, because the encoder's rows end at "
                 "data.max_tokens=%d; train it with more",
                 view,
-                100 * (1 - np.mean(whole)),
+                whole.count(False),
+                len(whole),
                 self._processor.max_tokens,
             )
         return vectors

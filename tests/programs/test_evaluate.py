@@ -156,10 +156,24 @@ def test_a_generator_describes_each_listing_once_and_what_it_is_unsure_of_is_lef
     assert len(ASKED) == 4 and shown["gallery"] is None
 
 
-def test_categories_are_told_from_the_same_embeddings_where_asked(config, folder, tmp_path, capsys):
+def watched(vectors, seen):
+    """Judge.vectors, which notes how many listings it is asked for and how the 31st is labelled."""
+
+    def noting(judge, view, indices, attributes=None):
+        seen.append((len(indices), judge._catalog.listing(30).category))
+        return vectors(judge, view, indices, attributes)
+
+    return noting
+
+
+def test_categories_are_told_where_asked_from_texts_that_do_not_state_them(
+    config, folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(evaluate.Judge, "vectors", watched(evaluate.Judge.vectors, seen := []))
     config.eval.update(batch=8, tasks="image+text->image+text", downstream=True)
     results = judged(config, folder, tmp_path / "w")
     assert set(results) == {"image+text->image+text", "category"}
+    assert seen == [(4, "shoe"), (4, "shoe"), (4, ""), (30, "")]
     counts = {"n_queries": 4, "n_probe": 30, "n_categories": 2}
     assert counts.items() <= results["category"].items()
     assert "| category | checkpoint |" in capsys.readouterr().out

@@ -1,11 +1,13 @@
 """Categories from embeddings: agreement worked by hand, and a catalogue of points on a line."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.catalog import Listing
-from afmrl_jax.retrieval.downstream import CategoryTask, agreement
+from afmrl_jax.retrieval.downstream import CategoryTask, Unlabelled, agreement
 
 
 def test_agreement_of_two_categories_in_two_clusters_as_worked_by_hand():
@@ -25,6 +27,13 @@ def test_clusters_need_no_names_and_one_cluster_says_nothing():
     assert same == {"nmi": pytest.approx(1), "ari": 1, "purity": 1}
     one = agreement(categories, np.zeros(6, int))
     assert one == {"nmi": pytest.approx(0), "ari": 0, "purity": 3 / 6}
+
+
+def test_a_listing_without_its_label_is_the_same_otherwise():
+    catalog = Line("ab")
+    bare = Unlabelled(catalog)
+    assert bare.listing(1) == dataclasses.replace(catalog.listing(1), category="")
+    assert bare.name == "line" and catalog.listing(1).category == "b"
 
 
 class Line:

@@ -138,7 +138,7 @@ def test_texts_that_lose_attributes_are_told(catalog, caplog):
         assert not caplog.records  # of "A fine thing." anything may be cut
         words.max_tokens = 6
         judge.vectors("text", listings + 8, judge.enriched.queries)
-    assert "100% of the texts lose attributes" in caplog.text
+    assert "8 of 8 texts lose attributes" in caplog.text
 
 
 def test_a_side_that_does_not_exist_is_refused():
