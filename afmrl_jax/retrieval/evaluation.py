@@ -223,7 +223,7 @@ def paired(before: str | Path, after: str | Path) -> dict[str, dict[str, float]]
     """
     one, two = (json.loads(Path(path).read_text(encoding="utf-8")) for path in (before, after))
     gains: dict[str, dict[str, float]] = {}
-    for task in one.keys() & two.keys():
+    for task in [task for task in one if task in two]:
         ids = one[task]["listing_ids"]
         if ids != two[task]["listing_ids"]:
             raise UserError(
