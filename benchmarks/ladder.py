@@ -91,6 +91,7 @@ BUILT_IN = Size(
         "annotate": {"share": 0.6},
         "small": {"steps": 1000},
     },
+    evaluate={"eval.probe_listings": 1500},
 )
 # Photos become some 80 px, 25 tokens; descriptions are long, and stand behind the attributes.
 PHOTO = {"data.max_patches": 100, "data.min_pixels": 4096, "data.max_pixels": 6400}
@@ -109,6 +110,7 @@ PHOTOS = Size(
         "data.flip_share": 0.5,
         "data.lookalike_share": 0.0,  # most of its products have one listing
     },
+    evaluate={"eval.probe_listings": 1500},
 )
 SMOKE = Size(
     steps=4,
@@ -129,7 +131,7 @@ class Ladder:
     def __init__(self, out: Path, size: Size, seed: int, photos: Path | None):
         self.out, self.size, self.seed = out.absolute(), size, seed
         self.data: dict[str, Any] = {}
-        self.judged: dict[str, Any] = {"eval.tasks": TASK, "eval.downstream": True} | size.evaluate
+        self.judged: dict[str, Any] = dict(size.evaluate)
         if photos:
             luma, fashion = (out / "luma").absolute(), (photos / "fashion").absolute()
             split_luma(photos / "luma", luma, validation=True)
@@ -145,14 +147,13 @@ class Ladder:
         return self.out / f"{self.seed}-{stage}"
 
     def run(self, stage: str, config: str, fields: dict[str, Any], done: str = "evaluation.json"):
-        """A stage's run, unless it is done; its seconds are added up beside it."""
+        """A stage's run, unless it is done."""
         workdir = self.workdir(stage)
-        if (workdir / done).exists() and (workdir.parent / f"{workdir.name}.done").exists():
+        if (workdir / done).exists() and (self.out / f"{workdir.name}.done").exists():
             return
         began = time.monotonic()
         train(config, workdir, fields, {"JAX_COMPILATION_CACHE_DIR": str(self.out / "compiled")})
-        seconds = workdir.parent / f"{workdir.name}.done"
-        seconds.write_text(json.dumps(time.monotonic() - began))
+        (self.out / f"{workdir.name}.done").touch()
         print(f"{workdir.name}: {time.monotonic() - began:.0f} s", flush=True)
 
     def encoder(self, stage: str, arm: str = "", **fields: Any) -> None:
@@ -183,9 +184,10 @@ class Ladder:
         for name, fields in SINGLE.items():
             self.encoder(single(name), "vlm2vec", **short, **fields)
 
-    def judge(self, rung: Rung, enrich: str) -> dict[str, Any]:
+    def judge(self, rung: Rung, enrich: str, *, classes: bool = True) -> dict[str, Any]:
         """A rung's scores with its attributes in the texts of the queries, or of both."""
-        fields = self.judged | {"checkpoint": self.workdir(rung.encoder)} | self.data
+        fields = {"eval.tasks": TASK, "eval.downstream": classes, "seed": self.seed} | self.judged
+        fields |= {"checkpoint": self.workdir(rung.encoder)} | self.data
         stage = f"judged-{rung.encoder}"
         if rung.attributes != "none":
             source = rung.attributes
@@ -200,10 +202,20 @@ class Ladder:
         queries = evaluation(self.workdir(stage), "evaluation_queries.json")
         return evaluation(self.workdir(stage)) | {"queries": queries[TASK]}
 
-    def seconds(self, rung: Rung) -> float:
-        """Of all that a rung stands on, on this machine."""
-        stages = {rung.encoder, *rung.needs}
-        return sum(json.loads((self.out / f"{self.seed}-{s}.done").read_text()) for s in stages)
+    def flops(self, rung: Rung) -> float:
+        """Useful FLOPs of all training that a rung stands on."""
+        return sum(training_flops(self.workdir(stage)) for stage in {rung.encoder, *rung.needs})
+
+
+def training_flops(workdir: Path) -> float:
+    """Of a run, from its log; 0 of one that trains nothing."""
+    config = evaluation(workdir, "config.json")
+    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    rows = [row for row in rows if "model_flops_per_second" in row]
+    unit = "pairs_per_second" if config["program"] == "agcl" else "answers_per_second"
+    each = [row["model_flops_per_second"] / row[unit] for row in rows]
+    of_step = config["batch"] if "batch" in config else config.get("queries", 0) * config["samples"]
+    return float(np.mean(each)) * of_step * config["steps"] if each else 0.0
 
 
 def single(name: str) -> str:
@@ -238,12 +250,12 @@ def collect(ladders: list[Ladder], rung: Rung, enrich: str) -> dict[str, Any]:
 
 
 def table(rows: dict[str, dict[str, Any]], names: list[str]) -> str:
-    lines = [["", *names, "R@1 over the rung above", "minutes"]]
+    lines = [["", *names, "R@1 over the rung above", "training, TFLOP"]]
     for name, row in rows.items():
         cells = [f"{row['cells'][n]['mean']:.3f} ± {row['cells'][n]['half']:.3f}" for n in names]
         by_seed = row["cells"][names[0]]["by_seed"]
         cells[0] += f" ({min(by_seed):.3f}-{max(by_seed):.3f})"
-        lines.append([name, *cells, row["gain"], row["minutes"]])
+        lines.append([name, *cells, row["gain"], row["tflops"]])
     lines.insert(1, ["---"] * len(lines[0]))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -257,8 +269,8 @@ def climb(ladders: list[Ladder], enrich: str) -> dict[str, dict[str, Any]]:
         if above is not None:
             mean, half = paired(above, recalls)
             gain = f"{mean:+.3f} ± {half:.3f}"
-        minutes = [ladder.seconds(rung) / 60 for ladder in ladders]
-        rows[rung.name] = row | {"gain": gain, "minutes": f"{np.mean(minutes):.1f}"}
+        flops = np.mean([ladder.flops(rung) for ladder in ladders])
+        rows[rung.name] = row | {"gain": gain, "tflops": f"{flops / 1e12:,.1f}"}
         above = recalls
     return rows
 
@@ -267,7 +279,9 @@ def singles(ladders: list[Ladder]) -> dict[str, Any]:
     """R@1 of each mask and weight alone, and what it gains over the VLM2Vec of its length."""
     rows, base = {}, None
     for name in SINGLE:
-        judged = [ladder.judge(Rung(name, single(name)), "both") for ladder in ladders]
+        judged = [
+            ladder.judge(Rung(name, single(name)), "both", classes=False) for ladder in ladders
+        ]
         found = [np.array(one["queries"]["values"][METRICS["R@1"]]) for one in judged]
         recalls = np.mean(found, axis=0)
         base = recalls if base is None else base
