@@ -1,7 +1,8 @@
-"""Writes a model as a folder that transformers and sentence-transformers load.
+"""Writes a model as a folder that transformers loads, an encoder's sentence-transformers as well.
 
 1. Find the model and what is known of its run; read its parameters, adapters merged.
-2. Write weights, tokenizer, processor, pooling and model card beside the folder's place.
+2. Write weights, tokenizer, processor and model card beside the folder's place; an encoder's
+   pooling, how a generator's answers end.
 3. Put the folder in its place, whole.
 """
 
@@ -19,13 +20,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.processor import IMAGE_STATISTICS
+from afmrl_jax.data.processor import IMAGE_STATISTICS, Processor
 from afmrl_jax.data.prompts import CHATML
 from afmrl_jax.data.tokenizer import END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS
 from afmrl_jax.models import hf_weights
 from afmrl_jax.retrieval.evaluation import results_table
 from afmrl_jax.training.encoder import DTYPES, Encoder, abstract_params
-from afmrl_jax.training.pretrained import RECORD, Pretrained, find_pretrained
+from afmrl_jax.training.generator import Generator
+from afmrl_jax.training.pretrained import RECORD, Pretrained, find_pretrained, kind_of
 
 CARD = """\
 ---
@@ -58,6 +60,50 @@ Several images a row are a list. {use}
 {config}
 {fence}
 """
+GENERATOR_CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [image-text-to-text, product-attributes, {architecture}]
+---
+
+# Product attributes
+
+A {architecture} model trained by afmrl_jax to answer a listing's photos and text with its key
+attributes, as "name: value; name: value".
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained("FOLDER")  # needs torchvision, for videos
+model = AutoModelForImageTextToText.from_pretrained("FOLDER")
+text = "Title\\nCategory\\nDescription"
+content = [{{"type": "image", "path": "photo.jpg"}}, {{"type": "text", "text": text}}]
+chat = [{{"role": "user", "content": content}}]
+{system}inputs = processor.apply_chat_template(
+    chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+answer = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+print(processor.batch_decode(answer, skip_special_tokens=True)[0])
+```
+
+afmrl_jax reads the answers (`afmrl_jax.attributes.text.parse`), or has the folder write those of a
+catalogue: `--config=configs/annotate.py --config.generator=FOLDER`.
+
+## Evaluation
+
+{evaluation}
+
+## Training configuration
+
+{fence}json
+{config}
+{fence}
+"""
+SYSTEM = """\
+instruction = {instruction}
+chat.insert(0, {{"role": "system", "content": [{{"type": "text", "text": instruction}}]}})
+"""
 HEAD = "`transformers.AutoModelForImageTextToText.from_pretrained` loads the whole model."
 NO_HEAD = (
     "The model has no language head, which an embedder neither trains nor uses: load it with "
@@ -79,9 +125,10 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         raise UserError("export runs in one process: it writes one folder from whole parameters")
     out = Path(config.out)
     check_place(out)
-    source = find_pretrained(config.checkpoint, best=config.best)
+    kind = kind_of(config.checkpoint, best=config.best)
+    source = find_pretrained(config.checkpoint, kind, best=config.best)
     enc = source.model(config)
-    enc.processor()  # tells of settings that do not fit the model before its weights are read
+    _processor(enc)  # tells of settings that do not fit the model before its weights are read
     params = source.load(abstract_params(enc, mesh))
 
     # ---- folder
@@ -108,17 +155,24 @@ def check_place(out: Path) -> None:
 
 
 def write_folder(
-    folder: Path, enc: Encoder, params: Any, source: Pretrained, dtype: str = "float32"
+    folder: Path, enc: Encoder | Generator, params: Any, source: Pretrained, dtype: str = "float32"
 ) -> None:
-    """All files of an export. params: the Embedder's; dtype: of the weights written."""
-    config = enc.model_config
+    """All files of an export. params: the model's; dtype: of the weights written."""
+    config, answers = enc.model_config, isinstance(enc, Generator)
     hf_weights.save(folder, params, config, dtype=DTYPES[dtype])
-    head = config.tie_embeddings
+    head = answers or config.tie_embeddings
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     described["dtype"] = dtype
     if head:
         ends = [config.eos_token_id, config.pad_token_id]
         generation = {"eos_token_id": ends, "pad_token_id": config.pad_token_id}
+        if answers:
+            sampling = enc.sampling(temperature=0)
+            generation |= {
+                "do_sample": False,
+                "max_new_tokens": sampling.max_new_tokens,
+                "suppress_tokens": list(sampling.forbidden),
+            }
         _write_json(folder / "generation_config.json", generation)
     else:
         described["architectures"] = [
@@ -127,17 +181,27 @@ def write_folder(
     _write_json(folder / "config.json", described)
     _write_tokenizer(folder, enc)
     _write_processor(folder, enc)
-    _write_sentence_transformers(folder, enc)
+    if not answers:
+        _write_sentence_transformers(folder, enc)
     record = {
+        "kind": enc.kind,
         "config": _settings(enc).to_dict(),
         "step": source.step,
         "evaluation": source.evaluation,
     }
     _write_json(folder / RECORD, record)
-    (folder / "README.md").write_text(model_card(enc, source, head), encoding="utf-8")
+    card = generator_card(enc, source) if answers else model_card(enc, source, head)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def _write_tokenizer(folder: Path, enc: Encoder) -> None:
+def _processor(enc: Encoder | Generator) -> Processor:
+    return enc.processor(answers=False) if isinstance(enc, Generator) else enc.processor()
+
+
+def _write_tokenizer(folder: Path, enc: Encoder | Generator) -> None:
+    processor, answer = _processor(enc), 0
+    if isinstance(enc, Generator):
+        answer = enc.settings.data.max_answer
     enc.tokenizer.save(str(folder / "tokenizer.json"))
     described = {
         "tokenizer_class": "Qwen2Tokenizer",
@@ -147,8 +211,8 @@ def _write_tokenizer(folder: Path, enc: Encoder) -> None:
         "unk_token": None,
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
-        "padding_side": "right",
-        "model_max_length": enc.settings.data.max_tokens,
+        "padding_side": "left" if processor.pad_left else "right",
+        "model_max_length": enc.settings.data.max_tokens + answer,
         "extra_special_tokens": list(SPECIAL_TOKENS[1:]),
     }
     _write_json(folder / "tokenizer_config.json", described)
@@ -156,7 +220,7 @@ def _write_tokenizer(folder: Path, enc: Encoder) -> None:
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
-def _write_processor(folder: Path, enc: Encoder) -> None:
+def _write_processor(folder: Path, enc: Encoder | Generator) -> None:
     """What transformers' image processor, to which ours is equal, has to know."""
     data, vision = enc.settings.data, enc.model_config.vision
     mean, std = IMAGE_STATISTICS[enc.model_config.architecture]
@@ -224,22 +288,40 @@ def _frames(enc: Encoder) -> dict[str, Any]:
 
 def model_card(enc: Encoder, source: Pretrained, head: bool) -> str:
     """README.md. What it quotes stands in JSON, fenced by more backticks than it holds."""
-    settings = _settings(enc).to_json(indent=2)
     evaluation = "This model was not judged by the run that trained it."
     if source.evaluation:
         evaluation = results_table({f"step {source.step}": source.evaluation}).strip()
-    ticks = max(map(len, re.findall("`+", settings)), default=0)
     return CARD.format(
         architecture=enc.model_config.architecture,
         size=_size(enc),
         use=HEAD if head else NO_HEAD,
         evaluation=evaluation,
-        config=settings,
-        fence="`" * max(3, ticks + 1),
+        **_quoted(enc),
     )
 
 
-def _settings(enc: Encoder) -> ConfigDict:
+def generator_card(generator: Generator, source: Pretrained) -> str:
+    """README.md of a generator: how it is asked as it was trained to be."""
+    instruction = generator.settings.data.instruction
+    evaluation = "This model was not judged by the run that trained it."
+    if source.evaluation:
+        evaluation = f"```json\n{json.dumps(source.evaluation, indent=2)}\n```"
+    return GENERATOR_CARD.format(
+        architecture=generator.model_config.architecture,
+        system=SYSTEM.format(instruction=json.dumps(instruction)) if instruction else "",
+        evaluation=evaluation,
+        **_quoted(generator),
+    )
+
+
+def _quoted(enc: Encoder | Generator) -> dict[str, str]:
+    """The configuration for a card, and a fence of more backticks than it holds."""
+    settings = _settings(enc).to_json(indent=2)
+    ticks = max(map(len, re.findall("`+", settings)), default=0)
+    return {"config": settings, "fence": "`" * max(3, ticks + 1)}
+
+
+def _settings(enc: Encoder | Generator) -> ConfigDict:
     """The configuration without its cache, which is a place on one machine."""
     settings = enc.settings.to_dict()
     settings["data"].pop("cache_dir", None)

@@ -28,8 +28,10 @@ from afmrl_jax.training.encoder import (
     from_record,
     lora_of,
 )
+from afmrl_jax.training.generator import Generator
 
-# What an exported folder holds of its run: {"config": the run's, "step": .., "evaluation": ..}.
+# What an exported folder holds of its run: {"kind": encoder | generator, "config": the run's,
+# "step": .., "evaluation": ..}.
 RECORD = "afmrl_jax.json"
 
 
@@ -93,20 +95,43 @@ def _without_pooling(load: Callable[[Any], Any], abstract: Any) -> Any:
     return load({"backbone": abstract})["backbone"]
 
 
-def _of_folder(folder: Path, path: str, kind: type[AnyAssembly]) -> Pretrained[AnyAssembly]:
-    """A Hugging Face folder; an encoder that was exported here knows its run."""
+def kind_of(path: str, *, best: bool = False) -> type[Encoder] | type[Generator]:
+    """What the model is that `path` names; a folder that knows no run counts as an encoder.
+
+    best: as in `find_pretrained`, which raises the same errors.
+    """
+    folder = hf_weights.resolve(path)
+    if any(folder.glob("*.safetensors*")):
+        record = _record_of(folder)
+    else:
+        checkpoints, step = find_checkpoints(path, best=best)
+        record = checkpoints.record(step)
+    return Generator if record and record.get("kind") == Generator.kind else Encoder
+
+
+def _record_of(folder: Path) -> dict[str, Any] | None:
+    """What an exported folder tells of its run; None of a bare folder."""
     file = folder / RECORD
+    if not file.exists():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        needed = {name: record[name] for name in ("config", "step", "evaluation")}
+        return needed | {"kind": record.get("kind", Encoder.kind)}  # the oldest are encoders'
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{file} is no record of a run: export the folder again, or delete the file to use "
+            "the folder as any other"
+        ) from None
+
+
+def _of_folder(folder: Path, path: str, kind: type[AnyAssembly]) -> Pretrained[AnyAssembly]:
+    """A Hugging Face folder; one that was exported here knows its run, for what that trained."""
+    record = _record_of(folder)
     settings, step, evaluation = None, None, None
-    if file.exists() and kind is Encoder:
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            settings = ConfigDict(record["config"])
-            step, evaluation = record["step"], record["evaluation"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{file} is no record of a run: export the folder again, or delete the file to use "
-                "the folder as any other"
-            ) from None
+    if record and record["kind"] == kind.kind:
+        settings = ConfigDict(record["config"])
+        step, evaluation = record["step"], record["evaluation"]
     enc = from_folder(settings, folder, kind)
     return Pretrained(
         enc,

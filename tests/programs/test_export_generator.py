@@ -1,0 +1,125 @@
+"""A generator's folder, judged by transformers' own greedy answers."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from afmrl_jax import main
+from afmrl_jax.core.mesh import make_mesh
+from afmrl_jax.data.answers import question
+from afmrl_jax.data.opening import open_listings
+from afmrl_jax.training.describer import Describer
+from afmrl_jax.training.encoder import Encoder
+from afmrl_jax.training.generator import Generator
+from afmrl_jax.training.pretrained import find_pretrained, kind_of
+
+
+@pytest.fixture(scope="module")
+def folder(taught, tmp_path_factory):
+    from configs.export import get_config
+
+    out = tmp_path_factory.mktemp("export") / "out"
+    config = get_config()
+    config.update(checkpoint=str(taught), out=str(out))
+    main.run(config, out.parent / "w")
+    return out
+
+
+def test_the_folder_gives_the_run_s_settings_back_and_holds_nothing_of_an_encoder(folder, taught):
+    trained, found = (find_pretrained(str(path), Generator) for path in (taught, folder))
+    assert kind_of(str(folder)) is kind_of(str(taught)) is Generator
+    settings = [source.enc.settings.to_dict() for source in (trained, found)]
+    settings[0]["data"].pop("cache_dir")
+    assert settings[0] == settings[1] and found.step == trained.step == 40
+    assert found.enc.model_config == trained.enc.model_config
+    assert found.enc.chat_template == trained.enc.chat_template
+    assert found.enc.tokenizer.to_str() == trained.enc.tokenizer.to_str()
+    assert find_pretrained(str(folder), Encoder).enc.settings is None  # as any other folder
+    names = {path.name for path in folder.iterdir()}
+    assert not names & {"sentence_encoder.py", "modules.json", "1_Pooling"}
+    card = (folder / "README.md").read_text()
+    assert "was not judged" in card and 'instruction = "color type"' in card
+
+
+def torch_inputs(generator, catalog, listings):
+    """Our rows of listings that have one photo each, and what transformers wants of them."""
+    rows = generator.processor(answers=False)([question(catalog, int(i), 1) for i in listings])
+    return rows, {
+        "input_ids": torch.tensor(rows["tokens"]).long(),
+        "attention_mask": torch.tensor(rows["token_mask"]).long(),
+        "mm_token_type_ids": torch.tensor(
+            rows["tokens"] == generator.model_config.image_token_id
+        ).int(),
+        "pixel_values": torch.tensor(rows["patches"][rows["patch_segments"] > 0]),
+        "image_grid_thw": torch.tensor([(1, *grids[0]) for grids in rows["patch_grids"]]),
+    }
+
+
+def their_model(folder):
+    from transformers import AutoModelForImageTextToText
+
+    model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    assert type(model).__name__ == "Qwen2VLForConditionalGeneration"
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    return model
+
+
+def test_transformers_answers_greedily_as_we_do(folder, taught, agcl_config):
+    from transformers import AutoTokenizer
+
+    config = agcl_config
+    catalog = open_listings(config.data.path, config.data, folder)
+    listings = np.arange(40)
+    mesh = make_mesh(dict(config.mesh))
+    ours = list(Describer(str(taught), mesh, 40, otherwise=config)(catalog, listings))
+    again = list(Describer(str(folder), mesh, 40, otherwise=config)(catalog, listings))
+    assert [one.answer.text for one in again] == [one.answer.text for one in ours]
+
+    _, inputs = torch_inputs(find_pretrained(str(folder), Generator).enc, catalog, listings)
+    # How answers end, and that they are greedy, stands in the folder.
+    answers = their_model(folder).generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    theirs = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    assert theirs == [one.answer.text for one in ours] and len(set(theirs)) > 4
+
+
+def test_what_the_card_says_to_do_gives_the_prompt_that_the_generator_was_taught_with(folder):
+    from transformers import AutoTokenizer
+
+    tokenizer, generator = (
+        AutoTokenizer.from_pretrained(folder),
+        find_pretrained(str(folder), Generator).enc,
+    )
+    content = [{"type": "image"}, {"type": "text", "text": "red mug"}]
+    chat = [
+        {"role": "system", "content": [{"type": "text", "text": "color type"}]},
+        {"role": "user", "content": content},
+    ]
+    asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    frame = generator.processor(answers=False).prompt.frame(1, tokenizer.backend_tokenizer)
+    text = tokenizer(frame.piece("red mug")).input_ids
+    assert asked == [*frame.head, *text, *frame.tail]
+
+
+def test_transformers_computes_our_logits_and_knows_how_answers_end(folder, agcl_config):
+    source = find_pretrained(str(folder), Generator)
+    generator, graph = source.enc, source.enc.graph()
+    catalog = open_listings(agcl_config.data.path, agcl_config.data, folder)
+    rows, inputs = torch_inputs(generator, catalog, np.arange(4))
+    with torch.no_grad():
+        theirs = their_model(folder)(**inputs).logits.numpy()
+
+    @jax.jit
+    def logits(params, rows):
+        model = nnx.merge(graph, params)
+        return model.logits(model(rows))
+
+    params = source.load(jax.eval_shape(lambda: generator.init_params(0)))
+    mask = rows["token_mask"]
+    np.testing.assert_allclose(np.asarray(logits(params, rows))[mask], theirs[mask], atol=2e-4)
+    described = json.loads((folder / "generation_config.json").read_text())
+    assert described["max_new_tokens"] == 16 and len(described["suppress_tokens"]) == 5
