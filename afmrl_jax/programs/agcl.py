@@ -120,18 +120,12 @@ def build(
         raise UserError(
             f"chunks is {config.chunks}, which does not divide the batch of {config.batch}"
         )
-    # A flag can't say None, so a threshold that nothing passes turns a mask off.
-    asked = {name: config.loss[name] for name in Options.__annotations__}
-    options = Options(**{k: None if v == math.inf else v for k, v in asked.items()})
     optimizer = make_optimizer(config.optimizer, config.steps)
     params = encoder.abstract_params(enc, mesh)
     trained, frozen = lora.split(params)
-    labels, head = _head(config, enc, statistics, mesh)
+    loss, head = _objective(config, enc, statistics, mesh)
     abstract = abstract_state(trained | head, optimizer, mesh)
     embed = enc.embed()
-    loss = functools.partial(
-        _loss, options=options, labels=labels, head_weight=config.loss.head_weight, mesh=mesh
-    )
 
     @functools.partial(
         jax.jit,
@@ -162,14 +156,11 @@ def build(
         trained = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, trained, opt_state), metrics
 
-    def start(given: Any) -> TrainState:
-        def params() -> Any:
-            return lora.split(enc.init_params(config.seed))[0] | zeros(head)
-
-        return init_state(params if given is None else given | zeros(head), optimizer, abstract)
+    def fresh() -> Any:
+        return lora.split(enc.init_params(config.seed))[0] | zeros(head)
 
     return Built(
-        start,
+        lambda given: init_state(given | zeros(head) if given else fresh, optimizer, abstract),
         step,
         *encoder.host_embedder(embed, mesh, config.eval.batch),
         abstract,
@@ -182,16 +173,21 @@ def encoder_params(trained: Any, frozen: Any) -> Any:
     return lora.join({name: part for name, part in trained.items() if name != HEAD}, frozen)
 
 
-def _head(
+def _objective(
     config: ConfigDict, enc: encoder.Encoder, statistics: CorpusStatistics, mesh: Mesh
-) -> tuple[Labels | None, Any]:
-    """What the head tells apart, and its abstract parameters; None and {} where there is none."""
-    if not config.loss.head_weight:
-        return None, {}
-    labels = frequent_labels(statistics, config.loss.head_labels)
-    log.info("the head tells %d values of %d attributes", len(labels.terms), labels.n_names)
-    width = config.model.embedding_dim or enc.model_config.text.hidden_size
-    return labels, encoder.placed({HEAD: labels.abstract_head(width)}, mesh)
+) -> tuple[Callable[..., tuple[jax.Array, dict[str, jax.Array]]], Any]:
+    """`_loss` of (trained, embeddings, batch), and the head's abstract parameters; {} without."""
+    asked = {name: config.loss[name] for name in Options.__annotations__}
+    # A flag can't say None, so a threshold that nothing passes turns a mask off.
+    options = Options(**{k: None if v == math.inf else v for k, v in asked.items()})
+    weight, labels, head = config.loss.head_weight, None, {}
+    if weight:
+        labels = frequent_labels(statistics, config.loss.head_labels)
+        log.info("the head tells %d values of %d attributes", len(labels.terms), labels.n_names)
+        width = config.model.embedding_dim or enc.model_config.text.hidden_size
+        head = encoder.placed({HEAD: labels.abstract_head(width)}, mesh)
+    loss = functools.partial(_loss, options=options, labels=labels, head_weight=weight, mesh=mesh)
+    return loss, head
 
 
 def _loss(

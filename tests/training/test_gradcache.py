@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from afmrl_jax.losses.labels import Labels, label_loss
 from afmrl_jax.training.gradcache import value_and_grad
 
 WIDTH, HIDDEN, EMBEDDING = 24, 64, 16
@@ -45,23 +46,27 @@ def test_the_gradient_over_chunks_is_the_direct_one(problem, chunks):
 
 
 @pytest.mark.parametrize("chunks", [2, 8])
-def test_parameters_that_only_the_loss_uses_get_their_gradient(problem, chunks):
-    """A head on the embeddings, as a loss of its own, and w2, which both use."""
+def test_a_head_that_only_the_loss_reads_gets_the_direct_gradient_too(problem, chunks):
+    """The attribute-label head beside InfoNCE; some rows have no label, so means must be whole."""
     params, x = problem
-    params = params | {"head": jnp.linspace(-1, 1, EMBEDDING)}
+    rng = np.random.default_rng(1)
+    labels = Labels(np.arange(5), np.array([0, 0, 1, 1, 1]))
+    terms = rng.integers(-4, 5, (64, 2, 3))
+    head = {"kernel": rng.normal(size=(EMBEDDING, 5)), "bias": rng.normal(size=5)}
+    params = params | {"head": jax.tree.map(jnp.float32, head)}
 
     def loss(params, embeddings):
         value, aux = info_nce(None, embeddings)
-        logits = embeddings @ params["head"] + jnp.sum(params["w2"] ** 2)
-        return value + jnp.mean(jax.nn.softplus(logits)), aux
+        by_row = terms.reshape(*embeddings.shape[:-1], 3)
+        total, count, _ = label_loss(params["head"], embeddings, by_row, labels)
+        return value + total / count, aux
 
     step = jax.jit(value_and_grad(embed, loss))
     (direct, _), wanted = step(params, {"x": x[None]})
     (cached, _), got = step(params, {"x": x.reshape(chunks, -1, 2, WIDTH)})
     np.testing.assert_allclose(cached, direct, rtol=1e-6)
-    assert got.keys() == params.keys() and np.abs(wanted["head"]).max() > 0
-    for name in wanted:
-        np.testing.assert_allclose(got[name], wanted[name], atol=1e-5, rtol=1e-5)
+    assert np.abs(wanted["head"]["kernel"]).max() > 0
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), got, wanted)
 
 
 def test_the_negatives_are_those_of_the_whole_batch_not_of_a_chunk(problem):
