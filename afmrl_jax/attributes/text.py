@@ -40,8 +40,8 @@ class Verdict(enum.Enum):
 class Parsed:
     """What was read. attributes: all pairs that could be, whatever the verdict; normalised.
 
-    spans: each name's pair in the text as it was given, (first character, behind the last), with
-    the blanks before it, without the separator behind it.
+    spans: each name's value in the text as it was given, (first character, behind the last), from
+    behind the colon to before the separator, blanks and all.
     """
 
     attributes: dict[str, str]
@@ -101,7 +101,7 @@ def parse(
             faults.add(Verdict.DUPLICATE)
         else:
             attributes[name] = value
-            spans[name] = (blank + piece.start(1), blank + piece.end(1))
+            spans[name] = (blank + piece.start(1) + pair.start(2), blank + piece.end(1))
     if not closed:
         faults.add(Verdict.UNCLOSED)
     if long or len(pieces) > max_pairs:

@@ -4,13 +4,14 @@ Axes: A micro-batches · C rows of one (this process's) · S tokens · P patches
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import grain
 import numpy as np
 
-from afmrl_jax.attributes.text import format_attributes
+from afmrl_jax.attributes.text import format_attributes, normalise
 from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.pipeline import Batch
@@ -23,9 +24,20 @@ def question(catalog: Catalog, index: int, max_images: int, draw: int = 0) -> Ro
     return evaluation_row(catalog, index, "image+text", max_images=max_images, draw=draw)
 
 
-def question_and_answer(catalog: Catalog, index: int, max_images: int, draw: int = 0) -> Row:
-    """The question, and the listing's attributes in their format as what to answer."""
-    answer = format_attributes(catalog.listing(index, draw).attributes)
+def question_and_answer(
+    catalog: Catalog,
+    index: int,
+    max_images: int,
+    draw: int = 0,
+    left_out: Callable[[], bool] = lambda: False,
+) -> Row:
+    """The question, and the listing's attributes in their format as what to answer.
+
+    left_out: asked of each attribute; one stays in any case.
+    """
+    given = normalise(catalog.listing(index, draw).attributes)
+    kept = {name: value for name, value in given.items() if not left_out()}
+    answer = format_attributes(kept or dict(list(given.items())[:1]))
     return dataclasses.replace(question(catalog, index, max_images, draw), answer=answer)
 
 
@@ -56,6 +68,7 @@ class AnswerBatches:
     batch: int  # rows of a step, of all processes
     chunks: int  # A
     rows: slice  # of each chunk's rows, this process's
+    dropout: float  # share of the attributes that answers leave out, at random
     seed: int
     steps: int
 
@@ -76,7 +89,10 @@ class AnswerBatches:
             rng = np.random.default_rng((self.seed, int(example)))
             draw = 1 + int(rng.integers(2**31 - 1))
             rows.append(
-                question_and_answer(self.catalog, int(listing), self.processor.max_images, draw)
+                question_and_answer(
+                    *(self.catalog, int(listing), self.processor.max_images, draw),
+                    left_out=lambda rng=rng: rng.random() < self.dropout,
+                )
             )
         arrays = self.processor(rows) | {"listing": listings.astype(np.int32)}
         return {name: x.reshape(*examples.shape, *x.shape[1:]) for name, x in arrays.items()}

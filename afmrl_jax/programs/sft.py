@@ -69,6 +69,7 @@ RANGES = {  # field -> lowest and highest
     "model.lora_rank": (0, math.inf),
     "data.workers": (0, math.inf),
     "data.max_answer": (2, math.inf),
+    "data.answer_dropout": (0, 1),
     "eval.batch": (1, math.inf),
     "eval.validation_listings": (1, math.inf),
     "eval.listings": (1, math.inf),
@@ -200,6 +201,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 batch=config.batch,
                 chunks=config.chunks,
                 rows=local,
+                dropout=config.data.answer_dropout,
                 seed=config.seed,
                 steps=config.steps,
             )

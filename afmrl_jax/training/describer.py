@@ -32,8 +32,8 @@ _BYTE_OF = {chr(b): b for b in _PLAIN} | {chr(256 + n): b for n, b in enumerate(
 class Description:
     """What a generator says of one listing.
 
-    confidence: of each of parsed.attributes, the probability of its name and value as written,
-    given the text before: the product over the tokens that begin in the pair.
+    confidence: of each of parsed.attributes, the probability of its value as written, given its
+    name and the text before: the product over the value's tokens.
     """
 
     answer: Answer
@@ -49,10 +49,10 @@ class Description:
 
 
 def describe(answer: Answer, tokenizer: Tokenizer) -> Description:
-    """An answer read, with the confidence of its pairs.
+    """An answer read, with the confidence of its values.
 
-    A token that reaches into the next pair counts for the one in which it begins; one of separators
-    alone counts for none, so that the last pair, which has none behind it, is judged alike.
+    A token counts for the first value of which it writes a part. Names and separators count for
+    none: which attributes a generator tells is no measure of whether they are right.
     """
     parsed = parse(answer.text, answer.closed)
     starts = token_starts(tokenizer, answer.tokens)

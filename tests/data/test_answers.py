@@ -42,7 +42,9 @@ def processor(catalog):
 
 def batches(catalog, processor, rows=slice(0, 4), chunks=2):
     listings = catalog.indices("train")
-    return AnswerBatches(catalog, listings, processor, 8, chunks, rows, seed=3, steps=50)
+    return AnswerBatches(
+        catalog, listings, processor, 8, chunks, rows, dropout=0.5, seed=3, steps=50
+    )
 
 
 def test_a_batch_depends_on_seed_and_step_alone(catalog, processor):
@@ -84,6 +86,17 @@ def test_the_answer_is_the_attributes_and_the_question_has_none_of_them(catalog,
     said = row["tokens"][row["answer_mask"]]
     assert said[-1] == processor.ids["eos_token_id"]
     assert processor.tokenizer.decode(said[:-1].tolist()) == learned.answer
+
+
+def test_an_answer_leaves_attributes_out_but_never_all_of_them(catalog):
+    true = catalog.listing(5).attributes
+    first = next(iter(true))
+    for left_out, told in (
+        (iter([True, *[False] * len(true)]).__next__, dict(list(true.items())[1:])),
+        (lambda: True, {first: true[first]}),
+    ):
+        row = question_and_answer(catalog, 5, 1, left_out=left_out)
+        assert row.answer == format_attributes(told)
 
 
 def test_only_listings_with_attributes_are_learned_from(catalogue_folder, tmp_path):

@@ -52,25 +52,24 @@ def test_a_token_stands_where_decoding_puts_it(ids):
             assert text[start : start + len(alone)] == alone
 
 
-def test_confidence_is_the_product_over_a_pair_s_tokens():
-    """Worked by hand: .5 x .8 for the colour, .5 x .5 x .5 for the type; separators are of none."""
+def test_confidence_is_the_product_over_a_value_s_tokens():
+    """Worked by hand: .8 for the colour, .5 x .5 for the type; names and separators are of none."""
     shares = [("Ġcolor", 0.5), (":", 1), ("Ġ", 1), ("r", 0.8), ("e", 1), ("d", 1), (";", 0.1)]
     shares += [("Ġtype", 0.5), (":", 1), ("f", 1), ("Ã", 0.5), ("©", 0.5), (";", 0.1)]
     ids = [TOKENIZER.token_to_id(name) for name, _ in shares]
     one = describe(answer_of(ids, [math.log(share) for _, share in shares]), TOKENIZER)
     assert one.answer.text == " color: red; type:fé;"
-    assert one.confidence == pytest.approx({"color": 0.4, "type": 0.125})
+    assert one.confidence == pytest.approx({"color": 0.8, "type": 0.25})
 
 
-def test_a_token_of_two_pairs_counts_for_the_one_in_which_it_begins():
+def test_a_separator_and_the_name_behind_it_count_for_no_value():
     tokenizer = train_tokenizer(["a:b;c:d a;c " * 99], 300)
-    names = {name: tokenizer.token_to_id(name) for name in ("a", ":", "b", ";c", "d", "Ġ")}
+    names = {name: tokenizer.token_to_id(name) for name in ("a", ":", "b", ";c", "d")}
     assert None not in names.values()
     ids = [names[name] for name in ("a", ":", "b", ";c", ":", "d")]
-    log_probs = np.log(np.array([0.5, 1, 1, 0.25, 1, 1], np.float32))
+    log_probs = np.log(np.array([0.5, 1, 0.7, 0.25, 1, 0.6], np.float32))
     answer = Answer(tokenizer.decode(ids), True, np.array(ids), log_probs)
-    # A separator is of no pair: ";c" begins c's.
-    assert describe(answer, tokenizer).confidence == pytest.approx({"a": 0.5, "c": 0.25})
+    assert describe(answer, tokenizer).confidence == pytest.approx({"a": 0.7, "c": 0.6})
 
 
 def test_only_a_valid_answer_is_sure_of_anything():
