@@ -38,6 +38,7 @@ def losses(command, config, workdir, processes=1, env=None):
 @pytest.fixture
 def config(agcl_config):
     agcl_config.update(steps=4, batch=8, eval_every=0, checkpoint_every=2)
+    agcl_config.loss.head_weight = 0.5  # its parameters and labels lie on the mesh as well
     return agcl_config
 
 
