@@ -40,22 +40,23 @@ def config(catalogue_folder, tmp_path_factory):
     config = get_config()
     config.data.path = str(catalogue_folder)
     config.data.cache_dir = str(tmp_path_factory.getbasetemp() / "cache")
-    for encoder in (config.agcl, config.again):
-        encoder.update(steps=3, batch=8, eval_every=0, checkpoint_every=2)
-        encoder.data.update(**SIZES, max_tokens=40, neighbours=4)
+    for encoder in (config.agcl, config.again):  # as agcl_config is, and compiled already
+        encoder.update(steps=6, batch=8, eval_every=0, checkpoint_every=2)
+        encoder.data.update(**SIZES, max_tokens=24, neighbours=4)
         encoder.model.update(vocab_size=300, dtype="float32")
-        encoder.eval.update(batch=20, tasks="image+text->image+text")
-    config.sft.update(steps=60, batch=8, chunks=1, eval_every=0, checkpoint_every=0)
-    config.sft.data.update(**SIZES, max_tokens=48, max_answer=16)
+        encoder.optimizer.learning_rate = 5e-4
+        encoder.eval.update(batch=8, tasks="image+text->image+text")
+    config.sft.update(steps=60, batch=8, chunks=2, eval_every=0, checkpoint_every=0)
+    config.sft.data.update(**SIZES, max_tokens=48, max_answer=16)  # as test_sft.py's
     config.sft.model.update(vocab_size=320, dtype="float32")
     config.sft.optimizer.learning_rate = 3e-3
-    config.sft.eval.batch = 20
+    config.sft.eval.update(batch=8, validation_listings=6)
     config.rar.update(steps=5, queries=4, samples=4, eval_every=0, checkpoint_every=1)
     config.rar.update(rollouts_every=1)
     config.rar.reward.batch = 20
-    config.rar.eval.batch = 20
+    config.rar.eval.batch = 8
     config.rar.watch.update(copied=1.0, held_out_gain=-2.0, answer_diversity=0, pair_diversity=0)
-    config.annotate.eval.batch = config.evaluate.eval.batch = 20
+    config.annotate.eval.batch = config.evaluate.eval.batch = 8
     config.share = 0.7
     return config
 
