@@ -85,7 +85,7 @@ BUILT_IN = Size(
     steps=240,
     stages={
         "sft": {"steps": 2000},
-        "rar": {"steps": 100},
+        "rar": {"steps": 120},
         "annotate": {"share": 0.4},
         "small": {"steps": 600},
     },
@@ -177,7 +177,7 @@ class Ladder:
         )
         written = {"data.attributes": self.workdir("annotate") / "attributes.jsonl"}
         self.run("small", "configs/sft.py", shared | self.data | written | stages["small"])
-        self.encoder("again", **written)
+        self.encoder("again", **written, **{"data.described_only": True})
         short = {"steps": round(SHORT * self.size.steps)}
         for name, fields in SINGLE.items():
             self.encoder(single(name), "vlm2vec", **short, **fields)

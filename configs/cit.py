@@ -36,8 +36,6 @@ def get_config() -> ConfigDict:
     config.evaluate = _stage(evaluate, *taken, *UNUSED, *ROWS)
 
     # What differs from the stages' own files, so that the whole takes 35 minutes on two CPU cores.
-    config.agcl.data.attribute_share = 0.5  # attributes in a query help one that was shown some
-    config.again.data.attribute_share = 0.5
     config.again.data.described_only = True
     config.evaluate.eval.tasks = "image+text->image+text"
     return config.lock()

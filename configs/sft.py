@@ -56,7 +56,7 @@ def get_config() -> ConfigDict:
     config.data.max_answer = 52  # an answer's
     # share of the attributes that answers to learn from leave out, at random: a policy that has
     # never left one out cannot be rewarded for it (RAR)
-    config.data.answer_dropout = 0.25
+    config.data.answer_dropout = 0.15
     config.data.max_patches = 64  # a row's patches, over all its images
     config.data.min_pixels = 3136  # an image is enlarged to this area
     config.data.max_pixels = 4096  # and reduced to this one
