@@ -144,13 +144,13 @@ class Ladder:
     def workdir(self, stage: str) -> Path:
         return self.out / f"{self.seed}-{stage}"
 
-    def run(self, stage: str, config: str, fields: dict[str, Any], done: str = "evaluation.json"):
+    def run(self, stage: str, config: str, fields: dict[str, Any]) -> None:
         """A stage's run, unless it is done."""
         workdir = self.workdir(stage)
-        if (workdir / done).exists() and (self.out / f"{workdir.name}.done").exists():
+        if (self.out / f"{workdir.name}.done").exists():
             return
         began = time.monotonic()
-        train(config, workdir, fields, {"JAX_COMPILATION_CACHE_DIR": str(self.out / "compiled")})
+        train(config, workdir, fields)
         (self.out / f"{workdir.name}.done").touch()
         print(f"{workdir.name}: {time.monotonic() - began:.0f} s", flush=True)
 
@@ -169,12 +169,7 @@ class Ladder:
         models = {"generator": self.workdir("sft"), "encoder": self.workdir("agcl")}
         self.run("rar", "configs/rar.py", shared | models | self.data | stages["rar"])
         given = {"generator": self.workdir("rar"), "split": "train"}
-        self.run(
-            "annotate",
-            "configs/annotate.py",
-            given | self.data | stages["annotate"],
-            done="attributes.jsonl",
-        )
+        self.run("annotate", "configs/annotate.py", given | self.data | stages["annotate"])
         written = {"data.attributes": self.workdir("annotate") / "attributes.jsonl"}
         self.run("small", "configs/sft.py", shared | self.data | written | stages["small"])
         self.encoder("again", **written, **{"data.described_only": True})
