@@ -85,7 +85,7 @@ BUILT_IN = Size(
     steps=240,
     stages={
         "sft": {"steps": 2000},
-        "rar": {"steps": 120},
+        "rar": {"steps": 80},
         "annotate": {"share": 0.4},
         "small": {"steps": 600},
     },

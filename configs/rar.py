@@ -15,9 +15,9 @@ from configs import common
 def get_config() -> ConfigDict:
     config = common.get_config()
     config.program = "rar"
-    config.steps = 120
+    config.steps = 80
     config.log_every = 1
-    config.eval_every = 40
+    config.eval_every = 16  # the checkpoint that does best then is the one that is judged and used
     config.checkpoint_every = 10
 
     config.generator = ""  # SFT's workdir, one of its checkpoints, or a Hugging Face folder
@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
     config.policy = ConfigDict()  # losses/policy.py
     config.policy.objective = "grpo"  # grpo | dr_grpo
     config.policy.clip = 0.2
-    config.policy.kl = 0.02  # weight of the divergence from the generator that it began with
+    config.policy.kl = 0.03  # weight of the divergence from the generator that it began with
     config.policy.mask_truncated = False  # answers cut at max_answer are left out of the loss
 
     config.watch = ConfigDict()  # rl/watch.py: where the run stops, suspecting reward hacking

@@ -296,11 +296,14 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         elif first_process:
             print(f"{workdir} is complete: {config.steps} steps are done", flush=True)
 
-    # ---- judge
-    judge.end(state.params)
+        # ---- judge
+        chosen = checkpoints.best or int(state.step)
+        if chosen != int(state.step):
+            state = checkpoints.restore(chosen, built.abstract)
+        judge.end(state.params, chosen)
     if first_process and judge.path.exists():
         results = json.loads(judge.path.read_text(encoding="utf-8"))
-        print(f"{catalog.name}, {results['split']} split, after {config.steps} steps:")
+        print(f"{catalog.name}, {results['split']} split, after {results['step']} steps:")
         print(comparison_table(results), flush=True)
 
 

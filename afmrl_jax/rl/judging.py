@@ -120,8 +120,9 @@ class Judge:
             **{f"validation_{name}": value for name, value in outcome.answers.items()},
         }
 
-    def end(self, trained: Any) -> None:
-        """Writes evaluation.json, once: all arms on test listings, or else validation's."""
+    def end(self, trained: Any, step: int) -> None:
+        """Writes evaluation.json, once: all arms on test listings, or else validation's, with the
+        parameters of a step."""
         where = self._last
         if where is None or self.path.exists():
             return
@@ -141,6 +142,7 @@ class Judge:
             "least_confidence": confidence,
             "answers": outcome.answers,
             "split": where.split,
+            "step": step,
         }
         if jax.process_index() == 0:
             write_atomically(self.path, json.dumps(results, indent=2))

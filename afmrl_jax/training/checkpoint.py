@@ -118,18 +118,20 @@ class Checkpoints:
         self._orbax.close()
 
 
-def find_checkpoints(path: str, *, best: bool = False) -> tuple[Checkpoints, int]:
+def find_checkpoints(path: str, *, best: bool | None = False) -> tuple[Checkpoints, int]:
     """The checkpoints that `path` names, and the step.
 
-    path: a run's workdir (its last checkpoint, or with `best` the best on validation), or the
-    folder of one step. Raises UserError where there is none.
+    path: a run's workdir (its last checkpoint, with `best` the best on validation, with None the
+    best where the run validated any), or the folder of one step. Raises UserError where there is
+    none.
     """
     folder = Path(path)
     for root in (folder / "checkpoints", folder):
         if root.is_dir() and (checkpoints := Checkpoints(root)).latest is not None:
             if best and checkpoints.best is None:
                 raise UserError(f"{path} has no validated checkpoint: leave best out")
-            return checkpoints, checkpoints.best if best else checkpoints.latest
+            chosen = checkpoints.latest if best is False else checkpoints.best
+            return checkpoints, chosen or checkpoints.latest
     if folder.name.isdigit() and folder.is_dir():
         checkpoints = Checkpoints(folder.parent)
         if checkpoints.has(int(folder.name)):

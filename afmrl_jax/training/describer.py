@@ -99,14 +99,13 @@ class Describer:
     """A trained generator that describes listings, greedily.
 
     path: as in `find_pretrained`. batch: rows at once, of all processes. otherwise: settings for a
-    model that has no run's, with `model` and `data`. best: of a workdir, the best on validation.
+    model that has no run's, with `model` and `data`. Of a workdir it is the checkpoint that did
+    best on validation: rewarded for too long, a generator may fall silent.
     """
 
-    def __init__(
-        self, path: str, mesh: Mesh, batch: int, *, otherwise: ConfigDict, best: bool = False
-    ):
+    def __init__(self, path: str, mesh: Mesh, batch: int, *, otherwise: ConfigDict):
         """Raises UserError where there is no generator, or the mesh cannot split the batch."""
-        source = find_pretrained(path, Generator, best=best)
+        source = find_pretrained(path, Generator, best=None)
         if source.enc.settings is None and "max_answer" not in otherwise.data:
             raise UserError(
                 f"{path} is not known to answer with attributes: name what configs/sft.py or "

@@ -57,9 +57,9 @@ class Pretrained(Generic[AnyAssembly]):
 
 
 def find_pretrained(
-    path: str, kind: type[AnyAssembly] = Encoder, *, best: bool = False, begin: bool = False
+    path: str, kind: type[AnyAssembly] = Encoder, *, best: bool | None = False, begin: bool = False
 ) -> Pretrained[AnyAssembly]:
-    """The model that `path` names; `best` takes a workdir's best checkpoint on validation.
+    """The model that `path` names; best: as in `find_checkpoints`.
 
     kind: what to make of it. A run's checkpoint is that or an error; with `begin` an encoder, which
     has learnt to see, gives a generator its parameters. A folder may be either.

@@ -78,7 +78,7 @@ def test_the_baseline_is_chosen_on_validation_and_judged_on_test_queries(held_ou
     found = judge.validate("ended", 1)
     assert found["validation_over_sft"] == found["validation"] - 0.5
     assert found["validation_over_sft_sure"] == found["validation"] - 1
-    judge.end("ended")
+    judge.end("ended", 7)
     assert asked == ["begun"] * 2 + ["ended"] * 3  # answers are given once a split and moment
     results = json.loads(judge.path.read_text())
     assert list(results["arms"]) == ["plain", "sft", "sft_sure", "rar", "rar_sure", "oracle"]
@@ -96,7 +96,7 @@ def test_the_baseline_is_chosen_on_validation_and_judged_on_test_queries(held_ou
 def test_without_validation_queries_there_is_no_such_baseline(held_out, tmp_path):
     judge, asked = judge_of(tmp_path, {"test": held_out["test"]})
     judge.begin("begun")
-    judge.end("ended")
+    judge.end("ended", 7)
     results = json.loads(judge.path.read_text())
     assert list(results["arms"]) == ["plain", "sft", "rar", "oracle"] and len(asked) == 2
     assert results["least_confidence"] == {} and "rar - sft_sure" not in results["differences"]
@@ -105,5 +105,5 @@ def test_without_validation_queries_there_is_no_such_baseline(held_out, tmp_path
 def test_without_test_queries_validation_answers_serve_for_both(held_out, tmp_path):
     judge, asked = judge_of(tmp_path, {"validation": held_out["validation"]})
     judge.begin("begun")
-    judge.end("ended")
+    judge.end("ended", 7)
     assert json.loads(judge.path.read_text())["split"] == "validation" and len(asked) == 2
