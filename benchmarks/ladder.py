@@ -59,6 +59,7 @@ RUNGS = (
     Rung("+ SFT's attributes", "agcl", "sft", needs=("sft",)),
     Rung("+ SFT's, the sure ones", "agcl", "sft", True, needs=("sft",)),
     Rung("+ RAR's", "agcl", "rar", needs=("sft", "rar")),
+    Rung("+ RAR's, the sure ones", "agcl", "rar", True, needs=("sft", "rar")),
     Rung(
         "+ RAR's, by a distilled generator",
         "agcl",
