@@ -25,6 +25,7 @@ FIELDS = {
     "data.max_pixels": 6400,
     "data.crop_area": 0.5,
     "data.flip_share": 0.5,
+    "data.attribute_share": 0,
     "eval.tasks": "image->text, text->image",
     "eval_every": 0,
     "checkpoint_every": 50,
