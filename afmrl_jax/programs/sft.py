@@ -315,9 +315,12 @@ class Judge:
         return float(sums[0] / sums[1])
 
     def _tell(self, samples: list[dict[str, Any]]) -> None:
-        with (self._workdir / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for sample in samples:
-                file.write(json.dumps(sample) + "\n")
+        path = self._workdir / "samples.jsonl"
+        # A run killed before it wrote evaluation.json judges again, and says the same.
+        told = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = (json.dumps(sample) for sample in samples)
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines if line not in told)
         for sample in samples:
             title = sample["text"].partition("\n")[0]
             true = format_attributes(sample["attributes"])

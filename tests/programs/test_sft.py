@@ -99,6 +99,8 @@ def test_a_run_stopped_and_started_again_ends_bit_equal(config, run, tmp_path):
     (stopped / "evaluation.json").unlink()
     main.run(config, stopped)
     jax.tree.map(np.testing.assert_array_equal, params_of(run), params_of(stopped))
+    (stopped / "evaluation.json").unlink()  # killed once more, when the samples had been told
+    main.run(config, stopped)
     for name in ("evaluation.json", "samples.jsonl"):
         assert (run / name).read_text() == (stopped / name).read_text()
 
