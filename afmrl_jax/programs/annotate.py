@@ -163,10 +163,10 @@ def done_of(catalog: Catalog, listings: np.ndarray, answers: "AnswerFiles | None
 
 
 def pin_generator(config: ConfigDict) -> ConfigDict:
-    """The configuration with the generator's very checkpoint: a run that goes on after its workdir
-    has got a newer one would mix the answers of two."""
+    """The configuration with the generator's very checkpoint, the one that Describer takes of a
+    workdir: a run that goes on after it has got a better one would mix the answers of two."""
     pinned = ConfigDict(config.to_dict())
-    pinned.generator = find_pretrained(config.generator, Generator).path
+    pinned.generator = find_pretrained(config.generator, Generator, best=None).path
     return pinned.lock()
 
 

@@ -17,7 +17,8 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.data.opening import open_catalogue, open_listings
 from afmrl_jax.data.synthetic import SyntheticCatalog
-from afmrl_jax.programs.annotate import chosen_listings
+from afmrl_jax.programs.annotate import chosen_listings, pin_generator
+from afmrl_jax.training.checkpoint import Checkpoints, find_checkpoints
 from afmrl_jax.training.describer import Describer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -141,3 +142,15 @@ def test_a_model_that_nobody_taught_is_refused(config, tmp_path, agcl_config):
     config.update(generator=config.generator, share=0.0)
     with pytest.raises(UserError, match=r"share is 0\.0"):
         main.run(config, tmp_path)
+
+
+def test_of_a_workdir_the_generator_that_did_best_on_validation_answers(config, taught, tmp_path):
+    trained, step = find_checkpoints(str(taught))
+    record, state = trained.record(step), trained.restore_raw(step)
+    with Checkpoints(tmp_path / "checkpoints", writable=True) as checkpoints:
+        for step, validation in enumerate([0.9, 0.1], 1):
+            checkpoints.save(state, record, step, validation)
+    config.generator = str(tmp_path)
+    assert pin_generator(config).generator == str(tmp_path / "checkpoints" / "1")
+    config.generator = str(tmp_path / "checkpoints" / "2")
+    assert pin_generator(config).generator == config.generator
