@@ -211,8 +211,10 @@ def training_flops(workdir: Path) -> float:
     rows = [row for row in rows if "model_flops_per_second" in row]
     unit = "pairs_per_second" if config["program"] == "agcl" else "answers_per_second"
     each = [row["model_flops_per_second"] / row[unit] for row in rows]
-    of_step = config["batch"] if "batch" in config else config.get("queries", 0) * config["samples"]
-    return float(np.mean(each)) * of_step * config["steps"] if each else 0.0
+    if not each:
+        return 0.0
+    of_step = config["batch"] if "batch" in config else config["queries"] * config["samples"]
+    return float(np.mean(each)) * of_step * config["steps"]
 
 
 def single(name: str) -> str:
