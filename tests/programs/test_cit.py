@@ -1,5 +1,6 @@
 """The whole cycle on a small catalogue: 15 products in two listings each to train on."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,12 +25,20 @@ JUDGED = [f"evaluate/{which}_{how}" for which in ("first", "second") for how in 
 
 
 @pytest.fixture(autouse=True)
-def keep_every_compilation():
-    """Stages compile the same programs again, each of which is too small to be kept otherwise."""
-    before = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    yield
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+def quick_compilations():
+    """Most of the time goes into compiling: what the stages compile again is kept, however small,
+    and nothing is made fast that runs a few times."""
+    wanted = {
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in wanted}
+    for values in (wanted, before):
+        jax.clear_caches()
+        for name, value in values.items():
+            jax.config.update(name, value)
+        if values is wanted:
+            yield
 
 
 @pytest.fixture
@@ -76,25 +85,31 @@ def manifest_of(workdir):
     return {line.pop("stage"): line for line in lines}
 
 
-def terminate_when(path):
+@contextlib.contextmanager
+def terminated_when(path):
     """Sends this process a SIGTERM once the file has a line."""
+    left = threading.Event()
 
-    def wait():
-        while not (path.exists() and path.read_text()):
+    def watch():
+        while not left.is_set():
+            if path.exists() and path.read_text():
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
             time.sleep(0.005)
-        os.kill(os.getpid(), signal.SIGTERM)
 
-    thread = threading.Thread(target=wait, daemon=True)
+    thread = threading.Thread(target=watch)
     thread.start()
-    return thread
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
 
 
 def test_a_cycle_stopped_within_a_stage_goes_on_there_to_its_end(config, folder, capsys):
     run = folder / "run"
-    thread = terminate_when(run / "rar" / "metrics.jsonl")
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit) as ended, terminated_when(run / "rar" / "metrics.jsonl"):
         main.run(config, run)
-    thread.join()
     told = capsys.readouterr().out
     assert ended.value.code == 143
     assert "stopped by SIGTERM at step" in told and "stopped in stage 3 of 11, rar" in told
