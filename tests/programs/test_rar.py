@@ -259,6 +259,6 @@ def test_what_cannot_be_run_is_told_in_a_sentence(config, models, tmp_path, fiel
 
 
 def test_a_changed_configuration_is_refused(config, run):
-    config.policy.kl = 0.5
-    with pytest.raises(UserError, match=r"policy.kl was 0.02 and is now 0.5"):
+    before, config.policy.kl = config.policy.kl, 0.5
+    with pytest.raises(UserError, match=f"policy.kl was {before} and is now 0.5"):
         main.run(config, run)
