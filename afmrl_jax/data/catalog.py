@@ -31,6 +31,7 @@ __all__ = [
     "Catalog",
     "ConcatCatalog",
     "Listing",
+    "Overlay",
     "open_catalog",
     "split_name",
     "split_of_product",
@@ -298,6 +299,36 @@ class ConcatCatalog:
     def indices(self, split: str) -> np.ndarray:
         parts = [catalog.indices(split) for catalog in self._catalogs]
         return np.concatenate([part + start for part, start in zip(parts, self._starts)])
+
+
+class Overlay:
+    """A catalogue that is another one, but for what a subclass says: see Catalog."""
+
+    def __init__(self, catalog: Catalog, fingerprint: str):
+        self._catalog, self.fingerprint = catalog, fingerprint
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._catalog!r}, {self.fingerprint[:8]})"
+
+    def __len__(self) -> int:
+        return len(self._catalog)
+
+    @property
+    def name(self) -> str:
+        return self._catalog.name
+
+    @property
+    def products(self) -> np.ndarray:
+        return self._catalog.products
+
+    def listing(self, index: int, draw: int = 0) -> Listing:
+        return self._catalog.listing(index, draw)
+
+    def image(self, index: int, which: int = 0, draw: int = 0) -> Image.Image | None:
+        return self._catalog.image(index, which, draw)
+
+    def indices(self, split: str) -> np.ndarray:
+        return self._catalog.indices(split)
 
 
 def _fingerprint(*parts: str) -> str:

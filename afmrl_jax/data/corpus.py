@@ -12,40 +12,26 @@ import logging
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.core.writer import write_atomically
-from afmrl_jax.data.catalog import Catalog, Listing
+from afmrl_jax.data.catalog import Catalog, Overlay
 from afmrl_jax.data.mining import VERSION, mine_neighbours
 
 log = logging.getLogger(__name__)
 
 
-class TrainedOn:
-    """A catalogue of whose training split only some listings are left: see Catalog."""
+class TrainedOn(Overlay):
+    """A catalogue of whose training split only some listings are left."""
 
     def __init__(self, catalog: Catalog, listings: np.ndarray):
         """listings: int64, what is left of the training split; the other splits stay whole."""
-        self._catalog, self._listings = catalog, listings
-        self.name, self.products = catalog.name, catalog.products
         key = catalog.fingerprint.encode() + listings.tobytes()
-        self.fingerprint = hashlib.blake2b(key, digest_size=16).hexdigest()
-
-    def __repr__(self) -> str:
-        return f"TrainedOn({self._catalog!r}, {self.fingerprint[:8]})"
-
-    def __len__(self) -> int:
-        return len(self._catalog)
-
-    def listing(self, index: int, draw: int = 0) -> Listing:
-        return self._catalog.listing(index, draw)
-
-    def image(self, index: int, which: int = 0, draw: int = 0) -> Image.Image | None:
-        return self._catalog.image(index, which, draw)
+        super().__init__(catalog, hashlib.blake2b(key, digest_size=16).hexdigest())
+        self._listings = listings
 
     def indices(self, split: str) -> np.ndarray:
-        return self._listings if split == "train" else self._catalog.indices(split)
+        return self._listings if split == "train" else super().indices(split)
 
 
 def listings_by_product(catalog: Catalog, split: str) -> tuple[np.ndarray, np.ndarray]:

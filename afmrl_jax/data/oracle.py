@@ -17,10 +17,9 @@ from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.catalog import Catalog, Listing, append_new, report_bad
+from afmrl_jax.data.catalog import Catalog, Listing, Overlay, append_new, report_bad
 from afmrl_jax.data.conversion import BATCH_ROWS, BadListings, new_folder, open_columns
 from afmrl_jax.data.sources import Source, line_source
 from afmrl_jax.data.validation import BadListing, check_annotation, identify, quote
@@ -82,40 +81,26 @@ def open_attributes(
     return WithAttributes(catalog, folder)
 
 
-class WithAttributes:
-    """A catalogue with other attributes: see Catalog. `open_attributes` makes it.
+class WithAttributes(Overlay):
+    """A catalogue with other attributes. `open_attributes` makes it.
 
     Memory-mapped: beside the catalogue it holds nothing.
     """
 
     def __init__(self, catalog: Catalog, folder: Path):
-        self.name = catalog.name
-        self.products = catalog.products
-        self.fingerprint = folder.name.removeprefix("attributes-")
-        self._catalog, self._folder = catalog, folder
+        super().__init__(catalog, folder.name.removeprefix("attributes-"))
+        self._folder = folder
         self._rows = np.load(folder / "rows.npy", mmap_mode="r")
         self._attributes = open_columns(folder / "attributes.arrow")["attributes"]
 
     def __reduce__(self):
         return type(self), (self._catalog, self._folder)
 
-    def __repr__(self) -> str:
-        return f"WithAttributes({self._catalog!r}, {self.fingerprint[:8]})"
-
-    def __len__(self) -> int:
-        return len(self._catalog)
-
     def listing(self, index: int, draw: int = 0) -> Listing:
-        listing = self._catalog.listing(index, draw)
+        listing = super().listing(index, draw)
         row = int(self._rows[index])
         attributes = json.loads(self._attributes[row].as_py()) if row >= 0 else {}
         return dataclasses.replace(listing, attributes=attributes)
-
-    def image(self, index: int, which: int = 0, draw: int = 0) -> Image.Image | None:
-        return self._catalog.image(index, which, draw)
-
-    def indices(self, split: str) -> np.ndarray:
-        return self._catalog.indices(split)
 
 
 def _convert(catalog: Catalog, source: Source, folder: Path) -> None:

@@ -17,29 +17,25 @@ one product resemble one another.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.catalog import Catalog, Listing
+from afmrl_jax.data.catalog import Catalog, Listing, Overlay
 from afmrl_jax.retrieval.evaluation import Scores
 
 RESAMPLES = 500
 STARTS = 10  # of k-means, from other centres each; the tightest clusters are kept
 
 
-class Unlabelled:
+class Unlabelled(Overlay):
     """A catalogue whose listings do not say their category; otherwise the same."""
 
     def __init__(self, catalog: Catalog):
-        self._catalog = catalog
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._catalog, name)
+        super().__init__(catalog, catalog.fingerprint)
 
     def listing(self, index: int, draw: int = 0) -> Listing:
-        return dataclasses.replace(self._catalog.listing(index, draw), category="")
+        return dataclasses.replace(super().listing(index, draw), category="")
 
 
 class CategoryTask:

@@ -39,7 +39,7 @@ def test_a_listing_without_its_label_is_the_same_otherwise():
 class Line:
     """A catalogue whose listings' categories are given by one letter each, "-" for none."""
 
-    name = "line"
+    name = fingerprint = "line"
 
     def __init__(self, categories):
         self.categories = categories
