@@ -232,7 +232,9 @@ def told(found: list[np.ndarray]) -> dict[str, Any]:
 
 
 def collect(ladders: list[Ladder], rung: Rung, enrich: str) -> dict[str, Any]:
-    judged = [ladder.judge(rung, enrich) for ladder in ladders]
+    # Queries alone are told by category, so that this is the same for both columns.
+    classed = [ladder.judge(rung, "queries") for ladder in ladders]
+    judged = [ladder.judge(rung, enrich, classes=False) for ladder in ladders]
     asked = [found["queries"]["listing_ids"] for found in judged]
     assert all(ids == asked[0] for ids in asked), "seeds were judged on different queries"
     cells = {
@@ -240,8 +242,8 @@ def collect(ladders: list[Ladder], rung: Rung, enrich: str) -> dict[str, Any]:
         for name, metric in METRICS.items()
     }
     for name, metric in CLASSES.items():
-        values = [found["category"][metric] for found in judged]
-        halves = [found["category"][f"{metric}_ci95"] for found in judged]
+        values = [found["category"][metric] for found in classed]
+        halves = [found["category"][f"{metric}_ci95"] for found in classed]
         cells[name] = {"mean": float(np.mean(values)), "half": float(np.mean(halves))}
         cells[name]["by_seed"] = values
     recalls = [found["queries"]["values"][METRICS["R@1"]] for found in judged]

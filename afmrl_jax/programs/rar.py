@@ -297,10 +297,10 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             print(f"{workdir} is complete: {config.steps} steps are done", flush=True)
 
         # ---- judge
-        chosen = checkpoints.best or int(state.step)
+        chosen, trained = checkpoints.best or int(state.step), state.params
         if chosen != int(state.step):
-            state = checkpoints.restore(chosen, built.abstract)
-        judge.end(state.params, chosen)
+            trained = checkpoints.restore_params(chosen, built.abstract.params)
+        judge.end(trained, chosen)
     if first_process and judge.path.exists():
         results = json.loads(judge.path.read_text(encoding="utf-8"))
         print(f"{catalog.name}, {results['split']} split, after {results['step']} steps:")
