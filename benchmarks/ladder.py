@@ -95,12 +95,12 @@ BUILT_IN = Size(
 # Photos become some 80 px, 25 tokens; descriptions are long, and stand behind the attributes.
 PHOTO = {"data.max_patches": 100, "data.min_pixels": 4096, "data.max_pixels": 6400}
 PHOTOS = Size(
-    steps=160,
+    steps=100,
     stages={
-        "sft": {"steps": 800} | PHOTO,
-        "rar": {"steps": 60},
+        "sft": {"steps": 500} | PHOTO,
+        "rar": {"steps": 40, "eval_every": 8},
         "annotate": {"share": 1.0},
-        "small": {"steps": 400} | PHOTO,
+        "small": {"steps": 250} | PHOTO,
     },
     encoder=PHOTO
     | {
