@@ -55,7 +55,12 @@ from afmrl_jax.retrieval.tasks import (
     validation_sample,
 )
 from afmrl_jax.training import cost, encoder, gradcache
-from afmrl_jax.training.checkpoint import Checkpoints, check_catalogue, check_unchanged
+from afmrl_jax.training.checkpoint import (
+    Checkpoints,
+    check_catalogue,
+    check_unchanged,
+    checkpoint_folder,
+)
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import make_optimizer
 from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, read_base
@@ -238,7 +243,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     check_choice("eval.attributes", config.eval.attributes, ("none", "oracle"))
     tasks = [parse_task(name) for name in config.eval.tasks.split(",")]
     local = local_rows(mesh, config.batch // config.chunks, "batch / chunks")
-    with Checkpoints(workdir / "checkpoints", writable=True) as checkpoints:
+    with Checkpoints(checkpoint_folder(config, workdir), writable=True) as checkpoints:
         saved = checkpoints.record(checkpoints.latest) if checkpoints.latest else None
         if saved:
             check_unchanged(saved["config"], config, workdir)

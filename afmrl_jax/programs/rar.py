@@ -48,7 +48,13 @@ from afmrl_jax.rl.rewards import Options as RewardOptions
 from afmrl_jax.rl.rewards import bounded_k
 from afmrl_jax.rl.rollout import Query, QueryBatches, QueryEmbedder
 from afmrl_jax.rl.watch import Limits, stopped, watch
-from afmrl_jax.training.checkpoint import MAY_CHANGE, Checkpoints, check_catalogue, check_unchanged
+from afmrl_jax.training.checkpoint import (
+    MAY_CHANGE,
+    Checkpoints,
+    check_catalogue,
+    check_unchanged,
+    checkpoint_folder,
+)
 from afmrl_jax.training.describer import describe
 from afmrl_jax.training.encoder import (
     DTYPES,
@@ -201,7 +207,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     first_process = jax.process_index() == 0
     check_ranges(flatten(config), RANGES)
     local = local_rows(mesh, _share(config), "queries / chunks")
-    with Checkpoints(workdir / "checkpoints", writable=True) as checkpoints:
+    with Checkpoints(checkpoint_folder(config, workdir), writable=True) as checkpoints:
         saved = checkpoints.record(checkpoints.latest) if checkpoints.latest else None
 
         # ---- generator, catalogue and encoder

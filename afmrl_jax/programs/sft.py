@@ -42,7 +42,12 @@ from afmrl_jax.data.pipeline import Stream
 from afmrl_jax.data.views import listing_text
 from afmrl_jax.models import lora
 from afmrl_jax.training import accumulate, cost
-from afmrl_jax.training.checkpoint import Checkpoints, check_catalogue, check_unchanged
+from afmrl_jax.training.checkpoint import (
+    Checkpoints,
+    check_catalogue,
+    check_unchanged,
+    checkpoint_folder,
+)
 from afmrl_jax.training.encoder import abstract_params, from_preset, from_record, lora_of
 from afmrl_jax.training.generator import Answerer, Generator, batches_of
 from afmrl_jax.training.loop import Training, fit
@@ -152,7 +157,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     first_process = jax.process_index() == 0
     check_ranges(flatten(config), RANGES)
     local = local_rows(mesh, config.batch // config.chunks, "batch / chunks")
-    with Checkpoints(workdir / "checkpoints", writable=True) as checkpoints:
+    with Checkpoints(checkpoint_folder(config, workdir), writable=True) as checkpoints:
         saved = checkpoints.record(checkpoints.latest) if checkpoints.latest else None
         if saved:
             check_unchanged(saved["config"], config, workdir)
