@@ -67,7 +67,7 @@ class AnswerBatches:
     processor: Processor
     batch: int  # rows of a step, of all processes
     chunks: int  # A
-    rows: slice  # of each chunk's rows, this process's
+    rows: np.ndarray  # of each chunk's rows, this process's
     dropout: float  # share of the attributes that answers leave out, at random
     seed: int
     steps: int

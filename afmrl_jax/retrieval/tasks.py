@@ -61,7 +61,7 @@ class Judge:
         catalog: Catalog,
         *,
         batch: int,
-        local: slice,
+        local: np.ndarray,
         enriched: Enrichment = Enrichment(),
     ):
         self._embed, self._processor, self._catalog = embed, processor, catalog

@@ -36,7 +36,7 @@ class QueryBatches:
     processor: Processor  # the generator's
     queries: int  # of a step, of all processes
     chunks: int  # A
-    rows: slice  # of each chunk's queries, this process's
+    rows: np.ndarray  # of each chunk's queries, this process's
     seed: int
     steps: int
 
@@ -89,7 +89,7 @@ class QueryEmbedder:
     processor: Processor
     catalog: Catalog
     batch: int
-    local: slice
+    local: np.ndarray
 
     def __call__(self, queries: Sequence[Query]) -> np.ndarray:
         """float32[n, E]: image and text of each query, its attributes where `listing_text` has

@@ -203,7 +203,7 @@ def placed(params: Any, mesh: Mesh) -> Any:
 
 def host_embedder(
     embed: Callable[[Any, dict[str, jax.Array]], jax.Array], mesh: Mesh, batch: int
-) -> tuple[Callable[[Any, dict[str, np.ndarray]], jax.Array], slice]:
+) -> tuple[Callable[[Any, dict[str, np.ndarray]], jax.Array], np.ndarray]:
     """A function (params, this process's rows) -> float32[batch, E] on every device, and which of
     the batch's rows are this process's. Raises UserError where the mesh cannot split the batch.
     """

@@ -67,7 +67,7 @@ def test_texts_are_embedded_without_patches_and_as_they_are_with(catalog):
         return model(params, rows)
 
     listings = catalog.indices("all")[:4]
-    judge = Judge(embed, processor, catalog, batch=4, local=slice(0, 4))
+    judge = Judge(embed, processor, catalog, batch=4, local=np.arange(4))
     vectors = judge.vectors("text", listings)
     judge.vectors("image", listings)
     assert shapes == [((4, 32), (4, 0)), ((4, 32), (4, 16))]
@@ -95,7 +95,7 @@ def enriched_judge(catalog, side):
     words = Words()
     given = enrichment(own_attributes(catalog), side)
     judge = Judge(
-        lambda rows: rows["x"], words, catalog, batch=4, local=slice(0, 4), enriched=given
+        lambda rows: rows["x"], words, catalog, batch=4, local=np.arange(4), enriched=given
     )
     return words, judge
 

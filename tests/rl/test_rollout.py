@@ -82,7 +82,7 @@ def test_large_galleries_are_whole_products_and_one_product_is_none(tmp_path):
 
 def test_queries_are_a_function_of_seed_and_step():
     def batches(seed):
-        return QueryBatches(CATALOG, np.array([0, 1, 2, 4]), None, 2, 1, slice(0, 2), seed, 9)
+        return QueryBatches(CATALOG, np.array([0, 1, 2, 4]), None, 2, 1, np.arange(2), seed, 9)
 
     one = batches(0)
     first = [one.draw(step) for step in range(2)]

@@ -45,7 +45,7 @@ class Counting:
 
 
 CATALOG = Words()
-EMBEDDER = QueryEmbedder(lambda rows: rows["vectors"], Counting(), CATALOG, 3, slice(0, 3))
+EMBEDDER = QueryEmbedder(lambda rows: rows["vectors"], Counting(), CATALOG, 3, np.arange(3))
 
 
 def gallery_in(folder, embed=lambda listings: EMBEDDER([Query(int(i)) for i in listings]), **how):
