@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# What runs on every worker, whatever started it: the other launchers call this.
+#
+#   launch/worker.sh install --extra tpu|cuda12|cuda13      the program and what JAX needs there, into .venv
+#   launch/worker.sh run   --kind tpu|gpu [--times K] -- --config=configs/agcl.py ...
+#   launch/worker.sh start --kind tpu|gpu [--times K] -- --config=configs/agcl.py ...
+#   launch/worker.sh tail | stop
+#
+# `run` trains in the foreground: it sets the compiler's flags (launch/overlap_flags.sh; your own in
+# LIBTPU_INIT_ARGS and XLA_FLAGS win), and launch/restart.sh starts the training again where it fails,
+# at most K times (default 3). `start` is `run` in the background; its output goes to runs/worker.log,
+# which `tail` follows. `stop` sends SIGTERM and waits until the checkpoint is saved.
+# --dry-run prints every command and runs none.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=launch/commands.sh
+source launch/commands.sh
+
+kind="" times=3 extra=""
+log=runs/worker.log pid_file=runs/worker.pid
+
+# Whether what `start` started runs still; sets `pid`.
+running() {
+    [[ -z "$dry_run" && -e "$pid_file" ]] || return 1
+    pid="$(cat "$pid_file")"
+    # The number alone may have passed to another program since.
+    [[ "$(ps -p "$pid" -o args= 2>/dev/null)" == *launch/restart.sh* ]]
+}
+
+# Sets `training`: the flags, the restarts and the program as one command.
+training_command() {
+    [[ "$kind" == tpu || "$kind" == gpu ]] || fail "--kind is '$kind': say tpu or gpu"
+    [[ "$times" =~ ^[0-9]+$ ]] || fail "--times is '$times', but must be a whole number, 0 or more"
+    need_training
+    local python=.venv/bin/python
+    [[ -x "$python" ]] || python=python3
+    # shellcheck source=launch/overlap_flags.sh
+    source launch/overlap_flags.sh
+    overlap_flags "$kind"
+    training=(bash launch/restart.sh --times "$times" -- "$python" -m afmrl_jax.main "${arguments[@]}")
+    if [[ "$kind" == tpu ]]; then
+        training=(env "LIBTPU_INIT_ARGS=$LIBTPU_INIT_ARGS" "${training[@]}")
+    else
+        training=(env "XLA_FLAGS=$XLA_FLAGS" "${training[@]}")
+    fi
+}
+
+read_arguments "install run start tail stop" "kind times extra" "" "$@"
+case "$verb" in
+    install)
+        need extra "tpu, cuda12 or cuda13, as in setup.cfg"
+        [[ "$extra" =~ ^(tpu|cuda12|cuda13)$ ]] || fail "--extra is '$extra': say tpu, cuda12 or cuda13"
+        # shellcheck source=launch/setup.sh
+        source launch/setup.sh
+        if ! find_python >/dev/null 2>&1; then # TPU VMs bring Python 3.10; uv brings one of its own
+            execute python3 -m pip install --user --quiet uv
+            execute "$HOME/.local/bin/uv" python install 3.12
+            PATH="$HOME/.local/bin:$PATH"
+        fi
+        if [[ -n "$dry_run" ]]; then
+            execute bash -c "source launch/setup.sh && setup $extra"
+        else
+            setup "$extra"
+        fi
+        ;;
+    run)
+        training_command
+        [[ -z "$dry_run" ]] || { execute "${training[@]}" && exit; }
+        exec "${training[@]}"
+        ;;
+    start)
+        training_command
+        if running; then
+            echo "The training runs already, as process $pid: follow it with tail, or stop it first."
+            exit
+        fi
+        [[ -z "$dry_run" ]] || { execute nohup "${training[@]}" && exit; }
+        mkdir -p runs
+        nohup "${training[@]}" >>"$log" 2>&1 </dev/null 3>&- &
+        echo $! >"$pid_file"
+        echo "The training runs as process $!; its output goes to $PWD/$log"
+        ;;
+    tail)
+        if running; then
+            exec tail -n 100 --pid="$pid" -F "$log"
+        fi
+        execute tail -n 100 "$log"
+        ;;
+    stop)
+        if ! running; then
+            echo "No training runs here."
+            exit
+        fi
+        kill -TERM "$pid"
+        while running; do sleep 1; done
+        echo "The training has stopped; the same command goes on from its last checkpoint."
+        ;;
+esac
