@@ -53,6 +53,7 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.optimizer.clip_norm = 1.0
 
     config.data.workers = 1  # processes that prepare batches; 0 = in the training process
+    config.data.timeout = 600.0  # seconds that a batch may take; then the run ends, saying where
     config.data.prompt = "plain"  # plain | chat: the model's chat template, as Qwen3-VL-Embedding's
     config.data.instruction = ""  # said before each text; with chat, as the system
     config.data.max_tokens = 96  # a row's tokens, images included

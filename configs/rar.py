@@ -78,6 +78,7 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
 
     config.data.workers = 0  # processes that prepare queries; 0 = in the training process
+    config.data.timeout = 600.0  # seconds that a batch may take; then the run ends, saying where
     # How to ask a Hugging Face folder; a run knows this itself, and these fields then do not count.
     config.data.instruction = "List the product's key attributes."
     config.data.max_tokens = 104  # a question's tokens, images included

@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
 
     config.data.workers = 1  # processes that prepare batches; 0 = in the training process
+    config.data.timeout = 600.0  # seconds that a batch may take; then the run ends, saying where
     # said as the system of the model's chat template; "" = the template's own words
     config.data.instruction = "List the product's key attributes."
     config.data.max_tokens = 96  # a question's tokens, images included

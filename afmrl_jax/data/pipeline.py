@@ -7,11 +7,16 @@ Axes: A chunks · C examples of a chunk (this process's) · V views of an exampl
 P patches · T attribute terms.
 """
 
+import contextlib
+import faulthandler
 import gc
 import multiprocessing
 import os
+import queue
+import re
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -21,12 +26,15 @@ import numpy as np
 from absl import flags
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
+from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.pairs import PairSampler
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.views import Augmentation, listing_text, training_row
 
 Batch = dict[str, np.ndarray]
+
+PATIENCE = 5  # seconds that a worker is given to finish what it is at, before it is killed
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class PairBatches:
     target_views: tuple[tuple[str, ...], np.ndarray]
     max_terms: int
     chunks: int
-    rows: slice  # of each chunk's C examples, this process's
+    rows: np.ndarray  # of each chunk's C examples, this process's
     seed: int
     steps: int
 
@@ -106,6 +114,7 @@ def _live_with_parent(*_: int) -> None:
     SIGTERM reaches the whole group: the trainer may still want batches for the step it is saving.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    faulthandler.register(signal.SIGUSR1)  # then it tells on standard error what it is at
 
     def watch() -> None:
         multiprocessing.parent_process().join()
@@ -128,10 +137,13 @@ class Batches(Protocol):
 class Stream:
     """Iterates batches from `next_step` on, made ahead by worker processes (0: in a thread)."""
 
-    def __init__(self, batches: Batches, next_step: int, workers: int):
-        """next_step: the stream's state, the first step to deliver."""
+    def __init__(self, batches: Batches, next_step: int, workers: int, timeout: float):
+        """next_step: the stream's state, the first step to deliver. timeout: seconds that a batch
+        is waited for, the first one's with the start of the workers."""
+        # A worker reads ahead in a thread; without one, the thread below does.
+        threads = min(workers, 1)
         dataset = grain.MapDataset.source(batches)[next_step:].to_iter_dataset(
-            grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         )
         if workers:
             if not flags.FLAGS.is_parsed():  # Grain's workers read absl's flags
@@ -141,19 +153,102 @@ class Stream:
                 worker_init_fn=_live_with_parent,
             )
         self._iterator = iter(dataset)
-        self.next_step = next_step
+        self.next_step = self._first_step = next_step
+        self.timeout, self._workers = timeout, workers
+        self._others = set(multiprocessing.active_children())
+        # Grain waits without end for a worker that hangs, so that a thread must wait for Grain; as
+        # a daemon it does not keep a process that ends.
+        self._ready: queue.Queue[Batch | Exception] = queue.Queue(maxsize=1 if workers else 2)
+        self._closing = threading.Event()
+        self._reader = threading.Thread(target=self._read, name="batches", daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while not self._closing.is_set():
+            try:
+                found = next(self._iterator)
+                # Copied out of the memory shared with a worker: JAX may keep an array as long as
+                # it likes.
+                found = {name: np.array(array) for name, array in found.items()}
+            except Exception as error:  # StopIteration too: whoever waits for a batch gets it
+                self._ready.put(error)
+                return
+            self._ready.put(found)
+            del found  # it would be held while the next is made
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        # Copied out of the memory shared with a worker: JAX may keep an array as long as it likes.
-        batch = {name: np.array(array) for name, array in next(self._iterator).items()}
+        """Raises UserError where the batch's worker was killed, or the batch is not made in time:
+        then the workers are killed, after each has told on standard error what it was at."""
+        try:
+            found = self._ready.get(timeout=self.timeout)
+        except queue.Empty:
+            raise UserError(self._hung()) from None
+        if isinstance(found, Exception):
+            self._ready.put(found)  # for whoever asks again
+            # The one message of Grain's that does not come from our own code.
+            if code := re.search(r"terminated unexpectedly with exit code (-?\d+)", str(found)):
+                raise UserError(self._died(int(code[1]))) from found
+            raise found
         self.next_step += 1
-        return batch
+        return found
+
+    def _whose(self) -> str:
+        worker = 1 + (self.next_step - self._first_step) % self._workers
+        return f"data worker {worker} of {self._workers}"
+
+    def _died(self, code: int) -> str:
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        return (
+            f"{self._whose()}, which was to bring the batch of step {self.next_step + 1}, {how}. Where "
+            "nobody did that, the machine ran out of memory: lower data.workers (dmesg names what "
+            "the system killed). Start again: the run goes on from its last checkpoint"
+        )
+
+    def _hung(self) -> str:
+        late = (
+            f"the batch of step {self.next_step + 1} was not made within {self.timeout:g} s "
+            "(data.timeout)"
+        )
+        advice = (
+            "look whether the disk or the network file system of data.path answers, and whether "
+            "the machine has memory left; then start again: the run goes on from its last "
+            "checkpoint. Where batches do take that long, raise data.timeout or data.workers"
+        )
+        if not self._workers:
+            return f"{late} by this process's own thread: {advice}"
+        whose, processes = self._whose(), self._processes()
+        numbers = ", ".join(str(process.pid) for process in processes)
+        for process in processes:
+            os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(0.5)  # to write it
+        self._kill()
+        return (
+            f"{late}: {whose} does not answer, and all are ended (processes {numbers}). What they "
+            f"were at stands above; {advice}"
+        )
+
+    def _processes(self) -> list[multiprocessing.Process]:
+        """This stream's living workers."""
+        living = set(multiprocessing.active_children()) - self._others
+        return sorted((p for p in living if p.name.startswith("grain-")), key=lambda p: p.pid)
+
+    def _kill(self) -> None:
+        for process in self._processes():
+            process.kill()
 
     def close(self) -> None:
-        """Ends the worker processes."""
+        """Ends the worker processes, in bounded time."""
+        self._closing.set()
+        with contextlib.suppress(queue.Empty):
+            while True:  # the reader may wait for room
+                self._ready.get_nowait()
+        self._reader.join(PATIENCE)
+        if self._reader.is_alive() and self._workers:
+            self._kill()
+            self._reader.join(PATIENCE)
         self._iterator.close()
         del self._iterator  # it holds the last batch, in that shared memory
         gc.collect()

@@ -86,6 +86,7 @@ RANGES = {  # field -> lowest and highest
     "model.embedding_dim": (0, math.inf),
     "model.lora_rank": (0, math.inf),
     "data.workers": (0, math.inf),
+    "data.timeout": (1, math.inf),
     "data.neighbours": (1, math.inf),
     "data.hard_negatives": (0, math.inf),
     "data.max_terms": (1, math.inf),
@@ -106,7 +107,7 @@ class Built:
     start: Callable[[Any], TrainState]  # from parameters, or from scratch with None
     step: Callable[[Any, TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
     embed: Callable[[Any, dict[str, np.ndarray]], jax.Array]
-    embed_rows: slice  # of an evaluation batch, those that this process gives to `embed`
+    embed_rows: np.ndarray  # of an evaluation batch, those that this process gives to `embed`
     abstract: TrainState
     frozen: Any  # abstract parameters beside the state's; {} where all are trained
 
@@ -374,7 +375,7 @@ def _open_stream(
     sampler: PairSampler,
     processor: Processor,
     statistics: CorpusStatistics,
-    local: slice,
+    local: np.ndarray,
 ) -> Callable[[int], Stream]:
     """A function from the next step to the stream of batches that begins there."""
     data = config.data
@@ -392,7 +393,7 @@ def _open_stream(
         seed=config.seed,
         steps=config.steps,
     )
-    return lambda step: Stream(batches, step, data.workers)
+    return lambda step: Stream(batches, step, data.workers, data.timeout)
 
 
 def _encoder(

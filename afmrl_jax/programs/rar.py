@@ -86,6 +86,7 @@ RANGES = {  # field -> lowest and highest
     "reward.batch": (1, math.inf),
     "model.lora_rank": (0, math.inf),
     "data.workers": (0, math.inf),
+    "data.timeout": (1, math.inf),
     "eval.batch": (1, math.inf),
     "eval.validation_listings": (1, math.inf),
     "eval.listings": (1, math.inf),
@@ -286,7 +287,9 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 step=Step(
                     config, built, generator, frozen, reference, batches, environment, workdir, mesh
                 ),
-                open_stream=lambda step: Stream(batches, step, config.data.workers),
+                open_stream=lambda step: Stream(
+                    batches, step, config.data.workers, config.data.timeout
+                ),
                 examples=config.queries * config.samples,
                 unit="answers",
                 chunk=_share(config),
@@ -403,7 +406,7 @@ def _gallery(
     mine = local_rows(mesh, shards, "the mesh")
 
     def agreed(flag: bool) -> bool:
-        flags = {"flag": np.full(mine.stop - mine.start, flag)}
+        flags = {"flag": np.full(len(mine), flag)}
         flags = put_batch(flags, mesh, axis=0, rows=shards)["flag"]
         return bool(jax.jit(jnp.all, out_shardings=replicated(mesh))(flags))
 

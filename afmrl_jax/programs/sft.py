@@ -73,6 +73,7 @@ RANGES = {  # field -> lowest and highest
     "vocabulary_chunk": (1, math.inf),
     "model.lora_rank": (0, math.inf),
     "data.workers": (0, math.inf),
+    "data.timeout": (1, math.inf),
     "data.max_answer": (2, math.inf),
     "data.answer_dropout": (0, 1),
     "eval.batch": (1, math.inf),
@@ -212,7 +213,9 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             )
             training = Training(
                 step=functools.partial(built.step, frozen),
-                open_stream=lambda step: Stream(batches, step, config.data.workers),
+                open_stream=lambda step: Stream(
+                    batches, step, config.data.workers, config.data.timeout
+                ),
                 examples=config.batch,
                 unit="answers",
                 chunk=config.batch // config.chunks,

@@ -1,9 +1,17 @@
 import dataclasses
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
+from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.catalog import open_catalog
 from afmrl_jax.data.pairs import Composition, PairSampler
 from afmrl_jax.data.pipeline import PairBatches, Stream
@@ -35,7 +43,7 @@ def batches(catalogue_folder, tmp_path_factory):
         target_views=mixture,
         max_terms=8,
         chunks=2,
-        rows=slice(0, 4),
+        rows=np.arange(4),
         seed=0,
         steps=6,
     )
@@ -58,16 +66,83 @@ def test_a_batch_is_chunks_of_examples_of_views(batches):
 
 def test_two_processes_make_the_halves_of_one_process_s_batch(batches):
     whole = batches[3]
-    halves = [dataclasses.replace(batches, rows=rows)[3] for rows in (slice(0, 2), slice(2, 4))]
+    halves = [dataclasses.replace(batches, rows=rows)[3] for rows in np.arange(4).reshape(2, 2)]
     same(whole, {k: np.concatenate([h[k] for h in halves], axis=1) for k in whole})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_goes_on_from_one_integer_whatever_the_workers(batches, workers):
-    stream = Stream(batches, 2, workers)
+    stream = Stream(batches, 2, workers, 100)
     try:
         for step in (2, 3, 4):
             assert stream.next_step == step
             same(next(stream), batches[step])
     finally:
         stream.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Troubled:
+    """Batches of one number, of which the worker that makes `step` sleeps or is killed."""
+
+    step: int
+    killed: bool
+
+    def __len__(self):
+        return 100
+
+    def __repr__(self):
+        return "Troubled"
+
+    def __getitem__(self, step):
+        if step == self.step and self.killed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if step == self.step:
+            time.sleep(1000)
+        return {"listing": np.full((1, 1), step, np.int32)}
+
+
+def take_all(stream):
+    """Takes batches until there are no more; waits long for the first, for the workers to start."""
+    try:
+        for _ in stream:
+            stream.timeout = 1
+    finally:
+        stream.close()
+
+
+def ended(pid):
+    try:
+        return os.kill(pid, 0) is not None
+    except ProcessLookupError:
+        return True
+
+
+def test_a_worker_that_hangs_is_told_with_its_stack_and_ended(capfd):
+    with pytest.raises(UserError, match=r"batch of step 3 .* data worker 1 of 2 .*timeout") as e:
+        take_all(Stream(Troubled(2, killed=False), 0, 2, 100))
+    workers = re.search(r"processes (\d+), (\d+)", str(e.value))
+    assert all(ended(int(pid)) for pid in workers.groups())
+    assert "in __getitem__" in capfd.readouterr().err
+
+
+def test_a_killed_worker_is_told():
+    """It reads ahead: what it had ready goes with it."""
+    told = r"data worker 1 of 1, .* batch of step [456], was killed by SIGKILL"
+    with pytest.raises(UserError, match=told):
+        take_all(Stream(Troubled(5, killed=True), 3, 1, 100))
+
+
+def test_a_process_ends_though_its_own_thread_hangs():
+    code = """
+from test_pipeline import Stream, Troubled, take_all
+try:
+    take_all(Stream(Troubled(1, killed=False), 0, 0, 100))
+except Exception as error:
+    print(error)
+"""
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    assert "the batch of step 2 was not made within 1 s (data.timeout) by this" in done.stdout
+    assert done.returncode == 0
