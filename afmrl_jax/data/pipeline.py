@@ -202,9 +202,9 @@ class Stream:
     def _died(self, code: int) -> str:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         return (
-            f"{self._whose()}, which was to bring the batch of step {self.next_step + 1}, {how}. Where "
-            "nobody did that, the machine ran out of memory: lower data.workers (dmesg names what "
-            "the system killed). Start again: the run goes on from its last checkpoint"
+            f"{self._whose()}, which was to bring the batch of step {self.next_step + 1}, {how}. "
+            "Where nobody did that, the machine ran out of memory: lower data.workers (dmesg names "
+            "what the system killed). Start again: the run goes on from its last checkpoint"
         )
 
     def _hung(self) -> str:

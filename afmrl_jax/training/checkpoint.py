@@ -40,7 +40,7 @@ log = logging.getLogger("afmrl_jax")
 # Fields that change how a run is watched or where it runs, never what it computes.
 MAY_CHANGE = (
     "log_every", "eval_every", "checkpoint_every", "checkpoint_dir", "mesh.", "eval.batch",
-    "data.workers", "data.cache_dir",
+    "data.workers", "data.timeout", "data.cache_dir", "profile",
 )  # fmt: skip
 
 
