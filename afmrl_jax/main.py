@@ -10,6 +10,7 @@ import os
 import pkgutil
 import re
 import sys
+import traceback
 from pathlib import Path
 
 from absl import flags
@@ -40,13 +41,15 @@ def run(config: ConfigDict, workdir: Path) -> None:
         raise UserError(f"program {config.program!r} does not exist: use one of {', '.join(known)}")
     import jax  # only now: --help and a mistyped field must not wait for it
 
-    from afmrl_jax.core.mesh import initialize_distributed, make_mesh
+    from afmrl_jax.core.mesh import make_mesh
+    from afmrl_jax.core.processes import check_shared, initialize_distributed
     from afmrl_jax.data.opening import cache_folder
 
     initialize_distributed()
     program = importlib.import_module(f"afmrl_jax.programs.{config.program}")
     jax.config.update("jax_compilation_cache_dir", str(cache_folder(config.data) / "xla"))
     mesh = make_mesh(dict(config.mesh))
+    check_shared(workdir)
     with jax.set_mesh(mesh):
         program.main(config, workdir, mesh)
 
@@ -69,6 +72,27 @@ def _help(config: ConfigDict | None) -> str:
     lines.append("Fields (--config.FIELD=VALUE; what each means stands beside it in the file):")
     lines += [f"  {name} = {value!r}" for name, value in flatten(config).items()]
     return "\n".join(lines)
+
+
+def _end(error: BaseException, workdir: Path) -> int:
+    """Says how a run ended; the exit status: 2 where the user got something wrong, 75 where it is
+    worth starting again, 1 for what should not happen."""
+    from afmrl_jax.core.processes import TRY_AGAIN, leave, lost
+
+    if reason := lost(error):
+        saved = (workdir / "checkpoints").glob("*/_CHECKPOINT_METADATA")
+        step = max((int(p.parent.name) for p in saved if p.parent.name.isdigit()), default=0)
+        print(
+            f"afmrl_jax: another of the processes ended or can't be reached ({reason}): step "
+            f"{step} is saved; start the same command again on all of them",
+            file=sys.stderr,
+        )
+        return leave(TRY_AGAIN)
+    if isinstance(error, UserError | OSError):  # a full disk is told in a sentence too
+        print(f"afmrl_jax: {error}", file=sys.stderr)
+        return leave(2)
+    traceback.print_exception(error)
+    return leave(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 def cli(argv: list[str]) -> int:
@@ -105,14 +129,13 @@ def cli(argv: list[str]) -> int:
     if config is None:
         print("afmrl_jax: say what to run, as --config=configs/agcl.py", file=sys.stderr)
         return 2
+    workdir = Path(_WORKDIR.value or Path("runs") / config.program)
     try:
-        run(config, Path(_WORKDIR.value or Path("runs") / config.program))
-    except (
-        UserError,
-        OSError,
-    ) as error:  # a full disk or a folder that can't be written is told too
-        print(f"afmrl_jax: {error}", file=sys.stderr)
-        return 2
+        run(config, workdir)
+    except SystemExit:
+        raise  # stopped by a signal, when all is saved
+    except BaseException as error:
+        return _end(error, workdir)
     return 0
 
 

@@ -4,8 +4,7 @@ Axes: slice (pods joined over the data-centre network) · data (replicas) · fsd
 parameters) · tensor (a matrix split by columns or rows). Batches are sharded over the first three.
 """
 
-import itertools
-import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -17,38 +16,14 @@ AXES = ("slice", "data", "fsdp", "tensor")
 BATCH_AXES = ("slice", "data", "fsdp")
 
 
-def initialize_distributed() -> None:
-    """Joins the other processes where COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID are set.
-
-    Raises UserError where only some of the three are set. Must run before JAX touches a device.
-    """
-    names = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
-    found = {name: os.environ[name] for name in names if name in os.environ}
-    if not found:
-        return
-    if missing := [name for name in names if name not in found]:
-        raise UserError(
-            f"{', '.join(found)} set without {', '.join(missing)}: set all three, or none to run "
-            "as one process"
-        )
-    try:
-        count, index = int(found["NUM_PROCESSES"]), int(found["PROCESS_ID"])
-    except ValueError:
-        raise UserError(
-            f"NUM_PROCESSES={found['NUM_PROCESSES']} and PROCESS_ID={found['PROCESS_ID']} must be "
-            "whole numbers"
-        ) from None
-    if not 0 <= index < count:
-        raise UserError(f"PROCESS_ID={index} is not one of {count} processes: 0 to {count - 1}")
-    jax.distributed.initialize(found["COORDINATOR_ADDRESS"], count, index)
-
-
-def make_mesh(sizes: dict[str, int]) -> Mesh:
+def make_mesh(sizes: dict[str, int], among: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of all devices; `sizes` maps each of AXES to its length, -1 for what is left.
+
+    among: other devices than those at hand, as of a topology that is only planned for.
 
     Raises UserError where the lengths do not multiply to the number of devices.
     """
-    devices = jax.device_count()
+    devices = len(among or jax.devices())
     lengths = [sizes[axis] for axis in AXES]
     told = " x ".join(f"{axis} {length}" for axis, length in zip(AXES, lengths))
     if lengths.count(-1) > 1 or any(length < 1 and length != -1 for length in lengths):
@@ -63,7 +38,8 @@ def make_mesh(sizes: dict[str, int]) -> Mesh:
             f"mesh {told} needs {int(np.prod(lengths))} devices, but there are {devices}: "
             "change mesh.* or set one axis to -1"
         )
-    return jax.make_mesh(tuple(lengths), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    auto = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(lengths), AXES, axis_types=auto, devices=among)
 
 
 def batch_shards(mesh: Mesh) -> int:
@@ -81,11 +57,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def local_rows(mesh: Mesh, rows: int, field: str) -> slice:
-    """Which of a global batch's `rows` this process must deliver (the whole batch on one process).
+def local_rows(mesh: Mesh, rows: int, field: str) -> np.ndarray:
+    """Which of a global batch's `rows` this process must deliver, in this order (all, if alone).
 
-    Raises UserError, naming the configuration's `field`, where the mesh cannot split the rows
-    evenly, or lays a process's rows apart.
+    Returns int64[n], ascending. On a torus a process's chips need not be neighbours along an axis
+    of the mesh, so they may lie apart. Raises UserError, naming the configuration's `field`, where
+    the mesh cannot split the rows evenly.
     """
     if rows % batch_shards(mesh):
         raise UserError(
@@ -94,18 +71,14 @@ def local_rows(mesh: Mesh, rows: int, field: str) -> slice:
         )
     index = batch_sharding(mesh).addressable_devices_indices_map((rows,))
     spans = sorted({s[0].indices(rows)[:2] for s in index.values()})
-    if any(end != start for (_, end), (start, _) in itertools.pairwise(spans)):
-        raise UserError(
-            f"the mesh lays the rows of process {jax.process_index()} apart, {spans}: choose mesh "
-            "axes whose tensor part stays within a process"
-        )
-    return slice(spans[0][0], spans[-1][1])
+    return np.concatenate([np.arange(*span) for span in spans])
 
 
 def put_batch(
     batch: dict[str, np.ndarray], mesh: Mesh, *, axis: int, rows: int
 ) -> dict[str, jax.Array]:
-    """Global arrays from this process's part; dimension `axis` counts `rows` in the whole batch."""
+    """Global arrays from this process's part, the rows that `local_rows` names; dimension `axis`
+    counts `rows` in the whole batch."""
     sharding = batch_sharding(mesh, axis)
 
     def put(array: np.ndarray) -> jax.Array:
