@@ -6,7 +6,6 @@ at the step before, one step late.
 
 import collections
 import contextlib
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from afmrl_jax.core.writer import RunWriter
 from afmrl_jax.data.pipeline import Batch, Stream
 from afmrl_jax.training import cost
 from afmrl_jax.training.checkpoint import Checkpoints
+from afmrl_jax.training.preemption import Preemption
 from afmrl_jax.training.state import TrainState
 
 HOST_ONLY = ("listing",)  # names of a batch's arrays that the step does not read
@@ -76,21 +76,6 @@ class _Window:
         return rates
 
 
-class _Preemption:
-    """Turns SIGTERM into a flag while the loop runs, so that it can save first."""
-
-    def __enter__(self) -> "_Preemption":
-        self.asked = False
-        self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def _note(self, *_: Any) -> None:
-        self.asked = True
-
-    def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before)
-
-
 def fit(
     training: Training,
     state: TrainState,
@@ -105,10 +90,11 @@ def fit(
     saved), or where batches change shape. SystemExit(143) after a SIGTERM, when all is saved.
     """
     first = int(state.step)
+    checkpoints.check_space(state)
     writer = RunWriter(
         workdir, first_step=first, steps=config.steps, active=jax.process_index() == 0
     )
-    with contextlib.closing(writer), _Preemption() as preemption:
+    with contextlib.closing(writer), Preemption() as preemption:
         stream = training.open_stream(first)
         with contextlib.closing(stream):
             run = _Run(training, checkpoints, config, mesh, writer, preemption)
@@ -124,7 +110,9 @@ def fit(
                 if last or due or run.stop or validation is not None:
                     run.save(state, number, validation)
                 if run.stop:
-                    writer.say(f"stopped by SIGTERM at step {number}, which is saved: start again")
+                    checkpoints.wait()
+                    reason = preemption.reason
+                    writer.say(f"stopped by {reason} at step {number}, which is saved: start again")
                     raise SystemExit(143)
     return state
 
@@ -139,7 +127,7 @@ class _Run:
         config: ConfigDict,
         mesh: Mesh,
         writer: RunWriter,
-        preemption: _Preemption,
+        preemption: Preemption,
     ):
         self.stop = False  # whether any process was told to, as all of them know it
         self._preemption = preemption
