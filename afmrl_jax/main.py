@@ -118,7 +118,8 @@ def cli(argv: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    absl_logging.set_verbosity("error")  # Orbax warns of its own temporary folders at each save
+    # Orbax warns of its own temporary folders, and tells an error by pages before it raises it.
+    absl_logging.set_verbosity("fatal")
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("afmrl_jax")
