@@ -26,7 +26,7 @@ class Preemption:
     what."""
 
     asked = False
-    reason = "another process"  # that was told, where this one was not
+    reason = "a notice to another process"  # where this one had none
 
     def __enter__(self) -> "Preemption":
         self._before = signal.signal(signal.SIGTERM, lambda *_: self._ask("SIGTERM"))
