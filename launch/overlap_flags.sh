@@ -18,14 +18,21 @@ add_flags() {
 
 # overlap_flags tpu | gpu
 overlap_flags() {
-    if [[ "$1" == tpu ]]; then
+    local tpu=(
         # All-reduces become a start and a done, with other work between ...
-        add_flags LIBTPU_INIT_ARGS --xla_enable_async_all_reduce=true
+        --xla_enable_async_all_reduce=true
         # ... which are matrix products, a piece of the all-reduce in each. The gradients of data
         # replicas are all-reduced; without the two flags every chip waits for them.
-        add_flags LIBTPU_INIT_ARGS --xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true
+        --xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true
+    )
+    local gpu=(
+        # Orders the program so that a collective starts early and its result is awaited late. (The
+        # pipelined collectives of older recipes are accepted, but no longer do anything.)
+        --xla_gpu_enable_latency_hiding_scheduler=true
+    )
+    if [[ "$1" == tpu ]]; then
+        add_flags LIBTPU_INIT_ARGS "${tpu[@]}"
     else
-        # Orders the program so that a collective starts early and its result is awaited late.
-        add_flags XLA_FLAGS --xla_gpu_enable_latency_hiding_scheduler=true
+        add_flags XLA_FLAGS "${gpu[@]}"
     fi
 }

@@ -53,7 +53,8 @@ case "$verb" in
         # shellcheck source=launch/setup.sh
         source launch/setup.sh
         if ! find_python >/dev/null 2>&1; then # TPU VMs bring Python 3.10; uv brings one of its own
-            execute python3 -m pip install --user --quiet uv
+            # The variable: later Ubuntus guard even the user's own packages, earlier pips know no flag.
+            execute env PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --user --quiet uv
             execute "$HOME/.local/bin/uv" python install 3.12
             PATH="$HOME/.local/bin:$PATH"
         fi
@@ -66,7 +67,7 @@ case "$verb" in
     run)
         training_command
         [[ -z "$dry_run" ]] || { execute "${training[@]}" && exit; }
-        exec "${training[@]}"
+        exec "${training[@]}" 3>&-
         ;;
     start)
         training_command
