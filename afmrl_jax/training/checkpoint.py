@@ -167,11 +167,9 @@ class Checkpoints:
 
         Raises ValueError where one of them was not saved, which Orbax would leave abstract.
         """
-        options = ocp.options.PyTreeOptions(
-            loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
-        )
-        folder = self.folder / str(step)
-        with ocp.Context(pytree_options=options):
+        folder, context = self.folder / str(step), ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
             loaded = ocp.load_checkpointables(folder, {"state": {"params": abstract}})
         params = loaded["state"]["params"]
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
@@ -281,6 +279,7 @@ def find_checkpoints(path: str, *, best: bool | None = False) -> tuple[Checkpoin
     best where the run validated any), the folder of its checkpoints or that of one step. Raises
     UserError where there is none that is whole.
     """
+    check_reachable(path)
     folder = epath.Path(path)
     for root in (folder / "checkpoints", *_elsewhere(folder), folder):
         checkpoints = Checkpoints(root)
@@ -317,11 +316,11 @@ def _writer(folder: epath.Path, seal: Callable[[], None]) -> ocp.training.Checkp
         n=1,
         keep_checkpoints_without_metrics=False,
     )
+    context = ocp.Context()
+    context.asynchronous.post_finalization_callback = seal
     return ocp.training.Checkpointer(
         folder,
-        context=ocp.Context(
-            async_options=ocp.options.AsyncOptions(post_finalization_callback=seal)
-        ),
+        context=context,
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
         preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(_KEPT), best]),
     )
