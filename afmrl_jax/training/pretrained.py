@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 import jax
+from etils import epath
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
@@ -29,6 +30,7 @@ from afmrl_jax.training.encoder import (
     lora_of,
 )
 from afmrl_jax.training.generator import Generator
+from afmrl_jax.training.integrity import is_bucket
 
 # What an exported folder holds of its run: {"kind": encoder | generator, "config": the run's,
 # "step": .., "evaluation": ..}.
@@ -65,8 +67,8 @@ def find_pretrained(
     has learnt to see, gives a generator its parameters. A folder may be either.
     Raises UserError, naming the file, where there is none or a part of it is missing or broken.
     """
-    folder = hf_weights.resolve(path)
-    if any(folder.glob("*.safetensors*")):
+    folder = _resolve(path)
+    if _is_exported(folder):
         return _of_folder(folder, path, kind)
     checkpoints, step = find_checkpoints(path, best=best)
     record = checkpoints.record(step)
@@ -100,13 +102,22 @@ def kind_of(path: str, *, best: bool = False) -> type[Encoder] | type[Generator]
 
     best: as in `find_pretrained`, which raises the same errors.
     """
-    folder = hf_weights.resolve(path)
-    if any(folder.glob("*.safetensors*")):
+    folder = _resolve(path)
+    if _is_exported(folder):
         record = _record_of(folder)
     else:
         checkpoints, step = find_checkpoints(path, best=best)
         record = checkpoints.record(step)
     return Generator if record and record.get("kind") == Generator.kind else Encoder
+
+
+def _resolve(path: str) -> Path | epath.Path:
+    """The folder that `path` names; of buckets only checkpoints are read."""
+    return epath.Path(path) if is_bucket(path) else hf_weights.resolve(path)
+
+
+def _is_exported(folder: Path | epath.Path) -> bool:
+    return not is_bucket(folder) and any(folder.glob("*.safetensors*"))
 
 
 def _record_of(folder: Path) -> dict[str, Any] | None:
@@ -143,11 +154,12 @@ def _of_folder(folder: Path, path: str, kind: type[AnyAssembly]) -> Pretrained[A
     )
 
 
-def _evaluation(folder: Path, step: int, settings: ConfigDict) -> dict | None:
+def _evaluation(folder: Path | epath.Path, step: int, settings: ConfigDict) -> dict | None:
     """A run judges its test listings once, after the last step."""
-    workdirs = [folder, folder.parent, folder.parent.parent]
-    workdir = next(path for path in workdirs if (path / "checkpoints").is_dir())
-    file = workdir / "evaluation.json"
+    workdirs = (folder, folder.parent, folder.parent.parent)
+    signs = ("checkpoints", "config.json")  # of a workdir: its checkpoints may lie elsewhere
+    found = (path for path in workdirs if any((path / sign).exists() for sign in signs))
+    file = next(found, folder) / "evaluation.json"
     if step != settings.steps or not file.exists():
         return None
     return json.loads(file.read_text(encoding="utf-8"))
