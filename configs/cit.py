@@ -13,7 +13,7 @@ from configs import agcl, annotate, common, evaluate, rar, sft
 
 SHARED = ("data.path", "data.attributes", "data.cache_dir", "data.on_bad_listing")
 SHARED = ("program", "seed", "mesh", *SHARED)
-UNUSED = ("steps", "log_every", "eval_every", "checkpoint_every", "checkpoint_dir")  # of training
+UNUSED = ("steps", "log_every", "eval_every", "checkpoint_every", "checkpoint_dir", "profile")
 ROWS = ("instruction", "max_tokens", "max_answer", "max_patches", "min_pixels", "max_pixels")
 ROWS = tuple(f"data.{name}" for name in ROWS)  # a model that was trained here knows its own
 ENDPOINT = ("prompt", "images", "image_side", "text_characters", "api", "budget")

@@ -11,6 +11,7 @@ def get_config() -> ConfigDict:
     config.eval_every = 0  # steps between validations; 0 = only at the end
     config.checkpoint_every = 0  # steps between checkpoints; 0 = only at the end
     config.checkpoint_dir = ""  # "" = WORKDIR/checkpoints; another folder, or gs://BUCKET/FOLDER
+    config.profile = ""  # START:END, the steps to trace into WORKDIR/profile; "" = none
 
     config.mesh = ConfigDict()  # devices along each axis; -1 = what is left, on one axis
     config.mesh.slice = 1  # pods joined over the data-centre network

@@ -61,10 +61,12 @@ from afmrl_jax.training.checkpoint import (
     check_unchanged,
     checkpoint_folder,
 )
+from afmrl_jax.training.goodput import Clock
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import make_optimizer
 from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, read_base
 from afmrl_jax.training.state import TrainState, abstract_state, init_state, zeros
+from afmrl_jax.training.tracing import traced_steps
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +153,7 @@ def build(
             "loss": value,
             "gradient_norm": norm,
             "finite": jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(change),
-            "stop": jnp.any(batch["stop"]),
+            "host": batch["host"],
             "flops": cost.step_flops(
                 enc.model_config,
                 params,
@@ -239,8 +241,10 @@ def _sides(array: jax.Array) -> tuple[jax.Array, jax.Array]:
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Runs, or resumes, the whole of it in `workdir`; see configs/agcl.py."""
     # ---- what is asked, and what is there
+    clock = Clock(workdir / "goodput.json")
     first_process = jax.process_index() == 0
     check_ranges(flatten(config), RANGES)
+    traced_steps(config.profile, config.steps)
     check_choice("eval.attributes", config.eval.attributes, ("none", "oracle"))
     tasks = [parse_task(name) for name in config.eval.tasks.split(",")]
     local = local_rows(mesh, config.batch // config.chunks, "batch / chunks")
@@ -321,7 +325,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 name_listings=lambda rows: [catalog.listing(int(i)).listing_id for i in rows],
                 record=record,
             )
-            state = fit(training, state, checkpoints, config, workdir, mesh)
+            state = fit(training, state, checkpoints, clock, config, workdir, mesh)
         elif first_process:
             print(f"{workdir} is complete: {config.steps} steps are done", flush=True)
 

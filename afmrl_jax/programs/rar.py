@@ -64,10 +64,12 @@ from afmrl_jax.training.encoder import (
     lora_of,
 )
 from afmrl_jax.training.generator import Answerer, Generator
+from afmrl_jax.training.goodput import Clock
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.policy import Built, build
 from afmrl_jax.training.pretrained import Base, find_pretrained, read_base
 from afmrl_jax.training.state import TrainState
+from afmrl_jax.training.tracing import traced_steps
 
 ROWS = ("instruction", "max_tokens", "max_answer", "max_patches", "min_pixels", "max_pixels")
 RANGES = {  # field -> lowest and highest
@@ -124,7 +126,7 @@ class Step:
     def __call__(self, state: TrainState, rows: dict[str, jax.Array]):
         laps, number = Laps(), int(state.step)
         rows = dict(rows)
-        stop = rows.pop("stop")
+        host = rows.pop("host")
         weights = sampler_weights(state.params, self._frozen)
         samples = jax.tree.map(np.asarray, self._built.rollout(weights, rows, number))
         laps("rollout")
@@ -133,7 +135,7 @@ class Step:
         self._keep(number, judged, everything=bool(verdict.sentence))
         if verdict.sentence:
             raise stopped(number + 1, verdict, self._workdir / "rollouts.jsonl")
-        state, metrics = self._learn(state, rows, samples, judged, stop)
+        state, metrics = self._learn(state, rows, samples, judged, host)
         laps("update")
         watched = {f"watch_{name}": figure for name, figure in verdict.figures.items()}
         return state, metrics | judged.metrics() | watched | laps.seconds
@@ -164,7 +166,7 @@ class Step:
         rows: dict[str, jax.Array],
         samples: Samples,
         judged: Judged,
-        stop: jax.Array,
+        host: jax.Array,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """The updates by one step's answers; the metrics are the last one's."""
         plain = self._config.temperature == 1  # then the policy's own are what was drawn from
@@ -189,7 +191,7 @@ class Step:
             answers["reference_log_probs"] = scores
         for epoch in range(1, self._config.inner_epochs + 1):
             end = int(epoch == self._config.inner_epochs)
-            state, metrics, old = self._built.update(self._frozen, state, rows, answers, stop, end)
+            state, metrics, old = self._built.update(self._frozen, state, rows, answers, host, end)
             answers["old_log_probs"] = old
         return state, jax.block_until_ready(metrics)
 
@@ -205,8 +207,10 @@ class Step:
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Runs, or resumes, the whole of it in `workdir`; see configs/rar.py."""
     # ---- what is asked, and what is there
+    clock = Clock(workdir / "goodput.json")
     first_process = jax.process_index() == 0
     check_ranges(flatten(config), RANGES)
+    traced_steps(config.profile, config.steps)
     local = local_rows(mesh, _share(config), "queries / chunks")
     with Checkpoints(checkpoint_folder(config, workdir), writable=True) as checkpoints:
         saved = checkpoints.record(checkpoints.latest) if checkpoints.latest else None
@@ -301,7 +305,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 | {"config": config.to_json(), "catalogue": catalog.fingerprint},
                 waits=True,
             )
-            state = fit(training, state, checkpoints, config, workdir, mesh)
+            state = fit(training, state, checkpoints, clock, config, workdir, mesh)
         elif first_process:
             print(f"{workdir} is complete: {config.steps} steps are done", flush=True)
 

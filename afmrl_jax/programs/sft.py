@@ -50,10 +50,12 @@ from afmrl_jax.training.checkpoint import (
 )
 from afmrl_jax.training.encoder import abstract_params, from_preset, from_record, lora_of
 from afmrl_jax.training.generator import Answerer, Generator, batches_of
+from afmrl_jax.training.goodput import Clock
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import make_optimizer
 from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, read_base
 from afmrl_jax.training.state import TrainState, abstract_state, init_state
+from afmrl_jax.training.tracing import traced_steps
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +134,7 @@ def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
             "cut_share": 1 - jnp.mean(ended, dtype=jnp.float32),  # of answers, by data.max_answer
             "gradient_norm": norm,
             "finite": jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(change),
-            "stop": jnp.any(batch["stop"]),
+            "host": batch["host"],
             "flops": cost.step_flops(
                 model, params, cost.work(model, rows) | {"logits": count}, gradcache=False
             ),
@@ -155,8 +157,10 @@ def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Runs, or resumes, the whole of it in `workdir`; see configs/sft.py."""
     # ---- what is asked, and what is there
+    clock = Clock(workdir / "goodput.json")
     first_process = jax.process_index() == 0
     check_ranges(flatten(config), RANGES)
+    traced_steps(config.profile, config.steps)
     local = local_rows(mesh, config.batch // config.chunks, "batch / chunks")
     with Checkpoints(checkpoint_folder(config, workdir), writable=True) as checkpoints:
         saved = checkpoints.record(checkpoints.latest) if checkpoints.latest else None
@@ -223,7 +227,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 name_listings=lambda rows: [catalog.listing(int(i)).listing_id for i in rows],
                 record=record,
             )
-            state = fit(training, state, checkpoints, config, workdir, mesh)
+            state = fit(training, state, checkpoints, clock, config, workdir, mesh)
         elif first_process:
             print(f"{workdir} is complete: {config.steps} steps are done", flush=True)
 

@@ -22,8 +22,10 @@ from afmrl_jax.core.writer import RunWriter
 from afmrl_jax.data.pipeline import Batch, Stream
 from afmrl_jax.training import cost
 from afmrl_jax.training.checkpoint import Checkpoints
+from afmrl_jax.training.goodput import HOST, Clock, Processes
 from afmrl_jax.training.preemption import Preemption
 from afmrl_jax.training.state import TrainState
+from afmrl_jax.training.tracing import Tracer, traced_steps
 
 HOST_ONLY = ("listing",)  # names of a batch's arrays that the step does not read
 MAX_SHAPES = 1  # batches of one run have one set of shapes: each further one is a compilation
@@ -34,9 +36,9 @@ class Training:
     """What a program gives to the loop.
 
     step: jitted (state, batch) -> (state, metrics), the state donated; metrics holds `loss`,
-    `finite` (bool), `flops`, useful ones of the whole step, and `stop`, whether any process asked
-    for it in the batch's `stop` bool[A, C]. validate: state -> metrics, of which `validation` is
-    the one that chooses the best checkpoint; None where there is nothing to validate on.
+    `finite` (bool), `flops`, useful ones of the whole step, and `host`, the batch's own, whole on
+    every device (goodput.abstract_host). validate: state -> metrics, of which `validation` is the
+    one that chooses the best checkpoint; None where there is nothing to validate on.
     """
 
     step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
@@ -54,16 +56,17 @@ class Training:
 class _Window:
     """Time and work since the last logged step."""
 
-    started: float = field(default_factory=time.monotonic)
-    steps: int = 0
-    waited: float = 0.0
+    began: float  # by Clock.stepping
     flops: float = 0.0
+    steps: list[np.ndarray] = field(default_factory=list)  # float32[P, K] each, as Processes read
 
-    def rates(self, examples: int, unit: str) -> dict[str, float]:
-        seconds = max(time.monotonic() - self.started, 1e-9)
+    def rates(self, examples: int, unit: str, now: float) -> dict[str, float]:
+        seconds = max(now - self.began, 1e-9)
+        # All wait for the process that waits the longest.
+        waited = np.stack(self.steps)[:, :, HOST.index("input")].max(1).sum()
         rates = {
-            f"{unit}_per_second": self.steps * examples / seconds,
-            "data_wait_share": self.waited / seconds,
+            f"{unit}_per_second": len(self.steps) * examples / seconds,
+            "data_wait_share": min(1.0, float(waited) / seconds),
             "model_flops_per_second": self.flops / seconds,
         }
         peak = cost.peak_flops(jax.devices()[0])
@@ -79,26 +82,37 @@ def fit(
     training: Training,
     state: TrainState,
     checkpoints: Checkpoints,
+    clock: Clock,
     config: ConfigDict,
     workdir: Path,
     mesh: Mesh,
 ) -> TrainState:
     """Trains from the state's step to `config.steps`, and returns the last state.
 
-    Raises UserError where a loss is not finite, naming the step and its listings (nothing of it is
-    saved), or where batches change shape. SystemExit(143) after a SIGTERM, when all is saved.
+    clock: made where the program began. Raises UserError where a loss is not finite, naming the
+    step and its listings (nothing of it is saved), or where batches change shape. SystemExit(143)
+    after a SIGTERM, when all is saved.
     """
     first = int(state.step)
     checkpoints.check_space(state)
     writer = RunWriter(
         workdir, first_step=first, steps=config.steps, active=jax.process_index() == 0
     )
-    with contextlib.closing(writer), Preemption() as preemption:
-        stream = training.open_stream(first)
-        with contextlib.closing(stream):
-            run = _Run(training, checkpoints, config, mesh, writer, preemption)
+    tracer = Tracer(traced_steps(config.profile, config.steps), workdir / "profile", writer.say)
+    with contextlib.closing(writer), Preemption() as preemption, tracer:
+        with contextlib.closing(training.open_stream(first)) as stream:
+            run = _Run(training, checkpoints, clock, config, mesh, writer, preemption)
+            run.begin(first)
             for number in range(first + 1, config.steps + 1):
+                if tracer.begins(number):
+                    jax.block_until_ready(state)  # so that these steps are alone in the trace
+                    with clock.lost("tracing"):
+                        tracer.start()
                 state = run.step(state, stream, number)
+                if tracer.ends(number):
+                    jax.block_until_ready(state)
+                    with clock.lost("tracing"):
+                        tracer.stop()
                 last = number == config.steps
                 validation = None
                 if training.validate and (
@@ -109,10 +123,12 @@ def fit(
                 if last or due or run.stop or validation is not None:
                     run.save(state, number, validation)
                 if run.stop:
+                    writer.say(run.table())
                     checkpoints.wait()
                     reason = preemption.reason
                     writer.say(f"stopped by {reason} at step {number}, which is saved: start again")
                     raise SystemExit(143)
+        writer.say(run.table())
     return state
 
 
@@ -123,6 +139,7 @@ class _Run:
         self,
         training: Training,
         checkpoints: Checkpoints,
+        clock: Clock,
         config: ConfigDict,
         mesh: Mesh,
         writer: RunWriter,
@@ -131,32 +148,37 @@ class _Run:
         self.stop = False  # whether any process was told to, as all of them know it
         self._preemption = preemption
         self._training, self._checkpoints, self._config = training, checkpoints, config
-        self._mesh, self._writer = mesh, writer
-        self._window = _Window()
+        self._mesh, self._writer, self._clock = mesh, writer, clock
+        self._processes = Processes(mesh)
         self._shapes: set[tuple] = set()
         self._unseen: collections.deque = collections.deque()  # (step, listings, metrics)
 
+    def begin(self, step: int) -> None:
+        """The first step comes next, after this one."""
+        self._clock.begin(step)
+        self._seen_at, self._step_seconds = self._clock.stepping, 0.0  # by the last look
+        self._free_at = time.monotonic()  # since then the host has not waited for the device
+        self._window = _Window(self._seen_at)
+
     def step(self, state: TrainState, stream: Stream, number: int) -> TrainState:
         """Dispatches one step, then looks at the one before."""
-        if self._training.waits and self._unseen:
-            self._look()
+        if self._training.waits:
+            self.catch_up()
         began = time.monotonic()
         batch = next(stream)
-        # While the device is still busy with the step before, waiting costs nothing.
-        if not self._unseen or self._unseen[-1][2]["loss"].is_ready():
-            self._window.waited += time.monotonic() - began
+        waited = time.monotonic() - began
         listings = batch["listing"]
-        device_batch = self._put(batch, number)
-        state, metrics = self._training.step(state, device_batch)
+        device_batch = self._put(batch, number, waited)
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            state, metrics = self._training.step(state, device_batch)
         self._unseen.append((number, listings, metrics))
         if len(self._unseen) > 1:
             self._look()
         return state
 
-    def _put(self, batch: Batch, number: int) -> dict[str, jax.Array]:
+    def _put(self, batch: Batch, number: int, waited: float) -> dict[str, jax.Array]:
+        """The batch on the devices, with what this process has to tell, of a wait for it too."""
         wanted = {k: v for k, v in batch.items() if k not in HOST_ONLY}
-        # It comes back as a metric, so that all processes learn of it at the same step.
-        wanted["stop"] = np.full(batch["listing"].shape[:2], self._preemption.asked)
         self._shapes.add(tuple((k, v.shape, str(v.dtype)) for k, v in sorted(wanted.items())))
         if len(self._shapes) > MAX_SHAPES:
             one, other = [set(shapes) for shapes in list(self._shapes)[:2]]
@@ -164,7 +186,13 @@ class _Run:
                 f"step {number} would compile again: the batch has {sorted(one ^ other)}, and a "
                 f"run has {MAX_SHAPES} set of shapes; make the data pipeline pad to one size"
             )
-        return put_batch(wanted, self._mesh, axis=1, rows=self._training.chunk)
+        arrays = put_batch(wanted, self._mesh, axis=1, rows=self._training.chunk)
+        other = time.monotonic() - self._free_at - waited
+        # While the device is still busy with the step before, all of that costs nothing.
+        if self._unseen and not self._unseen[-1][2]["loss"].is_ready():
+            waited = other = 0.0
+        told = {"step": self._step_seconds, "waited": waited, "other": other}
+        return arrays | {"host": self._processes.put(stop=self._preemption.asked, **told)}
 
     def _look(self, extra: dict[str, float] | None = None) -> None:
         """Reads the oldest unread step's metrics, checks them, and logs them when it is time.
@@ -172,17 +200,29 @@ class _Run:
         extra: what else is known of that step; it is logged then in any case.
         """
         self._check()
+        self._free_at, now = time.monotonic(), self._clock.stepping
+        self._seen_at, self._step_seconds = now, now - self._seen_at
         number, _, metrics = self._unseen.popleft()
-        self.stop |= bool(metrics.pop("stop"))
+        host = self._processes.read(metrics.pop("host"))
+        self.stop |= bool(host[:, HOST.index("stop")].any())
+        self._clock.waited(float(host[:, HOST.index("input")].max()))
         self._window.flops += float(metrics.pop("flops"))
-        self._window.steps += 1
+        self._window.steps.append(host)
         self._writer.advance(number)
         if extra or number % self._config.log_every == 0 or number == self._config.steps:
-            values = {k: float(v) for k, v in metrics.items() if k != "finite"}
-            training = self._training
-            values |= self._window.rates(training.examples, training.unit) | (extra or {})
-            self._writer.log(number, values, _told(values, training.unit))
-            self._window = _Window()
+            values = {k: float(v) for k, v in metrics.items() if k != "finite"} | (extra or {})
+            self._log(number, values, now)
+
+    def _log(self, number: int, values: dict[str, float], now: float) -> None:
+        """Logs a step with the rates of its window, which ends with it."""
+        steps, unit = np.stack(self._window.steps), self._training.unit
+        values |= self._window.rates(self._training.examples, unit, now)
+        values |= self._processes.spread(steps) | self._clock.scalars()
+        self._writer.log(number, values, _told(values, unit))
+        if slow := self._processes.slow(steps, time.monotonic()):
+            self._writer.say(slow)
+        self._clock.write()
+        self._window = _Window(now)
 
     def _check(self) -> None:
         """Raises UserError where the oldest unread step was not finite."""
@@ -196,22 +236,32 @@ class _Run:
                 "optimizer.learning_rate"
             )
 
+    def catch_up(self) -> None:
+        """Waits for all steps that are under way, and looks at them."""
+        while self._unseen:
+            self._look()
+
     def validate(self, state: TrainState) -> float:
         """Runs the program's validation; its time is not counted as training's."""
         while len(self._unseen) > 1:
             self._look()
         self._check()
-        began = time.monotonic()
-        values = self._training.validate(state)
-        self._window.started += time.monotonic() - began
+        with self._clock.lost("validation"):
+            values = self._training.validate(state)
         self._look(extra=values)
         return values["validation"]
 
     def save(self, state: TrainState, number: int, validation: float | None) -> None:
         """Saves, once every step up to this one is known to be finite."""
-        while self._unseen:
-            self._look()
-        self._checkpoints.save(state, self._training.record, number, validation)
+        self.catch_up()
+        with self._clock.lost("checkpoints"):
+            self._checkpoints.save(state, self._training.record, number, validation)
+        self._clock.saved(number)
+        self._free_at = time.monotonic()
+
+    def table(self) -> str:
+        """Where the time went, and how long each process's steps took."""
+        return f"{self._clock.table()}\n{self._processes.table()}"
 
 
 def _told(values: dict[str, float], unit: str) -> str:
@@ -226,4 +276,5 @@ def _told(values: dict[str, float], unit: str) -> str:
     if "validation" in values:
         parts.append(f"validation {values['validation']:.3f}")
     parts.append(f"data wait {values['data_wait_share']:.0%}")
+    parts.append(f"goodput {values['goodput']:.0%}")
     return "  ".join(parts)

@@ -35,7 +35,7 @@ class Built:
 
     rollout: (parameters, rows, step) -> Samples of Q queries, whole on every device.
     reference: (parameters without adapters, rows, answers) -> log-probs [A, C, G, T].
-    update: (frozen parameters, state, rows, answers, stop, step's end: 0 or 1) -> (state, metrics,
+    update: (frozen parameters, state, rows, answers, host, step's end: 0 or 1) -> (state, metrics,
     log-probs before it), the state donated. answers: tokens, mask, sampler_log_probs
     [A, C, G, T]; advantages, zero_variance, truncated [A, C, G]; reference_log_probs where there is
     a reference, and old_log_probs after a step's first update.
@@ -125,7 +125,7 @@ def _update(
         donate_argnames="state",
         out_shardings=(shardings, replicated(mesh), batch_sharding(mesh, 1)),
     )
-    def update(frozen: Any, state: TrainState, rows, answers, stop: jax.Array, end: int):
+    def update(frozen: Any, state: TrainState, rows, answers, host: jax.Array, end: int):
         gradient = accumulate.value_and_grad(
             lambda trained, part: loss(lora.join(trained, frozen), part)
         )
@@ -143,7 +143,7 @@ def _update(
             "gradient_norm": norm,
             **policy_metrics(totals),
             "finite": jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(change),
-            "stop": jnp.any(stop),
+            "host": host,
             "flops": _flops(config, generator, lora.join(state.params, frozen), rows, answers),
         }
         return TrainState(state.step + end, trained, opt_state), metrics, old

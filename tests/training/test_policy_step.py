@@ -17,7 +17,7 @@ from afmrl_jax.training.generator import Generator
 from afmrl_jax.training.policy import build
 
 Q, G = 4, 8
-STOP = np.zeros((1, 1), bool)
+HOST = np.zeros((1, 4), np.float32)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_a_toy_reward_is_learned_and_a_constant_one_changes_nothing_at_all(confi
     rows, before = rows_of(config, generator), leaves((state.params, state.opt_state))
     with jax.set_mesh(mesh):
         answers, _ = drawn(built, state, frozen, reference, rows, 0, constant)
-        state, metrics, _ = built.update(frozen, state, rows, answers, STOP, 1)
+        state, metrics, _ = built.update(frozen, state, rows, answers, HOST, 1)
         assert metrics["skipped"] == 1 and metrics["gradient_norm"] == 0
         for one, other in zip(leaves((state.params, state.opt_state)), before):
             np.testing.assert_array_equal(one, other)
@@ -110,7 +110,7 @@ def test_a_toy_reward_is_learned_and_a_constant_one_changes_nothing_at_all(confi
         seen = []
         for step in range(1, 40):
             answers, reward = drawn(built, state, frozen, reference, rows, step, fourth)
-            state, metrics, _ = built.update(frozen, state, rows, answers, STOP, 1)
+            state, metrics, _ = built.update(frozen, state, rows, answers, HOST, 1)
             seen.append(float(reward))
             if step == 1:
                 # The sampler and the update see one policy, which is still the reference.
@@ -130,8 +130,8 @@ def test_micro_batches_have_the_gradient_of_the_whole(config):
             for x in (rows, answers)
         ]
         other = jax.tree.map(lambda x: x.copy(), state)
-        _, whole, _ = built.update(frozen, state, rows, answers, STOP, 1)
-        _, in_parts, _ = built.update(frozen, other, *parts, STOP, 1)
+        _, whole, _ = built.update(frozen, state, rows, answers, HOST, 1)
+        _, in_parts, _ = built.update(frozen, other, *parts, HOST, 1)
     assert whole["gradient_norm"] > 0
     for name in ("gradient_norm", "loss", "entropy", "answer_tokens"):
         np.testing.assert_allclose(in_parts[name], whole[name], rtol=1e-4, atol=1e-6)
