@@ -40,13 +40,13 @@ esac
     # Leaves its own options out and runs the rest, as the second task.
     "srun": """
 while [[ "$1" == --* ]]; do shift; done
-SLURM_PROCID=1 SLURM_LOCALID=1 exec "$@"
+SLURM_PROCID=1 exec "$@"
 """,
     **dict.fromkeys(("sbatch", "scancel", "docker", "sleep", "tail"), ""),
 }
 
 
-TOLD = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID", "SLURM_LOCALID")
+TOLD = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 
 
 @dataclass
@@ -107,8 +107,8 @@ def cluster(tmp_path) -> Cluster:
 
 @pytest.fixture
 def trainer(cluster, tmp_path):
-    """A Python in the worker's environment that writes its words and flags to this file and, where
-    WAIT is set, waits for SIGTERM, takes half a second, and leaves FILE.saved."""
+    """A Python in the worker's environment that writes its words and flags to this file and ends
+    with STATUS; where WAIT is set, it waits for SIGTERM, takes half a second, and leaves FILE.saved."""
     told = tmp_path / "told"
     python = cluster.root / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
@@ -119,7 +119,7 @@ def trainer(cluster, tmp_path):
     do printf '%s\\x1f' "$name=${{!name-unset}}"; done
 }} > {told}.part
 mv {told}.part {told}
-[[ -n "${{WAIT:-}}" ]] || exit 0
+[[ -n "${{WAIT:-}}" ]] || exit "${{STATUS:-0}}"
 trap '/bin/sleep 0.5; echo > {told}.saved; exit 0' TERM
 for ((i = 0; i < 600; i++)); do /bin/sleep 0.1; done
 """)

@@ -154,9 +154,10 @@ def test_install_brings_a_python_where_there_is_none_that_will_do(cluster, tmp_p
     for name in ("bash", "dirname", "basename", "cat", "cut", "sha256sum"):
         (bare / name).symlink_to(f"/usr/bin/{name}")
     where = {"PATH": str(bare), "HOME": "/home/me"}
+    pip = "python3 -m pip install --user --quiet uv"
     done = cluster.launch("worker.sh", "install", "--extra", "tpu", "--dry-run", **where)
     assert [shlex.split(line) for line in done.stdout.splitlines()] == [
-        ["env", "PIP_BREAK_SYSTEM_PACKAGES=1", *["python3", "-m", "pip", "install", "--user", "--quiet", "uv"]],
+        shlex.split(f"env PIP_BREAK_SYSTEM_PACKAGES=1 {pip}"),
         ["/home/me/.local/bin/uv", "python", "install", "3.12"],
         ["bash", "-c", "source launch/setup.sh && setup tpu"],
     ]
