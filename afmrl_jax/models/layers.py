@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.models.partition import shard_rows
+from afmrl_jax.models.partition import gathered, shard_rows
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
@@ -129,7 +129,8 @@ def run_layers(
     unroll = len(jax.tree.leaves(state)[0]) <= UNROLLED_LAYERS
 
     def step(x: jax.Array, here: tuple[nnx.State, Any]) -> tuple[jax.Array, Any]:
-        x, extra = call(nnx.merge(graph, here[0]), x, here[1])
+        layer = nnx.merge(graph, gathered(here[0], x.dtype))
+        x, extra = call(layer, x, here[1])
         return shard_rows(x), extra
 
     if remat != "none":

@@ -10,10 +10,13 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from afmrl_jax.core.mesh import BATCH_AXES
 
 P = PartitionSpec
+
+MATRIX = re.compile(r"\b(kernel|lora_[ab])\b")  # what Linear multiplies with
 
 # Searched in order; the specification names the axes after the stacked one, which stays whole.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
@@ -73,6 +76,31 @@ def shard_rows(x: jax.Array) -> jax.Array:
     if x.shape[0] % math.prod(sizes[axis] for axis in BATCH_AXES):
         return x
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
+
+
+def gathered(params: Any, dtype: DTypeLike) -> Any:
+    """Parameters of one layer as it multiplies them: matrices in `dtype`, whole along `fsdp`.
+
+    params: a tree whose paths end as RULES name them, without a stacked axis. Left alone XLA's TPU
+    compiler multiplies a shard at a time while it passes shards on ("collective matmul"), and 1/16
+    of a matrix's rows fills a small part of the matrix unit: five times the time, by its own
+    estimate. The gradient of what is gathered here is scattered again by its sum. Does nothing
+    outside `jax.set_mesh`, or where `fsdp` has one device.
+    """
+    if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
+        return params
+
+    def gather(path: Any, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        spec = _spec(name, leaf.shape)
+        if spec is None or not MATRIX.search(name):
+            return leaf
+        sizes = jax.sharding.get_abstract_mesh().shape
+        kept = [a if a == "tensor" and size % sizes[a] == 0 else None for a, size in spec]
+        # As each device holds it first, so that what is sent is as narrow as what is multiplied.
+        return jax.lax.with_sharding_constraint(leaf.astype(dtype), P(*kept))
+
+    return jax.tree_util.tree_map_with_path(gather, params)
 
 
 def _spec(name: str, shape: tuple[int, ...]) -> list[tuple[str | None, int]] | None:
