@@ -118,7 +118,7 @@ def test_every_cell_runs_and_every_stage_leaves_its_checkpoint(executed):
 
 def test_hits_are_marked_right_where_they_are_the_same_product(executed):
     """Each query is one of 4 test listings: of the 3 others, one is of its product."""
-    _, table = shown(executed[0], "hits-shown")
+    _, table = shown(executed[0], "hits")
     rows = table.split("<tr>")[1:]
     assert len(rows) == 4
     for row in rows:
@@ -130,14 +130,26 @@ def test_generated_attributes_are_shown_beside_their_listing(executed):
     _, table = shown(executed[0], "describe")
     rows = table.split("<tr>")[1:]
     assert len(rows) == 4
-    assert all(re.search(r"[✓✗] \w+: .* \(\d+%\)", row) for row in rows)
+    for row in rows:
+        title = re.search(r"<small>(.*?)</small>", row)[1].lower()
+        pairs = re.findall(r"([✓✗]) type: (\w+) \(\d+%\)", row)
+        assert pairs  # what SFT has learned in its few steps, if not which type it is
+        assert all((mark == "✓") == (kind in title) for mark, kind in pairs)
+
+
+def test_answers_stand_by_what_they_were_worth(executed):
+    told, _ = shown(executed[0], "rollout")
+    title, *answers = told.splitlines()
+    advantages = [float(answer.split()[0]) for answer in answers]
+    assert title.endswith(", step 1") and len(answers) == SIZES["RAR"]["samples"]
+    assert advantages == sorted(advantages, reverse=True)
 
 
 def test_the_gain_is_told_as_the_run_measured_it(executed):
     notebook, workdir = executed
     found = json.loads((workdir / "rar" / "evaluation.json").read_text())["differences"]
     told, _ = shown(notebook, "gain")
-    for pair in ("rar - sft", "oracle - rar"):
+    for pair in ("sft - plain", "rar - sft", "oracle - rar"):
         mean, half = (found[pair][name] for name in ("recall@1", "recall@1_ci95"))
         (line,) = [line for line in told.splitlines() if f"{pair}:" in line]
         assert f"{mean:+.3f} ± {half:.3f}" in line
