@@ -93,7 +93,14 @@ case "$verb" in
             exit
         fi
         kill -TERM "$pid"
-        while running; do sleep 1; done
+        for ((i = 0; i < 600; i++)); do
+            running || break
+            sleep 1
+        done
+        if running; then
+            echo "Process $pid still runs 10 minutes after SIGTERM; kill -KILL $pid loses what is not saved." >&2
+            exit 1
+        fi
         echo "The training has stopped; the same command goes on from its last checkpoint."
         ;;
 esac
