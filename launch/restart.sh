@@ -64,6 +64,7 @@ wait_for_child() {
 for ((again = 0; ; again++)); do
     "$@" <&0 &
     child=$!
+    [[ -z "$asked" ]] || kill -s "$asked" "$child" 2>/dev/null || true # it came before there was a child
     wait_for_child
     ended="status $status"
     ((status <= 128)) || ended="signal $(kill -l "$status")"

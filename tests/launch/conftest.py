@@ -108,7 +108,8 @@ def cluster(tmp_path) -> Cluster:
 @pytest.fixture
 def trainer(cluster, tmp_path):
     """A Python in the worker's environment that writes its words and flags to this file and ends
-    with STATUS; where WAIT is set, it waits for SIGTERM and leaves FILE.saved half a second later."""
+    with STATUS; where WAIT is set, it waits for SIGTERM and half a second later leaves
+    FILE.saved."""
     told = tmp_path / "told"
     python = cluster.root / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)

@@ -139,6 +139,7 @@ def test_a_pod_s_workers_train_in_the_background_until_they_are_stopped(cluster,
         nothing = cluster.launch("tpu_pod.sh", "stop", "--name", "pod", "--zone", "z", **worker)
         assert "No training runs here" in nothing.stdout
         trainer.unlink()
+        trainer.with_suffix(".saved").unlink()
         cluster.launch("tpu_pod.sh", *run, **worker)  # and goes on
         pid = int((cluster.root / "runs" / "worker.pid").read_text())
         told(trainer)
@@ -146,6 +147,9 @@ def test_a_pod_s_workers_train_in_the_background_until_they_are_stopped(cluster,
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
+                while not trainer.with_suffix(".saved").exists():
+                    os.kill(pid, 0)
+                    time.sleep(0.05)
 
 
 def test_install_brings_a_python_where_there_is_none_that_will_do(cluster, tmp_path):
