@@ -108,11 +108,12 @@ def shown(notebook, cell_id):
     return printed, displayed
 
 
-def test_every_cell_runs_and_every_stage_leaves_its_checkpoint(executed):
+def test_every_cell_runs_and_every_stage_takes_its_steps_and_is_judged(executed):
     notebook, workdir = executed
     for stage in ("agcl", "sft", "rar"):
         assert (workdir / stage / "evaluation.json").is_file()
-        assert (workdir / stage / "checkpoints" / str(SIZES[stage.upper()]["steps"])).is_dir()
+        last = (workdir / stage / "metrics.jsonl").read_text().splitlines()[-1]
+        assert json.loads(last)["step"] == SIZES[stage.upper()]["steps"]
     assert "40 listings of 20 products" in shown(notebook, "catalogue")[0]
 
 
