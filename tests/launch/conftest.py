@@ -114,6 +114,7 @@ def trainer(cluster, tmp_path):
     python = cluster.root / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(f"""#!/usr/bin/env bash
+trap '/bin/sleep 0.5; echo > {told}.saved; exit 0' TERM
 {{
     printf '%s\\x1f' "$@"
     for name in LIBTPU_INIT_ARGS XLA_FLAGS {" ".join(TOLD)}
@@ -121,7 +122,6 @@ def trainer(cluster, tmp_path):
 }} > {told}.part
 mv {told}.part {told}
 [[ -n "${{WAIT:-}}" ]] || exit "${{STATUS:-0}}"
-trap '/bin/sleep 0.5; echo > {told}.saved; exit 0' TERM
 for ((i = 0; i < 600; i++)); do /bin/sleep 0.1; done
 """)
     python.chmod(0o755)

@@ -98,10 +98,10 @@ def test_the_flags_are_known_and_overlap_what_is_waited_for_without_them():
 
 
 def told(trainer, seconds=20):
-    """What the training was started with, once it has."""
+    """What the training wrote down, once it has."""
     end = time.monotonic() + seconds
     while not trainer.exists():
-        assert time.monotonic() < end, "the training was not started"
+        assert time.monotonic() < end, f"the training did not write {trainer.name}"
         time.sleep(0.05)
     return trainer.read_text().split("\x1f")
 
@@ -147,9 +147,7 @@ def test_a_pod_s_workers_train_in_the_background_until_they_are_stopped(cluster,
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-                while not trainer.with_suffix(".saved").exists():
-                    os.kill(pid, 0)
-                    time.sleep(0.05)
+                told(trainer.with_suffix(".saved"))
 
 
 def test_install_brings_a_python_where_there_is_none_that_will_do(cluster, tmp_path):
