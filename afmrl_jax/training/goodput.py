@@ -170,19 +170,14 @@ def abstract_host(mesh: Mesh) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((mesh.size, len(HOST)), np.float32, sharding=sharding)
 
 
-class Processes:
-    """What each process tells of its steps: it travels with the batch, and comes back as a metric,
+class HostNumbers:
+    """What each process tells of its steps: it travels with the batch and comes back as a metric,
     so that all know it at the same step, and nobody waits for it."""
 
     def __init__(self, mesh: Mesh):
-        """Every process makes one, at the same time: they exchange their machines' names."""
         self._host = abstract_host(mesh)
         owners = np.array([device.process_index for device in mesh.devices.flat])
         self._rows = np.unique(owners, return_index=True)[1]  # int[P], a device of each
-        self._names = _machines()
-        self._sums, self._steps = np.zeros((len(self._rows), len(HOST))), 0
-        self._streak = np.zeros(len(self._rows), int)
-        self._told = np.full(len(self._rows), -np.inf)
 
     def put(self, *, stop: bool, step: float, waited: float, other: float) -> jax.Array:
         """This process's numbers of a step, as HOST says, on its devices: float32[D, K]."""
@@ -191,9 +186,22 @@ class Processes:
 
     def read(self, host: jax.Array) -> np.ndarray:
         """All processes' numbers of a step that is done, from its metrics: float32[P, K]."""
-        numbers = np.asarray(host)[self._rows]
-        self._sums, self._steps = self._sums + numbers, self._steps + 1
-        return numbers
+        return np.asarray(host)[self._rows]
+
+
+class Processes:
+    """How long each process's steps take, and who holds up the others."""
+
+    def __init__(self, machines: list[str]):
+        """machines: P names."""
+        self._names = machines
+        self._sums, self._steps = np.zeros((len(machines), len(HOST))), 0
+        self._streak = np.zeros(len(machines), int)
+        self._told = np.full(len(machines), -np.inf)
+
+    def add(self, steps: np.ndarray) -> None:
+        """Counts steps, float32[steps, P, K], for the table."""
+        self._sums, self._steps = self._sums + steps.sum(0), self._steps + len(steps)
 
     def spread(self, steps: np.ndarray) -> dict[str, float]:
         """For the logs, of float32[steps, P, K]: how long steps took, and what held them up."""
@@ -251,8 +259,8 @@ def _median(numbers: np.ndarray) -> float:
     return float(np.sort(numbers)[(len(numbers) - 1) // 2])
 
 
-def _machines() -> list[str]:
-    """The machine's name of each process."""
+def machine_names() -> list[str]:
+    """Of all P processes, which ask at the same time."""
     name = np.zeros(NAME_BYTES, np.uint8)
     own = socket.gethostname().encode()[:NAME_BYTES]
     name[: len(own)] = list(own)

@@ -20,9 +20,9 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import put_batch
 from afmrl_jax.core.writer import RunWriter
 from afmrl_jax.data.pipeline import Batch, Stream
-from afmrl_jax.training import cost
 from afmrl_jax.training.checkpoint import Checkpoints
-from afmrl_jax.training.goodput import HOST, Clock, Processes
+from afmrl_jax.training.chips import chip_of
+from afmrl_jax.training.goodput import HOST, Clock, HostNumbers, Processes, machine_names
 from afmrl_jax.training.preemption import Preemption
 from afmrl_jax.training.state import TrainState
 from afmrl_jax.training.tracing import Tracer, traced_steps
@@ -58,7 +58,7 @@ class _Window:
 
     began: float  # by Clock.stepping
     flops: float = 0.0
-    steps: list[np.ndarray] = field(default_factory=list)  # float32[P, K] each, as Processes read
+    steps: list[np.ndarray] = field(default_factory=list)  # float32[P, K] each, as HOST says
 
     def rates(self, examples: int, unit: str, now: float) -> dict[str, float]:
         seconds = max(now - self.began, 1e-9)
@@ -69,9 +69,8 @@ class _Window:
             "data_wait_share": min(1.0, float(waited) / seconds),
             "model_flops_per_second": self.flops / seconds,
         }
-        peak = cost.peak_flops(jax.devices()[0])
-        if peak:
-            rates["utilisation"] = self.flops / seconds / (peak * jax.device_count())
+        if chip := chip_of(jax.devices()[0]):
+            rates["utilisation"] = self.flops / seconds / (chip.flops * jax.device_count())
         memory = jax.local_devices()[0].memory_stats() or {}
         if "peak_bytes_in_use" in memory:
             rates["device_memory_gb"] = memory["peak_bytes_in_use"] / 1e9
@@ -149,7 +148,7 @@ class _Run:
         self._preemption = preemption
         self._training, self._checkpoints, self._config = training, checkpoints, config
         self._mesh, self._writer, self._clock = mesh, writer, clock
-        self._processes = Processes(mesh)
+        self._host, self._processes = HostNumbers(mesh), Processes(machine_names())
         self._shapes: set[tuple] = set()
         self._unseen: collections.deque = collections.deque()  # (step, listings, metrics)
 
@@ -157,7 +156,7 @@ class _Run:
         """The first step comes next, after this one."""
         self._clock.begin(step)
         self._seen_at, self._step_seconds = self._clock.stepping, 0.0  # by the last look
-        self._free_at = time.monotonic()  # since then the host has not waited for the device
+        self._free_at = time.monotonic()  # since then this process waits for nothing
         self._window = _Window(self._seen_at)
 
     def step(self, state: TrainState, stream: Stream, number: int) -> TrainState:
@@ -171,6 +170,7 @@ class _Run:
         device_batch = self._put(batch, number, waited)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             state, metrics = self._training.step(state, device_batch)
+        self._free_at = time.monotonic()  # what a step itself waits for, as to compile, is no delay
         self._unseen.append((number, listings, metrics))
         if len(self._unseen) > 1:
             self._look()
@@ -192,7 +192,7 @@ class _Run:
         if self._unseen and not self._unseen[-1][2]["loss"].is_ready():
             waited = other = 0.0
         told = {"step": self._step_seconds, "waited": waited, "other": other}
-        return arrays | {"host": self._processes.put(stop=self._preemption.asked, **told)}
+        return arrays | {"host": self._host.put(stop=self._preemption.asked, **told)}
 
     def _look(self, extra: dict[str, float] | None = None) -> None:
         """Reads the oldest unread step's metrics, checks them, and logs them when it is time.
@@ -203,7 +203,7 @@ class _Run:
         self._free_at, now = time.monotonic(), self._clock.stepping
         self._seen_at, self._step_seconds = now, now - self._seen_at
         number, _, metrics = self._unseen.popleft()
-        host = self._processes.read(metrics.pop("host"))
+        host = self._host.read(metrics.pop("host"))
         self.stop |= bool(host[:, HOST.index("stop")].any())
         self._clock.waited(float(host[:, HOST.index("input")].max()))
         self._window.flops += float(metrics.pop("flops"))
@@ -218,6 +218,7 @@ class _Run:
         steps, unit = np.stack(self._window.steps), self._training.unit
         values |= self._window.rates(self._training.examples, unit, now)
         values |= self._processes.spread(steps) | self._clock.scalars()
+        self._processes.add(steps)
         self._writer.log(number, values, _told(values, unit))
         if slow := self._processes.slow(steps, time.monotonic()):
             self._writer.say(slow)
