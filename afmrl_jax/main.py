@@ -32,13 +32,23 @@ _WORKDIR = flags.DEFINE_string(
     None,
     "Where the run lives; the same command again resumes it. Default: runs/PROGRAM.",
 )
+_PLAN = flags.DEFINE_string(
+    "plan",
+    None,
+    "Instead of a run: what it would need on v5e:16x16, 2xv5e:4x4 (slices), ... or local.",
+)
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
-    """Runs `config.program` in `workdir`, on all devices of all processes."""
+def run(config: ConfigDict, workdir: Path, plan: str | None = None) -> None:
+    """Runs `config.program` in `workdir`, on all devices of all processes; with `plan` only tells
+    what that would need on such devices."""
     known = [module.name for module in pkgutil.iter_modules(programs.__path__)]
     if config.program not in known:
         raise UserError(f"program {config.program!r} does not exist: use one of {', '.join(known)}")
+    if plan:
+        from afmrl_jax.programs import plan as planner  # it sets what JAX reads when it is loaded
+
+        return planner.main(config, workdir, plan)
     import jax  # only now: --help and a mistyped field must not wait for it
 
     from afmrl_jax.core.mesh import make_mesh
@@ -132,7 +142,7 @@ def cli(argv: list[str]) -> int:
         return 2
     workdir = Path(_WORKDIR.value or Path("runs") / config.program)
     try:
-        run(config, workdir)
+        run(config, workdir, _PLAN.value)
     except SystemExit:
         raise  # stopped by a signal, when all is saved
     except BaseException as error:

@@ -50,7 +50,7 @@ from afmrl_jax.rl.advantages import group_advantages
 from afmrl_jax.rl.rewards import Found, rewards
 from afmrl_jax.rl.rewards import Options as RewardOptions
 from afmrl_jax.training import accumulate
-from afmrl_jax.training.cost import PEAK_BANDWIDTH, peak_bandwidth
+from afmrl_jax.training.chips import CHIPS, chip_of
 
 PARTS = ("rollout", "parse", "embed", "search", "update")
 UNTIMED = 2  # first steps, which compile
@@ -178,12 +178,11 @@ def random_step(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict]
 def against_memory(args: argparse.Namespace, read: dict, prefill: float, decode: float) -> dict:
     """Tokens a second beside what reading weights and cache allows, here and on known chips."""
     device, answers = jax.devices()[0], args.queries * args.samples
-    bandwidth = peak_bandwidth(device) or measured_bandwidth()
-    limit = {
-        chip: answers * bytes_ / sum(read.values())
-        for chip, bytes_ in {"here": bandwidth, **PEAK_BANDWIDTH}.items()
-        if chip in ("here", "NVIDIA H200", "TPU v5e")
-    }
+    chip = chip_of(device)
+    bandwidth = chip.bandwidth if chip else measured_bandwidth()
+    bandwidths = {name: CHIPS[name].bandwidth for name in ("NVIDIA H200", "TPU v5e")}
+    bandwidths["here"] = bandwidth
+    limit = {name: answers * speed / sum(read.values()) for name, speed in bandwidths.items()}
     rate = answers * (args.new - 1) / decode
     return {
         "bandwidth": bandwidth,

@@ -43,6 +43,7 @@ from afmrl_jax.models.config import QwenVLConfig
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.presets import preset
 from afmrl_jax.training import cost, gradcache
+from afmrl_jax.training.chips import chip_of
 
 Rows = dict[str, np.ndarray]
 Step = Callable[[], float]  # one training step; returns its loss
@@ -293,7 +294,8 @@ def utilisation(config: QwenVLConfig, rows: Rows, args: argparse.Namespace, seco
     work = jax.jit(functools.partial(cost.work, config))(counted)
     amount = {name: float(value) for name, value in work.items()}
     flops = cost.step_flops(config, params, amount, gradcache=args.chunks > 1)
-    peak = cost.peak_flops(jax.devices()[0])
+    chip = chip_of(jax.devices()[0])
+    peak = chip.flops if chip else None
     return {
         "amount": amount,
         "useful_flops_per_step": flops,

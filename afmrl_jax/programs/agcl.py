@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_choice, check_ranges, flatten
-from afmrl_jax.core.mesh import batch_sharding, local_rows, replicated
+from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, replicated
 from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.answers import described
 from afmrl_jax.data.catalog import Catalog
@@ -61,10 +61,11 @@ from afmrl_jax.training.checkpoint import (
     check_unchanged,
     checkpoint_folder,
 )
-from afmrl_jax.training.goodput import Clock
+from afmrl_jax.training.goodput import Clock, abstract_host
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import make_optimizer
-from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, read_base
+from afmrl_jax.training.planning import Part, check_fits
+from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, planned, read_base
 from afmrl_jax.training.state import TrainState, abstract_state, init_state, zeros
 from afmrl_jax.training.tracing import traced_steps
 
@@ -115,11 +116,12 @@ class Built:
 
 
 def build(
-    config: ConfigDict, mesh: Mesh, enc: encoder.Encoder, statistics: CorpusStatistics
+    config: ConfigDict, mesh: Mesh, enc: encoder.Encoder, statistics: CorpusStatistics | None
 ) -> Built:
     """The train step of a configuration, jitted for a mesh; nothing is computed yet.
 
-    statistics: of the training listings' attributes, from which the head's labels are taken.
+    statistics: of the training listings' attributes, from which the head's labels are taken; None
+    where there is no head.
     step: (frozen parameters, state, batch of arrays [A, C, V, ...]) -> (state, metrics), the state
     donated; the frozen ones are only read, so there is one copy of them.
     embed: (params, this process's rows of eval.batch) -> float32[eval.batch, E] on every device.
@@ -174,6 +176,48 @@ def build(
         abstract,
         frozen,
     )
+
+
+def step_part(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder, built: Built) -> Part:
+    """The train step as planning compiles it, its rows full."""
+    chunks, data = config.chunks, config.data
+    leading = chunks, config.batch // chunks, 2 + data.hard_negatives
+    sharding = batch_sharding(mesh, 1)
+    floats = jax.ShapeDtypeStruct((*leading, data.max_terms), jnp.float32, sharding=sharding)
+    batch = enc.abstract_rows(leading, sharding) | {
+        "product": jax.ShapeDtypeStruct(leading, jnp.int32, sharding=sharding),
+        "terms": jax.ShapeDtypeStruct(floats.shape, jnp.int32, sharding=sharding),
+        "query_weights": floats,
+        "document_weights": floats,
+        "host": abstract_host(mesh),
+    }
+    frozen, state, model = built.frozen, built.abstract, enc.model_config
+    amount = cost.most_work(model, math.prod(leading), data.max_tokens, data.max_patches)
+    params = encoder_params(state.params, frozen)
+    pairs = config.batch * config.batch * (leading[-1] - 1) / batch_shards(mesh)
+    return Part(
+        "step",
+        built.step,
+        (frozen, state, batch),
+        held={
+            "parameters": (frozen, state.params),
+            "optimizer": state.opt_state,
+            "batch": batch,
+        },
+        inside={"a matrix of all pairs": 4.0 * pairs},
+        useful=cost.step_flops(model, params, amount, gradcache=chunks > 1),
+    )
+
+
+def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
+    """What `plan` compiles of a run with this configuration: no catalogue is opened.
+
+    Raises UserError for what depends on one.
+    """
+    if config.loss.head_weight:
+        raise UserError("the head's labels depend on the catalogue: plan without loss.head_weight")
+    enc = planned(config, config.init_from or config.model.preset)
+    return [step_part(config, mesh, enc, build(config, mesh, enc, None))]
 
 
 def encoder_params(trained: Any, frozen: Any) -> Any:
@@ -275,6 +319,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
         # ---- state, step and judges
         built = build(config, mesh, enc, statistics)
+        step = check_fits(step_part(config, mesh, enc, built), mesh)
         frozen = {}
         if enc.lora:
             base = Base.of_record(saved) if saved else Base(source.path if source else "")
@@ -316,7 +361,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         # ---- train
         if int(state.step) < config.steps:
             training = Training(
-                step=functools.partial(built.step, frozen),
+                step=functools.partial(step, frozen),
                 open_stream=_open_stream(config, catalog, sampler, processor, statistics, local),
                 examples=config.batch,
                 unit="pairs",

@@ -66,8 +66,9 @@ from afmrl_jax.training.encoder import (
 from afmrl_jax.training.generator import Answerer, Generator
 from afmrl_jax.training.goodput import Clock
 from afmrl_jax.training.loop import Training, fit
-from afmrl_jax.training.policy import Built, build
-from afmrl_jax.training.pretrained import Base, find_pretrained, read_base
+from afmrl_jax.training.planning import Part, check_fits
+from afmrl_jax.training.policy import Built, build, parts
+from afmrl_jax.training.pretrained import Base, find_pretrained, planned, read_base
 from afmrl_jax.training.state import TrainState
 from afmrl_jax.training.tracing import traced_steps
 
@@ -204,6 +205,13 @@ class Step:
             append_groups(self._workdir / "rollouts.jsonl", number + 1, groups)
 
 
+def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
+    """What `plan` compiles of a run with this configuration, whose generator may be a preset: rows
+    as the configuration's data says, no catalogue and no encoder."""
+    generator = planned(config, config.generator, Generator)
+    return parts(config, mesh, generator, build(config, mesh, generator))
+
+
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Runs, or resumes, the whole of it in `workdir`; see configs/rar.py."""
     # ---- what is asked, and what is there
@@ -247,6 +255,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
         # ---- policy and the reference that it stays near
         built = build(config, mesh, generator)
+        for part in parts(config, mesh, generator, built):
+            check_fits(part, mesh)
         params, base = read_base(generator, built.params, base)
         frozen, reference = (params, params) if generator.lora else ({}, None)
         if config.policy.kl and not generator.lora:

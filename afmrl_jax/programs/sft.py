@@ -33,7 +33,7 @@ from afmrl_jax.attributes.agreement import Majority, agreement, agreement_by_nam
 from afmrl_jax.attributes.text import Verdict, format_attributes, normalise, parse
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten
-from afmrl_jax.core.mesh import local_rows, put_batch, replicated
+from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, put_batch, replicated
 from afmrl_jax.core.writer import cut_back, write_atomically
 from afmrl_jax.data.answers import AnswerBatches, described, question, question_and_answer
 from afmrl_jax.data.catalog import Catalog
@@ -50,10 +50,11 @@ from afmrl_jax.training.checkpoint import (
 )
 from afmrl_jax.training.encoder import abstract_params, from_preset, from_record, lora_of
 from afmrl_jax.training.generator import Answerer, Generator, batches_of
-from afmrl_jax.training.goodput import Clock
+from afmrl_jax.training.goodput import Clock, abstract_host
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import make_optimizer
-from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, read_base
+from afmrl_jax.training.planning import Part, check_fits
+from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, planned, read_base
 from afmrl_jax.training.state import TrainState, abstract_state, init_state
 from afmrl_jax.training.tracing import traced_steps
 
@@ -154,6 +155,37 @@ def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
     )
 
 
+def step_part(config: ConfigDict, mesh: Mesh, generator: Generator, built: Built) -> Part:
+    """The train step as planning compiles it, its rows full."""
+    leading, data = (config.chunks, config.batch // config.chunks), config.data
+    sharding = batch_sharding(mesh, 1)
+    batch = generator.abstract_rows(leading, sharding, answers=data.max_answer)
+    batch |= {"host": abstract_host(mesh)}
+    frozen, state, model = built.frozen, built.abstract, generator.model_config
+    length = data.max_tokens + data.max_answer
+    amount = cost.most_work(model, config.batch, length, data.max_patches)
+    amount |= {"logits": float(config.batch * data.max_answer)}
+    logits = 4.0 * leading[1] * config.vocabulary_chunk * model.vocab_size
+    return Part(
+        "step",
+        built.step,
+        (frozen, state, batch),
+        held={
+            "parameters": (frozen, state.params),
+            "optimizer": state.opt_state,
+            "batch": batch,
+        },
+        inside={"logits": logits / batch_shards(mesh)},
+        useful=cost.step_flops(model, lora.join(state.params, frozen), amount, gradcache=False),
+    )
+
+
+def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
+    """What `plan` compiles of a run with this configuration: no catalogue is opened."""
+    generator = planned(config, config.init_from or config.model.preset, Generator)
+    return [step_part(config, mesh, generator, build(config, mesh, generator))]
+
+
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Runs, or resumes, the whole of it in `workdir`; see configs/sft.py."""
     # ---- what is asked, and what is there
@@ -180,6 +212,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
         # ---- state, step and judge
         built = build(config, mesh, generator)
+        step = check_fits(step_part(config, mesh, generator, built), mesh)
         frozen = {}
         if generator.lora:
             base = Base.of_record(saved) if saved else Base(source.path if source else "")
@@ -216,7 +249,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 steps=config.steps,
             )
             training = Training(
-                step=functools.partial(built.step, frozen),
+                step=functools.partial(step, frozen),
                 open_stream=lambda step: Stream(
                     batches, step, config.data.workers, config.data.timeout
                 ),

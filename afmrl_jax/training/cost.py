@@ -1,4 +1,4 @@
-"""What a step costs: useful FLOPs, and the chip's peaks to hold them against.
+"""What a step costs in useful FLOPs.
 
 Useful FLOPs = 6 x parameters x tokens, attention added: a forward pass, and a backward pass of
 twice its work, once for the inputs' gradient and once for the parameters'. Under LoRA a frozen
@@ -9,54 +9,16 @@ method's own. Padding and what remat computes again do not count.
 Axes: N rows · S tokens · P patches.
 """
 
+import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from afmrl_jax.models.config import QwenVLConfig
 from afmrl_jax.models.lora import ADAPTER
-
-# Dense bf16 FLOP/s of one chip, by the start of jax's device_kind; vendors' data sheets.
-PEAK_FLOPS = {
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6": 918e12,
-}
-
-# Bytes a second between one chip and its memory, likewise.
-PEAK_BANDWIDTH = {
-    "NVIDIA H200": 4.8e12,
-    "NVIDIA H100": 3.35e12,
-    "NVIDIA A100": 2.04e12,
-    "TPU v4": 1.2e12,
-    "TPU v5 lite": 819e9,
-    "TPU v5e": 819e9,
-    "TPU v5": 2.765e12,
-    "TPU v6": 1.64e12,
-}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """The chip's dense bf16 FLOP/s; None where it is not known (a CPU's is not)."""
-    return _of_kind(PEAK_FLOPS, device)
-
-
-def peak_bandwidth(device: jax.Device) -> float | None:
-    """The chip's memory bandwidth, in bytes a second; None where it is not known."""
-    return _of_kind(PEAK_BANDWIDTH, device)
-
-
-def _of_kind(peaks: Mapping[str, float], device: jax.Device) -> float | None:
-    kinds = sorted(peaks, key=len, reverse=True)
-    return next((peaks[k] for k in kinds if device.device_kind.startswith(k)), None)
 
 
 def work(config: QwenVLConfig, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -83,6 +45,18 @@ def work(config: QwenVLConfig, rows: dict[str, jax.Array]) -> dict[str, jax.Arra
         "patches": (image > 0).sum(dtype=jnp.float32),
         "patch_pairs": patch_pairs,
     }
+
+
+def most_work(config: QwenVLConfig, rows: int, tokens: int, patches: int) -> dict[str, float]:
+    """`work` of rows that are full: one square image each, and text to the end."""
+    side = math.isqrt(patches)
+    places = np.stack(np.divmod(np.arange(patches), max(side, 1)), -1)
+    row = {
+        "token_mask": np.ones((1, tokens), bool),
+        "patch_segments": np.ones((1, patches), np.int32),
+        "patch_positions": places[None],
+    }
+    return {name: rows * float(value) for name, value in work(config, row).items()}
 
 
 def step_flops(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
@@ -87,6 +87,28 @@ class Assembly(abc.ABC):
             prompt=prompt,
             **more,
         )
+
+    def abstract_rows(
+        self, leading: tuple[int, ...], sharding: NamedSharding, *, answers: int = 0
+    ) -> dict[str, jax.ShapeDtypeStruct]:
+        """The processor's arrays, as it makes them with room for `answers` tokens."""
+        data, vision = self.settings.data, self.model_config.vision
+        s, p = data.max_tokens + answers, data.max_patches
+        shapes = {
+            "tokens": ((s,), jnp.int32),
+            "token_mask": ((s,), jnp.bool),
+            "positions": ((3, s), jnp.int32),
+            "patches": ((p, vision.patch_dim), jnp.float32),
+            "patch_positions": ((p, 2), jnp.int32),
+            "patch_segments": ((p,), jnp.int32),
+            "patch_grids": ((p, 2), jnp.int32),
+        }
+        if answers:
+            shapes["answer_mask"] = (s,), jnp.bool
+        return {
+            name: jax.ShapeDtypeStruct((*leading, *shape), dtype, sharding=sharding)
+            for name, (shape, dtype) in shapes.items()
+        }
 
     def record(self) -> dict[str, str]:
         """What `from_record` needs beside the configuration."""

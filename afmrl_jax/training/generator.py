@@ -75,11 +75,11 @@ class Generator(Assembly):
 
     def sampling(self, **drawn: Any) -> Sampling:
         """How answers are drawn and end; drawn: temperature, top_k, top_p."""
-        config = self.model_config
+        config, named = self.model_config, self.tokenizer
         return Sampling(
             self.settings.data.max_answer,
             stop=(config.eos_token_id, config.pad_token_id),  # as Qwen's generation_config
-            forbidden=forbidden_ids(self.tokenizer, config.vocab_size),
+            forbidden=forbidden_ids(named, config.vocab_size) if named else (),
             pad=config.pad_token_id,
             **drawn,
         )

@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from afmrl_jax.core.mesh import batch_sharding, replicated
+from afmrl_jax.core.mesh import batch_sharding, batch_shards, replicated
 from afmrl_jax.losses.policy import Options, policy_loss, policy_metrics
 from afmrl_jax.losses.scoring import score_answers
 from afmrl_jax.models import lora
@@ -23,7 +23,9 @@ from afmrl_jax.models.sampler import Samples, generate, sample_keys
 from afmrl_jax.training import accumulate, cost
 from afmrl_jax.training.encoder import abstract_params
 from afmrl_jax.training.generator import Generator
+from afmrl_jax.training.goodput import abstract_host
 from afmrl_jax.training.optimizer import make_optimizer
+from afmrl_jax.training.planning import Part
 from afmrl_jax.training.state import TrainState, abstract_state, init_state
 
 Arrays = dict[str, jax.Array]
@@ -149,6 +151,57 @@ def _update(
         return TrainState(state.step + end, trained, opt_state), metrics, old
 
     return update
+
+
+def parts(config: ConfigDict, mesh: Mesh, generator: Generator, built: Built) -> list[Part]:
+    """A step's compiled parts as planning compiles them: questions full, answers as long as they
+    may be."""
+    data, model = config.data, generator.model_config
+    chunks, queries = config.chunks, config.queries // config.chunks
+    sharding = batch_sharding(mesh, 1)
+    rows = generator.abstract_rows((chunks, queries), sharding)
+
+    def of(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        shape = chunks, queries, config.samples, *shape
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    answers = {"tokens": of(jnp.int32, data.max_answer), "mask": of(jnp.bool, data.max_answer)}
+    scored = ("sampler_log_probs", *(["reference_log_probs"] if config.policy.kl else []))
+    answers |= {name: of(jnp.float32, data.max_answer) for name in scored}
+    answers |= {"zero_variance": of(jnp.bool), "truncated": of(jnp.bool)}
+    answers["advantages"] = of(jnp.float32)
+    state = built.abstract
+    frozen = built.params if generator.lora else {}
+    params = lora.join(state.params, frozen)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    tokens = config.queries * (data.max_tokens + config.samples * data.max_answer)
+    cache = 2 * model.text.num_layers * model.text.num_kv_heads * model.text.head_dim
+    cache *= tokens * jnp.dtype(config.model.dtype).itemsize / batch_shards(mesh)
+    asked = cost.most_work(model, config.queries, data.max_tokens, data.max_patches)
+    drawn = config.queries * config.samples * data.max_answer
+    own = (data.max_tokens + data.max_answer / 2) * drawn * model.text.num_layers
+    amount = asked | {"tokens": asked["tokens"] + drawn, "logits": float(drawn)}
+    amount["token_pairs"] += own
+    whole = functools.partial(cost.step_flops, model, amount=amount, gradcache=False)
+    return [
+        Part(
+            "rollout",
+            built.rollout,
+            (params, rows, number),
+            held={"parameters": params},
+            inside={"cache": cache},
+            useful=whole(lora.without(params)) / 3,
+            loops=data.max_answer,
+        ),
+        Part(
+            "update",
+            built.update,
+            (frozen, state, rows, answers, abstract_host(mesh), number),
+            held={"parameters": params, "optimizer": state.opt_state},
+            inside={},
+            useful=whole(params),
+        ),
+    ]
 
 
 def _flops(

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.models import hf_weights, lora
+from afmrl_jax.models.presets import PRESETS, preset
 from afmrl_jax.training.checkpoint import Checkpoints, find_checkpoints
 from afmrl_jax.training.encoder import (
     AnyAssembly,
@@ -90,6 +91,21 @@ def find_pretrained(
         f"{path}, step {step}",
         str(checkpoints.folder / str(step)),
     )
+
+
+def planned(settings: ConfigDict, name: str, kind: type[AnyAssembly] = Encoder) -> AnyAssembly:
+    """A model of which only shapes matter: a preset, or anything that `find_pretrained` knows, or a
+    folder with its config.json alone. Its settings are these, with LoRA as they say.
+
+    Raises UserError where there is no such thing.
+    """
+    if name in PRESETS:
+        found = kind(settings, preset(name), None)
+    elif (Path(name) / "config.json").exists() and not (Path(name) / "checkpoints").exists():
+        found = from_folder(settings, Path(name), kind)
+    else:
+        found = find_pretrained(name, kind).enc
+    return dataclasses.replace(found, settings=settings, lora=lora_of(settings))
 
 
 def _without_pooling(load: Callable[[Any], Any], abstract: Any) -> Any:

@@ -40,7 +40,7 @@ def processor(catalog):
     )
 
 
-def batches(catalog, processor, rows=np.arange(4), chunks=2):
+def batches(catalog, processor, rows=(0, 1, 2, 3), chunks=2):
     listings = catalog.indices("train")
     return AnswerBatches(
         catalog, listings, processor, 8, chunks, rows, dropout=0.5, seed=3, steps=50
