@@ -6,6 +6,7 @@ holds the run's record, strings by name: config, model, tokenizer, corpus statis
 catalogue's fingerprint. One that is no longer as it was written is left for the one before it.
 """
 
+import contextlib
 import errno
 import itertools
 import json
@@ -231,7 +232,8 @@ class Checkpoints:
         for path in list(self.folder.iterdir()):
             unfinished = is_bucket(path) and path.name.isdigit() and not is_finished(path)
             if unfinished or path.name.endswith(_UNFINISHED):
-                path.rmtree(missing_ok=True)
+                with contextlib.suppress(OSError):  # one that fails may still be written to
+                    path.rmtree()
 
     def _set_aside(self) -> None:
         """Renames what is damaged and newer than the newest whole one: the run comes by there."""

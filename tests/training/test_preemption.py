@@ -1,46 +1,23 @@
 """What tells a run that its machine goes away."""
 
-import http.server
 import os
 import signal
 import threading
 import time
 
 import pytest
+from metadata_server import MAINTENANCE, PREEMPTED, serving
 
 from afmrl_jax.training import preemption
 from afmrl_jax.training.preemption import Preemption
 
-MAINTENANCE, PREEMPTED = "instance/maintenance-event", "instance/preempted"
-
-
-class _Answers(http.server.BaseHTTPRequestHandler):
-    """As Google's: values under /computeMetadata/v1/, and only to those who send its header."""
-
-    def do_GET(self):
-        name = self.path.removeprefix("/computeMetadata/v1/")
-        known = self.headers.get("Metadata-Flavor") == "Google" and name in self.server.values
-        self.send_response(200 if known else 403)
-        self.end_headers()
-        if known:
-            self.wfile.write(self.server.values[name].encode())
-        self.server.asked.set()
-
-    def log_message(self, *_):
-        pass
-
 
 @pytest.fixture
 def metadata(monkeypatch):
-    """A metadata server on this machine, whose `values` the test sets."""
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Answers) as server:
-        server.values = {MAINTENANCE: "NONE", PREEMPTED: "FALSE"}
-        server.asked = threading.Event()
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
+    with serving() as server:
+        monkeypatch.setenv("GCE_METADATA_HOST", server.address)
         monkeypatch.setattr(preemption, "POLL_SECONDS", 0.02)
         yield server
-        server.shutdown()
 
 
 def wait_for(condition):
