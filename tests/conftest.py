@@ -1,12 +1,16 @@
 """A small catalogue of real files, and the smallest run of the AGCL program on it."""
 
 import json
+import os
 from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
+
+# Where the TPU compiler is installed, for planning, JAX would look for a TPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # An example that is slow on a busy machine is no failure.
 hypothesis.settings.register_profile("patient", deadline=None)

@@ -68,8 +68,8 @@ def step_flops(
     params: the model's, adapters included, arrays or abstract. A multiply-add counts 2.
     """
     forward = 2 if gradcache else 1
-    names = {
-        jax.tree_util.keystr(path, simple=True, separator="."): leaf.size
+    names = {  # sizes as floats: of 7B parameters a stack has more than 2^31 numbers
+        jax.tree_util.keystr(path, simple=True, separator="."): float(leaf.size)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         # Tables are looked up, not multiplied, but as the head, which is told apart.
         if path[-1].key in ("kernel", *ADAPTER) and path[0].key != "lm_head"
@@ -83,7 +83,7 @@ def step_flops(
         part = "vision" if _in_vision(name) else "text"
         trained = name.endswith(ADAPTER) or not adapters
         total += 2 * size * _uses(config, name, amount) * (forward + passed[part] + trained)
-    scored = config.vocab_size * config.text.hidden_size * amount.get("logits", 0.0)
+    scored = float(config.vocab_size) * config.text.hidden_size * amount.get("logits", 0.0)
     total += 2 * scored * (forward + 1 + (not adapters))
     heads = {"vision": config.vision.hidden_size, "text": config.text.num_heads}
     heads["text"] *= config.text.head_dim

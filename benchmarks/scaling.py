@@ -1,0 +1,123 @@
+"""What a step of the published sizes would take on TPU pods, by XLA's own TPU compiler.
+
+python benchmarks/scaling.py                       # the plan tables, and how cost grows with chips
+python benchmarks/scaling.py --only agcl scaling   # some of: agcl, rar, scaling, slices
+
+Compiled without a TPU (pip install -e ".[tpu-plan]"): cycles are the compiler's estimates, bytes of
+exchanges are read from the compiled program, and what a link carries is the data sheet's. Nothing
+here has run on a TPU. A row of AGCL is full: 208 tokens, of them 144 of an image of 576 patches.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from typing import Any
+
+from running import RESULTS, write
+
+from afmrl_jax.programs import plan
+from configs import agcl, rar
+
+ROW = {"max_tokens": 208, "max_patches": 576}
+# topology -> GradCache pairs a chip and chunk, parameters over so many chips
+PODS = {"v5e:4x4": (16, 16), "v5e:16x16": (16, 16), "v5p:4x4x4": (64, 16), "v6e:8x8": (32, 16)}
+BATCHES = (1024, 8192, 32768)
+WEAK = 32  # pairs a chip, where the batch grows with the chips
+GROWING = ("v5e:4x4", "v5e:8x8", "v5e:16x16")
+SLICES = ("1xv5e:8x8", "2xv5e:8x8", "4xv5e:8x8")
+
+
+def planned(config: Any, topology: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The reports of a configuration on a topology, by part."""
+    began = time.monotonic()
+    with config.unlocked():
+        config.update_from_flattened_dict(fields)
+    devices = plan.devices_of(topology)
+    found = {report.name: asdict(report) for report in plan.reports_of(config, devices)}
+    print(f"{topology} {fields}: compiled in {time.monotonic() - began:.0f} s", flush=True)
+    return {"topology": topology, "chips": len(devices), "fields": fields, "parts": found}
+
+
+def encoder(topology: str, batch: int, **more: Any) -> dict[str, Any]:
+    """The 2B AGCL step, all parameters trained."""
+    name = topology.partition("x")[2] if topology[0].isdigit() else topology
+    slices = int(topology[0]) if topology[0].isdigit() else 1
+    per_chunk, fsdp = PODS.get(name, (16, 16))
+    chips = slices * len(plan.devices_of(name))
+    fields = {
+        "model.preset": "qwen2_vl_2b",
+        "model.dtype": "bfloat16",
+        "model.remat": "full",
+        "batch": batch,
+        "chunks": max(1, batch // (per_chunk * chips)),
+        "mesh.slice": slices,
+        "mesh.fsdp": fsdp,
+        **{f"data.{k}": v for k, v in ROW.items()},
+        **more,
+    }
+    return planned(agcl.get_config(), topology, fields)
+
+
+def generator(topology: str) -> dict[str, Any]:
+    """The 3B RAR step, all parameters trained: 8 answers to each query."""
+    fields = {
+        "generator": "qwen2_5_vl_3b",
+        "model.dtype": "bfloat16",
+        "model.remat": "full",
+        "queries": 256,
+        "samples": 8,
+        "chunks": 4,
+        "mesh.fsdp": 16,
+        "data.max_answer": 64,
+        **{f"data.{k}": v for k, v in ROW.items()},
+    }
+    return planned(rar.get_config(), topology, fields)
+
+
+def row(found: dict[str, Any], part: str) -> list[str]:
+    report, fields = found["parts"][part], found["fields"]
+    cells = [found["topology"], str(fields.get("batch", fields.get("queries"))), part]
+    cells += [str(fields["chunks"]), f"{report['needed'] / 2**30:.1f}"]
+    if report["seconds"] is None:
+        return [*cells, "no", *[""] * 6]
+    floors = [f"{report['floors'][name]:.2f}" for name in ("products", "memory", "exchanges")]
+    sent = sum(one["bytes"] for one in report["exchanges"]) / 2**30
+    fits = "yes" if report["needed"] <= report["limit"] else "no"
+    return [
+        *cells, fits, f"{report['seconds']:.2f}", *floors, f"{report['utilisation']:.0%}",
+        f"{sent:.1f}",
+    ]  # fmt: skip
+
+
+HEAD = (
+    "topology", "batch", "part", "chunks", "GiB", "fits", "seconds", "products", "memory",
+    "exchanges", "utilisation", "GiB exchanged",
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=["agcl", "rar", "scaling", "slices"])
+    args = parser.parse_args()
+    path = RESULTS / "scaling.json"
+    result = json.loads(path.read_text())["result"] if path.exists() else {}
+    jobs = {
+        "agcl": [lambda t=t, b=b: encoder(t, b) for t in PODS for b in BATCHES],
+        "rar": [lambda: generator("v5e:16x16"), lambda: generator("v5p:4x4x4")],
+        "scaling": [lambda t=t: encoder(t, WEAK * len(plan.devices_of(t))) for t in GROWING],
+        "slices": [lambda t=t: encoder(t, WEAK * 64 * int(t[0])) for t in SLICES],
+    }
+    for name in args.only:
+        result[name] = []
+        for job in jobs[name]:
+            result[name].append(job())
+            write("scaling", {"result": result})
+    for name in args.only:
+        lines = [row(found, part) for found in result[name] for part in found["parts"]]
+        print(f"\n{name}\n\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
+        print("\n".join(f"| {' | '.join(line)} |" for line in lines), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Planning for TPUs that are not there, with XLA's own compiler; and the search for better."""
+
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.mesh import make_mesh
+from afmrl_jax.programs import agcl, plan
+from afmrl_jax.programs.plan import Choice, Tried, search
+from afmrl_jax.training import planning
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="XLA's TPU compiler (libtpu) is not installed",
+)
+HALF = tuple({"slice": 1, "data": 1, "fsdp": 4, "tensor": 1}.items())
+
+
+@pytest.fixture
+def config(agcl_config):
+    agcl_config.update(batch=16, chunks=2)
+    agcl_config.mesh.fsdp = 4
+    agcl_config.model.update(dtype="bfloat16", remat="full")
+    return agcl_config
+
+
+@needs_compiler
+def test_a_step_is_planned_for_tpus_by_part_time_and_exchange(config, tmp_path, capsys):
+    config.chunks = 1  # then nothing is left to search but meshes and remat
+    plan.main(config, tmp_path, "v5e:2x2")
+    told = capsys.readouterr().out
+    found = json.loads((tmp_path / "plan.json").read_text())
+    (report,) = found["reports"]
+    assert report["name"] == "step" and report["limit"] > report["needed"] > 0
+    named = ("parameters", "optimizer", "batch", "a matrix of all pairs", "activations")
+    assert tuple(report["memory"]) == named and all(name in told for name in named)
+    assert sum(report["memory"].values()) == pytest.approx(report["needed"])
+    assert 0 < report["useful"] <= report["flops"] and 0 < report["utilisation"] < 1
+    assert report["seconds"] > max(report["floors"]["products"], report["floors"]["memory"])
+    assert not report["unread_loops"]
+    assert {one["axes"] for one in report["exchanges"]} == {"fsdp"}
+    assert len(found["tried"]) > 1 and "Quickest of what fits: --config.mesh" in told
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "topology, told",
+    [("v5e16", "is no topology: write it as"), ("v5e:3x5", "XLA knows no TPUs v5e:3x5")],
+)
+def test_a_topology_that_does_not_exist_is_told(config, tmp_path, topology, told):
+    with pytest.raises(UserError, match=told):
+        plan.main(config, tmp_path, topology)
+
+
+def test_only_programs_that_train_are_planned(config, tmp_path):
+    with config.unlocked():
+        config.program = "evaluate"
+    with pytest.raises(UserError, match="knows agcl, sft, rar, not evaluate"):
+        plan.main(config, tmp_path, "local")
+
+
+def test_a_run_that_cannot_fit_is_refused_with_the_table_before_anything_is_made(config):
+    config.mesh.fsdp = 1
+    config.model.preset = "qwen2_vl_7b"
+    config.model.remat = "none"
+    (part,) = agcl.plan(config, make_mesh(dict(config.mesh)))
+    with pytest.raises(UserError, match=r"step does not fit the memory of cpu") as told:
+        planning.check_fits(part, make_mesh(dict(config.mesh)))
+    assert "| parameters | optimizer |" in str(told.value) and "| no |" in str(told.value)
+
+
+def costs(choice):
+    """A step of 64 pairs on 4 devices, worked out by hand: what is kept must fit into 10."""
+    fsdp = dict(choice.mesh)["fsdp"]
+    kept = {"none": 8.0, "dots": 4.0, "full": 1.0}[choice.remat] * 8 / choice.chunks
+    needed = 16 / fsdp + kept
+    seconds = {"none": 1.0, "dots": 1.1, "full": 1.3}[choice.remat] + 0.002 * choice.chunks * fsdp
+    fits = needed <= 10
+    return Tried(choice, fits, seconds if fits else None, needed)
+
+
+def test_the_search_ends_with_the_quickest_of_what_fits():
+    asked = costs(Choice(HALF, "none", 1))
+    assert not asked.fits
+    tried = search(costs, asked, batch=64, devices=4)
+    assert len(tried) <= plan.TRIES and tried[0] is asked
+    best = min((one for one in tried if one.fits), key=lambda one: one.seconds)
+    # Over four devices 4 of the 10 are gone: "full" needs 2 chunks (1.316 s), "dots" 8 (1.164 s).
+    assert best.choice == Choice(HALF, "none", 16) and best.seconds == pytest.approx(1.128)
+
+
+def test_a_search_in_which_nothing_fits_ends():
+    def never(choice):
+        return dataclasses.replace(costs(choice), fits=False, seconds=None)
+
+    tried = search(never, never(Choice(HALF, "none", 1)), batch=64, devices=4)
+    assert [one.choice.chunks for one in tried] == [1, 1, 2, 4, 8, 16]
+    assert "Nothing that was tried fits" in plan._advice(tried)
