@@ -95,12 +95,12 @@ BUILT_IN = Size(
 # Photos become some 80 px, 25 tokens; descriptions are long, and stand behind the attributes.
 PHOTO = {"data.max_patches": 100, "data.min_pixels": 4096, "data.max_pixels": 6400}
 PHOTOS = Size(
-    steps=100,
+    steps=60,
     stages={
-        "sft": {"steps": 500} | PHOTO,
-        "rar": {"steps": 40, "eval_every": 8},
-        "annotate": {"share": 1.0},
-        "small": {"steps": 250} | PHOTO,
+        "sft": {"steps": 300} | PHOTO,
+        "rar": {"steps": 20, "eval_every": 10},
+        "annotate": {"share": 0.4},
+        "small": {"steps": 150} | PHOTO,
     },
     encoder=PHOTO
     | {
