@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from afmrl_jax.core.errors import UserError
@@ -21,7 +22,8 @@ def make_mesh(sizes: dict[str, int], among: Sequence[jax.Device] | None = None) 
 
     among: other devices than those at hand, as of a topology that is only planned for.
 
-    Raises UserError where the lengths do not multiply to the number of devices.
+    Raises UserError where the lengths do not multiply to the number of devices, or `slice` is not
+    the number of slices of Cloud TPUs.
     """
     devices = len(among or jax.devices())
     lengths = [sizes[axis] for axis in AXES]
@@ -39,7 +41,19 @@ def make_mesh(sizes: dict[str, int], among: Sequence[jax.Device] | None = None) 
             "change mesh.* or set one axis to -1"
         )
     auto = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(lengths), AXES, axis_types=auto, devices=among)
+    # GPUs have a slice_index too, their machine's; there every axis may cross the network.
+    pods = {getattr(d, "slice_index", 0) for d in among or jax.devices() if d.platform == "tpu"}
+    if len(pods) <= 1:
+        return jax.make_mesh(tuple(lengths), AXES, axis_types=auto, devices=among)
+    if lengths[0] != len(pods):
+        raise UserError(
+            f"there are {len(pods)} slices, and mesh.slice is {lengths[0]}: set it to {len(pods)}, "
+            "so that only gradients cross the network between them"
+        )
+    placed = mesh_utils.create_hybrid_device_mesh(
+        (1, *lengths[1:]), (lengths[0], 1, 1, 1), among, allow_split_physical_axes=True
+    )
+    return Mesh(placed, AXES, axis_types=auto)
 
 
 def batch_shards(mesh: Mesh) -> int:
