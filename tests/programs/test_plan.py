@@ -14,7 +14,7 @@ from afmrl_jax.training import planning
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason="XLA's TPU compiler (libtpu) is not installed",
+    reason="XLA's TPU compiler is not installed",
 )
 HALF = tuple({"slice": 1, "data": 1, "fsdp": 4, "tensor": 1}.items())
 
