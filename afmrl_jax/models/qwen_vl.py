@@ -145,11 +145,10 @@ class QwenVL(nnx.Module):
         x, deepstack = self.embed_rows(rows) if embedded is None else embedded
         positions = jnp.swapaxes(rows["positions"], 1, 2)
         angles = rotary_angles(positions, *text_frequencies(self.config.text))
-        told = rows["seen"] if "seen" in rows else rows["token_mask"]
-        mask, segments = (told, None) if told.ndim == 3 else (told[:, None], told.astype(jnp.int32))
+        mask = rows["seen"] if "seen" in rows else rows["token_mask"][:, None, :]
 
         def mix(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
-            return attend(query, key, value, mask, True, segments), (key, value) if cache else None
+            return attend(query, key, value, mask, causal=True), (key, value) if cache else None
 
         def call(layer: DecoderLayer, x: jax.Array, seen: jax.Array | None):
             x, extra = layer(x, angles, mix)

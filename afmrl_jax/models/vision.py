@@ -19,8 +19,6 @@ from afmrl_jax.models.config import QwenVLConfig, VisionConfig
 from afmrl_jax.models.layers import ACTIVATIONS, Linear, make_norm, run_layers, stack_layers
 from afmrl_jax.models.rope import rotary_angles, rotate, vision_frequencies
 
-Seen = tuple[jax.Array, bool, jax.Array]  # what stands behind the values in `attend`
-
 
 class VisionAttention(nnx.Module):
     """Self-attention among the patches of one image or window."""
@@ -35,12 +33,12 @@ class VisionAttention(nnx.Module):
         self.out = Linear(width, width, **options)
         self.num_heads = config.vision.num_heads
 
-    def __call__(self, x: jax.Array, angles, seen: Seen) -> jax.Array:
+    def __call__(self, x: jax.Array, angles, mask: jax.Array) -> jax.Array:
         query, key, value = (
             part.reshape(*x.shape[:2], self.num_heads, -1)
             for part in jnp.moveaxis(self.qkv(x), -2, 0)
         )
-        mixed = attend(rotate(query, angles), rotate(key, angles), value, *seen)
+        mixed = attend(rotate(query, angles), rotate(key, angles), value, mask, causal=False)
         return self.out(mixed.reshape(x.shape))
 
 
@@ -62,8 +60,8 @@ class VisionLayer(nnx.Module):
         self.down = Linear(vision.mlp_size, width, scale=scale, **types)
         self.gated, self.activation = vision.gated, vision.activation
 
-    def __call__(self, x: jax.Array, angles, seen: Seen) -> jax.Array:
-        x = x + self.attention(self.attention_norm(x), angles, seen)
+    def __call__(self, x: jax.Array, angles, mask: jax.Array) -> jax.Array:
+        x = x + self.attention(self.attention_norm(x), angles, mask)
         hidden, activation = self.mlp_norm(x), ACTIVATIONS[self.activation]
         if self.gated:
             return x + self.down(activation(self.gate(hidden)) * self.up(hidden))
@@ -155,14 +153,11 @@ class VisionTower(nnx.Module):
         config, positions = self.config, rows["patch_positions"]
         x = self.embed_patches(rows)
         angles = rotary_angles(positions, *vision_frequencies(config))
-        segments = attention_segments(config, positions, rows["patch_segments"])
-        masks = [part[:, :, None] == part[:, None, :] for part in segments]
+        image, window = attention_masks(config, positions, rows["patch_segments"])
 
         def call(layer: VisionLayer, x: jax.Array, full: jax.Array | None):
-            def chosen(of_image: jax.Array, of_window: jax.Array | None = None) -> jax.Array:
-                return of_image if full is None else jnp.where(full, of_image, of_window)
-
-            return layer(x, angles, (chosen(*masks), False, chosen(*segments))), None
+            mask = image if full is None else jnp.where(full, image, window)
+            return layer(x, angles, mask), None
 
         tapped, start = [], 0
         for group, count in zip(self.layers, config.layer_groups):
@@ -184,19 +179,18 @@ class VisionTower(nnx.Module):
         return x
 
 
-def attention_segments(
+def attention_masks(
     config: VisionConfig, positions: jax.Array, segments: jax.Array
-) -> list[jax.Array]:
-    """What each patch attends to, as numbers that patches share: its image; where there are windows
-    also its window of it.
+) -> tuple[jax.Array, jax.Array | None]:
+    """What each patch attends to: its image, and its window of it (None where there are none).
 
-    positions: int32[N, P, 2]; segments: int32[N, P]. Returns one or two int32[N, P].
+    positions: int32[N, P, 2]; segments: int32[N, P]. Returns bool[N, P, P] twice.
     """
+    image = segments[:, :, None] == segments[:, None, :]
     if not config.window_size:
-        return [segments]
-    row, column = jnp.moveaxis(positions // config.window_patches, -1, 0)
-    # No image has 4,096 windows along a side, nor a row 128 images.
-    return [segments, (segments * 4096 + row) * 4096 + column]
+        return image, None
+    windows = positions // config.window_patches
+    return image, image & (windows[:, :, None] == windows[:, None, :]).all(-1)
 
 
 def resample(table: jax.Array, positions: jax.Array, grids: jax.Array) -> jax.Array:

@@ -26,7 +26,7 @@ from afmrl_jax.models.config import FAMILIES, QwenVLConfig, TextConfig, VisionCo
 from afmrl_jax.models.embedder import Embedder, normalize, pool_last
 from afmrl_jax.models.qwen_vl import QwenVL
 from afmrl_jax.models.rope import rotary_angles, vision_frequencies
-from afmrl_jax.models.vision import attention_segments
+from afmrl_jax.models.vision import attention_masks
 
 TOKENS = {
     "image_token_id": 4,
@@ -323,23 +323,22 @@ def our_blocks(case: Case) -> list[np.ndarray]:
     def begin(model: QwenVL, rows):
         tower, positions = model.vision, rows["patch_positions"]
         angles = rotary_angles(positions, *vision_frequencies(tower.config))
-        segments = attention_segments(tower.config, positions, rows["patch_segments"])
-        return tower.embed_patches(rows), angles, segments
+        masks = attention_masks(tower.config, positions, rows["patch_segments"])
+        return tower.embed_patches(rows), angles, masks
 
     @functools.partial(jax.jit, static_argnums=0)
-    def step(graph: nnx.GraphDef, state: nnx.State, x: jax.Array, angles, segments: jax.Array):
-        mask = segments[:, :, None] == segments[:, None, :]
-        return nnx.merge(graph, state)(x, angles, (mask, False, segments))
+    def step(graph: nnx.GraphDef, state: nnx.State, x: jax.Array, angles, mask: jax.Array):
+        return nnx.merge(graph, state)(x, angles, mask)
 
     tower = our_model(case).vision
-    x, angles, (image, *window) = run(our_model(case), begin, case.rows)
+    x, angles, (image, window) = run(our_model(case), begin, case.rows)
     outputs = [x]
     for group in tower.layers:
         graph, stacked = nnx.split(group)
         for i in range(len(jax.tree.leaves(stacked)[0])):
-            full = len(outputs) - 1 in tower.config.full_attention_layers or not window
+            full = len(outputs) - 1 in tower.config.full_attention_layers or window is None
             state = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-            outputs.append(step(graph, state, outputs[-1], angles, image if full else window[0]))
+            outputs.append(step(graph, state, outputs[-1], angles, image if full else window))
     return [np.asarray(block)[case.rows["patch_segments"] > 0] for block in outputs]
 
 
