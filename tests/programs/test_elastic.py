@@ -21,6 +21,24 @@ ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
 
 
+@pytest.fixture(autouse=True)
+def quick_compilations(monkeypatch):
+    """Most of the time goes into compiling what runs a few times, here and in the processes."""
+    wanted = {
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in wanted}
+    jax.clear_caches()
+    for name, value in wanted.items():
+        monkeypatch.setenv(name.upper(), str(int(value)))
+        jax.config.update(name, value)
+    yield
+    jax.clear_caches()
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 @pytest.fixture
 def config(agcl_config):
     agcl_config.update(steps=STEPS, eval_every=0, checkpoint_every=4)
