@@ -55,12 +55,7 @@ from afmrl_jax.retrieval.tasks import (
     validation_sample,
 )
 from afmrl_jax.training import cost, encoder, gradcache
-from afmrl_jax.training.checkpoint import (
-    Checkpoints,
-    check_catalogue,
-    check_unchanged,
-    checkpoint_folder,
-)
+from afmrl_jax.training.checkpoint import Checkpoints, checkpoint_folder
 from afmrl_jax.training.goodput import Clock, abstract_host
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import make_optimizer
@@ -68,6 +63,7 @@ from afmrl_jax.training.planning import Part, check_fits
 from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, planned, read_base
 from afmrl_jax.training.state import TrainState, abstract_state, init_state, zeros
 from afmrl_jax.training.tracing import traced_steps
+from afmrl_jax.training.unchanged import check_catalogue, check_unchanged
 
 log = logging.getLogger(__name__)
 

@@ -34,10 +34,10 @@ from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.opening import open_listings
 from afmrl_jax.data.processor import Row
 from afmrl_jax.data.views import evaluation_row
-from afmrl_jax.training.checkpoint import check_unchanged
 from afmrl_jax.training.describer import Describer
 from afmrl_jax.training.generator import Generator
 from afmrl_jax.training.pretrained import find_pretrained
+from afmrl_jax.training.unchanged import check_unchanged
 
 if TYPE_CHECKING:
     from afmrl_jax.data.endpoint import Endpoint  # needs the extra `annotate`

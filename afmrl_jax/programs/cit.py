@@ -35,7 +35,7 @@ from afmrl_jax.core.fields import check_ranges, flatten
 from afmrl_jax.core.writer import duration, write_atomically
 from afmrl_jax.programs import agcl, annotate, evaluate, rar, sft
 from afmrl_jax.retrieval.evaluation import paired, results_table
-from afmrl_jax.training.checkpoint import MAY_CHANGE, check_unchanged
+from afmrl_jax.training.unchanged import MAY_CHANGE, check_unchanged
 
 SECTIONS = {  # of the configuration -> the program, and its fields that a run may change
     "agcl": (agcl, MAY_CHANGE),

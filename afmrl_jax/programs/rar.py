@@ -48,13 +48,7 @@ from afmrl_jax.rl.rewards import Options as RewardOptions
 from afmrl_jax.rl.rewards import bounded_k
 from afmrl_jax.rl.rollout import Query, QueryBatches, QueryEmbedder
 from afmrl_jax.rl.watch import Limits, stopped, watch
-from afmrl_jax.training.checkpoint import (
-    MAY_CHANGE,
-    Checkpoints,
-    check_catalogue,
-    check_unchanged,
-    checkpoint_folder,
-)
+from afmrl_jax.training.checkpoint import Checkpoints, checkpoint_folder
 from afmrl_jax.training.describer import describe
 from afmrl_jax.training.encoder import (
     DTYPES,
@@ -71,6 +65,7 @@ from afmrl_jax.training.policy import Built, build, parts
 from afmrl_jax.training.pretrained import Base, find_pretrained, planned, read_base
 from afmrl_jax.training.state import TrainState
 from afmrl_jax.training.tracing import traced_steps
+from afmrl_jax.training.unchanged import MAY_CHANGE, check_catalogue, check_unchanged
 
 ROWS = ("instruction", "max_tokens", "max_answer", "max_patches", "min_pixels", "max_pixels")
 RANGES = {  # field -> lowest and highest

@@ -42,12 +42,7 @@ from afmrl_jax.data.pipeline import Stream
 from afmrl_jax.data.views import listing_text
 from afmrl_jax.models import lora
 from afmrl_jax.training import accumulate, cost
-from afmrl_jax.training.checkpoint import (
-    Checkpoints,
-    check_catalogue,
-    check_unchanged,
-    checkpoint_folder,
-)
+from afmrl_jax.training.checkpoint import Checkpoints, checkpoint_folder
 from afmrl_jax.training.encoder import abstract_params, from_preset, from_record, lora_of
 from afmrl_jax.training.generator import Answerer, Generator, batches_of
 from afmrl_jax.training.goodput import Clock, abstract_host
@@ -57,6 +52,7 @@ from afmrl_jax.training.planning import Part, check_fits
 from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, planned, read_base
 from afmrl_jax.training.state import TrainState, abstract_state, init_state
 from afmrl_jax.training.tracing import traced_steps
+from afmrl_jax.training.unchanged import check_catalogue, check_unchanged
 
 log = logging.getLogger(__name__)
 

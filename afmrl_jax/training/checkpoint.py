@@ -24,7 +24,6 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import flatten
 from afmrl_jax.training.integrity import (
     MANIFEST,
     agree,
@@ -37,13 +36,6 @@ from afmrl_jax.training.integrity import (
 from afmrl_jax.training.state import TrainState
 
 log = logging.getLogger("afmrl_jax")
-
-# Fields that change how a run is watched or where it runs, never what it computes.
-MAY_CHANGE = (
-    "log_every", "eval_every", "checkpoint_every", "checkpoint_dir", "mesh.", "eval.batch",
-    "data.workers", "data.timeout", "data.cache_dir", "profile",
-)  # fmt: skip
-
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax's folders end until then
 _KEPT = 2  # of the last checkpoints; the best is kept beside them
@@ -355,35 +347,3 @@ def _reason(error: Exception) -> str:
         if os.strerror(code) in told:
             return os.strerror(code).lower()
     return (told.strip() or type(error).__name__).splitlines()[0]
-
-
-def check_unchanged(
-    saved: str, config: ConfigDict, workdir: Path, may_change: tuple[str, ...] = MAY_CHANGE
-) -> None:
-    """Raises UserError where `config` differs from the one a run began with, field by field.
-
-    saved: the JSON of that configuration. may_change: beginnings of fields that may differ.
-    """
-    before, now = flatten(json.loads(saved)), flatten(json.loads(config.to_json()))
-    changed = [
-        f"{name} was {before.get(name, 'absent')!r} and is now {now.get(name, 'absent')!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not name.startswith(may_change)
-    ]
-    if changed:
-        raise UserError(
-            f"{workdir} holds a run of another configuration: {'; '.join(changed)}. Give the old "
-            "values to resume it, or another --workdir to start anew"
-        )
-
-
-def check_catalogue(saved: dict[str, str], fingerprint: str, path: str, workdir: Path) -> None:
-    """Raises UserError where the catalogue at `path` is not the one that a run began with.
-
-    saved: the run's record. fingerprint: of the catalogue as it is now.
-    """
-    if saved["catalogue"] != fingerprint:
-        raise UserError(
-            f"the catalogue {path} is not the one that {workdir} began with: bring "
-            "that one back, or start anew with another --workdir"
-        )

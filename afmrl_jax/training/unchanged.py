@@ -1,0 +1,47 @@
+"""Whether a run that goes on is still the one that began: its configuration, its catalogue."""
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import flatten
+
+# Fields that change how a run is watched or where it runs, never what it computes.
+MAY_CHANGE = (
+    "log_every", "eval_every", "checkpoint_every", "checkpoint_dir", "mesh.", "eval.batch",
+    "data.workers", "data.timeout", "data.cache_dir", "profile",
+)  # fmt: skip
+
+
+def check_unchanged(
+    saved: str, config: ConfigDict, workdir: Path, may_change: tuple[str, ...] = MAY_CHANGE
+) -> None:
+    """Raises UserError where `config` differs from the one a run began with, field by field.
+
+    saved: the JSON of that configuration. may_change: beginnings of fields that may differ.
+    """
+    before, now = flatten(json.loads(saved)), flatten(json.loads(config.to_json()))
+    changed = [
+        f"{name} was {before.get(name, 'absent')!r} and is now {now.get(name, 'absent')!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name) and not name.startswith(may_change)
+    ]
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run of another configuration: {'; '.join(changed)}. Give the old "
+            "values to resume it, or another --workdir to start anew"
+        )
+
+
+def check_catalogue(saved: dict[str, str], fingerprint: str, path: str, workdir: Path) -> None:
+    """Raises UserError where the catalogue at `path` is not the one that a run began with.
+
+    saved: the run's record. fingerprint: of the catalogue as it is now.
+    """
+    if saved["catalogue"] != fingerprint:
+        raise UserError(
+            f"the catalogue {path} is not the one that {workdir} began with: bring "
+            "that one back, or start anew with another --workdir"
+        )
