@@ -58,9 +58,7 @@ class Checkpoints:
         self.folder = epath.Path(folder)
         if not is_bucket(folder):
             self.folder = epath.Path(Path(folder).expanduser().absolute())
-        self._problems: dict[
-            int, str
-        ] = {}  # by step, "" = whole, of those that were looked through
+        self._problems: dict[int, str] = {}  # of the steps that were looked through; "" = whole
         self._own: set[int] = set()  # steps that were written here
         self._writing = 0  # the step that is being written, or was last
         self._needed = 0  # bytes of a state
@@ -143,7 +141,7 @@ class Checkpoints:
         wanted = (_KEPT + 2 - len(self._steps())) * size  # the best, and the one that is written
         if free < wanted:
             log.warning(
-                "%s has %s free: the checkpoints that are kept will need %s more",
+                "%s has %s free: the checkpoints that are kept may need %s more",
                 *(self.folder, _gb(free), _gb(wanted)),
             )
 
@@ -249,7 +247,9 @@ class Checkpoints:
     def _failed(self, error: Exception) -> UserError:
         """What to tell where `error` ended a save; what it left is removed."""
         self._clean()
-        whole = [step for step in self._steps() if self._is_whole(step)]
+        # Looking for damage takes all processes, and this may be the only one that failed.
+        sound = [step for step in self._steps() if not self._problems.get(step)]
+        whole = [step for step in sound if is_finished(self.folder / str(step))]
         told = [f"step {self._writing} could not be saved in {self.folder}: {_reason(error)}"]
         if not is_bucket(self.folder):
             told.append(

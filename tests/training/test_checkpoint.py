@@ -199,7 +199,7 @@ def test_a_disk_without_room_is_told_before_the_first_step(tmp_path, monkeypatch
     state = state_at(1)
     size = 4 + 2 * 40 * 24 * 4
     with Checkpoints(tmp_path / "new", writable=True) as checkpoints:
-        for free, wanted in ((4 * size, ""), (4 * size - 1, "will need"), (size, "will need")):
+        for free, wanted in ((4 * size, ""), (4 * size - 1, "may need"), (size, "may need")):
             caplog.clear()
             monkeypatch.setattr(checkpoint, "_free", lambda folder, free=free: free)
             checkpoints.check_space(state)
