@@ -42,6 +42,11 @@ _PLAN = flags.DEFINE_string(
 def run(config: ConfigDict, workdir: Path, plan: str | None = None) -> None:
     """Runs `config.program` in `workdir`, on all devices of all processes; with `plan` only tells
     what that would need on such devices."""
+    if ":/" in str(workdir):
+        raise UserError(
+            f"--workdir={workdir}: logs need a file system, as NFS or a bucket mounted by gcsfuse; "
+            "for checkpoints alone give --config.checkpoint_dir=gs://BUCKET/FOLDER"
+        )
     known = [module.name for module in pkgutil.iter_modules(programs.__path__)]
     if config.program not in known:
         raise UserError(f"program {config.program!r} does not exist: use one of {', '.join(known)}")
@@ -60,6 +65,8 @@ def run(config: ConfigDict, workdir: Path, plan: str | None = None) -> None:
     jax.config.update("jax_compilation_cache_dir", str(cache_folder(config.data) / "xla"))
     mesh = make_mesh(dict(config.mesh))
     check_shared(workdir)
+    if jax.process_index():  # what all processes know is told once
+        logging.getLogger("afmrl_jax").setLevel(logging.WARNING)
     with jax.set_mesh(mesh):
         program.main(config, workdir, mesh)
 

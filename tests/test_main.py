@@ -33,6 +33,10 @@ def run(*arguments, cwd=ROOT):
         (["--config=configs/agcl.py:other"], "no arm 'other': it has agcl, vlm2vec, head"),
         (["--config=configs/none.py"], "there is no configuration file configs/none.py"),
         (["--confg=configs/agcl.py"], "Did you mean: config"),
+        (
+            ["--config=configs/agcl.py", "--workdir=gs://bucket/run"],
+            "logs need a file system, as NFS or a bucket mounted by gcsfuse",
+        ),
         ([], "say what to run, as --config=configs/agcl.py"),
     ],
 )

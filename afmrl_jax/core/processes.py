@@ -11,6 +11,7 @@ import secrets
 import signal
 import socket
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Mapping
@@ -178,11 +179,14 @@ def _give_up(told: str, seconds: int) -> None:
 
 
 def lost(error: BaseException | None) -> str | None:
-    """What an error, or one behind it, says of another process that is gone: a line; else None."""
+    """What an error, or one behind it, says of another process that is gone; else None.
+
+    Its first line, of which the rest of a page of explanations is left out.
+    """
     while error and jax.distributed.is_initialized():
         message = str(error).strip()
         if not isinstance(error, UserError) and re.search(LOST, message):
-            return message.splitlines()[0]
+            return textwrap.shorten(message.splitlines()[0], 160, placeholder=" ...")
         error = error.__cause__ or error.__context__
     return None
 
@@ -229,5 +233,5 @@ def check_shared(folder: Path, patience: float = 20.0) -> None:
         blind = ", ".join(map(str, np.flatnonzero(~all_see)))
         raise UserError(
             f"what process 0 writes to {folder}, process {blind} does not see: give a --workdir on "
-            "a file system that all machines share, or in a bucket (gs://BUCKET/FOLDER)"
+            "a file system that all machines share (NFS, Filestore, a bucket mounted by gcsfuse)"
         )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # of what is compiled, most runs a few times
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 
 
@@ -78,3 +79,22 @@ def test_two_processes_see_the_losses_and_scores_of_one(config, command, folder,
     assert scores[0].keys() == scores[1].keys()
     for task in scores[0]:
         assert scores[0][task]["mrr"] == pytest.approx(scores[1][task]["mrr"], abs=0.02)
+
+
+def test_two_processes_learn_answers_with_the_losses_of_one(agcl_config, command, tmp_path):
+    """SFT on the same small catalogue; the model it ends with is judged on one listing."""
+    from configs.sft import get_config
+
+    config = get_config()
+    shared = {name: agcl_config.data[name] for name in config.data if name in agcl_config.data}
+    config.data.update(shared | {"max_tokens": 48, "max_answer": 16, "instruction": ""})
+    config.model.update(vocab_size=320, dtype="float32")
+    config.update(steps=3, batch=8, chunks=2, log_every=1, eval_every=0, checkpoint_every=2)
+    config.eval.update(batch=2, validation_listings=1, samples=1)
+    one = losses(command, config, tmp_path / "one", env=QUICK)
+    config.mesh.data = 2
+    two = losses(command, config, tmp_path / "two", processes=2, env=QUICK)
+    assert len(two) == 3
+    np.testing.assert_allclose(two, one, atol=1e-5)
+    samples = [(tmp_path / which / "samples.jsonl").read_text() for which in ("one", "two")]
+    assert samples[0] == samples[1]  # told once, and the same
