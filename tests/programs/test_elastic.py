@@ -68,6 +68,15 @@ def as_it_was(folder, step, workdir):
     return workdir
 
 
+def damage(workdir, step):
+    """Flips a bit in the numbers of a checkpoint."""
+    state = workdir / "checkpoints" / str(step) / "state"
+    numbers = max((p for p in state.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(numbers.read_bytes())
+    content[len(content) // 3] ^= 1
+    numbers.write_bytes(bytes(content))
+
+
 def losses(workdir):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
@@ -137,15 +146,17 @@ def shown(config, workdir, first, last, shares):
 def test_a_run_goes_on_with_other_processes_and_meshes_showing_each_listing_when_it_would_have(
     config, command, folder, tmp_path
 ):
-    """Four steps on one device; two processes, until one hears that its machine is taken away; the
-    rest on four devices of one process."""
-    workdir = as_it_was(never_stopped(config, folder), 4, tmp_path / "moved")
+    """Four steps on one device, and four that are lost by damage; two processes, until one hears
+    that its machine is taken away; the rest on four devices of one process."""
+    workdir = as_it_was(never_stopped(config, folder), STEPS, tmp_path / "moved")
+    damage(workdir, STEPS)
     config.mesh.update(fsdp=2)
     envs = two_processes()
     with serving(**{PREEMPTED: "TRUE"}) as server:
         envs = envs[0], envs[1] | {"GCE_METADATA_HOST": server.address}
         status, told = run(command(config, workdir), *envs)
     assert status == [143, 143], told
+    assert f"checkpoints/{STEPS} is left for the checkpoint before it: its file" in told[0]
     stopped = find_checkpoints(str(workdir))[1]
     assert 4 < stopped < STEPS
     assert f"stopped by a notice to another process at step {stopped}, which is saved" in told[0]
@@ -167,11 +178,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
     config, folder, tmp_path, caplog
 ):
     workdir = as_it_was(never_stopped(config, folder), STEPS, tmp_path / "damaged")
-    state = workdir / "checkpoints" / str(STEPS) / "state"
-    numbers = max((p for p in state.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    content = bytearray(numbers.read_bytes())
-    content[len(content) // 3] ^= 1
-    numbers.write_bytes(bytes(content))
+    damage(workdir, STEPS)
     main.run(config, workdir)
     assert f"checkpoints/{STEPS} is left for the checkpoint before it: its file" in caplog.text
     assert losses(workdir) == losses(folder)
