@@ -9,16 +9,20 @@ P patches · T attribute terms.
 
 import contextlib
 import faulthandler
+import functools
 import gc
 import multiprocessing
 import os
 import queue
 import re
 import signal
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import grain
@@ -35,6 +39,7 @@ from afmrl_jax.data.views import Augmentation, listing_text, training_row
 Batch = dict[str, np.ndarray]
 
 PATIENCE = 5  # seconds that a worker is given to finish what it is at, before it is killed
+ANSWER = 1  # and to tell what that is
 
 
 @dataclass(frozen=True)
@@ -108,13 +113,17 @@ class PairBatches:
         ]
 
 
-def _live_with_parent(*_: int) -> None:
+def _live_with_parent(notes: str, worker: int, _: int) -> None:
     """A worker ends when its trainer does, however that ends, and not before it.
 
     SIGTERM reaches the whole group: the trainer may still want batches for the step it is saving.
+    notes: a folder; in the file that has the worker's number for a name stands its process, and,
+    after a SIGUSR1, what it is at.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    faulthandler.register(signal.SIGUSR1)  # then it tells on standard error what it is at
+    file = (Path(notes) / str(worker)).open("w", encoding="utf-8")
+    print(os.getpid(), file=file, flush=True)
+    faulthandler.register(signal.SIGUSR1, file=file)
 
     def watch() -> None:
         multiprocessing.parent_process().join()
@@ -140,6 +149,7 @@ class Stream:
     def __init__(self, batches: Batches, next_step: int, workers: int, timeout: float):
         """next_step: the stream's state, the first step to deliver. timeout: seconds that a batch
         is waited for, the first one's with the start of the workers."""
+        self._notes = tempfile.TemporaryDirectory(prefix="afmrl_workers_")
         # A worker reads ahead in a thread; without one, the thread below does.
         threads = min(workers, 1)
         dataset = grain.MapDataset.source(batches)[next_step:].to_iter_dataset(
@@ -150,7 +160,7 @@ class Stream:
                 flags.FLAGS.mark_as_parsed()
             dataset = dataset.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
-                worker_init_fn=_live_with_parent,
+                worker_init_fn=functools.partial(_live_with_parent, self._notes.name),
             )
         self._iterator = iter(dataset)
         self.next_step = self._first_step = next_step
@@ -181,7 +191,7 @@ class Stream:
 
     def __next__(self) -> Batch:
         """Raises UserError where the batch's worker was killed, or the batch is not made in time:
-        then the workers are killed, after each has told on standard error what it was at."""
+        then the workers are killed, after that one told on standard error what it was at."""
         try:
             found = self._ready.get(timeout=self.timeout)
         except queue.Empty:
@@ -195,9 +205,13 @@ class Stream:
         self.next_step += 1
         return found
 
+    @property
+    def _worker(self) -> int:
+        """Which one makes the next batch, from 0."""
+        return (self.next_step - self._first_step) % self._workers
+
     def _whose(self) -> str:
-        worker = 1 + (self.next_step - self._first_step) % self._workers
-        return f"data worker {worker} of {self._workers}"
+        return f"data worker {self._worker + 1} of {self._workers}"
 
     def _died(self, code: int) -> str:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
@@ -219,16 +233,27 @@ class Stream:
         )
         if not self._workers:
             return f"{late} by this process's own thread: {advice}"
-        whose, processes = self._whose(), self._processes()
-        numbers = ", ".join(str(process.pid) for process in processes)
-        for process in processes:
-            os.kill(process.pid, signal.SIGUSR1)
-        time.sleep(0.5)  # to write it
+        process = self._ask()
         self._kill()
+        if process is None:
+            return f"{late}: {self._whose()} did not start; {advice}"
         return (
-            f"{late}: {whose} does not answer, and all are ended (processes {numbers}). What they "
-            f"were at stands above; {advice}"
+            f"{late}: {self._whose()} (process {process}) does not answer, and is ended. What it "
+            f"was at stands above; {advice}"
         )
+
+    def _ask(self) -> int | None:
+        """Has the worker that makes the next batch tell what it is at; its process, None where it
+        has not got so far."""
+        notes = Path(self._notes.name) / str(self._worker)
+        if not notes.exists() or not (told := notes.read_text(encoding="utf-8")):
+            return None
+        process = int(told)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGUSR1)
+        time.sleep(ANSWER)
+        print(notes.read_text(encoding="utf-8").partition("\n")[2], file=sys.stderr, flush=True)
+        return process
 
     def _processes(self) -> list[multiprocessing.Process]:
         """This stream's living workers."""
@@ -250,5 +275,6 @@ class Stream:
             self._kill()
             self._reader.join(PATIENCE)
         self._iterator.close()
+        self._notes.cleanup()
         del self._iterator  # it holds the last batch, in that shared memory
         gc.collect()
