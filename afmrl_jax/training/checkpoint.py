@@ -135,14 +135,14 @@ class Checkpoints:
         size, free = _size(state), _free(self.folder)
         if free < size:
             raise UserError(
-                f"{self.folder} has {_gb(free)} free, and a checkpoint needs {_gb(size)}: make "
+                f"{self.folder} has {_bytes(free)} free, and a checkpoint needs {_bytes(size)}: make "
                 "room, or name a folder on another disk with --config.checkpoint_dir"
             )
         wanted = (_KEPT + 2 - len(self._steps())) * size  # the best, and the one that is written
         if free < wanted:
             log.warning(
                 "%s has %s free: the checkpoints that are kept may need %s more",
-                *(self.folder, _gb(free), _gb(wanted)),
+                *(self.folder, _bytes(free), _bytes(wanted)),
             )
 
     def record(self, step: int) -> dict[str, str]:
@@ -253,8 +253,8 @@ class Checkpoints:
         told = [f"step {self._writing} could not be saved in {self.folder}: {_reason(error)}"]
         if not is_bucket(self.folder):
             told.append(
-                f"{_gb(_free(self.folder))} are free there, and a checkpoint needs up to "
-                f"{_gb(self._needed)}"
+                f"{_bytes(_free(self.folder))} are free there, and a checkpoint needs up to "
+                f"{_bytes(self._needed)}"
             )
         goes_on = f"goes on from step {whole[-1]}, which is whole" if whole else "begins anew"
         told.append(f"make room, or mend what is named; then the same command {goes_on}")
@@ -336,8 +336,8 @@ def _free(folder: epath.Path) -> int:
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
 
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.2f} GB"
+def _bytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
 
 
 def _reason(error: Exception) -> str:
