@@ -4,6 +4,8 @@ python benchmarks/ladder.py --out DIR                              # the built-i
 python benchmarks/ladder.py --out DIR --photos ../shared/data      # fashion and garment photos
 python benchmarks/ladder.py --out DIR --smoke                      # some minutes; means nothing
 
+Where time is short, --columns queries --leave-out small annotate again does without the dearest.
+
 Every stage is a run of its own, by its own command, in DIR/SEED-STAGE. What is done is not done
 again, so that a call goes on where the last one stopped, and rungs share what they have in common:
 one SFT, one RAR, one AGCL a seed. Two calls with different --seeds may run beside each other; one
@@ -36,6 +38,7 @@ SINGLE = {  # each alone, on VLM2Vec
     "weight: BM25": {"loss.negative_weight": "bm25"},
     "weight: similarity (LLaVE)": {"loss.negative_weight": "similarity"},
 }
+COLUMNS = {"queries": "queries alone", "both": "queries and gallery"}
 METRICS = {"R@1": "recall@1", "R@5": "recall@5", "R@10": "recall@10", "mAP": "map"}
 CLASSES = {"Acc": "accuracy", "NMI": "nmi", "ARI": "ari", "purity": "purity"}
 
@@ -127,8 +130,9 @@ SMOKE = Size(
 class Ladder:
     """The stages of one seed and what is judged of them."""
 
-    def __init__(self, out: Path, size: Size, seed: int, photos: Path | None):
-        self.out, self.size, self.seed = out.absolute(), size, seed
+    def __init__(self, out: Path, size: Size, seed: int, photos: Path | None, left_out: set[str]):
+        self.out, self.size, self.seed, self.left_out = out.absolute(), size, seed, left_out
+        self.rungs = [r for r in RUNGS if not {r.encoder, r.attributes, *r.needs} & left_out]
         self.data: dict[str, Any] = {}
         self.judged: dict[str, Any] = dict(size.evaluate)
         if photos:
@@ -165,15 +169,23 @@ class Ladder:
         self.encoder("untrained", "vlm2vec", **{"steps": 1, "optimizer.learning_rate": 0})
         for stage, arm in (("vlm2vec", "vlm2vec"), ("head", "head"), ("agcl", "")):
             self.encoder(stage, arm)
+        self.train_generators()
+
+    def train_generators(self) -> None:
+        """SFT, RAR and what comes of them."""
         stages, shared = self.size.stages, {"seed": self.seed}
         self.run("sft", "configs/sft.py", shared | self.data | stages["sft"])
         models = {"generator": self.workdir("sft"), "encoder": self.workdir("agcl")}
         self.run("rar", "configs/rar.py", shared | models | self.data | stages["rar"])
+        if "annotate" in self.left_out:
+            return
         given = {"generator": self.workdir("rar"), "split": "train"}
         self.run("annotate", "configs/annotate.py", given | self.data | stages["annotate"])
         written = {"data.attributes": self.workdir("annotate") / "attributes.jsonl"}
-        self.run("small", "configs/sft.py", shared | self.data | written | stages["small"])
-        self.encoder("again", **written, **{"data.described_only": True})
+        if "small" not in self.left_out:
+            self.run("small", "configs/sft.py", shared | self.data | written | stages["small"])
+        if "again" not in self.left_out:
+            self.encoder("again", **written, **{"data.described_only": True})
 
     def train_singles(self) -> None:
         """VLM2Vec and each mask and weight alone on it, for a share of the steps."""
@@ -264,7 +276,7 @@ def table(rows: dict[str, dict[str, Any]], names: list[str]) -> str:
 def climb(ladders: list[Ladder], enrich: str) -> dict[str, dict[str, Any]]:
     """Rung -> its cells, what it gains over the one above it, query by query, and its compute."""
     rows, above = {}, None
-    for rung in RUNGS:
+    for rung in ladders[0].rungs:
         row = collect(ladders, rung, enrich)
         recalls, gain = row.pop("recalls"), ""
         if above is not None:
@@ -296,20 +308,26 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--photos", type=Path, help="holds luma/ and fashion/")
     parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
+    parser.add_argument("--leave-out", nargs="+", default=[], metavar="STAGE", help="or singles")
     parser.add_argument("--smoke", action="store_true", help="four steps a stage, one seed")
     args = parser.parse_args()
     size = SMOKE if args.smoke else PHOTOS if args.photos else BUILT_IN
-    ladders = [Ladder(args.out, size, seed, args.photos) for seed in args.seeds or size.seeds]
+    left_out = set(args.leave_out)
+    seeds = args.seeds or size.seeds
+    ladders = [Ladder(args.out, size, seed, args.photos, left_out) for seed in seeds]
     for ladder in ladders:
         ladder.train_all()
-    columns = {enrich: climb(ladders, enrich) for enrich in ("queries", "both")}
-    for enrich, title in (("queries", "queries alone"), ("both", "queries and gallery")):
-        print(f"\nAttributes in the texts of {title}:\n")
+    columns = {enrich: climb(ladders, enrich) for enrich in args.columns}
+    for enrich in args.columns:
+        print(f"\nAttributes in the texts of {COLUMNS[enrich]}:\n")
         print(table(columns[enrich], [*METRICS, *CLASSES]), flush=True)
     result = {"size": dataclasses.asdict(size), "columns": columns}
     name = "ladder_photos" if args.photos else "ladder_built_in"
     if not args.smoke:
         write(name, result)  # singles take as long again
+    if "singles" in left_out:
+        return
     for ladder in ladders:
         ladder.train_singles()
     alone = singles(ladders)
