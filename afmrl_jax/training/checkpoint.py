@@ -135,8 +135,8 @@ class Checkpoints:
         size, free = _size(state), _free(self.folder)
         if free < size:
             raise UserError(
-                f"{self.folder} has {_bytes(free)} free, and a checkpoint needs {_bytes(size)}: make "
-                "room, or name a folder on another disk with --config.checkpoint_dir"
+                f"{self.folder} has {_bytes(free)} free, and a checkpoint needs {_bytes(size)}: "
+                "make room, or name a folder on another disk with --config.checkpoint_dir"
             )
         wanted = (_KEPT + 2 - len(self._steps())) * size  # the best, and the one that is written
         if free < wanted:
