@@ -214,7 +214,7 @@ def test_a_save_that_fails_is_told_with_what_is_still_whole(workdir):
     """A limit on files' size: written bytes are refused, as by a full disk, at whatever user."""
     folder = workdir / "checkpoints"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    told = r"^step 4 could not be saved .*: file too large\. .* B are free .* from step 3, which"
+    told = r"^step 4 could not be saved .*: file too large\. .*B are free .* from step 3, which"
     with Checkpoints(folder, writable=True) as checkpoints:
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
