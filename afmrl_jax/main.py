@@ -18,7 +18,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from afmrl_jax import programs
-from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.errors import TryAgain, UserError
 from afmrl_jax.core.fields import flatten
 
 # transformers only reads tokenizers and images here: that it finds no torch is as it should be.
@@ -107,7 +107,7 @@ def _end(error: BaseException, workdir: Path) -> int:
         return leave(TRY_AGAIN)
     if isinstance(error, UserError | OSError):  # a full disk is told in a sentence too
         print(f"afmrl_jax: {error}", file=sys.stderr)
-        return leave(2)
+        return leave(TRY_AGAIN if isinstance(error, TryAgain) else 2)
     traceback.print_exception(error)
     return leave(130 if isinstance(error, KeyboardInterrupt) else 1)
 

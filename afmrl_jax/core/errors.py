@@ -6,3 +6,8 @@ class UserError(Exception):
 
     `main` prints it on standard error without a traceback and exits with status 2.
     """
+
+
+class TryAgain(UserError):
+    """What may go better the next time, with nothing mended: `main` exits with status 75, at which
+    launch/restart.sh starts the command again."""

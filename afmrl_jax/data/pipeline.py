@@ -30,7 +30,7 @@ import numpy as np
 from absl import flags
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
-from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.errors import TryAgain
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.pairs import PairSampler
 from afmrl_jax.data.processor import Processor, Row
@@ -190,17 +190,17 @@ class Stream:
         return self
 
     def __next__(self) -> Batch:
-        """Raises UserError where the batch's worker was killed, or the batch is not made in time:
+        """Raises TryAgain where the batch's worker was killed, or the batch is not made in time:
         then the workers are killed, after that one told on standard error what it was at."""
         try:
             found = self._ready.get(timeout=self.timeout)
         except queue.Empty:
-            raise UserError(self._hung()) from None
+            raise TryAgain(self._hung()) from None
         if isinstance(found, Exception):
             self._ready.put(found)  # for whoever asks again
             # The one message of Grain's that does not come from our own code.
             if code := re.search(r"terminated unexpectedly with exit code (-?\d+)", str(found)):
-                raise UserError(self._died(int(code[1]))) from found
+                raise TryAgain(self._died(int(code[1]))) from found
             raise found
         self.next_step += 1
         return found

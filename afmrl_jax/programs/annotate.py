@@ -65,6 +65,7 @@ ENDPOINT_RANGES = {
 MAY_CHANGE = (  # when a run goes on: these change no answer
     "split", "log_every", "eval.batch", "api.base_url", "api.key_variable",
     "api.concurrency", "api.timeout", "api.retries", "budget.", "mesh.", "data.cache_dir",
+    "profile", "checkpoint_dir",
 )  # fmt: skip
 
 

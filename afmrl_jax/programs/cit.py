@@ -140,7 +140,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                     stage.program.main(stage.config, workdir / stage.name, mesh)
                     _meet(stage.name)  # what the first process wrote is there for all
             except UserError as error:
-                raise UserError(f"stage {stage.name}: {error}") from None
+                raise type(error)(f"stage {stage.name}: {error}") from None
             except SystemExit:
                 if first_process:
                     print(f"stopped in {told}: the same command goes on there", flush=True)
