@@ -32,6 +32,9 @@ _WORKDIR = flags.DEFINE_string(
     None,
     "Where the run lives; the same command again resumes it. Default: runs/PROGRAM.",
 )
+# Programs of which the first process alone reads and writes the workdir; where checkpoints go to a
+# bucket, each machine of a pod may have a workdir of its own.
+OWN_WORKDIRS = ("agcl", "sft")
 _PLAN = flags.DEFINE_string(
     "plan",
     None,
@@ -59,12 +62,14 @@ def run(config: ConfigDict, workdir: Path, plan: str | None = None) -> None:
     from afmrl_jax.core.mesh import make_mesh
     from afmrl_jax.core.processes import check_shared, initialize_distributed
     from afmrl_jax.data.opening import cache_folder
+    from afmrl_jax.training.integrity import is_bucket
 
     initialize_distributed()
     program = importlib.import_module(f"afmrl_jax.programs.{config.program}")
     jax.config.update("jax_compilation_cache_dir", str(cache_folder(config.data) / "xla"))
     mesh = make_mesh(dict(config.mesh))
-    check_shared(workdir)
+    if not (config.program in OWN_WORKDIRS and is_bucket(config.checkpoint_dir)):
+        check_shared(workdir)
     if jax.process_index():  # what all processes know is told once
         logging.getLogger("afmrl_jax").setLevel(logging.WARNING)
     with jax.set_mesh(mesh):
@@ -91,13 +96,13 @@ def _help(config: ConfigDict | None) -> str:
     return "\n".join(lines)
 
 
-def _end(error: BaseException, workdir: Path) -> int:
+def _end(error: BaseException, checkpoints: Path) -> int:
     """Says how a run ended; the exit status: 2 where the user got something wrong, 75 where it is
     worth starting again, 1 for what should not happen."""
     from afmrl_jax.core.processes import TRY_AGAIN, leave, lost
 
     if reason := lost(error):
-        saved = (workdir / "checkpoints").glob("*/_CHECKPOINT_METADATA")
+        saved = checkpoints.glob("*/_CHECKPOINT_METADATA")
         step = max((int(p.parent.name) for p in saved if p.parent.name.isdigit()), default=0)
         print(
             f"afmrl_jax: another of the processes ended or can't be reached ({reason}): step "
@@ -153,7 +158,7 @@ def cli(argv: list[str]) -> int:
     except SystemExit:
         raise  # stopped by a signal, when all is saved
     except BaseException as error:
-        return _end(error, workdir)
+        return _end(error, Path(config.get("checkpoint_dir") or workdir / "checkpoints"))
     return 0
 
 

@@ -3,7 +3,7 @@
 #
 #   launch/gke_jobset.sh build --image IMAGE --kind tpu|gpu       builds launch/Dockerfile, and pushes it
 #   launch/gke_jobset.sh run   --name N --image IMAGE --accelerator tpu-v5-lite-podslice --topology 4x4 \
-#       [--slices S] [--chips 4] [--times K] -- --config=configs/agcl.py --workdir=gs://BUCKET/RUN
+#       [--slices S] [--chips 4] [--times K] -- --config=configs/agcl.py --config.checkpoint_dir=gs://BUCKET/RUN
 #   launch/gke_jobset.sh run   --name N --image IMAGE --accelerator nvidia-h100-80gb --nodes 4 [--chips 8] -- ...
 #   launch/gke_jobset.sh show  (as run)             prints the JobSet that run would apply
 #   launch/gke_jobset.sh tail  --name N             what the first worker prints

@@ -3,7 +3,7 @@
 #
 #   launch/multislice_xpk.sh build --image IMAGE                          builds launch/Dockerfile, and pushes it
 #   launch/multislice_xpk.sh run   --name N --cluster C --type v5litepod-256 --slices 2 --image IMAGE \
-#       [--times K] -- --config=configs/agcl.py --workdir=gs://BUCKET/RUN
+#       [--times K] -- --config=configs/agcl.py --config.checkpoint_dir=gs://BUCKET/RUN
 #   launch/multislice_xpk.sh list  --cluster C
 #   launch/multislice_xpk.sh stop  --name N --cluster C                   saves a checkpoint, and ends the training
 #

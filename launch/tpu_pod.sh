@@ -3,7 +3,7 @@
 #
 #   launch/tpu_pod.sh create  --name N --zone Z --type v5litepod-16 [--spot] [--runtime R]   waits until it is there
 #   launch/tpu_pod.sh install --name N --zone Z                          this folder's program, onto all workers
-#   launch/tpu_pod.sh run     --name N --zone Z [--times K] -- --config=configs/agcl.py --workdir=gs://BUCKET/RUN
+#   launch/tpu_pod.sh run     --name N --zone Z [--times K] -- --config=configs/agcl.py --config.checkpoint_dir=gs://BUCKET/RUN
 #   launch/tpu_pod.sh tail    --name N --zone Z [--worker 0|1|...|all]   what a worker prints
 #   launch/tpu_pod.sh stop    --name N --zone Z                          saves a checkpoint, and ends the training
 #   launch/tpu_pod.sh delete  --name N --zone Z                          gives the slice back; until then it costs
@@ -11,10 +11,11 @@
 # `create` uses a slice of that name where there is one, and replaces one that was taken away (spot) or
 # could not be had. `run` starts the same command on all workers in the background, so that your
 # connection may break; K times (default 3) a training that fails starts again. The same `run` after
-# `stop`, or on another slice, goes on from the last checkpoint: --workdir must be a place that all
-# workers see, as gs://. --project P where gcloud's own is not meant. --poll SECONDS (default 30)
-# between looks at the queue. --name, --zone, --type and --project may stand in the environment, as
-# AFMRL_NAME, AFMRL_ZONE, AFMRL_TYPE and AFMRL_PROJECT. --dry-run prints every command and runs none.
+# `stop`, or on another slice, goes on from the last checkpoint: give agcl and sft
+# --config.checkpoint_dir=gs://BUCKET/RUN, and others a --workdir that all workers see. --project P where
+# gcloud's own is not meant. --poll SECONDS (default 30) between looks at the queue. --name, --zone,
+# --type and --project may stand in the environment, as AFMRL_NAME, AFMRL_ZONE, AFMRL_TYPE and
+# AFMRL_PROJECT. --dry-run prints every command and runs none.
 set -euo pipefail
 # shellcheck source=launch/commands.sh
 source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"

@@ -206,6 +206,11 @@ def leave(status: int) -> int:
     return status
 
 
+def first_says(flag: bool) -> bool:
+    """What the first process knows, in all of them: workdirs need not be shared."""
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(flag)))
+
+
 def check_shared(folder: Path, patience: float = 20.0) -> None:
     """Raises UserError, in all processes, where one does not see what the first writes in `folder`.
 

@@ -34,6 +34,7 @@ from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_choice, check_ranges, flatten
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, replicated
+from afmrl_jax.core.processes import first_says
 from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.answers import described
 from afmrl_jax.data.catalog import Catalog
@@ -371,7 +372,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             print(f"{workdir} is complete: {config.steps} steps are done", flush=True)
 
     # ---- judge
-    if not (workdir / EVALUATIONS["after"]).exists():
+    if not first_says((workdir / EVALUATIONS["after"]).exists()):
         evaluate(state, "after")
     if first_process:
         found = {

@@ -34,6 +34,7 @@ from afmrl_jax.attributes.text import Verdict, format_attributes, normalise, par
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, put_batch, replicated
+from afmrl_jax.core.processes import first_says
 from afmrl_jax.core.writer import cut_back, write_atomically
 from afmrl_jax.data.answers import AnswerBatches, described, question, question_and_answer
 from afmrl_jax.data.catalog import Catalog
@@ -263,7 +264,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     # ---- judge
     path = workdir / "evaluation.json"
     split = "test" if len(listings["test"]) else "validation"
-    if not path.exists() and len(listings[split]):
+    if not first_says(path.exists()) and len(listings[split]):
         results = judge(lora.join(state.params, frozen), listings[split], state.step)
         if first_process:
             write_atomically(path, json.dumps(results, indent=2))
