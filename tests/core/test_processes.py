@@ -100,10 +100,6 @@ def environment(monkeypatch):
         ({"MEGASCALE_NUM_SLICES": "2"}, "2 slices, but not MEGASCALE_SLICE_ID, MEGASCALE_COORD"),
         ({"MEGASCALE_NUM_SLICES": "many"}, "MEGASCALE_NUM_SLICES=many must be a whole number"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "names Open MPI's 2 ranks, but not OMPI_COMM_WORLD_RANK"),
-        (
-            {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"},
-            "JAX finds no such cluster here: install its extra",
-        ),
     ],
 )
 def test_half_a_process_group_is_told_in_a_sentence(environment, variables, says):
@@ -114,6 +110,12 @@ def test_half_a_process_group_is_told_in_a_sentence(environment, variables, says
     with pytest.raises(UserError, match=says):
         initialize_distributed()
     assert not jax.distributed.is_initialized()
+
+
+def test_a_cluster_that_jax_does_not_find_is_told_in_a_sentence(tmp_path):
+    hosts = {"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "0"}
+    ((status, said),) = finish([start(hosts, tmp_path)])  # JAX asks before it touches a device
+    assert status == 1 and "JAX finds no such cluster here: install its extra" in said
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_each_process_knows_the_others():
 @pytest.mark.parametrize(
     ("ends", "others", "status"),
     [
-        ("kill -KILL $$", "exit 75", 137),
+        ("kill -KILL $$", "sleep 0.5; exit 75", 137),  # of two such the first
         ("exit 2", "exit 75", 2),
         ("sleep 0.3; exit 2", "exit 75", 2),  # final, though another was sooner
         ("exit 0", "exit 0", 0),
