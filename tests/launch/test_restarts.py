@@ -14,8 +14,15 @@ PROCESSES = ("bash", "launch/processes.sh")
 SAVES = "trap 'echo saved; exit 143' TERM INT; echo ready; sleep 30 & wait; kill %1"
 
 
+def heed():
+    """What runs in the background ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run(*command):
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, preexec_fn=heed
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,7 +56,9 @@ def test_it_ends_with_the_status_of_the_run_that_succeeds(tmp_path):
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_every_process_and_its_end_is_final(sent):
     command = [*RESTART, "--", *PROCESSES, "2", "--", "bash", "-c", SAVES]
-    running = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=heed
+    )
     try:
         ready = [running.stdout.readline() for _ in range(2)]
         began = time.monotonic()

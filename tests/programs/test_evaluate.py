@@ -25,7 +25,10 @@ def config(agcl_config):
 def test_a_checkpoint_must_be_named_and_must_be_one(config, tmp_path):
     with pytest.raises(UserError, match=r"as --config\.checkpoint=runs/agcl"):
         main.run(config, tmp_path / "w")
-    for name, told in [("nowhere", "nowhere: no such folder"), ("2024", "no whole checkpoint")]:
+    for name, told in [
+        ("nowhere", "nowhere: no such folder"),
+        ("2024", "2024 cannot be read whole"),
+    ]:
         (tmp_path / "2024").mkdir(exist_ok=True)
         config.checkpoint = str(tmp_path / name)
         with pytest.raises(UserError, match=told):

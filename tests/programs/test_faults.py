@@ -95,3 +95,6 @@ def test_four_processes_with_one_killed_end_restart_and_see_the_losses_of_one(
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     losses = [[row["loss"] for row in each] for each in (logged(whole), rows)]
     np.testing.assert_allclose(losses[1], losses[0], atol=1e-5)
+    scores = [json.loads((each / "evaluation.json").read_text()) for each in (whole, workdir)]
+    one, four = (score["image->text"]["mrr"] for score in scores)
+    assert four == pytest.approx(one, abs=0.02)

@@ -70,17 +70,6 @@ def test_eight_devices_go_on_from_one_device_s_checkpoint_with_its_losses(
     np.testing.assert_allclose(eight, wanted, atol=1e-5)
 
 
-def test_two_processes_see_the_losses_and_scores_of_one(config, command, folder, tmp_path):
-    wanted = one_device(command, config, folder)
-    config.mesh.update(data=2)
-    two = losses(command, config, tmp_path / "two", processes=2)
-    np.testing.assert_allclose(two, wanted, atol=1e-5)
-    scores = [json.loads((f / "evaluation.json").read_text()) for f in (folder, tmp_path / "two")]
-    assert scores[0].keys() == scores[1].keys()
-    for task in scores[0]:
-        assert scores[0][task]["mrr"] == pytest.approx(scores[1][task]["mrr"], abs=0.02)
-
-
 def test_two_processes_learn_answers_with_the_losses_of_one(agcl_config, command, tmp_path):
     """SFT on the same small catalogue; the model it ends with is judged on one listing."""
     from configs.sft import get_config
