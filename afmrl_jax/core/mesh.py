@@ -41,17 +41,18 @@ def make_mesh(sizes: dict[str, int], among: Sequence[jax.Device] | None = None) 
             "change mesh.* or set one axis to -1"
         )
     auto = (AxisType.Auto,) * len(AXES)
-    # GPUs have a slice_index too, their machine's; there every axis may cross the network.
-    pods = {getattr(d, "slice_index", 0) for d in among or jax.devices() if d.platform == "tpu"}
-    if len(pods) <= 1:
+    found = list(among or jax.devices())
+    if found[0].platform != "tpu":  # GPUs have a slice_index too: their machine's
         return jax.make_mesh(tuple(lengths), AXES, axis_types=auto, devices=among)
-    if lengths[0] != len(pods):
+    slices = len({getattr(device, "slice_index", None) for device in found})
+    if lengths[0] != slices:
         raise UserError(
-            f"there are {len(pods)} slices, and mesh.slice is {lengths[0]}: set it to {len(pods)}, "
-            "so that only gradients cross the network between them"
+            f"there are {slices} slices, and mesh.slice is {lengths[0]}: set it to {slices}, so "
+            "that only gradients cross the network between them"
         )
+    # An axis may take half of a side of the torus, as 16 of 8 x 8.
     placed = mesh_utils.create_hybrid_device_mesh(
-        (1, *lengths[1:]), (lengths[0], 1, 1, 1), among, allow_split_physical_axes=True
+        (1, *lengths[1:]), (slices, 1, 1, 1), found, allow_split_physical_axes=True
     )
     return Mesh(placed, AXES, axis_types=auto)
 

@@ -54,6 +54,13 @@ def test_each_slice_is_a_pod_and_the_other_axes_stay_within_it():
 
 
 @needs_compiler
+@pytest.mark.parametrize("topology", ["v5e:8x8", "v6e:8x8", "v5p:4x4x4"])
+def test_an_axis_may_be_longer_than_a_side_of_the_torus(topology):
+    mesh = make_mesh(sizes(data=-1, fsdp=16), devices_of(topology))
+    assert dict(mesh.shape) == {"slice": 1, "data": 4, "fsdp": 16, "tensor": 1}
+
+
+@needs_compiler
 def test_processes_of_a_torus_deliver_rows_that_lie_apart_and_all_of_them_once():
     pod = devices_of("v5e:4x4")
     mesh = make_mesh(sizes(fsdp=-1), pod)
