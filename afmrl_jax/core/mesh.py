@@ -50,10 +50,13 @@ def make_mesh(sizes: dict[str, int], among: Sequence[jax.Device] | None = None) 
             f"there are {slices} slices, and mesh.slice is {lengths[0]}: set it to {slices}, so "
             "that only gradients cross the network between them"
         )
-    # An axis may take half of a side of the torus, as 16 of 8 x 8.
-    placed = mesh_utils.create_hybrid_device_mesh(
-        (1, *lengths[1:]), (slices, 1, 1, 1), found, allow_split_physical_axes=True
-    )
+    # An axis may take part of a side of the torus, as 16 of 8 x 8.
+    split = {"allow_split_physical_axes": True}
+    if slices == 1:
+        placed = mesh_utils.create_device_mesh(lengths, found, **split)
+    else:
+        within, between = (1, *lengths[1:]), (slices, 1, 1, 1)
+        placed = mesh_utils.create_hybrid_device_mesh(within, between, found, **split)
     return Mesh(placed, AXES, axis_types=auto)
 
 
