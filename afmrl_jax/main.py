@@ -102,11 +102,12 @@ def _end(error: BaseException, checkpoints: Path) -> int:
     from afmrl_jax.core.processes import TRY_AGAIN, leave, lost
 
     if reason := lost(error):
-        saved = checkpoints.glob("*/_CHECKPOINT_METADATA")
-        step = max((int(p.parent.name) for p in saved if p.parent.name.isdigit()), default=0)
+        saved = checkpoints.glob("*/_CHECKPOINT_METADATA")  # none of a bucket's, which is not asked
+        steps = [int(p.parent.name) for p in saved if p.parent.name.isdigit()]
+        told = f"step {max(steps)} is saved" if steps else "what was saved stays"
         print(
-            f"afmrl_jax: another of the processes ended or can't be reached ({reason}): step "
-            f"{step} is saved; start the same command again on all of them",
+            f"afmrl_jax: another of the processes ended or can't be reached ({reason}): {told}; "
+            "start the same command again on all of them",
             file=sys.stderr,
         )
         return leave(TRY_AGAIN)

@@ -60,7 +60,7 @@ from afmrl_jax.training.checkpoint import Checkpoints, checkpoint_folder
 from afmrl_jax.training.goodput import Clock, abstract_host
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import make_optimizer
-from afmrl_jax.training.planning import Part, check_fits
+from afmrl_jax.training.planning import Part, check_fits, step_part
 from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, planned, read_base
 from afmrl_jax.training.state import TrainState, abstract_state, init_state, zeros
 from afmrl_jax.training.tracing import traced_steps
@@ -175,7 +175,7 @@ def build(
     )
 
 
-def step_part(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder, built: Built) -> Part:
+def part(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder, built: Built) -> Part:
     """The train step as planning compiles it, its rows full."""
     chunks, data = config.chunks, config.data
     leading = chunks, config.batch // chunks, 2 + data.hard_negatives
@@ -192,18 +192,9 @@ def step_part(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder, built: Built
     amount = cost.most_work(model, math.prod(leading), data.max_tokens, data.max_patches)
     params = encoder_params(state.params, frozen)
     pairs = config.batch * config.batch * (leading[-1] - 1) / batch_shards(mesh)
-    return Part(
-        "step",
-        built.step,
-        (frozen, state, batch),
-        held={
-            "parameters": (frozen, state.params),
-            "optimizer": state.opt_state,
-            "batch": batch,
-        },
-        inside={"a matrix of all pairs": 4.0 * pairs},
-        useful=cost.step_flops(model, params, amount, gradcache=chunks > 1),
-    )
+    inside = {"a matrix of all pairs": 4.0 * pairs}
+    useful = cost.step_flops(model, params, amount, gradcache=chunks > 1)
+    return step_part(built.step, frozen, state, batch, inside=inside, useful=useful)
 
 
 def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
@@ -214,7 +205,7 @@ def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     if config.loss.head_weight:
         raise UserError("the head's labels depend on the catalogue: plan without loss.head_weight")
     enc = planned(config, config.init_from or config.model.preset)
-    return [step_part(config, mesh, enc, build(config, mesh, enc, None))]
+    return [part(config, mesh, enc, build(config, mesh, enc, None))]
 
 
 def encoder_params(trained: Any, frozen: Any) -> Any:
@@ -316,7 +307,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
         # ---- state, step and judges
         built = build(config, mesh, enc, statistics)
-        step = check_fits(step_part(config, mesh, enc, built), mesh)
+        step = check_fits(part(config, mesh, enc, built), mesh)
         frozen = {}
         if enc.lora:
             base = Base.of_record(saved) if saved else Base(source.path if source else "")

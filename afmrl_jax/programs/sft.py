@@ -49,7 +49,7 @@ from afmrl_jax.training.generator import Answerer, Generator, batches_of
 from afmrl_jax.training.goodput import Clock, abstract_host
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import make_optimizer
-from afmrl_jax.training.planning import Part, check_fits
+from afmrl_jax.training.planning import Part, check_fits, step_part
 from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, planned, read_base
 from afmrl_jax.training.state import TrainState, abstract_state, init_state
 from afmrl_jax.training.tracing import traced_steps
@@ -152,7 +152,7 @@ def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
     )
 
 
-def step_part(config: ConfigDict, mesh: Mesh, generator: Generator, built: Built) -> Part:
+def part(config: ConfigDict, mesh: Mesh, generator: Generator, built: Built) -> Part:
     """The train step as planning compiles it, its rows full."""
     leading, data = (config.chunks, config.batch // config.chunks), config.data
     sharding = batch_sharding(mesh, 1)
@@ -163,24 +163,16 @@ def step_part(config: ConfigDict, mesh: Mesh, generator: Generator, built: Built
     amount = cost.most_work(model, config.batch, length, data.max_patches)
     amount |= {"logits": float(config.batch * data.max_answer)}
     logits = 4.0 * leading[1] * config.vocabulary_chunk * model.vocab_size
-    return Part(
-        "step",
-        built.step,
-        (frozen, state, batch),
-        held={
-            "parameters": (frozen, state.params),
-            "optimizer": state.opt_state,
-            "batch": batch,
-        },
-        inside={"logits": logits / batch_shards(mesh)},
-        useful=cost.step_flops(model, lora.join(state.params, frozen), amount, gradcache=False),
-    )
+    inside = {"logits": logits / batch_shards(mesh)}
+    params = lora.join(state.params, frozen)
+    useful = cost.step_flops(model, params, amount, gradcache=False)
+    return step_part(built.step, frozen, state, batch, inside=inside, useful=useful)
 
 
 def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     """What `plan` compiles of a run with this configuration: no catalogue is opened."""
     generator = planned(config, config.init_from or config.model.preset, Generator)
-    return [step_part(config, mesh, generator, build(config, mesh, generator))]
+    return [part(config, mesh, generator, build(config, mesh, generator))]
 
 
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
@@ -209,7 +201,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
         # ---- state, step and judge
         built = build(config, mesh, generator)
-        step = check_fits(step_part(config, mesh, generator, built), mesh)
+        step = check_fits(part(config, mesh, generator, built), mesh)
         frozen = {}
         if generator.lora:
             base = Base.of_record(saved) if saved else Base(source.path if source else "")

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.training.chips import GIB, axes_of, chip_of, exchange_seconds
 from afmrl_jax.training.hlo import Reader, Total
+from afmrl_jax.training.state import TrainState
 
 # What the TPU compiler says of a program that cannot fit.
 OUT_OF_MEMORY = re.compile(r"required[^(]*\(([\d.]+)([MG])\)[^(]*\(([\d.]+)([MG])\)")
@@ -67,6 +68,20 @@ class Report:
     @property
     def fits(self) -> bool:
         return self.limit is None or self.needed <= self.limit
+
+
+def step_part(
+    step: Callable[..., Any],
+    frozen: Any,
+    state: TrainState,
+    batch: dict[str, jax.ShapeDtypeStruct],
+    *,
+    inside: dict[str, float],
+    useful: float,
+) -> Part:
+    """The part of a run whose whole step is one function of (frozen, state, batch)."""
+    held = {"parameters": (frozen, state.params), "optimizer": state.opt_state, "batch": batch}
+    return Part("step", step, (frozen, state, batch), held, inside, useful)
 
 
 def local_bytes(tree: Any) -> float:
