@@ -68,8 +68,11 @@ def run(config: ConfigDict, workdir: Path, plan: str | None = None) -> None:
     program = importlib.import_module(f"afmrl_jax.programs.{config.program}")
     jax.config.update("jax_compilation_cache_dir", str(cache_folder(config.data) / "xla"))
     mesh = make_mesh(dict(config.mesh))
-    if not (config.program in OWN_WORKDIRS and is_bucket(config.checkpoint_dir)):
+    elsewhere = config.get("checkpoint_dir")
+    if not (config.program in OWN_WORKDIRS and is_bucket(elsewhere)):
         check_shared(workdir)
+    if elsewhere and not is_bucket(elsewhere):
+        check_shared(Path(elsewhere))
     if jax.process_index():  # what all processes know is told once
         logging.getLogger("afmrl_jax").setLevel(logging.WARNING)
     with jax.set_mesh(mesh):
@@ -113,7 +116,8 @@ def _end(error: BaseException, checkpoints: Path) -> int:
         return leave(TRY_AGAIN)
     if isinstance(error, UserError | OSError):  # a full disk is told in a sentence too
         print(f"afmrl_jax: {error}", file=sys.stderr)
-        return leave(TRY_AGAIN if isinstance(error, TryAgain) else 2)
+        passing = isinstance(error, TryAgain | ConnectionError | TimeoutError)
+        return leave(TRY_AGAIN if passing else 2)
     traceback.print_exception(error)
     return leave(130 if isinstance(error, KeyboardInterrupt) else 1)
 

@@ -133,8 +133,10 @@ slices_to_mesh() {
     (($1 == 1)) || arguments+=("--config.mesh.slice=$1")
 }
 
-# build_image KIND IMAGE: builds launch/Dockerfile's target KIND and pushes it.
+# build_image KIND IMAGE [OPTION...]: builds launch/Dockerfile's target KIND and pushes it.
 build_image() {
-    execute docker build --file "$root/launch/Dockerfile" --target "$1" --tag "$2" "$root"
-    execute docker push "$2"
+    local kind="$1" image="$2"
+    shift 2
+    execute docker build --file "$root/launch/Dockerfile" --target "$kind" --tag "$image" "$@" "$root"
+    execute docker push "$image"
 }

@@ -3,7 +3,8 @@
 #
 #   launch/multislice_xpk.sh build --image IMAGE                          builds launch/Dockerfile, and pushes it
 #   launch/multislice_xpk.sh run   --name N --cluster C --type v5litepod-256 --slices 2 --image IMAGE \
-#       [--times K] -- --config=configs/agcl.py --config.checkpoint_dir=gs://BUCKET/RUN
+#       [--times K] -- --config=configs/agcl.py --config.batch=8192 \
+#       --config.eval.batch=512 --config.checkpoint_dir=gs://BUCKET/RUN
 #   launch/multislice_xpk.sh list  --cluster C
 #   launch/multislice_xpk.sh stop  --name N --cluster C                   saves a checkpoint, and ends the training
 #
@@ -38,7 +39,7 @@ read_arguments "build run list stop" "name cluster type slices image times zone 
 if [[ "$verb" == build ]]; then
     need image "what to call it, as us-docker.pkg.dev/PROJECT/REPOSITORY/afmrl_jax:1"
     need_program docker "Docker"
-    build_image tpu "$image"
+    build_image tpu "$image" --build-arg RUN_AS=root # whose the TPUs are there
     exit
 fi
 need cluster "the xpk cluster (xpk cluster create makes one)"

@@ -67,7 +67,7 @@ for ((again = 0; ; again++)); do
     [[ -z "$asked" ]] || kill -s "$asked" "$child" 2>/dev/null || true # it came before there was a child
     wait_for_child
     ended="status $status"
-    ((status <= 128)) || ended="signal $(kill -l "$status")"
+    ((status <= 128)) || ended="signal $(kill -l "$status" 2>/dev/null || echo "$status")"
     case "$status" in
     75 | 12[89] | 1[3-9]? | 2??) ;;
     *) exit "$status" ;;

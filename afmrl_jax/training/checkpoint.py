@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
-from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.errors import TryAgain, UserError
 from afmrl_jax.training.integrity import (
     MANIFEST,
     agree,
@@ -136,7 +136,8 @@ class Checkpoints:
         if free < size:
             raise UserError(
                 f"{self.folder} has {_bytes(free)} free, and a checkpoint needs {_bytes(size)}: "
-                "make room, or name a folder on another disk with --config.checkpoint_dir"
+                "make room, or copy what is saved to another disk and name that folder with "
+                "--config.checkpoint_dir"
             )
         wanted = (_KEPT + 2 - len(self._steps())) * size  # the best, and the one that is written
         if free < wanted:
@@ -188,9 +189,7 @@ class Checkpoints:
 
     def _steps(self) -> list[int]:
         """Steps that have a folder, whole or not, in order."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+        return _steps(self.folder)
 
     def _score(self, step: int) -> float | None:
         """The validation saved with a step, where Orbax puts it; None without. Orbax itself reads
@@ -200,6 +199,14 @@ class Checkpoints:
             return json.loads(text)["validation"]
         except (OSError, ValueError, TypeError, KeyError):
             return None
+
+    def _is_torn(self, step: int) -> bool:
+        """Whether there is a score that cannot be read."""
+        try:
+            json.loads((self.folder / str(step) / "metrics" / "metrics").read_text())
+        except (OSError, ValueError) as error:
+            return not isinstance(error, FileNotFoundError)
+        return False
 
     def _is_whole(self, step: int) -> bool:
         """Looks a checkpoint through, once, and says so where it is damaged."""
@@ -226,10 +233,12 @@ class Checkpoints:
                     path.rmtree()
 
     def _set_aside(self) -> None:
-        """Renames what is damaged and newer than the newest whole one: the run comes by there."""
+        """Renames what is damaged and newer than the newest whole one: the run comes by there. And
+        what is older where its score is torn: Orbax reads all scores, and fails at one."""
         _meet("cleaned")
         whole = self.latest
-        damaged = [step for step in self._steps() if whole is not None and step > whole]
+        steps = self._steps() if whole is not None else []
+        damaged = [step for step in steps if step > whole or self._is_torn(step)]
         _meet("looked through")
         for step in damaged if jax.process_index() == 0 else ():
             path = self.folder / str(step)
@@ -258,12 +267,24 @@ class Checkpoints:
             )
         goes_on = f"goes on from step {whole[-1]}, which is whole" if whole else "begins anew"
         told.append(f"make room, or mend what is named; then the same command {goes_on}")
-        return UserError(". ".join(t[0].upper() + t[1:] if n else t for n, t in enumerate(told)))
+        # A bucket may be reached again with nothing mended.
+        kind = TryAgain if is_bucket(self.folder) else UserError
+        return kind(". ".join(t[0].upper() + t[1:] if n else t for n, t in enumerate(told)))
 
 
 def checkpoint_folder(config: ConfigDict, workdir: Path) -> epath.Path:
-    """Where a run's checkpoints lie: `config.checkpoint_dir`, else in its workdir."""
-    return epath.Path(config.checkpoint_dir or workdir / "checkpoints")
+    """Where a run's checkpoints lie: `config.checkpoint_dir`, else in its workdir.
+
+    Raises UserError where there are none yet, and the run has some in another folder.
+    """
+    chosen = epath.Path(config.checkpoint_dir or workdir / "checkpoints")
+    for before in (epath.Path(workdir / "checkpoints"), *_elsewhere(epath.Path(workdir))):
+        if before != chosen and _steps(before) and not _steps(chosen):
+            raise UserError(
+                f"the checkpoints of {workdir} are in {before}, and {chosen} has none: copy them "
+                "there first, or name another --workdir to start anew"
+            )
+    return chosen
 
 
 def find_checkpoints(path: str, *, best: bool | None = False) -> tuple[Checkpoints, int]:
@@ -275,7 +296,7 @@ def find_checkpoints(path: str, *, best: bool | None = False) -> tuple[Checkpoin
     """
     check_reachable(path)
     folder = epath.Path(path)
-    for root in (folder / "checkpoints", *_elsewhere(folder), folder):
+    for root in (*_elsewhere(folder), folder / "checkpoints", folder):
         checkpoints = Checkpoints(root)
         if checkpoints.latest is None:
             continue
@@ -291,6 +312,12 @@ def find_checkpoints(path: str, *, best: bool | None = False) -> tuple[Checkpoin
         f"{path} holds no whole checkpoint: give a run's workdir, one folder of its checkpoints, "
         "or a Hugging Face folder with its *.safetensors"
     )
+
+
+def _steps(folder: epath.Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
 def _elsewhere(workdir: epath.Path) -> list[epath.Path]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 BYTES = {"pred": 1, "bf16": 2, "token": 0} | {f"{kind}4": 0.5 for kind in ("s", "u")}
-# A move of data between memories that another instruction overlaps, or no work at all.
+# What is no work; the ends of moves and exchanges that were begun before are none either.
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota")
 FREE += ("partition-id", "replica-id", "add-dependency", "opt-barrier")
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")

@@ -77,7 +77,10 @@ def find_damage(folder: epath.Path) -> str:
         return f"its file {MANIFEST} is missing" if sealed else ""
     except (ValueError, TypeError, KeyError):
         return changed.format(MANIFEST)
-    return _differences(folder, manifest, sizes)
+    try:
+        return _differences(folder, manifest, sizes)
+    except OSError as error:  # a bad disk: the other processes wait to hear of it
+        return f"it cannot be read: {error}"
 
 
 def _differences(folder: epath.Path, manifest: dict[str, dict], sizes: dict[str, int]) -> str:

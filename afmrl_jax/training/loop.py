@@ -127,6 +127,7 @@ def fit(
                     reason = preemption.reason
                     writer.say(f"stopped by {reason} at step {number}, which is saved: start again")
                     raise SystemExit(143)
+        checkpoints.wait()  # whoever asks for the best next must see the last one too
         writer.say(run.table())
     return state
 
@@ -174,6 +175,8 @@ class _Run:
         self._unseen.append((number, listings, metrics))
         if len(self._unseen) > 1:
             self._look()
+        # Several must agree on a step: what one is told comes back with a batch two steps later.
+        self.stop |= self._preemption.asked and jax.process_count() == 1
         return state
 
     def _put(self, batch: Batch, number: int, waited: float) -> dict[str, jax.Array]:

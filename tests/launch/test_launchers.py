@@ -379,7 +379,8 @@ def test_a_jobset_is_followed_and_stopped_by_name(cluster, verb):
 def test_build_makes_and_pushes_the_target_for_the_machine(cluster, args):
     build, push = cluster.both(args[0], "build", "--image=i:1", *args[1:])
     assert build[:4] == ["docker", "build", "--file", str(cluster.root / "launch/Dockerfile")]
-    assert build[4:] == ["--target", "tpu", "--tag", "i:1", str(cluster.root)]
+    root = ["--build-arg", "RUN_AS=root"] if "xpk" in args[0] else []
+    assert build[4:] == ["--target", "tpu", "--tag", "i:1", *root, str(cluster.root)]
     assert push == ["docker", "push", "i:1"]
 
 

@@ -14,15 +14,12 @@ PROCESSES = ("bash", "launch/processes.sh")
 SAVES = "trap 'echo saved; exit 143' TERM INT; echo ready; sleep 30 & wait; kill %1"
 
 
-def heed():
-    """What runs in the background ignores SIGINT, and so would all that it starts."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# What runs in the background ignores SIGINT, and so would all that it starts.
+HEED = ("env", "--default-signal=INT")
 
 
 def run(*command):
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=60, preexec_fn=heed
-    )
+    return subprocess.run([*HEED, *command], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 @pytest.mark.parametrize(
@@ -56,9 +53,7 @@ def test_it_ends_with_the_status_of_the_run_that_succeeds(tmp_path):
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_every_process_and_its_end_is_final(sent):
     command = [*RESTART, "--", *PROCESSES, "2", "--", "bash", "-c", SAVES]
-    running = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, text=True, preexec_fn=heed
-    )
+    running = subprocess.Popen([*HEED, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     try:
         ready = [running.stdout.readline() for _ in range(2)]
         began = time.monotonic()

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.training import checkpoint
@@ -153,6 +154,23 @@ def test_a_run_that_has_no_whole_checkpoint_left_does_not_begin_anew(workdir, wr
     assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"2", "3"}
 
 
+def test_an_older_one_with_a_torn_score_is_set_aside_and_the_run_goes_on(workdir):
+    (workdir / "checkpoints" / "2" / "metrics" / "metrics").write_text('{"valid')
+    with Checkpoints(workdir / "checkpoints", writable=True) as checkpoints:
+        assert checkpoints.latest == 3
+        checkpoints.save(state_at(4), {"config": "{}"}, 4, 0.1)
+    left = {path.name for path in (workdir / "checkpoints").iterdir()}
+    assert left == {"2.damaged", "3", "4"}
+
+
+def test_a_run_whose_checkpoints_lie_in_another_folder_does_not_begin_anew(workdir, tmp_path):
+    moved = ConfigDict({"checkpoint_dir": str(tmp_path / "new")})
+    with pytest.raises(UserError, match=f"are in {workdir / 'checkpoints'}, and .*new has none"):
+        checkpoint_folder(moved, workdir)
+    shutil.copytree(workdir / "checkpoints", tmp_path / "new")
+    assert Checkpoints(checkpoint_folder(moved, workdir)).latest == 3
+
+
 def test_checkpoints_from_before_there_were_manifests_are_read(workdir):
     folder = workdir / "checkpoints" / "3"
     (folder / MANIFEST).unlink()
@@ -184,7 +202,8 @@ def test_checkpoints_may_lie_elsewhere_and_the_workdir_knows_where(tmp_path):
         checkpoints, step = find_checkpoints(str(path))
         assert checkpoints.record(step)["step"] == "1"
     config.checkpoint_dir = ""
-    assert Path(checkpoint_folder(config, run)) == run / "checkpoints"
+    other = tmp_path / "other"
+    assert Path(checkpoint_folder(config, other)) == other / "checkpoints"
 
 
 def test_a_store_that_cannot_be_reached_is_told_before_anything_is_computed(monkeypatch):
