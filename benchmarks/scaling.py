@@ -67,14 +67,13 @@ def encoder(topology: str, batch: int, **more: Any) -> dict[str, Any]:
 
 
 def generator(topology: str) -> dict[str, Any]:
-    """The 3B RAR step, all parameters trained: 8 answers to each query."""
+    """The 3B RAR step, all parameters trained: 8 answers to each query, 4 queries a chip."""
+    chips = len(plan.devices_of(topology))
     fields = {
         "generator": "qwen2_5_vl_3b",
         "model.dtype": "bfloat16",
         "model.remat": "full",
-        "queries": 256,
-        "eval.batch": 256,
-        "reward.batch": 256,
+        "queries": 4 * chips,
         "samples": 8,
         "chunks": 4,
         "mesh.fsdp": 16,

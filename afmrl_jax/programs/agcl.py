@@ -202,6 +202,7 @@ def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
 
     Raises UserError for what depends on one.
     """
+    local_rows(mesh, config.batch // config.chunks, "batch / chunks")
     if config.loss.head_weight:
         raise UserError("the head's labels depend on the catalogue: plan without loss.head_weight")
     enc = planned(config, config.init_from or config.model.preset)

@@ -203,6 +203,7 @@ class Step:
 def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     """What `plan` compiles of a run with this configuration, whose generator may be a preset: rows
     as the configuration's data says, no catalogue and no encoder."""
+    local_rows(mesh, _share(config), "queries / chunks")
     generator = planned(config, config.generator, Generator)
     return parts(config, mesh, generator, build(config, mesh, generator))
 

@@ -171,6 +171,7 @@ def part(config: ConfigDict, mesh: Mesh, generator: Generator, built: Built) -> 
 
 def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     """What `plan` compiles of a run with this configuration: no catalogue is opened."""
+    local_rows(mesh, config.batch // config.chunks, "batch / chunks")
     generator = planned(config, config.init_from or config.model.preset, Generator)
     return [part(config, mesh, generator, build(config, mesh, generator))]
 
