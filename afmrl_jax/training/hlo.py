@@ -338,7 +338,7 @@ class Reader:
         Of an operand that is only sliced what is cut out counts, of one that is only written into
         what is written.
         """
-        if one.opcode in COLLECTIVES or one.opcode.endswith("-start"):
+        if one.opcode in (*COLLECTIVES, "send", "recv") or one.opcode.endswith("-start"):
             return 0.0 if not one.opcode.startswith("copy") else 2 * size(types[one.operands[0]])
         if one.opcode == "dynamic-slice":
             return 2 * size(one.type, large=True)
@@ -373,6 +373,8 @@ class Reader:
             own = {i.name: i.type for i in inside}
             found = [c for i in inside for c in self._collectives(i, own, channels)]
             return [Collective(c.kind, c.group, c.size, True) for c in found]
+        if one.opcode == "send":
+            return _between_slices(one, types)
         kind = one.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             return []
@@ -384,6 +386,20 @@ class Reader:
         group = replica_group(one)
         given = sum(size(types[name]) for name in one.operands)
         return [Collective(kind, group, _received(kind, len(group), given), kind != one.opcode)]
+
+
+def _between_slices(one: Instruction, types: dict[str, str]) -> list[Collective]:
+    """What a TPU gives to its host, which exchanges it with the other slices' over the network."""
+    given = re.search(r'_xla_megascale_transfer_type="(\w+)"', one.attributes)
+    target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}x\{(\d+):(\d+)\}', one.attributes)
+    if not given or not target:
+        return []
+    ends = [part.split(":") for part in target[1].split(",")]
+    slices = sum(int(end[-1]) - int(end[0]) + 1 for end in ends)
+    chips = int(target[3]) - int(target[2]) + 1
+    kind = given[1].lower().replace("_", "-")
+    size_ = _received(kind, slices, size(types[one.operands[0]]))
+    return [Collective(kind, tuple(range(0, slices * chips, chips)), size_, False)]
 
 
 def _received(kind: str, n: int, given: float) -> float:

@@ -127,6 +127,20 @@ def test_an_exchange_s_bytes_are_what_a_device_must_receive(opcode, received):
     assert found.seconds == received  # nothing overlaps it
 
 
+def test_an_exchange_between_slices_goes_by_the_hosts():
+    text = """
+ENTRY %main (x: bf16[256,8]) -> token[] {
+  %x = bf16[256,8]{1,0} parameter(0)
+  %after = token[] after-all()
+  %send = (bf16[256,8]{1,0}, u32[], token[]) send(%x, %after), channel_id=2, \
+frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %done = token[] send-done(%send), channel_id=2
+}
+""".replace("\\\n", "")
+    found = Reader(text, lambda *_: 0.0, lambda one: one.size).total()
+    assert found.collectives == {Collective("all-reduce", (0, 4), 256 * 8 * 2, False): 1}
+
+
 def test_types_are_read_with_where_they_lie():
     type_ = "(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/f32[4]{0}, pred[])"
     assert shapes(type_) == [("bf16", (2, 3), False), ("f32", (4,), True), ("pred", (), True)]
