@@ -16,7 +16,7 @@ from afmrl_jax.core.mesh import BATCH_AXES
 
 P = PartitionSpec
 
-MATRIX = re.compile(r"\b(kernel|lora_[ab])\b")  # what Linear multiplies with
+MATRIX = re.compile(r"\b(kernel|lora_[ab]|embed\.embedding)\b")  # what is cast at each use
 
 # Searched in order; the specification names the axes after the stacked one, which stays whole.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (

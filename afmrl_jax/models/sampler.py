@@ -25,12 +25,11 @@ from tokenizers import Tokenizer
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import BATCH_AXES
 from afmrl_jax.models.embedder import pool_last
-from afmrl_jax.models.partition import param_shardings, shard_rows
+from afmrl_jax.models.partition import MATRIX, param_shardings, shard_rows
 from afmrl_jax.models.qwen_vl import QwenVL
 from afmrl_jax.models.rope import rotary_angles, text_frequencies
 
 VISION_TOKEN = re.compile(r"<\|(vision|image|video)_\w+\|>")  # as Qwen's tokenizers name them
-MATRIX = re.compile(r"\b(kernel|lora_[ab]|embed\.embedding)\b")  # what `Linear` casts at each use
 KeyValue = tuple[jax.Array, jax.Array]
 
 

@@ -81,7 +81,7 @@ def main(config: ConfigDict, workdir: Path, topology: str) -> None:
         log.info("%s: %s (compiled in %.0f s)", choice.told, told, time.monotonic() - began)
         return tried, reports
 
-    asked = _asked(config, len(devices))
+    asked = _asked(config, devices)
     first, reports = measure(asked)
     print(f"\n{config.program} on {topology}, {len(devices)} devices: {asked.told}\n")
     print(planning.memory_table(reports), planning.time_table(reports), sep="\n\n", flush=True)
@@ -146,13 +146,11 @@ def reports_of(config: ConfigDict, devices: list[Any]) -> list[Any]:
     return reports
 
 
-def _asked(config: ConfigDict, devices: int) -> Choice:
+def _asked(config: ConfigDict, devices: list[Any]) -> Choice:
     """What the configuration itself chooses, -1 worked out."""
-    sizes = dict(config.mesh)
-    known = -1
-    for size in sizes.values():
-        known *= size
-    sizes = {axis: devices // max(known, 1) if n == -1 else n for axis, n in sizes.items()}
+    from afmrl_jax.core.mesh import make_mesh
+
+    sizes = make_mesh(dict(config.mesh), devices).shape
     return Choice(tuple(sizes.items()), config.model.remat, config.chunks)
 
 

@@ -39,7 +39,8 @@ from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.data.pipeline import Stream
 from afmrl_jax.models import lora
-from afmrl_jax.models.sampler import MATRIX, Samples
+from afmrl_jax.models.partition import MATRIX
+from afmrl_jax.models.sampler import Samples
 from afmrl_jax.rl.environment import Environment, Judged, Laps, append_groups
 from afmrl_jax.rl.gallery import Gallery, askers, gallery_listings, open_gallery
 from afmrl_jax.rl.held_out import HeldOut, Said, comparison_table

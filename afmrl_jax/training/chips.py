@@ -4,11 +4,11 @@ Peaks are the vendors' data sheets'; links, torus shapes and the network's share
 "How to Scale Your Model" (https://jax-ml.github.io/scaling-book, its tables of TPUs and GPUs).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 
 from afmrl_jax.training.hlo import Collective
 
@@ -81,11 +81,5 @@ def axes_of(group: Sequence[int], sizes: dict[str, int]) -> str:
 
     group: places in the flat mesh; sizes: of the mesh's axes, in order.
     """
-    places = [_place(i, tuple(sizes.values())) for i in group]
-    crossed = [name for axis, name in enumerate(sizes) if len({p[axis] for p in places}) > 1]
-    return " x ".join(crossed)
-
-
-def _place(number: int, lengths: tuple[int, ...]) -> tuple[int, ...]:
-    behind = [math.prod(lengths[i + 1 :]) for i in range(len(lengths))]
-    return tuple(number // after % length for after, length in zip(behind, lengths))
+    places = np.unravel_index(group, tuple(sizes.values()))
+    return " x ".join(name for name, along in zip(sizes, places) if len(set(along)) > 1)

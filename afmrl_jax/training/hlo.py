@@ -73,6 +73,7 @@ class Total:
 
 
 Computations = dict[str, list[Instruction]]
+Instructions = dict[str, Instruction]
 
 
 def read(text: str) -> tuple[Computations, str]:
@@ -174,10 +175,10 @@ def _products(
     return total * batch * right[labels[2].index("i")] * out[labels[3].index("f")]
 
 
-def trip_count(loop: Instruction, computations: Computations, siblings: Computations) -> int | None:
+def trip_count(loop: Instruction, computations: Computations, siblings: Instructions) -> int | None:
     """How often a loop runs, where that is written in it; None otherwise.
 
-    siblings: {name: [instruction]} of the computation that holds the loop.
+    siblings: by name, of the computation that holds the loop.
     """
     if m := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.attributes):
         return int(m[1])
@@ -199,14 +200,14 @@ def trip_count(loop: Instruction, computations: Computations, siblings: Computat
     )
 
 
-def _initial(loop: Instruction, place: int, siblings: Computations) -> int:
+def _initial(loop: Instruction, place: int, siblings: Instructions) -> int:
     """The counter before the loop: 0 unless it is written as another constant."""
-    given = siblings.get(loop.operands[0], [None])[0]
+    given = siblings.get(loop.operands[0])
     if given is None or given.opcode != "tuple":
         return 0
-    value = siblings.get(given.operands[place], [None])[0]
+    value = siblings.get(given.operands[place])
     while value is not None and value.opcode in ("copy", "bitcast"):
-        value = siblings.get(value.operands[0], [None])[0]
+        value = siblings.get(value.operands[0])
     return int(value.written) if value is not None and value.opcode == "constant" else 0
 
 
@@ -296,7 +297,7 @@ class Reader:
         total, overlapped, alone = Total(), 0.0, 0.0
         instructions = self._computations[name]
         types = {one.name: one.type for one in instructions}
-        siblings = {one.name: [one] for one in instructions}
+        siblings = {one.name: one for one in instructions}
         channels: set[str] = set()
         for one in instructions:
             if one.opcode in FREE or one.opcode.endswith(("-done", "-update")):
