@@ -44,6 +44,7 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.model.vocab_size = 4096  # of the tokenizer that `tiny` trains on its catalogue
 
     config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # adamw | muon: from scratch in half of the steps
     config.optimizer.learning_rate = 2e-3  # VLM2Vec-V2: 5e-5, from pretrained weights
     config.optimizer.warmup_share = 0.1  # of the steps; VLM2Vec-V2: 100 of 5,000
     config.optimizer.final_share = 0.02  # of the learning rate, where the cosine ends

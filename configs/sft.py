@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
     config.model.vocab_size = 2048  # of the tokenizer that a preset trains on its catalogue
 
     config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # adamw | muon: from scratch in half of the steps
     config.optimizer.learning_rate = 2e-3  # from scratch; pretrained weights take 1e-5
     config.optimizer.warmup_share = 0.1  # of the steps
     config.optimizer.final_share = 0.02  # of the learning rate, where the cosine ends

@@ -1,12 +1,14 @@
-"""AdamW with warm-up and cosine, the decay on matrices only."""
+"""AdamW, or Muon, with warm-up and cosine, the decay on matrices only."""
 
 import math
+import re
 
 import jax
 import optax
 from ml_collections import ConfigDict
+from optax.contrib import MuonDimensionNumbers, muon
 
-from afmrl_jax.core.fields import check_ranges
+from afmrl_jax.core.fields import check_choice, check_ranges
 from afmrl_jax.models.lora import ADAPTER
 
 RANGES = {  # field -> lowest and highest
@@ -37,24 +39,50 @@ def is_matrix(params) -> object:
     return jax.tree.map_with_path(lambda path, _: _name(path) in names, params)
 
 
+def muon_dimensions(params) -> object:
+    """A tree of the axes along which Muon orthogonalises a kernel; None for what AdamW updates.
+
+    Those are heads, as their rows are tokens or labels and no directions of one space, and all that
+    is no kernel. Other axes, of stacked layers and of query, key and value, hold matrices apart.
+    """
+
+    def dimensions(path: tuple, leaf: jax.Array) -> MuonDimensionNumbers | None:
+        where = jax.tree_util.keystr(path, simple=True, separator=".")
+        if _name(path) != "kernel" or re.search(r"\b(lm_)?head\.", where):
+            return None
+        return MuonDimensionNumbers(int(bool(re.search(r"\blayers\.", where))), leaf.ndim - 1)
+
+    return jax.tree.map_with_path(dimensions, params)
+
+
 def _name(path: tuple) -> str:
     return str(getattr(path[-1], "key", path[-1]))
 
 
 def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
-    """optax.adamw after clipping by the global norm; float32 moments.
+    """optax.adamw or optax.contrib.muon after clipping by the global norm; float32 moments.
 
-    Raises UserError for a number out of its range.
+    Muon (https://kellerjordan.github.io/posts/muon) makes a matrix's momentum orthogonal, here
+    scaled to AdamW's usual size of .2 a number (https://arxiv.org/abs/2502.16982), so that one
+    learning rate and decay serve both; what it leaves is AdamW's, with Nesterov's momentum.
+    Raises UserError for a number out of its range, or a name that does not exist.
     """
+    numbers = dict(config)
+    name = numbers.pop("name")
     check_ranges({"steps": steps}, {"steps": (1, math.inf)})
-    check_ranges({f"optimizer.{name}": value for name, value in config.items()}, RANGES)
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            weight_decay=config.weight_decay,
-            mask=is_matrix,
-        ),
-    )
+    check_ranges({f"optimizer.{field}": value for field, value in numbers.items()}, RANGES)
+    check_choice("optimizer.name", name, ("adamw", "muon"))
+    rate, decay = learning_rate(config, steps), config.weight_decay
+    if name == "adamw":
+        update = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=decay, mask=is_matrix)
+    else:
+        direction = muon(
+            1.0,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=muon_dimensions,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+        )  # its own decay would reach norms and biases
+        decayed = optax.add_decayed_weights(-decay, mask=is_matrix)
+        update = optax.chain(direction, decayed, optax.scale_by_schedule(rate))
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from afmrl_jax.core.mesh import replicated
 
@@ -33,20 +33,18 @@ def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: M
 
     params: abstract, with shardings. The optimizer's moments lie as their parameters do.
     """
-    shardings = _shardings(params)
+    placed = {path: x.sharding for path, x in jax.tree.leaves_with_path(params)}
     whole = replicated(mesh)
 
-    def place(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    def place(path: tuple[Any, ...], x: Any) -> jax.ShapeDtypeStruct:
+        """A moment's path ends as its parameter's, however optimizers are nested around it."""
+        ends = (path[start:] for start in range(len(path)))
+        sharding = next((placed[end] for end in ends if end in placed), whole)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    opt_state = optax.tree_utils.tree_map_params(
-        optimizer,
-        place,
-        jax.eval_shape(optimizer.init, params),
-        shardings,
-        transform_non_params=lambda x: place(x, whole),
-    )
-    return TrainState(place(jax.ShapeDtypeStruct((), jnp.int32), whole), params, opt_state)
+    opt_state = jax.tree.map_with_path(place, jax.eval_shape(optimizer.init, params))
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    return TrainState(step, params, opt_state)
 
 
 def init_state(
