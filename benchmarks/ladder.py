@@ -88,10 +88,10 @@ class Size:
 BUILT_IN = Size(
     steps=240,
     stages={
-        "sft": {"steps": 2000},
+        "sft": {"steps": 1500},
         "rar": {"steps": 80},
         "annotate": {"share": 0.4},
-        "small": {"steps": 600},
+        "small": {"steps": 400},
     },
     evaluate={"eval.probe_listings": 1000},
 )
@@ -186,7 +186,8 @@ class Ladder:
         if "small" not in self.left_out:
             self.run("small", "configs/sft.py", shared | self.data | written | stages["small"])
         if "again" not in self.left_out:
-            self.encoder("again", **written, **{"data.described_only": True})
+            own = {"data.described_only": True, "data.attribute_noise": 0}  # as configs/cit.py's
+            self.encoder("again", **written | own)
 
     def train_singles(self) -> None:
         """VLM2Vec and each mask and weight alone on it, for a share of the steps."""

@@ -44,7 +44,7 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.model.vocab_size = 4096  # of the tokenizer that `tiny` trains on its catalogue
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"  # adamw | muon: from scratch in half of the steps
+    config.optimizer.name = "adamw"  # adamw | muon (configs/sft.py)
     config.optimizer.learning_rate = 2e-3  # VLM2Vec-V2: 5e-5, from pretrained weights
     config.optimizer.warmup_share = 0.1  # of the steps; VLM2Vec-V2: 100 of 5,000
     config.optimizer.final_share = 0.02  # of the learning rate, where the cosine ends
@@ -71,7 +71,9 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     # query only if it has seen them
     config.data.attribute_share = 0.7
     config.data.attribute_dropout = 0.3  # of those, attributes left out
-    config.data.attribute_noise = 0.1  # of those, values replaced by another listing's
+    # of those, values replaced by those of another listing of its category: as often as the
+    # generator will be wrong, so that the encoder trusts it as far as it may
+    config.data.attribute_noise = 0.3
     # of a batch made of groups of look-alikes; 0 where most products have one listing
     config.data.lookalike_share = 0.25
     config.data.lookalike_group = 4  # products a group

@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
     config.model.lora_targets = r"^layers\."
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = "adamw"  # adamw | muon: from scratch in half of the steps
+    config.optimizer.name = "adamw"  # adamw | muon (configs/sft.py)
     config.optimizer.learning_rate = 3e-4  # pretrained weights take 1e-6
     config.optimizer.warmup_share = 0.1  # of the updates
     config.optimizer.final_share = 0.1  # of the learning rate, where the cosine ends

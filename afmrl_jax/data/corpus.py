@@ -20,6 +20,8 @@ from afmrl_jax.data.mining import VERSION, mine_neighbours
 
 log = logging.getLogger(__name__)
 
+EXAMPLES = 5_000  # listings from which wrong values are taken
+
 
 class TrainedOn(Overlay):
     """A catalogue of whose training split only some listings are left."""
@@ -57,6 +59,16 @@ def product_attributes(catalog: Catalog, split: str) -> list[dict[str, str]]:
             merged |= catalog.listing(int(listing)).attributes
         products.append(merged)
     return products
+
+
+def attributes_by_category(catalog: Catalog, split: str) -> dict[str, list[dict[str, str]]]:
+    """Category -> the attributes of its listings, among EXAMPLES of a split drawn at random."""
+    listings = np.random.default_rng(0).permutation(catalog.indices(split))[:EXAMPLES]
+    found: dict[str, list[dict[str, str]]] = {}
+    for index in listings:
+        listing = catalog.listing(int(index))
+        found.setdefault(listing.category, []).append(dict(listing.attributes))
+    return found
 
 
 def corpus_statistics(catalog: Catalog, split: str, cache: Path) -> CorpusStatistics:

@@ -4,8 +4,8 @@ A view is "image", "text" or "image+text". Text is the title, category and descr
 attributes join it only when asked.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -46,7 +46,9 @@ class Augmentation:
     flip_share: float  # of images mirrored
     attribute_share: float  # of texts that carry the structured attributes
     attribute_dropout: float  # of those, attributes left out
-    attribute_noise: float  # of those, values replaced by another listing's
+    attribute_noise: float  # of those, values replaced by those of another of its category
+    # category -> attributes of some of its listings, whence other values come
+    others: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)
 
 
 def listing_text(listing: Listing, attributes: Mapping[str, str] | None = None) -> str:
@@ -100,7 +102,7 @@ def training_row(
     if "text" in view or image is None:
         attributes = None
         if rng.random() < options.attribute_share:
-            attributes = _corrupted(catalog, listing.attributes, rng, options)
+            attributes = _corrupted(listing, rng, options)
         text = listing_text(listing, attributes)
         if shorten:
             words = text.split()
@@ -109,20 +111,14 @@ def training_row(
     return Row(text, () if image is None else (_augmented(image, rng, options),))
 
 
-def _corrupted(
-    catalog: Catalog,
-    attributes: Mapping[str, str],
-    rng: np.random.Generator,
-    options: Augmentation,
-) -> dict[str, str]:
+def _corrupted(listing: Listing, rng: np.random.Generator, options: Augmentation) -> dict[str, str]:
     """Attributes as a generator would give them: some missing, some with another's value."""
-    shown = {}
-    for name, value in attributes.items():
+    shown, others = {}, options.others.get(listing.category, ())
+    for name, value in listing.attributes.items():
         if rng.random() < options.attribute_dropout:
             continue
-        if rng.random() < options.attribute_noise:
-            other = catalog.listing(int(rng.integers(len(catalog))))
-            value = other.attributes.get(name, value)
+        if rng.random() < options.attribute_noise and others:
+            value = others[int(rng.integers(len(others)))].get(name, value)
         shown[name] = value
     return shown
 

@@ -38,7 +38,12 @@ from afmrl_jax.core.processes import first_says
 from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.answers import described
 from afmrl_jax.data.catalog import Catalog
-from afmrl_jax.data.corpus import TrainedOn, corpus_statistics, look_alikes
+from afmrl_jax.data.corpus import (
+    TrainedOn,
+    attributes_by_category,
+    corpus_statistics,
+    look_alikes,
+)
 from afmrl_jax.data.opening import cache_folder, open_catalogue
 from afmrl_jax.data.pairs import Composition, PairSampler
 from afmrl_jax.data.pipeline import PairBatches, Stream
@@ -422,7 +427,11 @@ def _open_stream(
         sampler=sampler,
         processor=processor,
         statistics=statistics,
-        augmentation=Augmentation(**{name: data[name] for name in Augmentation.__annotations__}),
+        augmentation=Augmentation(
+            *(data.crop_area, data.flip_share),
+            *(data.attribute_share, data.attribute_dropout, data.attribute_noise),
+            attributes_by_category(catalog, "train") if data.attribute_noise else {},
+        ),
         query_views=parse_mixture(data.query_views, "data.query_views"),
         target_views=parse_mixture(data.target_views, "data.target_views"),
         max_terms=data.max_terms,

@@ -104,6 +104,17 @@ def test_attributes_join_a_share_of_the_texts_with_some_left_out():
     assert 60 < shown < 140  # .5 x .5 of 400
 
 
+def test_a_share_of_the_values_is_that_of_another_listing_of_the_category():
+    others = {"Dresses": [{"color": "red"}], "Mugs": [{"color": "blue", "sleeve": "none"}]}
+    options = Augmentation(1.0, 0.0, 1.0, 0.0, 0.25, others)
+    generator = rng()
+    texts = [training_row(Catalogue(), 0, 1, "text", generator, options).text for _ in range(400)]
+    wrong = sum("color: red" in text for text in texts)
+    assert 65 < wrong < 135  # .25 of 400
+    assert all("sleeve: long" in text for text in texts)  # the other has no sleeve
+    assert not any("blue" in text for text in texts)
+
+
 @pytest.mark.parametrize(
     "text, told",
     [("image 0.5, txt 0.5", "'txt' is not a view"), ("image 0.5", "sum to 0.5"), ("text x", "'x'")],
