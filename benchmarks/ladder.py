@@ -89,7 +89,7 @@ BUILT_IN = Size(
     steps=240,
     stages={
         "sft": {"steps": 1500},
-        "rar": {"steps": 80},
+        "rar": {"steps": 160},
         "annotate": {"share": 0.4},
         "small": {"steps": 400},
     },
@@ -167,9 +167,11 @@ class Ladder:
 
     def train_all(self) -> None:
         """The stages of the rungs, those first on which others stand."""
-        self.encoder("untrained", "vlm2vec", **{"steps": 1, "optimizer.learning_rate": 0})
+        if "untrained" not in self.left_out:
+            self.encoder("untrained", "vlm2vec", **{"steps": 1, "optimizer.learning_rate": 0})
         for stage, arm in (("vlm2vec", "vlm2vec"), ("head", "head"), ("agcl", "")):
-            self.encoder(stage, arm)
+            if stage not in self.left_out:
+                self.encoder(stage, arm)
         self.train_generators()
 
     def train_generators(self) -> None:

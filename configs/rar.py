@@ -15,7 +15,7 @@ from configs import common
 def get_config() -> ConfigDict:
     config = common.get_config()
     config.program = "rar"
-    config.steps = 80
+    config.steps = 160
     config.log_every = 1
     config.eval_every = 16  # the checkpoint that does best then is the one that is judged and used
     config.checkpoint_every = 10
