@@ -89,7 +89,7 @@ BUILT_IN = Size(
     steps=240,
     stages={
         "sft": {"steps": 1500},
-        "rar": {"steps": 160},
+        "rar": {"steps": 80},
         "annotate": {"share": 0.4},
         "small": {"steps": 400},
     },
