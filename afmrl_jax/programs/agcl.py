@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_choice, check_ranges, flatten
+from afmrl_jax.core.fields import check_choice, check_ranges, flatten, to_json
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, replicated
 from afmrl_jax.core.processes import first_says
 from afmrl_jax.core.writer import write_atomically
@@ -298,12 +298,12 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         enc, source = _encoder(config, catalog, saved)
         processor = enc.processor()
         record = enc.record() | {
-            "config": config.to_json(),
+            "config": to_json(config),
             "statistics": statistics.to_json(),
             "catalogue": catalog.fingerprint,
         }
         if first_process:
-            write_atomically(workdir / "config.json", config.to_json(indent=2))
+            write_atomically(workdir / "config.json", to_json(config, indent=2))
             write_atomically(workdir / "tokenizer.json", record["tokenizer"])
 
         # ---- state, step and judges

@@ -38,7 +38,7 @@ def test_a_run_leaves_all_that_it_promises(agcl_config, whole, capsys):
     results = json.loads((whole / "evaluation.json").read_text())
     assert set(results) == {"image+text->image+text", "image->text"}
     assert {"recall@1", "mrr", "map", "ndcg@10", "n_queries"} <= set(results["image->text"])
-    assert json.loads((whole / "config.json").read_text())["steps"] == 6
+    assert json.loads((whole / "config.json").read_text(), parse_constant=int)["steps"] == 6
     assert list((whole / "tensorboard").iterdir())
     assert "| before |" in told and "| after " in told
 
