@@ -1,9 +1,10 @@
 """Checkpoints of a run: state, stream position and everything that its embeddings depend on.
 
 A checkpoint is whole or absent: Orbax writes beside and renames, or in a bucket adds a last object,
-once a manifest of its files is there too. With the state, whose step is the stream's position, it
-holds the run's record, strings by name: config, model, tokenizer, corpus statistics, the
-catalogue's fingerprint. One that is no longer as it was written is left for the one before it.
+once a manifest of its files is there too. It holds the state in two parts, params and optimizer,
+whose step is the stream's position, and the run's record, strings by name: config, model,
+tokenizer, corpus statistics, the catalogue's fingerprint. One that is no longer as it was written
+is left for the one before it; who reads parameters alone looks at nothing else.
 """
 
 import contextlib
@@ -38,6 +39,7 @@ from afmrl_jax.training.state import TrainState
 log = logging.getLogger("afmrl_jax")
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax's folders end until then
+_OPTIMIZER = "optimizer"  # the part that only a run which goes on reads
 _KEPT = 2  # of the last checkpoints; the best is kept beside them
 
 
@@ -49,7 +51,8 @@ class Checkpoints:
 
     def __init__(self, folder: epath.PathLike, *, writable: bool = False):
         """folder: a local one, or gs://BUCKET/FOLDER. writable: this run's own, where what a killed
-        save left is cleaned away, and what is damaged is set aside under another name.
+        save left is cleaned away, and what is damaged is set aside under another name; others read
+        no optimizer.
 
         Raises UserError where a run's own folder holds nothing but damaged ones, or where it is in
         a store that this installation cannot reach.
@@ -62,6 +65,7 @@ class Checkpoints:
         self._own: set[int] = set()  # steps that were written here
         self._writing = 0  # the step that is being written, or was last
         self._needed = 0  # bytes of a state
+        self._unread = "" if writable else f"{_OPTIMIZER}/"
         self._orbax = None
         if writable:
             self._clean()
@@ -112,7 +116,7 @@ class Checkpoints:
         try:
             self._orbax.save_checkpointables_async(
                 step,
-                {"state": state, "run": record},
+                {"params": state.params, _OPTIMIZER: _rest(state), "run": record},
                 metrics=None if validation is None else {"validation": validation},
                 custom_metadata={"manifest": MANIFEST},
             )
@@ -152,7 +156,12 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state, straight into the shardings of `abstract`, whatever mesh it was saved from."""
-        return ocp.load_checkpointables(self.folder / str(step), {"state": abstract})["state"]
+        folder = self.folder / str(step)
+        if _is_joined(folder):
+            return ocp.load_checkpointables(folder, {"state": abstract})["state"]
+        wanted = {"params": abstract.params, _OPTIMIZER: _rest(abstract)}
+        loaded = ocp.load_checkpointables(folder, wanted)
+        return TrainState(params=loaded["params"], **loaded[_OPTIMIZER])
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """The parameters alone, straight into the shardings of `abstract`.
@@ -162,15 +171,22 @@ class Checkpoints:
         folder, context = self.folder / str(step), ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
-            loaded = ocp.load_checkpointables(folder, {"state": {"params": abstract}})
-        params = loaded["state"]["params"]
+            if _is_joined(folder):
+                loaded = ocp.load_checkpointables(folder, {"state": {"params": abstract}})["state"]
+            else:
+                loaded = ocp.load_checkpointables(folder, {"params": abstract})
+        params = loaded["params"]
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
             raise ValueError(f"{folder} lacks some of these parameters")
         return params
 
     def restore_raw(self, step: int) -> Any:
         """The state as nested containers of arrays on this process's device, as it was saved."""
-        return ocp.load_checkpointables(self.folder / str(step), {"state": None})["state"]
+        folder = self.folder / str(step)
+        if _is_joined(folder):
+            return ocp.load_checkpointables(folder, {"state": None})["state"]
+        loaded = ocp.load_checkpointables(folder, {"params": None, _OPTIMIZER: None})
+        return loaded.pop(_OPTIMIZER) | loaded
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -214,7 +230,7 @@ class Checkpoints:
         if step in self._own:
             return is_finished(folder)
         if step not in self._problems:
-            self._problems[step] = agree(find_damage(folder))
+            self._problems[step] = agree(find_damage(folder, self._unread))
             if self._problems[step] and jax.process_index() == 0:
                 log.warning(
                     "%s is left for the checkpoint before it: %s", folder, self._problems[step]
@@ -312,6 +328,16 @@ def find_checkpoints(path: str, *, best: bool | None = False) -> tuple[Checkpoin
         f"{path} holds no whole checkpoint: give a run's workdir, one folder of its checkpoints, "
         "or a Hugging Face folder with its *.safetensors"
     )
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    """The state without its parameters."""
+    return {"step": state.step, "opt_state": state.opt_state}
+
+
+def _is_joined(folder: epath.Path) -> bool:
+    """Whether a checkpoint has the whole state in one part, as they were written at first."""
+    return (folder / "state").is_dir()
 
 
 def _steps(folder: epath.Path) -> list[int]:

@@ -20,6 +20,7 @@ from afmrl_jax.data.synthetic import SyntheticCatalog
 from afmrl_jax.programs.annotate import chosen_listings, pin_generator
 from afmrl_jax.training.checkpoint import Checkpoints, find_checkpoints
 from afmrl_jax.training.describer import Describer
+from afmrl_jax.training.state import TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -146,7 +147,7 @@ def test_a_model_that_nobody_taught_is_refused(config, tmp_path, agcl_config):
 
 def test_of_a_workdir_the_generator_that_did_best_on_validation_answers(config, taught, tmp_path):
     trained, step = find_checkpoints(str(taught))
-    record, state = trained.record(step), trained.restore_raw(step)
+    record, state = trained.record(step), TrainState(**trained.restore_raw(step))
     with Checkpoints(tmp_path / "checkpoints", writable=True) as checkpoints:
         for step, validation in enumerate([0.9, 0.1], 1):
             checkpoints.save(state, record, step, validation)

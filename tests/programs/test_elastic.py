@@ -69,9 +69,9 @@ def as_it_was(folder, step, workdir):
 
 
 def damage(workdir, step):
-    """Flips a bit in the numbers of a checkpoint."""
-    state = workdir / "checkpoints" / str(step) / "state"
-    numbers = max((p for p in state.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    """Flips a bit in the moments of a checkpoint."""
+    moments = workdir / "checkpoints" / str(step) / "optimizer"
+    numbers = max((p for p in moments.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(numbers.read_bytes())
     content[len(content) // 3] ^= 1
     numbers.write_bytes(bytes(content))
