@@ -14,6 +14,8 @@ import json
 import logging
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,7 @@ class Checkpoints:
         self._own: set[int] = set()  # steps that were written here
         self._writing = 0  # the step that is being written, or was last
         self._needed = 0  # bytes of a state
+        self._error: BaseException | None = None  # of a save, where there are several processes
         self._unread = "" if writable else f"{_OPTIMIZER}/"
         self._orbax = None
         if writable:
@@ -72,6 +75,8 @@ class Checkpoints:
             self._set_aside()
             # A plain function: Orbax copies its options, and a method's object with them.
             self._orbax = _writer(self.folder, lambda: self._seal())
+            if jax.process_count() > 1:
+                self._hear_of_errors()
 
     @property
     def latest(self) -> int | None:
@@ -127,6 +132,10 @@ class Checkpoints:
     def wait(self) -> None:
         """Until all is written. Raises UserError where it could not be."""
         try:
+            while self._error is None and jax.process_count() > 1 and self._is_saving():
+                time.sleep(0.02)
+            if self._error:
+                raise self._error
             self._orbax.wait()
         except Exception as error:
             raise self._failed(error) from error
@@ -193,7 +202,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
         """Waits until everything is written, also where a run ends in an error."""
-        if self._orbax is None:
+        if self._orbax is None or self._error:  # nothing would come of it but a long wait
             return
         try:
             self._orbax.close()
@@ -263,6 +272,24 @@ class Checkpoints:
             path.rename(aside)
             log.warning("%s is set aside as %s; step %d goes on", path, aside.name, whole)
         _meet("set aside")
+
+    def _hear_of_errors(self) -> None:
+        """Keeps the error of a save in `_error`. Orbax's own thread tells it only when it has met
+        those of the other processes, which wait for this one elsewhere: 20 minutes."""
+        manager = self._orbax._manager  # there is no public way
+        wait = manager._wait_for_checkpointers
+
+        def heard() -> None:
+            try:
+                wait()
+            except BaseException as error:
+                self._error = error
+                raise
+
+        manager._wait_for_checkpointers = heard
+
+    def _is_saving(self) -> bool:
+        return any(thread.name == "save_finalize" for thread in threading.enumerate())
 
     def _seal(self) -> None:
         """Writes the manifest of the step that is being written, before Orbax calls it whole."""
