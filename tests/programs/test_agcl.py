@@ -90,7 +90,7 @@ def test_sigterm_saves_and_exits(agcl_config, command, tmp_path):
     while process.poll() is None and not (log.exists() and log.read_text()):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    told, _ = process.communicate(timeout=120)
+    told, _ = process.communicate(timeout=400)
     assert process.returncode == 143
     _, step = find_checkpoints(str(workdir))
     assert f"stopped by SIGTERM at step {step}, which is saved" in told

@@ -5,12 +5,12 @@ import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from joined import joined
 
 from afmrl_jax import main
 from afmrl_jax.core.errors import UserError
@@ -82,17 +82,14 @@ def test_two_processes_go_on_behind_the_last_whole_line_with_the_answers_of_one(
     shutil.copytree(folder, tmp_path / "two", ignore=lambda *_: ["tensorboard", "invalid.jsonl"])
     (tmp_path / "two" / "attributes.jsonl").write_bytes(b"".join(kept) + lines[13][:-9])
     config.mesh.data = 2
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        joined = {"COORDINATOR_ADDRESS": f"127.0.0.1:{s.getsockname()[1]}", "NUM_PROCESSES": "2"}
     running = [
         subprocess.Popen(
             command(config, tmp_path / "two"),
             cwd=ROOT,
-            env=os.environ | joined | {"PROCESS_ID": str(index)},
+            env=os.environ | own,
             stdout=subprocess.PIPE,
         )
-        for index in range(2)
+        for own in joined(2)
     ]
     try:
         told = [process.communicate(timeout=300)[0].decode() for process in running]

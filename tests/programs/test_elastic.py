@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from joined import joined
 from metadata_server import PREEMPTED, serving
 
 from afmrl_jax import main
@@ -19,24 +19,6 @@ from afmrl_jax.training.checkpoint import find_checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
-
-
-@pytest.fixture(autouse=True)
-def quick_compilations(monkeypatch):
-    """Most of the time goes into compiling what runs a few times, here and in the processes."""
-    wanted = {
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in wanted}
-    jax.clear_caches()
-    for name, value in wanted.items():
-        monkeypatch.setenv(name.upper(), str(int(value)))
-        jax.config.update(name, value)
-    yield
-    jax.clear_caches()
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture
@@ -109,14 +91,6 @@ def run(command, *envs, limit=None):
             process.kill()
 
 
-def two_processes():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    both = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": "2"}
-    return both | {"PROCESS_ID": "0"}, both | {"PROCESS_ID": "1"}
-
-
 def shown(config, workdir, first, last, shares):
     """The ids of the listings in the batches of steps first + 1 to last, as the program's streams
     give them to processes that have these shares of a batch; [step][example][view]."""
@@ -151,7 +125,7 @@ def test_a_run_goes_on_with_other_processes_and_meshes_showing_each_listing_when
     workdir = as_it_was(never_stopped(config, folder), STEPS, tmp_path / "moved")
     damage(workdir, STEPS)
     config.mesh.update(fsdp=2)
-    envs = two_processes()
+    envs = joined(2)
     with serving(**{PREEMPTED: "TRUE"}) as server:
         envs = envs[0], envs[1] | {"GCE_METADATA_HOST": server.address}
         status, told = run(command(config, workdir), *envs)
