@@ -33,8 +33,10 @@ TRY_AGAIN = os.EX_TEMPFAIL  # 75, the exit status that launch/restart.sh starts 
 JOIN_SECONDS = 300
 HEARTBEAT_SECONDS = 45  # without a sign of life until JAX gives a process up
 LINGER_SECONDS = 5
-LISTEN_SECONDS = 1.0  # between looks for what another said; twice that, and it is heeded
-_LAST_WORDS = "afmrl_jax/last_words"  # in the service: of the first that ends by a sentence
+LISTEN_SECONDS = 1.0  # between looks for what another said
+_WORDS = "afmrl_jax/last_words"  # in the service: of the first that ends by a sentence
+_LAST: list[tuple[str, int]] = []  # the same, heard from another process
+_HEARD = threading.Event()
 _SAYING = threading.Lock()  # taken, once, by the thread that says how this process ends
 EXPLICIT = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 # What JAX's runtime, gloo, NCCL and Orbax say where another process is gone.
@@ -206,30 +208,32 @@ def say_last(told: str, status: int = 0) -> None:
     if status and jax.distributed.is_initialized():
         words = json.dumps([jax.process_index(), told, status])
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or all is over
-            global_state.client.key_value_set(_LAST_WORDS, words)
+            global_state.client.key_value_set(_WORDS, words)
 
 
 def last_words() -> tuple[str, int] | None:
-    """The sentence and the status with which another process ended, as it said itself."""
-    if (client := global_state.client) is None:
-        return None
-    try:
-        index, told, status = json.loads(client.key_value_try_get(_LAST_WORDS))
-    except jax.errors.JaxRuntimeError:  # nobody has said anything, or all is over
-        return None
-    own = index == global_state.process_id
-    return None if own else (f"process {index} ended, and so do all: {told}", status)
+    """The sentence and the status with which another process ended, as it said itself; it is given
+    a moment to be heard, and no more: where process 0 is gone, JAX ends this one soon."""
+    return _LAST[0] if _HEARD.wait(2 * LISTEN_SECONDS) else None
 
 
 def _listen() -> None:
     """Ends this process as another ended that said why: the main thread may wait for that one
     in a collective or a barrier that does not fail, or only after minutes."""
-    while global_state.client is not None:
-        time.sleep(LISTEN_SECONDS)
-        if words := last_words():
-            time.sleep(LISTEN_SECONDS)  # or the main thread has found out, and says it itself
-            say_last(words[0])
-            leave(words[1])
+    seconds = LISTEN_SECONDS * max(1, global_state.num_processes / 100)  # all ask process 0
+    while (client := global_state.client) is not None:
+        time.sleep(seconds)
+        try:
+            index, told, status = json.loads(client.key_value_try_get(_WORDS))
+        except jax.errors.JaxRuntimeError:  # nobody has said anything, or all is over
+            continue
+        if index == global_state.process_id:
+            return
+        _LAST.append((f"process {index} ended, and so do all: {told}", status))
+        _HEARD.set()
+        time.sleep(LISTEN_SECONDS)  # for the main thread, if it has found out by itself
+        say_last(_LAST[0][0])
+        leave(status)
 
 
 def leave(status: int) -> int:
