@@ -20,9 +20,9 @@ from afmrl_jax.training.state import TrainState, abstract_state, init_state
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilations(request):
-    """Nothing is made fast that runs a few times, here and in processes; where a test looks at what
-    is compiled, its module says so by OPTIMISED."""
-    if getattr(request.module, "OPTIMISED", False):
+    """Where a module says QUICK, nothing is made fast, here and in the processes that it starts:
+    most of the time would go into compiling what runs a few times."""
+    if not getattr(request.module, "QUICK", False):
         yield
         return
     name = "jax_disable_most_optimizations"

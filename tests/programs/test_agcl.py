@@ -13,6 +13,7 @@ from afmrl_jax import main
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.training.checkpoint import find_checkpoints
 
+QUICK = True
 ROOT = Path(__file__).resolve().parents[2]
 
 

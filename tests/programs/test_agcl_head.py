@@ -17,6 +17,8 @@ from afmrl_jax.training.checkpoint import find_checkpoints
 from afmrl_jax.training.encoder import abstract_params
 from afmrl_jax.training.pretrained import find_pretrained
 
+QUICK = True
+
 
 def state_of(workdir):
     checkpoints, step = find_checkpoints(str(workdir))

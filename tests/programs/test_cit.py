@@ -19,6 +19,7 @@ from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.programs.cit import Manifest, stages_of
 from afmrl_jax.training.checkpoint import find_checkpoints
 
+QUICK = True
 SIZES = {"workers": 0, "max_patches": 16, "min_pixels": 256, "max_pixels": 1024}
 ARMS = ("plain", "query", "both")
 JUDGED = [f"evaluate/{which}_{how}" for which in ("first", "second") for how in ARMS]

@@ -17,6 +17,7 @@ from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.programs import agcl
 from afmrl_jax.training.checkpoint import find_checkpoints
 
+QUICK = True
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
 

@@ -13,6 +13,7 @@ from joined import ONCE
 
 from afmrl_jax import main
 
+QUICK = True
 ROOT = Path(__file__).resolve().parents[2]
 BOUND = 60  # seconds, in which the others must have ended
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from joined import run_all
 
+QUICK = True
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 
 

@@ -16,7 +16,6 @@ needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="XLA's TPU compiler is not installed",
 )
-OPTIMISED = True
 HALF = tuple({"slice": 1, "data": 1, "fsdp": 4, "tensor": 1}.items())
 
 

@@ -27,6 +27,7 @@ from afmrl_jax.training.generator import Generator
 from afmrl_jax.training.pretrained import find_pretrained
 from afmrl_jax.training.state import abstract_state, init_state
 
+QUICK = True
 SIZES = {"workers": 0, "max_patches": 16, "min_pixels": 256, "max_pixels": 1024}
 TEXTS = ["system user assistant color: type: red green blue grey mug shirt lamp shoe hat new"] * 4
 

@@ -10,7 +10,6 @@ from afmrl_jax.programs import agcl, plan
 from afmrl_jax.training.planning import compile_part, local_bytes, reckon
 from configs.agcl import get_config
 
-OPTIMISED = True
 CHUNKS, CHIPS = 2, 4
 
 
