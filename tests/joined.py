@@ -6,6 +6,8 @@ import socket
 import subprocess
 from pathlib import Path
 
+from afmrl_jax.core.processes import TRY_AGAIN
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -35,14 +37,25 @@ def joined(count: int) -> list[dict[str, str]]:
 
 
 def run_all(command: list[str], count: int = 1, env: dict[str, str] | None = None) -> None:
-    """Runs it as so many processes of one run, to the end of all. Raises where one fails."""
+    """Runs it as so many processes of one run, to the end of all. Raises where one fails.
+
+    What is worth starting again is, once: Gloo waits 30 s for the others, who may be as far apart
+    on a busy machine.
+    """
+    statuses = _statuses(command, count, env)
+    if TRY_AGAIN in statuses:
+        statuses = _statuses(command, count, env)
+    assert statuses == [0] * count
+
+
+def _statuses(command: list[str], count: int, env: dict[str, str] | None) -> list[int]:
     environments = joined(count) if count > 1 else [{}]
     running = [
         subprocess.Popen(command, cwd=ROOT, env=os.environ | (env or {}) | own)
         for own in environments
     ]
     try:
-        assert [process.wait(timeout=500) for process in running] == [0] * count
+        return [process.wait(timeout=500) for process in running]
     finally:
         for process in running:
             process.kill()
