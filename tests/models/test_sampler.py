@@ -271,7 +271,6 @@ def test_eight_devices_give_the_answers_of_one(rows, keys, tmp_path):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # what is compiled runs once
     }
     result = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(one)],
