@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from joined import ONCE
 
 from afmrl_jax import main
 
@@ -61,7 +60,6 @@ def test_four_processes_with_one_killed_end_restart_and_see_the_losses_of_one(
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env=os.environ | ONCE,
     )
     told = []
     try:
