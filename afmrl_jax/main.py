@@ -101,23 +101,27 @@ def _help(config: ConfigDict | None) -> str:
 
 def _end(error: BaseException, checkpoints: Path) -> int:
     """Says how a run ended; the exit status: 2 where the user got something wrong, 75 where it is
-    worth starting again, 1 for what should not happen."""
-    from afmrl_jax.core.processes import TRY_AGAIN, leave, lost
+    worth starting again, 1 for what should not happen. Of several processes all end with the status
+    of the first that ends by a sentence, and say it."""
+    from afmrl_jax.core.processes import TRY_AGAIN, last_words, leave, lost, say_last
 
     if reason := lost(error):
+        if words := last_words():
+            say_last(words[0])
+            return leave(words[1])
         saved = checkpoints.glob("*/_CHECKPOINT_METADATA")  # none of a bucket's, which is not asked
         steps = [int(p.parent.name) for p in saved if p.parent.name.isdigit()]
         told = f"step {max(steps)} is saved" if steps else "what was saved stays"
-        print(
-            f"afmrl_jax: another of the processes ended or can't be reached ({reason}): {told}; "
-            "start the same command again on all of them",
-            file=sys.stderr,
+        say_last(
+            f"another of the processes ended or can't be reached ({reason}): {told}; start the "
+            "same command again on all of them"
         )
         return leave(TRY_AGAIN)
     if isinstance(error, UserError | OSError):  # a full disk is told in a sentence too
-        print(f"afmrl_jax: {error}", file=sys.stderr)
         passing = isinstance(error, TryAgain | ConnectionError | TimeoutError)
-        return leave(TRY_AGAIN if passing else 2)
+        status = TRY_AGAIN if passing else 2
+        say_last(str(error), status)
+        return leave(status)
     traceback.print_exception(error)
     return leave(130 if isinstance(error, KeyboardInterrupt) else 1)
 

@@ -11,10 +11,21 @@ from PIL import Image
 
 # Where the TPU compiler is installed, for planning, JAX would look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of the time goes into compiling: what one run has compiled no other need, however small.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 # An example that is slow on a busy machine is no failure.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes_without_torch():
+    """See without_torch/sitecustomize.py; this process itself has it, to compare with."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent / "without_torch"), prepend=os.pathsep)
+        yield
+
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 160, 60), "blue": (40, 60, 200), "grey": (120,) * 3}
 KINDS = ("mug", "shirt", "lamp", "shoe", "hat")

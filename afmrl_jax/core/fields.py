@@ -1,6 +1,7 @@
 """A configuration's fields: their dotted names, and what values they may have."""
 
 import difflib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +17,26 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
         nested = hasattr(value, "items")
         flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat
+
+
+def to_json(config: Any, indent: int | None = None) -> str:
+    """A ConfigDict as JSON, in which inf, a limit that is off, is null: JSON has no such number."""
+    values = config.to_dict()
+    return json.dumps(_replaced(values, math.inf, None), indent=indent, allow_nan=False)
+
+
+def with_limits(read: Any) -> dict[str, Any]:
+    """What `json.loads` gives of `to_json`'s text, with inf again: no field has another null.
+
+    Texts of before, which have Infinity for it, stay as they are.
+    """
+    return _replaced(read, None, math.inf)
+
+
+def _replaced(values: Any, one: float | None, other: float | None) -> Any:
+    if isinstance(values, dict):
+        return {name: _replaced(value, one, other) for name, value in values.items()}
+    return other if values == one else values
 
 
 def check_ranges(values: Mapping[str, float], ranges: Mapping[str, tuple[float, float]]) -> None:

@@ -1,9 +1,12 @@
 """Several processes that run one program: how they join, and how one ends without the others.
 
-Process 0 hosts JAX's coordination service, so it is the last to leave.
+Process 0 hosts JAX's coordination service, so it is the last to leave. What ends one of them by a
+sentence ends all: it leaves the sentence there, and the others look for it.
 """
 
+import contextlib
 import ctypes
+import json
 import logging
 import os
 import re
@@ -19,6 +22,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jax._src.distributed import global_state  # JAX has no public name for its service's values
 from jax.experimental import multihost_utils
 
 from afmrl_jax.core.errors import UserError
@@ -29,6 +33,11 @@ TRY_AGAIN = os.EX_TEMPFAIL  # 75, the exit status that launch/restart.sh starts 
 JOIN_SECONDS = 300
 HEARTBEAT_SECONDS = 45  # without a sign of life until JAX gives a process up
 LINGER_SECONDS = 5
+LISTEN_SECONDS = 1.0  # between looks for what another said
+_WORDS = "afmrl_jax/last_words"  # in the service: of the first that ends by a sentence
+_LAST: list[tuple[str, int]] = []  # the same, heard from another process
+_HEARD = threading.Event()
+_SAYING = threading.Lock()  # taken, once, by the thread that says how this process ends
 EXPLICIT = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 # What JAX's runtime, gloo, NCCL and Orbax say where another process is gone.
 LOST = r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|CoordinationService|[Bb]arrier"
@@ -166,6 +175,7 @@ def _join(told: str, seconds: int, *where: str | int, **how: str) -> None:
     # is about to raise what `lost` reads. This handler, sleep(SIGABRT), lets it: for 6 seconds.
     libc = ctypes.CDLL(None)
     libc.signal(signal.SIGABRT, libc.sleep)
+    threading.Thread(target=_listen, daemon=True).start()
 
 
 def _give_up(told: str, seconds: int) -> None:
@@ -189,6 +199,41 @@ def lost(error: BaseException | None) -> str | None:
             return textwrap.shorten(message.splitlines()[0], 160, placeholder=" ...")
         error = error.__cause__ or error.__context__
     return None
+
+
+def say_last(told: str, status: int = 0) -> None:
+    """Prints why this process ends; with a status, the others, if any, end by the same sentence."""
+    if not jax.distributed.is_initialized() or _SAYING.acquire(blocking=False):
+        print(f"afmrl_jax: {told}", file=sys.stderr, flush=True)
+    if status and jax.distributed.is_initialized():
+        words = json.dumps([jax.process_index(), told, status])
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or all is over
+            global_state.client.key_value_set(_WORDS, words)
+
+
+def last_words() -> tuple[str, int] | None:
+    """The sentence and the status with which another process ended, as it said itself; it is given
+    a moment to be heard, and no more: where process 0 is gone, JAX ends this one soon."""
+    return _LAST[0] if _HEARD.wait(2 * LISTEN_SECONDS) else None
+
+
+def _listen() -> None:
+    """Ends this process as another ended that said why: the main thread may wait for that one
+    in a collective or a barrier that does not fail, or only after minutes."""
+    seconds = LISTEN_SECONDS * max(1, global_state.num_processes / 100)  # all ask process 0
+    while (client := global_state.client) is not None:
+        time.sleep(seconds)
+        try:
+            index, told, status = json.loads(client.key_value_try_get(_WORDS))
+        except jax.errors.JaxRuntimeError:  # nobody has said anything, or all is over
+            continue
+        if index == global_state.process_id:
+            return
+        _LAST.append((f"process {index} ended, and so do all: {told}", status))
+        _HEARD.set()
+        time.sleep(LISTEN_SECONDS)  # for the main thread, if it has found out by itself
+        say_last(_LAST[0][0])
+        leave(status)
 
 
 def leave(status: int) -> int:

@@ -30,9 +30,9 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from afmrl_jax.attributes.bm25 import CorpusStatistics
+from afmrl_jax.attributes.bm25 import CorpusStatistics, attribute_terms
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_choice, check_ranges, flatten
+from afmrl_jax.core.fields import check_choice, check_ranges, flatten, to_json
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, replicated
 from afmrl_jax.core.processes import first_says
 from afmrl_jax.core.writer import write_atomically
@@ -303,12 +303,12 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         enc, source = _encoder(config, catalog, saved)
         processor = enc.processor()
         record = enc.record() | {
-            "config": config.to_json(),
+            "config": to_json(config),
             "statistics": statistics.to_json(),
             "catalogue": catalog.fingerprint,
         }
         if first_process:
-            write_atomically(workdir / "config.json", config.to_json(indent=2))
+            write_atomically(workdir / "config.json", to_json(config, indent=2))
             write_atomically(workdir / "tokenizer.json", record["tokenizer"])
 
         # ---- state, step and judges
@@ -406,10 +406,26 @@ def _sampler(config: ConfigDict, catalog: Catalog) -> tuple[CorpusStatistics, Pa
         config.batch, data.lookalike_share, data.lookalike_group, data.hard_negatives
     )
     statistics = corpus_statistics(catalog, "train", cache)
+    if config.loss.head_weight:
+        _tell_of_cut_labels(catalog, data.max_terms)
     neighbours = None
     if data.lookalike_share or data.hard_negatives:
         neighbours = look_alikes(catalog, "train", data.neighbours, statistics, cache)
     return statistics, PairSampler(catalog, "train", composition, config.seed, neighbours)
+
+
+def _tell_of_cut_labels(catalog: Catalog, most: int) -> None:
+    """Warns where a training listing has more terms than are kept: those are the rarest, and what
+    the head tells are the most frequent ones."""
+    listings = map(catalog.listing, map(int, catalog.indices("train")))
+    sizes = [len(set(attribute_terms(listing.attributes))) for listing in listings]
+    if cut := sum(size > most for size in sizes):
+        log.warning(
+            "%d of %d training listings have more than data.max_terms=%d attribute terms, of which "
+            "the rarest are kept: the head does not learn their most common labels. "
+            "--config.data.max_terms=%d keeps all",
+            *(cut, len(sizes), most, max(sizes)),
+        )
 
 
 def _open_stream(

@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_ranges, flatten
+from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.writer import duration, write_atomically
 from afmrl_jax.programs import agcl, annotate, evaluate, rar, sft
 from afmrl_jax.retrieval.evaluation import paired, results_table
@@ -123,7 +123,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     manifest = Manifest(workdir, config, stages)
     _meet("begin")  # nobody writes before all have read
     if first_process:
-        write_atomically(workdir / "config.json", config.to_json(indent=2))
+        write_atomically(workdir / "config.json", to_json(config, indent=2))
 
     # ---- stages
     with _terminable():

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_choice, check_ranges, flatten
+from afmrl_jax.core.fields import check_choice, check_ranges, flatten, to_json
 from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.catalog import Catalog, ConcatCatalog
 from afmrl_jax.data.opening import open_listings, with_attributes
@@ -113,7 +113,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         )
     results = {task: scores.means() for task, scores in found.items()}
     if jax.process_index() == 0:
-        write_atomically(workdir / "config.json", config.to_json(indent=2))
+        write_atomically(workdir / "config.json", to_json(config, indent=2))
         listing_ids = [catalog.listing(int(i)).listing_id for i in queries]
         write_queries(workdir / "evaluation_queries.json", found, listing_ids)
         write_evaluation(workdir / "evaluation.json", results)

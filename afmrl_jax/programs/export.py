@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import to_json
 from afmrl_jax.data.processor import IMAGE_STATISTICS, Processor
 from afmrl_jax.data.prompts import CHATML
 from afmrl_jax.data.tokenizer import END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS
@@ -185,7 +186,7 @@ def write_folder(
         _write_sentence_transformers(folder, enc)
     record = {
         "kind": enc.kind,
-        "config": _settings(enc).to_dict(),
+        "config": json.loads(to_json(_settings(enc))),
         "step": source.step,
         "evaluation": source.evaluation,
     }
@@ -316,7 +317,7 @@ def generator_card(generator: Generator, source: Pretrained) -> str:
 
 def _quoted(enc: Encoder | Generator) -> dict[str, str]:
     """The configuration for a card, and a fence of more backticks than it holds."""
-    settings = _settings(enc).to_json(indent=2)
+    settings = to_json(_settings(enc), indent=2)
     ticks = max(map(len, re.findall("`+", settings)), default=0)
     return {"config": settings, "fence": "`" * max(3, ticks + 1)}
 

@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_ranges, flatten
+from afmrl_jax.core.fields import check_ranges, flatten, to_json, with_limits
 from afmrl_jax.core.mesh import batch_shards, local_rows, put_batch, replicated
 from afmrl_jax.core.writer import cut_back, write_atomically
 from afmrl_jax.data.answers import question
@@ -275,7 +275,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             judge.begin(state.params)
         del params
         if first_process:
-            write_atomically(workdir / "config.json", config.to_json(indent=2))
+            write_atomically(workdir / "config.json", to_json(config, indent=2))
             write_atomically(workdir / "tokenizer.json", generator.record()["tokenizer"])
             cut_back(workdir / "rollouts.jsonl", int(state.step))
 
@@ -309,7 +309,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 record=generator.record()
                 | base.record()
                 | {"encoder": json.dumps(dataclasses.asdict(encoder_base))}
-                | {"config": config.to_json(), "catalogue": catalog.fingerprint},
+                | {"config": to_json(config), "catalogue": catalog.fingerprint},
                 waits=True,
             )
             state = fit(training, state, checkpoints, clock, config, workdir, mesh)
@@ -345,7 +345,7 @@ def _generator(config: ConfigDict, saved: dict[str, str] | None) -> tuple[Genera
     the parameters that it begins with, which are also those to stay near."""
     if saved:
         generator, base = from_record(config, saved, Generator), Base.of_record(saved)
-        own = ConfigDict(json.loads(saved["config"]))
+        own = ConfigDict(with_limits(json.loads(saved["config"])))
     elif config.generator:
         source = find_pretrained(config.generator, Generator)
         generator, base = source.model(config), Base(source.path)

@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 from afmrl_jax.attributes.agreement import Majority, agreement, agreement_by_name
 from afmrl_jax.attributes.text import Verdict, format_attributes, normalise, parse
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_ranges, flatten
+from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, put_batch, replicated
 from afmrl_jax.core.processes import first_says
 from afmrl_jax.core.writer import cut_back, write_atomically
@@ -195,9 +195,9 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             check_catalogue(saved, catalog.fingerprint, config.data.path, workdir)
         listings = _listings(config, catalog)
         generator, source = _generator(config, catalog, saved)
-        record = generator.record() | {"config": config.to_json(), "catalogue": catalog.fingerprint}
+        record = generator.record() | {"config": to_json(config), "catalogue": catalog.fingerprint}
         if first_process:
-            write_atomically(workdir / "config.json", config.to_json(indent=2))
+            write_atomically(workdir / "config.json", to_json(config, indent=2))
             write_atomically(workdir / "tokenizer.json", record["tokenizer"])
 
         # ---- state, step and judge

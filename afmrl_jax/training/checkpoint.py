@@ -1,9 +1,10 @@
 """Checkpoints of a run: state, stream position and everything that its embeddings depend on.
 
 A checkpoint is whole or absent: Orbax writes beside and renames, or in a bucket adds a last object,
-once a manifest of its files is there too. With the state, whose step is the stream's position, it
-holds the run's record, strings by name: config, model, tokenizer, corpus statistics, the
-catalogue's fingerprint. One that is no longer as it was written is left for the one before it.
+once a manifest of its files is there too. It holds the state in two parts, params and optimizer,
+whose step is the stream's position, and the run's record, strings by name: config, model,
+tokenizer, corpus statistics, the catalogue's fingerprint. One that is no longer as it was written
+is left for the one before it; who reads parameters alone looks at nothing else.
 """
 
 import contextlib
@@ -13,6 +14,8 @@ import json
 import logging
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,7 @@ from afmrl_jax.training.state import TrainState
 log = logging.getLogger("afmrl_jax")
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax's folders end until then
+_OPTIMIZER = "optimizer"  # the part that only a run which goes on reads
 _KEPT = 2  # of the last checkpoints; the best is kept beside them
 
 
@@ -49,7 +53,8 @@ class Checkpoints:
 
     def __init__(self, folder: epath.PathLike, *, writable: bool = False):
         """folder: a local one, or gs://BUCKET/FOLDER. writable: this run's own, where what a killed
-        save left is cleaned away, and what is damaged is set aside under another name.
+        save left is cleaned away, and what is damaged is set aside under another name; others read
+        no optimizer.
 
         Raises UserError where a run's own folder holds nothing but damaged ones, or where it is in
         a store that this installation cannot reach.
@@ -62,12 +67,16 @@ class Checkpoints:
         self._own: set[int] = set()  # steps that were written here
         self._writing = 0  # the step that is being written, or was last
         self._needed = 0  # bytes of a state
+        self._error: BaseException | None = None  # of a save, where there are several processes
+        self._unread = "" if writable else f"{_OPTIMIZER}/"
         self._orbax = None
         if writable:
             self._clean()
             self._set_aside()
             # A plain function: Orbax copies its options, and a method's object with them.
             self._orbax = _writer(self.folder, lambda: self._seal())
+            if jax.process_count() > 1:
+                self._hear_of_errors()
 
     @property
     def latest(self) -> int | None:
@@ -112,7 +121,7 @@ class Checkpoints:
         try:
             self._orbax.save_checkpointables_async(
                 step,
-                {"state": state, "run": record},
+                {"params": state.params, _OPTIMIZER: _rest(state), "run": record},
                 metrics=None if validation is None else {"validation": validation},
                 custom_metadata={"manifest": MANIFEST},
             )
@@ -123,6 +132,10 @@ class Checkpoints:
     def wait(self) -> None:
         """Until all is written. Raises UserError where it could not be."""
         try:
+            while self._error is None and jax.process_count() > 1 and self._is_saving():
+                time.sleep(0.02)
+            if self._error:
+                raise self._error
             self._orbax.wait()
         except Exception as error:
             raise self._failed(error) from error
@@ -152,7 +165,12 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state, straight into the shardings of `abstract`, whatever mesh it was saved from."""
-        return ocp.load_checkpointables(self.folder / str(step), {"state": abstract})["state"]
+        folder = self.folder / str(step)
+        if _is_joined(folder):
+            return ocp.load_checkpointables(folder, {"state": abstract})["state"]
+        wanted = {"params": abstract.params, _OPTIMIZER: _rest(abstract)}
+        loaded = ocp.load_checkpointables(folder, wanted)
+        return TrainState(params=loaded["params"], **loaded[_OPTIMIZER])
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """The parameters alone, straight into the shardings of `abstract`.
@@ -162,22 +180,29 @@ class Checkpoints:
         folder, context = self.folder / str(step), ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
-            loaded = ocp.load_checkpointables(folder, {"state": {"params": abstract}})
-        params = loaded["state"]["params"]
+            if _is_joined(folder):
+                loaded = ocp.load_checkpointables(folder, {"state": {"params": abstract}})["state"]
+            else:
+                loaded = ocp.load_checkpointables(folder, {"params": abstract})
+        params = loaded["params"]
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
             raise ValueError(f"{folder} lacks some of these parameters")
         return params
 
     def restore_raw(self, step: int) -> Any:
         """The state as nested containers of arrays on this process's device, as it was saved."""
-        return ocp.load_checkpointables(self.folder / str(step), {"state": None})["state"]
+        folder = self.folder / str(step)
+        if _is_joined(folder):
+            return ocp.load_checkpointables(folder, {"state": None})["state"]
+        loaded = ocp.load_checkpointables(folder, {"params": None, _OPTIMIZER: None})
+        return loaded.pop(_OPTIMIZER) | loaded
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
         """Waits until everything is written, also where a run ends in an error."""
-        if self._orbax is None:
+        if self._orbax is None or self._error:  # nothing would come of it but a long wait
             return
         try:
             self._orbax.close()
@@ -214,7 +239,7 @@ class Checkpoints:
         if step in self._own:
             return is_finished(folder)
         if step not in self._problems:
-            self._problems[step] = agree(find_damage(folder))
+            self._problems[step] = agree(find_damage(folder, self._unread))
             if self._problems[step] and jax.process_index() == 0:
                 log.warning(
                     "%s is left for the checkpoint before it: %s", folder, self._problems[step]
@@ -247,6 +272,24 @@ class Checkpoints:
             path.rename(aside)
             log.warning("%s is set aside as %s; step %d goes on", path, aside.name, whole)
         _meet("set aside")
+
+    def _hear_of_errors(self) -> None:
+        """Keeps the error of a save in `_error`. Orbax's own thread tells it only when it has met
+        those of the other processes, which wait for this one elsewhere: 20 minutes."""
+        manager = self._orbax._manager  # there is no public way
+        wait = manager._wait_for_checkpointers
+
+        def heard() -> None:
+            try:
+                wait()
+            except BaseException as error:
+                self._error = error
+                raise
+
+        manager._wait_for_checkpointers = heard
+
+    def _is_saving(self) -> bool:
+        return any(thread.name == "save_finalize" for thread in threading.enumerate())
 
     def _seal(self) -> None:
         """Writes the manifest of the step that is being written, before Orbax calls it whole."""
@@ -312,6 +355,16 @@ def find_checkpoints(path: str, *, best: bool | None = False) -> tuple[Checkpoin
         f"{path} holds no whole checkpoint: give a run's workdir, one folder of its checkpoints, "
         "or a Hugging Face folder with its *.safetensors"
     )
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    """The state without its parameters."""
+    return {"step": state.step, "opt_state": state.opt_state}
+
+
+def _is_joined(folder: epath.Path) -> bool:
+    """Whether a checkpoint has the whole state in one part, as they were written at first."""
+    return (folder / "state").is_dir()
 
 
 def _steps(folder: epath.Path) -> list[int]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import flatten
+from afmrl_jax.core.fields import flatten, to_json, with_limits
 
 # Fields that change how a run is watched or where it runs, never what it computes.
 MAY_CHANGE = (
@@ -22,7 +22,7 @@ def check_unchanged(
 
     saved: the JSON of that configuration. may_change: beginnings of fields that may differ.
     """
-    before, now = flatten(json.loads(saved)), flatten(json.loads(config.to_json()))
+    before, now = (flatten(with_limits(json.loads(text))) for text in (saved, to_json(config)))
     changed = [
         f"{name} was {before.get(name, 'absent')!r} and is now {now.get(name, 'absent')!r}"
         for name in sorted(before.keys() | now.keys())

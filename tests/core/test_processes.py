@@ -8,6 +8,7 @@ import time
 
 import jax
 import pytest
+from joined import free_port, joined
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.processes import TRY_AGAIN, initialize_distributed
@@ -42,20 +43,47 @@ except UserError as error:
     leave(2)
 """
 
+SAVES = """
+import resource
+import sys
+from pathlib import Path
+import jax
+import jax.numpy as jnp
+from absl import logging
+from afmrl_jax import main
+from afmrl_jax.core.mesh import batch_sharding, make_mesh, replicated
+from afmrl_jax.core.processes import initialize_distributed
+from afmrl_jax.training.checkpoint import Checkpoints
+from afmrl_jax.training.state import TrainState
+folder = Path(sys.argv[2])
+logging.set_verbosity("fatal")  # as main's
+initialize_distributed(int(sys.argv[1]))
+mesh = make_mesh({"slice": 1, "data": 2, "fsdp": 1, "tensor": 1})
+split, whole = batch_sharding(mesh), replicated(mesh)
+step = jax.jit(lambda: jnp.int32(0), out_shardings=whole)()
+noise = lambda: jax.random.normal(jax.random.key(0), (2, 100_000))
+kernel = jax.jit(noise, out_shardings=split)()
+state = TrainState(step, {"kernel": kernel}, {"mean": kernel})
+try:
+    with Checkpoints(folder, writable=True) as checkpoints:
+        checkpoints.save(state, {"config": "{}"}, 1, None)
+        checkpoints.wait()
+        if jax.process_index() == int(sys.argv[3]):  # its disk is full now
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        checkpoints.save(state, {"config": "{}"}, 2, None)
+        checkpoints.wait()
+except BaseException as error:
+    sys.exit(main._end(error, folder))
+"""
+
 
 def clean():
     return {name: value for name, value in os.environ.items() if not name.startswith(NAMES)}
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return s.getsockname()[1]
-
-
-def start(environment, folder, seconds=60):
+def start(environment, folder, seconds=60, script=SCRIPT, more=()):
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(seconds), str(folder)],
+        [sys.executable, "-c", script, str(seconds), str(folder), *more],
         env=clean() | {"JAX_PLATFORMS": "cpu"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -132,7 +160,7 @@ def test_one_process_alone_waits_for_nobody(environment, variables):
     environment(variables)
     began = time.monotonic()
     initialize_distributed()
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 20  # who waits does so for minutes
     assert not jax.distributed.is_initialized()
 
 
@@ -180,11 +208,23 @@ def test_a_scheduler_s_processes_find_one_another(given, index, tmp_path):
 
 
 def test_folders_that_are_not_shared_are_told_to_every_process(tmp_path):
-    address = {"COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "NUM_PROCESSES": "2"}
     folders = [tmp_path / "one", tmp_path / "other"]
-    own = [address | {"PROCESS_ID": str(index)} for index in range(2)]
-    for status, told in finish([start(*both) for both in zip(own, folders)]):
+    for status, told in finish([start(*both) for both in zip(joined(2), folders)]):
         assert status == 2
         assert f"writes to {folders[0]}" in told or f"writes to {folders[1]}" in told
         assert "process 1 does not see: give a --workdir on a file system" in told
     assert not list(folders[0].iterdir())  # nothing is left of the look
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_save_that_fails_in_one_process_ends_all_by_its_sentence(failing, tmp_path):
+    """Both would wait for 20 minutes, each in another of Orbax's barriers."""
+    own = joined(2)
+    began = time.monotonic()
+    done = finish([start(each, tmp_path, script=SAVES, more=(str(failing),)) for each in own])
+    assert time.monotonic() - began < 90  # most of it to start on a busy machine
+    told = f"step 2 could not be saved in {tmp_path}: file too large."
+    for index, (status, said) in enumerate(done):
+        assert status == 2 and said.count(told) == 1, said
+        assert "goes on from step 1, which is whole" in said and "Traceback" not in said
+        assert (f"process {failing} ended, and so do all" in said) == (index != failing)

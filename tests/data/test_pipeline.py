@@ -134,7 +134,8 @@ try:
 except Exception as error:
     print(error)
 """
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    paths = [str(Path(__file__).parent), os.environ["PYTHONPATH"]]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
     assert "the batch of step 2 was not made within 1 s (data.timeout) by this" in done.stdout

@@ -93,7 +93,6 @@ def executed(catalogue_folder, tmp_path_factory):
             patch.setenv(variable, str(folder / variable.lower()))
         # Most of the time goes into compiling, and nothing runs often here.
         patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         # Not from the repository's root: it must find the configurations itself.
         resources = {"metadata": {"path": str(folder)}}
         nbclient.NotebookClient(notebook, timeout=500, resources=resources).execute()

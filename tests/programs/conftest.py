@@ -18,6 +18,24 @@ from afmrl_jax.training.generator import Generator
 from afmrl_jax.training.state import TrainState, abstract_state, init_state
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilations(request):
+    """Where a module says QUICK, nothing is made fast, here and in the processes that it starts:
+    most of the time would go into compiling what runs a few times."""
+    if not getattr(request.module, "QUICK", False):
+        yield
+        return
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name.upper(), "1")
+        jax.clear_caches()  # or what other modules compiled would be used here, and not there
+        jax.config.update(name, True)
+        yield
+    jax.config.update(name, before)
+    jax.clear_caches()
+
+
 @pytest.fixture
 def command():
     """A function (config, workdir) -> the command line that runs a configuration made here."""

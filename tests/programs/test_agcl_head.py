@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,9 +11,13 @@ import pytest
 
 from afmrl_jax import main
 from afmrl_jax.core.mesh import make_mesh
+from afmrl_jax.data.opening import open_catalogue
+from afmrl_jax.programs import agcl
 from afmrl_jax.training.checkpoint import find_checkpoints
 from afmrl_jax.training.encoder import abstract_params
 from afmrl_jax.training.pretrained import find_pretrained
+
+QUICK = True
 
 
 def state_of(workdir):
@@ -65,6 +70,17 @@ def test_a_run_stopped_and_started_again_ends_bit_equal(config, headed, tmp_path
     one, other = state_of(headed), state_of(tmp_path / "stopped")
     assert one.keys() == other.keys()
     assert [name for name in one if not np.array_equal(one[name], other[name])] == []
+
+
+def test_labels_that_the_rarest_terms_push_out_are_told(config, caplog):
+    catalog = open_catalogue(config.data.path, config.data, Path())
+    config.data.max_terms = 4  # two pairs, and two words
+    agcl._sampler(config, catalog)
+    assert not caplog.records
+    config.data.max_terms = 3
+    agcl._sampler(config, catalog)
+    assert "30 of 30 training listings have more than data.max_terms=3" in caplog.text
+    assert "--config.data.max_terms=4 keeps all" in caplog.text
 
 
 @pytest.mark.parametrize("rank", [0, 2])

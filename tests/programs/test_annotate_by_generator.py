@@ -5,12 +5,12 @@ import json
 import math
 import os
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from joined import joined
 
 from afmrl_jax import main
 from afmrl_jax.core.errors import UserError
@@ -20,6 +20,7 @@ from afmrl_jax.data.synthetic import SyntheticCatalog
 from afmrl_jax.programs.annotate import chosen_listings, pin_generator
 from afmrl_jax.training.checkpoint import Checkpoints, find_checkpoints
 from afmrl_jax.training.describer import Describer
+from afmrl_jax.training.state import TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,17 +82,14 @@ def test_two_processes_go_on_behind_the_last_whole_line_with_the_answers_of_one(
     shutil.copytree(folder, tmp_path / "two", ignore=lambda *_: ["tensorboard", "invalid.jsonl"])
     (tmp_path / "two" / "attributes.jsonl").write_bytes(b"".join(kept) + lines[13][:-9])
     config.mesh.data = 2
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        joined = {"COORDINATOR_ADDRESS": f"127.0.0.1:{s.getsockname()[1]}", "NUM_PROCESSES": "2"}
     running = [
         subprocess.Popen(
             command(config, tmp_path / "two"),
             cwd=ROOT,
-            env=os.environ | joined | {"PROCESS_ID": str(index)},
+            env=os.environ | own,
             stdout=subprocess.PIPE,
         )
-        for index in range(2)
+        for own in joined(2)
     ]
     try:
         told = [process.communicate(timeout=300)[0].decode() for process in running]
@@ -146,7 +144,7 @@ def test_a_model_that_nobody_taught_is_refused(config, tmp_path, agcl_config):
 
 def test_of_a_workdir_the_generator_that_did_best_on_validation_answers(config, taught, tmp_path):
     trained, step = find_checkpoints(str(taught))
-    record, state = trained.record(step), trained.restore_raw(step)
+    record, state = trained.record(step), TrainState(**trained.restore_raw(step))
     with Checkpoints(tmp_path / "checkpoints", writable=True) as checkpoints:
         for step, validation in enumerate([0.9, 0.1], 1):
             checkpoints.save(state, record, step, validation)

@@ -19,26 +19,10 @@ from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.programs.cit import Manifest, stages_of
 from afmrl_jax.training.checkpoint import find_checkpoints
 
+QUICK = True
 SIZES = {"workers": 0, "max_patches": 16, "min_pixels": 256, "max_pixels": 1024}
 ARMS = ("plain", "query", "both")
 JUDGED = [f"evaluate/{which}_{how}" for which in ("first", "second") for how in ARMS]
-
-
-@pytest.fixture(autouse=True)
-def quick_compilations():
-    """Most of the time goes into compiling: what the stages compile again is kept, however small,
-    and nothing is made fast that runs a few times."""
-    wanted = {
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in wanted}
-    for values in (wanted, before):
-        jax.clear_caches()
-        for name, value in values.items():
-            jax.config.update(name, value)
-        if values is wanted:
-            yield
 
 
 @pytest.fixture

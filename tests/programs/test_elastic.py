@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from joined import joined
 from metadata_server import PREEMPTED, serving
 
 from afmrl_jax import main
@@ -17,26 +17,9 @@ from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.programs import agcl
 from afmrl_jax.training.checkpoint import find_checkpoints
 
+QUICK = True
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
-
-
-@pytest.fixture(autouse=True)
-def quick_compilations(monkeypatch):
-    """Most of the time goes into compiling what runs a few times, here and in the processes."""
-    wanted = {
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in wanted}
-    jax.clear_caches()
-    for name, value in wanted.items():
-        monkeypatch.setenv(name.upper(), str(int(value)))
-        jax.config.update(name, value)
-    yield
-    jax.clear_caches()
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture
@@ -69,9 +52,9 @@ def as_it_was(folder, step, workdir):
 
 
 def damage(workdir, step):
-    """Flips a bit in the numbers of a checkpoint."""
-    state = workdir / "checkpoints" / str(step) / "state"
-    numbers = max((p for p in state.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    """Flips a bit in the moments of a checkpoint."""
+    moments = workdir / "checkpoints" / str(step) / "optimizer"
+    numbers = max((p for p in moments.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(numbers.read_bytes())
     content[len(content) // 3] ^= 1
     numbers.write_bytes(bytes(content))
@@ -109,14 +92,6 @@ def run(command, *envs, limit=None):
             process.kill()
 
 
-def two_processes():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    both = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": "2"}
-    return both | {"PROCESS_ID": "0"}, both | {"PROCESS_ID": "1"}
-
-
 def shown(config, workdir, first, last, shares):
     """The ids of the listings in the batches of steps first + 1 to last, as the program's streams
     give them to processes that have these shares of a batch; [step][example][view]."""
@@ -151,7 +126,7 @@ def test_a_run_goes_on_with_other_processes_and_meshes_showing_each_listing_when
     workdir = as_it_was(never_stopped(config, folder), STEPS, tmp_path / "moved")
     damage(workdir, STEPS)
     config.mesh.update(fsdp=2)
-    envs = two_processes()
+    envs = joined(2)
     with serving(**{PREEMPTED: "TRUE"}) as server:
         envs = envs[0], envs[1] | {"GCE_METADATA_HOST": server.address}
         status, told = run(command(config, workdir), *envs)

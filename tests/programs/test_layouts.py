@@ -1,37 +1,19 @@
 """One run, whatever the devices and processes: the same losses."""
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
+from joined import run_all
 
-ROOT = Path(__file__).resolve().parents[2]
-QUICK = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # of what is compiled, most runs a few times
+QUICK = True
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 
 
 def losses(command, config, workdir, processes=1, env=None):
     """Runs to the end in `processes` processes; the losses by step."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    running = []
-    for index in range(processes):
-        own = os.environ | (env or {})
-        if processes > 1:
-            own |= {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": str(processes)}
-            own |= {"PROCESS_ID": str(index)}
-        running.append(subprocess.Popen(command(config, workdir), cwd=ROOT, env=own))
-    try:
-        assert [process.wait(timeout=300) for process in running] == [0] * processes
-    finally:
-        for process in running:
-            process.kill()
+    run_all(command(config, workdir), processes, env)
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [row["loss"] for row in rows]
 
@@ -70,7 +52,9 @@ def test_eight_devices_go_on_from_one_device_s_checkpoint_with_its_losses(
     np.testing.assert_allclose(eight, wanted, atol=1e-5)
 
 
-def test_two_processes_learn_answers_with_the_losses_of_one(agcl_config, command, tmp_path):
+def test_four_processes_and_the_two_that_go_on_learn_answers_with_the_losses_of_one(
+    agcl_config, command, tmp_path
+):
     """SFT on the same small catalogue; the model it ends with is judged on one listing."""
     from configs.sft import get_config
 
@@ -79,11 +63,17 @@ def test_two_processes_learn_answers_with_the_losses_of_one(agcl_config, command
     config.data.update(shared | {"max_tokens": 48, "max_answer": 16, "instruction": ""})
     config.model.update(vocab_size=320, dtype="float32")
     config.update(steps=3, batch=8, chunks=2, log_every=1, eval_every=0, checkpoint_every=2)
-    config.eval.update(batch=2, validation_listings=1, samples=1)
-    one = losses(command, config, tmp_path / "one", env=QUICK)
+    config.eval.update(batch=4, validation_listings=1, samples=1)
+    one = losses(command, config, tmp_path / "one")
+    config.mesh.data = 4
+    four = losses(command, config, tmp_path / "four", processes=4)
+    shutil.copytree(tmp_path / "four", tmp_path / "two")
+    shutil.rmtree(tmp_path / "two" / "checkpoints" / "3")
+    (tmp_path / "two" / "evaluation.json").unlink()
     config.mesh.data = 2
-    two = losses(command, config, tmp_path / "two", processes=2, env=QUICK)
-    assert len(two) == 3
-    np.testing.assert_allclose(two, one, atol=1e-5)
-    samples = [(tmp_path / which / "samples.jsonl").read_text() for which in ("one", "two")]
-    assert samples[0] == samples[1]  # told once, and the same
+    two = losses(command, config, tmp_path / "two", processes=2)
+    assert len(one) == 3
+    np.testing.assert_allclose([four, two], [one, one], atol=1e-5)
+    names = ("one", "four", "two")
+    samples = [(tmp_path / which / "samples.jsonl").read_text() for which in names]
+    assert samples[0] == samples[1] == samples[2]  # told once, and the same

@@ -3,10 +3,7 @@ nobody trained: 15 products in two listings each to find one another."""
 
 import dataclasses
 import json
-import os
 import shutil
-import socket
-import subprocess
 from pathlib import Path
 
 import jax
@@ -14,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from joined import run_all
 
 from afmrl_jax import main
 from afmrl_jax.core.errors import UserError
@@ -29,7 +27,7 @@ from afmrl_jax.training.generator import Generator
 from afmrl_jax.training.pretrained import find_pretrained
 from afmrl_jax.training.state import abstract_state, init_state
 
-ROOT = Path(__file__).resolve().parents[2]
+QUICK = True
 SIZES = {"workers": 0, "max_patches": 16, "min_pixels": 256, "max_pixels": 1024}
 TEXTS = ["system user assistant color: type: red green blue grey mug shirt lamp shoe hat new"] * 4
 
@@ -111,7 +109,7 @@ def config(models, catalogue_folder, tmp_path_factory):
 
     config = small(get_config(), catalogue_folder, tmp_path_factory)
     config.update(generator=str(models / "generator"), encoder=str(models / "encoder"))
-    config.update(steps=4, queries=4, samples=4, chunks=2, rollouts_every=2)
+    config.update(steps=4, queries=8, samples=4, chunks=2, rollouts_every=2)
     config.update(eval_every=2, checkpoint_every=2)
     config.reward.batch = 20
     config.eval.batch = 4
@@ -157,7 +155,9 @@ def test_a_run_leaves_all_that_it_promises(config, folder, capsys):
     assert {"validation", "validation_gain", "validation_over_sft", "validation_f1"} <= set(rows[1])
 
     groups = lines(folder / "run" / "rollouts.jsonl")
-    assert [group["step"] for group in groups] == [1, 1, 2, 2, 3, 3, 4, 4]  # every second
+    assert [group["step"] for group in groups] == [
+        n for n in (1, 2, 3, 4) for _ in range(4)
+    ]  # every second
     assert all(len(group["answers"]) == 4 for group in groups)
     results = json.loads((folder / "run" / "evaluation.json").read_text())
     arms = ["plain", "sft", "sft_sure", "rar", "rar_sure", "oracle"]
@@ -190,27 +190,24 @@ def test_a_run_killed_and_started_again_gives_the_same_rollouts_and_parameters(
     assert rewards[0] == rewards[1]
 
 
-def test_two_processes_see_the_answers_rewards_and_gradients_of_one(config, command, run, tmp_path):
+def test_four_processes_and_the_two_that_go_on_see_what_one_sees(config, command, run, tmp_path):
+    """The same answers, rewards and gradients."""
+    config.mesh.data = 4
+    run_all(command(config, tmp_path / "four"), 4)
+    two = Path(shutil.copytree(tmp_path / "four", tmp_path / "two"))
+    shutil.rmtree(two / "checkpoints" / "4")
+    shutil.rmtree(two / "gallery")  # they embed it again
+    (two / "evaluation.json").unlink()
     config.mesh.data = 2
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{s.getsockname()[1]}"
-    running = []
-    for index in range(2):
-        own = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": "2", "PROCESS_ID": str(index)}
-        line = command(config, tmp_path / "two")
-        running.append(subprocess.Popen(line, cwd=ROOT, env=os.environ | own))
-    try:
-        assert [process.wait(timeout=600) for process in running] == [0, 0]
-    finally:
-        for process in running:
-            process.kill()
-    one, two = (lines(folder / "metrics.jsonl") for folder in (run, tmp_path / "two"))
-    for name in ("reward", "reward_std", "gradient_norm", "kl", "answer_tokens", "validation"):
-        found = [[row.get(name, 0) for row in rows] for rows in (one, two)]
-        np.testing.assert_allclose(found[1], found[0], rtol=2e-3, atol=1e-6, err_msg=name)
-    for ours, theirs in zip(*(lines(f / "rollouts.jsonl") for f in (run, tmp_path / "two"))):
-        assert [a["answer"] for a in ours["answers"]] == [a["answer"] for a in theirs["answers"]]
+    run_all(command(config, two), 2)
+    for other in (tmp_path / "four", two):
+        ours, theirs = (lines(folder / "metrics.jsonl") for folder in (run, other))
+        for name in ("reward", "reward_std", "gradient_norm", "kl", "answer_tokens", "validation"):
+            found = [[row.get(name, 0) for row in rows] for rows in (ours, theirs)]
+            np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-6, err_msg=name)
+        ours, theirs = (lines(folder / "rollouts.jsonl") for folder in (run, other))
+        for one, group in zip(ours, theirs, strict=True):
+            assert [a["answer"] for a in one["answers"]] == [a["answer"] for a in group["answers"]]
 
 
 def test_a_run_that_looks_like_cheating_stops_with_its_rollouts(config, tmp_path):
@@ -218,7 +215,7 @@ def test_a_run_that_looks_like_cheating_stops_with_its_rollouts(config, tmp_path
     config.rollouts_every = 0
     with pytest.raises(UserError, match=r"step 1: These rollouts look like reward hacking.*\n  '"):
         main.run(config, tmp_path / "stopped")
-    assert len(lines(tmp_path / "stopped" / "rollouts.jsonl")) == 4  # all groups of that step
+    assert len(lines(tmp_path / "stopped" / "rollouts.jsonl")) == 8  # all groups of that step
     assert not list((tmp_path / "stopped" / "checkpoints").glob("[0-9]*"))
 
 
@@ -249,7 +246,7 @@ def test_adapters_on_the_generator_begin_as_it_and_are_found_again(config, tmp_p
         ("generator", "", "--config.generator=runs/sft"),
         ("encoder", "", "--config.encoder=runs/agcl"),
         ("generator", "encoder", "holds the encoder of a run"),
-        ("chunks", 3, "chunks is 3, which does not divide the 4 queries"),
+        ("chunks", 3, "chunks is 3, which does not divide the 8 queries"),
     ],
 )
 def test_what_cannot_be_run_is_told_in_a_sentence(config, models, tmp_path, field, value, says):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from joined import free_port
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
@@ -159,12 +160,11 @@ def process(index, port, workdir):
 
 
 def test_the_first_process_names_a_slow_one(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     code = "import sys, pathlib, test_loop; a = sys.argv; "
     code += "test_loop.process(int(a[1]), int(a[2]), pathlib.Path(a[3]))"
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    paths = [str(Path(__file__).parent), os.environ["PYTHONPATH"]]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     running = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(index), str(port), str(tmp_path)],
@@ -175,14 +175,14 @@ def test_the_first_process_names_a_slow_one(tmp_path):
         for index in range(2)
     ]
     try:
-        told = [process.communicate(timeout=120)[0] for process in running]
+        told = [process.communicate(timeout=400)[0] for process in running]
     finally:
         for process in running:
             process.kill()
     name = socket.gethostname()
-    assert told[0].count(f"process 1 ({name}) is slow: a step's batch takes 0.") == 1
+    assert told[0].count(f"process 1 ({name}) is slow: a step's batch takes ") == 1
     assert "slow" not in told[1]
     last = rows_of(tmp_path)[-1]
     assert last["slowest_process"] == 1
     assert last["lost_input_seconds"] > 7 * 0.3 * 0.9
-    assert last["host_seconds_max"] > 0.25 > last["host_seconds"]
+    assert last["host_seconds_max"] > max(0.25, last["host_seconds"])

@@ -1,0 +1,34 @@
+"""What a configuration is on a disk."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import to_json, with_limits
+from afmrl_jax.training.unchanged import check_unchanged
+from configs.agcl import get_config
+
+
+def refuse(constant):
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def test_limits_that_are_off_are_json_and_come_back_as_they_were():
+    config = get_config()
+    text = to_json(config, indent=2)
+    assert json.loads(text, parse_constant=refuse)["loss"]["mask_margin"] is None
+    back = with_limits(json.loads(text))
+    assert back == config.to_dict() and back["loss"]["mask_margin"] == math.inf
+
+
+def test_a_configuration_written_with_infinity_is_still_the_same():
+    config = get_config()
+    before = config.to_json()
+    assert "Infinity" in before
+    check_unchanged(before, config, Path("runs"))
+    config.loss.mask_margin = 0.1
+    with pytest.raises(UserError, match=r"loss\.mask_margin was inf and is now 0\.1\. Give"):
+        check_unchanged(before, config, Path("runs"))
