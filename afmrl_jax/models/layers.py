@@ -7,6 +7,7 @@ input only, "dots" also the results of its matrix products.
 Axes: T rows x tokens, flattened · D inputs.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -62,18 +63,31 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [..., D]. Returns dtype[..., *outputs]."""
+        return self._of(x, lambda array: array)
+
+    def parts(self, x: jax.Array) -> list[jax.Array]:
+        """The same cut along the first of two axes of outputs, dtype[..., last output] each.
+
+        Each is a product of its own: cut out of one they would be copied.
+        """
+        return [
+            self._of(x, operator.itemgetter((..., i, slice(None)))) for i in range(self.outputs[0])
+        ]
+
+    def _of(self, x: jax.Array, part: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """part: picks those outputs of a parameter that are wanted."""
         # One flat token axis: with two, XLA's CPU weight gradient transposes cotangents in memory.
         tokens = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        y = self._product(tokens, self.kernel)
+        y = self._product(tokens, part(self.kernel[...]))
         if self.bias is not None:
-            y = y + self.bias[...].astype(self.dtype)
+            y = y + part(self.bias[...]).astype(self.dtype)
         if self.lora_a is not None:
-            low = self._product(tokens, self.lora_a) * self.lora_scale
-            y = y + self._product(low, self.lora_b)
-        return y.reshape(*x.shape[:-1], *self.outputs)
+            low = self._product(tokens, self.lora_a[...]) * self.lora_scale
+            y = y + self._product(low, part(self.lora_b[...]))
+        return y.reshape(*x.shape[:-1], *y.shape[1:])
 
-    def _product(self, x: jax.Array, matrix: nnx.Param) -> jax.Array:
-        return jax.lax.dot_general(x, matrix[...].astype(self.dtype), (((1,), (0,)), ((), ())))
+    def _product(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(x, matrix.astype(self.dtype), (((1,), (0,)), ((), ())))
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
