@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from afmrl_jax.core.mesh import BATCH_AXES
 from afmrl_jax.models.rope import Angles, rotate
@@ -20,6 +21,7 @@ from afmrl_jax.models.rope import Angles, rotate
 Inputs: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, Angles, jax.Array]
 
 SCORES = 24 * 2**20  # bytes of float32 scores at a time: v5e's vector memory holds five such
+MIXED = "mixed"  # the name by which a remat policy keeps what the backward pass needs
 LOWEST = -1e30  # a score that nobody attends to; finite, so that a query that sees nothing is too
 
 
@@ -66,7 +68,8 @@ def _attend(causal: bool, *inputs: Any) -> jax.Array:
 
 
 def _forward(causal: bool, *inputs: Any) -> tuple[jax.Array, tuple]:
-    mixed, size = _by_rows(functools.partial(_mix, causal), inputs)
+    kept = _by_rows(functools.partial(_mix, causal), inputs)
+    mixed, size = checkpoint_name(kept, MIXED)
     return mixed, (inputs, mixed, size)
 
 

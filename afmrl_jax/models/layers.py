@@ -3,7 +3,7 @@
 Layers come in groups. A group's parameters are stacked, with a leading axis, and run by a scan,
 which compiles one layer however deep the model is; the value between two groups can be tapped.
 Remat policies, by name: "none" keeps every activation for the backward pass, "full" each layer's
-input only, "dots" also the results of its matrix products.
+input only, "dots" also the results of its matrix products and of its attention.
 Axes: T rows x tokens, flattened · D inputs.
 """
 
@@ -17,13 +17,17 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.models.attention import MIXED
 from afmrl_jax.models.partition import gathered, shard_rows
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(MIXED),
+    ),
 }
 UNROLLED_LAYERS = 4  # up to so many a loop copies more activations than it spares compile time
 

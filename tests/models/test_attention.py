@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from afmrl_jax.models import attention
 from afmrl_jax.models.attention import attend
+from afmrl_jax.models.layers import run_layers
 from afmrl_jax.models.rope import rotary_angles, rotate
 
 N, S, D = 4, 24, 16
@@ -101,3 +103,22 @@ def test_rows_go_through_in_blocks_and_none_is_left_out(monkeypatch):
     text = jax.jit(lambda *x: both(attend, x, False)).lower(*inputs).as_text()
     assert f"tensor<1x{heads}x1x{S}x{S}xf32>" in text
     assert f"tensor<{N}x{heads}x1x{S}x{S}xf32>" not in text
+
+
+@pytest.mark.parametrize(("remat", "times"), [("none", 2), ("dots", 2), ("full", 3)])
+def test_only_full_remat_attends_once_more_for_the_backward_pass(remat, times):
+    """Scores themselves are made twice, whatever is kept."""
+
+    class Layer(nnx.Module):
+        def __init__(self):
+            self.scale = nnx.Param(jnp.ones((5, 1)))  # of five layers
+
+    query, _, _, angles, mask = make(2, 2, jnp.float32, "segments")
+
+    def loss(x):
+        def call(layer, x, _):
+            return attend(x * layer.scale[...], x, x, angles, mask, False), None
+
+        return jnp.sum(run_layers(Layer(), x, call, remat)[0])
+
+    assert str(jax.make_jaxpr(jax.grad(loss))(query)).count(" exp ") == times
