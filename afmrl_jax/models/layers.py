@@ -3,10 +3,11 @@
 Layers come in groups. A group's parameters are stacked, with a leading axis, and run by a scan,
 which compiles one layer however deep the model is; the value between two groups can be tapped.
 Remat policies, by name: "none" keeps every activation for the backward pass, "full" each layer's
-input only, "dots" also the results of its matrix products.
+input only, "dots" also the results of its matrix products and of its attention.
 Axes: T rows x tokens, flattened · D inputs.
 """
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -16,13 +17,17 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.models.attention import MIXED
 from afmrl_jax.models.partition import gathered, shard_rows
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(MIXED),
+    ),
 }
 UNROLLED_LAYERS = 4  # up to so many a loop copies more activations than it spares compile time
 
@@ -62,18 +67,31 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [..., D]. Returns dtype[..., *outputs]."""
+        return self._of(x, lambda array: array)
+
+    def parts(self, x: jax.Array) -> list[jax.Array]:
+        """The same cut along the first of two axes of outputs, dtype[..., last output] each.
+
+        Each is a product of its own: cut out of one they would be copied.
+        """
+        return [
+            self._of(x, operator.itemgetter((..., i, slice(None)))) for i in range(self.outputs[0])
+        ]
+
+    def _of(self, x: jax.Array, part: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """part: picks those outputs of a parameter that are wanted."""
         # One flat token axis: with two, XLA's CPU weight gradient transposes cotangents in memory.
         tokens = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        y = self._product(tokens, self.kernel)
+        y = self._product(tokens, part(self.kernel[...]))
         if self.bias is not None:
-            y = y + self.bias[...].astype(self.dtype)
+            y = y + part(self.bias[...]).astype(self.dtype)
         if self.lora_a is not None:
-            low = self._product(tokens, self.lora_a) * self.lora_scale
-            y = y + self._product(low, self.lora_b)
-        return y.reshape(*x.shape[:-1], *self.outputs)
+            low = self._product(tokens, self.lora_a[...]) * self.lora_scale
+            y = y + self._product(low, part(self.lora_b[...]))
+        return y.reshape(*x.shape[:-1], *y.shape[1:])
 
-    def _product(self, x: jax.Array, matrix: nnx.Param) -> jax.Array:
-        return jax.lax.dot_general(x, matrix[...].astype(self.dtype), (((1,), (0,)), ((), ())))
+    def _product(self, x: jax.Array, matrix: jax.Array) -> jax.Array:
+        return jax.lax.dot_general(x, matrix.astype(self.dtype), (((1,), (0,)), ((), ())))
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

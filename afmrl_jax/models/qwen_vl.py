@@ -22,14 +22,13 @@ from afmrl_jax.models.layers import Linear, check_remat, make_norm, run_layers, 
 from afmrl_jax.models.rope import rotary_angles, rotate, text_frequencies
 from afmrl_jax.models.vision import VisionTower
 
-Angles: TypeAlias = tuple[jax.Array, jax.Array]
-# Rotated query [N, S, H, D], rotated key and value [N, S, K, D] -> mixed [N, S, H, D] and anything
-# that the caller wants of each layer: nothing to train, the key and value to fill a cache.
+# Query [N, S, H, D], key and value [N, S, K, D], none of them rotated yet -> mixed [N, S, H, D] and
+# anything that the caller wants of each layer: nothing to train, key and value to fill a cache.
 Mix: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class Attention(nnx.Module):
-    """Self-attention with grouped key/value heads; `mix` says what attends to what."""
+    """Self-attention with grouped key/value heads; `mix` says what attends to what, and where."""
 
     def __init__(
         self, config: QwenVLConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
@@ -48,14 +47,14 @@ class Attention(nnx.Module):
             self.key_norm = make_norm("rms", text.head_dim, text.norm_epsilon, **types)
         self.head_dim, self.qk_norm = text.head_dim, text.qk_norm
 
-    def __call__(self, x: jax.Array, angles: Angles, mix: Mix) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, mix: Mix) -> tuple[jax.Array, Any]:
         query, key, value = (
             project(x).reshape(*x.shape[:2], -1, self.head_dim)
             for project in (self.query, self.key, self.value)
         )
         if self.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
-        mixed, extra = mix(rotate(query, angles), rotate(key, angles), value)
+        mixed, extra = mix(query, key, value)
         return self.out(mixed.reshape(*x.shape[:2], -1)), extra
 
 
@@ -75,9 +74,9 @@ class DecoderLayer(nnx.Module):
         self.up = Linear(text.hidden_size, text.mlp_size, **mlp)
         self.down = Linear(text.mlp_size, text.hidden_size, **mlp)
 
-    def __call__(self, x: jax.Array, angles: Angles, mix: Mix) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, mix: Mix) -> tuple[jax.Array, Any]:
         """x: [N, S, D]. Returns the same shape, and what `mix` gave beside the mixed values."""
-        mixed, extra = self.attention(self.attention_norm(x), angles, mix)
+        mixed, extra = self.attention(self.attention_norm(x), mix)
         x = x + mixed
         hidden = self.mlp_norm(x)
         return x + self.down(jax.nn.silu(self.gate(hidden)) * self.up(hidden)), extra
@@ -148,10 +147,11 @@ class QwenVL(nnx.Module):
         mask = rows["seen"] if "seen" in rows else rows["token_mask"][:, None, :]
 
         def mix(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
-            return attend(query, key, value, mask, causal=True), (key, value) if cache else None
+            kept = (rotate(key, angles), value) if cache else None
+            return attend(query, key, value, angles, mask, causal=True), kept
 
         def call(layer: DecoderLayer, x: jax.Array, seen: jax.Array | None):
-            x, extra = layer(x, angles, mix)
+            x, extra = layer(x, mix)
             return (x if seen is None else x + seen), extra
 
         kept = []

@@ -6,11 +6,15 @@ https://arxiv.org/abs/2511.21631) and the towers' 2-D RoPE are one function.
 Axes: N rows · S tokens or patches · A position axes · H heads · D head size.
 """
 
+from typing import TypeAlias
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from afmrl_jax.models.config import TextConfig, VisionConfig
+
+Angles: TypeAlias = tuple[jax.Array, jax.Array]  # cosine and sine, as `rotary_angles` makes them
 
 
 def text_frequencies(config: TextConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -41,9 +45,7 @@ def vision_frequencies(config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(np.arange(2, dtype=np.int32), half // 2), np.tile(frequencies, 2)
 
 
-def rotary_angles(
-    positions: jax.Array, axes: np.ndarray, frequencies: np.ndarray
-) -> tuple[jax.Array, jax.Array]:
+def rotary_angles(positions: jax.Array, axes: np.ndarray, frequencies: np.ndarray) -> Angles:
     """Cosine and sine of each token's rotation.
 
     positions: int32[N, S, A]. Returns two float32[N, S, 1, D/2], broadcastable over heads.
@@ -52,7 +54,7 @@ def rotary_angles(
     return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 
 
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x: jax.Array, angles: Angles) -> jax.Array:
     """Turns the pairs (x_i, x_{i + D/2}) by their angles, in float32.
 
     x: [N, S, H, D]. Returns x's shape and dtype.

@@ -27,7 +27,7 @@ from afmrl_jax.core.mesh import BATCH_AXES
 from afmrl_jax.models.embedder import pool_last
 from afmrl_jax.models.partition import MATRIX, param_shardings, shard_rows
 from afmrl_jax.models.qwen_vl import QwenVL
-from afmrl_jax.models.rope import rotary_angles, text_frequencies
+from afmrl_jax.models.rope import Angles, rotary_angles, rotate, text_frequencies
 
 VISION_TOKEN = re.compile(r"<\|(vision|image|video)_\w+\|>")  # as Qwen's tokenizers name them
 KeyValue = tuple[jax.Array, jax.Array]
@@ -201,8 +201,8 @@ def decode(graph: nnx.GraphDef, params: Any, state: State, sampling: Sampling) -
         angles = rotary_angles(positions, *frequencies)
         cache = []
         for layer, prompt, own in zip(layers, state.prompt_cache, state.cache):
-            mix = functools.partial(_attend, prompt, own, state.prompt_mask, at)
-            x, own = layer(x, angles, mix)
+            mix = functools.partial(_attend, prompt, own, state.prompt_mask, at, angles)
+            x, own = layer(x, mix)
             x = shard_rows(x)
             cache.append(own)
         state = dataclasses.replace(state, cache=tuple(cache))
@@ -322,6 +322,7 @@ def _attend(
     own: KeyValue,
     prompt_mask: jax.Array,
     at: jax.Array,
+    angles: Angles,
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -331,6 +332,7 @@ def _attend(
     query: [N, G, H, D]; key, value: [N, G, K, D], which go into `own` at number `at`. Returns
     [N, G, H, D] and the filled cache. One softmax in float32 over both parts, as `attend`'s.
     """
+    query, key = rotate(query, angles), rotate(key, angles)
     own = tuple(
         _shard_cache(
             jax.lax.dynamic_update_index_in_dim(cache, jnp.swapaxes(new, 1, 2), at, axis=3)

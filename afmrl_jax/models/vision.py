@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from afmrl_jax.models.attention import attend
 from afmrl_jax.models.config import QwenVLConfig, VisionConfig
 from afmrl_jax.models.layers import ACTIVATIONS, Linear, make_norm, run_layers, stack_layers
-from afmrl_jax.models.rope import rotary_angles, rotate, vision_frequencies
+from afmrl_jax.models.rope import Angles, rotary_angles, vision_frequencies
 
 
 class VisionAttention(nnx.Module):
@@ -33,12 +33,11 @@ class VisionAttention(nnx.Module):
         self.out = Linear(width, width, **options)
         self.num_heads = config.vision.num_heads
 
-    def __call__(self, x: jax.Array, angles, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, angles: Angles, mask: jax.Array) -> jax.Array:
         query, key, value = (
-            part.reshape(*x.shape[:2], self.num_heads, -1)
-            for part in jnp.moveaxis(self.qkv(x), -2, 0)
+            part.reshape(*x.shape[:2], self.num_heads, -1) for part in self.qkv.parts(x)
         )
-        mixed = attend(rotate(query, angles), rotate(key, angles), value, mask, causal=False)
+        mixed = attend(query, key, value, angles, mask, causal=False)
         return self.out(mixed.reshape(x.shape))
 
 
@@ -60,7 +59,7 @@ class VisionLayer(nnx.Module):
         self.down = Linear(vision.mlp_size, width, scale=scale, **types)
         self.gated, self.activation = vision.gated, vision.activation
 
-    def __call__(self, x: jax.Array, angles, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, angles: Angles, mask: jax.Array) -> jax.Array:
         x = x + self.attention(self.attention_norm(x), angles, mask)
         hidden, activation = self.mlp_norm(x), ACTIVATIONS[self.activation]
         if self.gated:

@@ -13,7 +13,7 @@ from flax import nnx
 sys.path.insert(0, sys.argv[2])
 from conftest import make_rows
 from afmrl_jax.core.mesh import batch_sharding, make_mesh
-from afmrl_jax.models import hf_weights
+from afmrl_jax.models import attention, hf_weights
 from afmrl_jax.models.presets import preset
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.partition import param_shardings
@@ -37,6 +37,7 @@ sharded = hf_weights.load(Path(sys.argv[1]), abstract, config)
 kernel = jax.tree.leaves(sharded["backbone"]["layers"][0]["gate"]["kernel"])[0]
 layers, rows_in, columns = kernel.shape
 assert kernel.addressable_shards[0].data.shape == (layers, rows_in // 2, columns // 2)
+attention.SCORES = 1  # each device goes through its two rows one by one
 with jax.set_mesh(mesh):
     other, others = jax.jit(jax.value_and_grad(loss))(
         sharded, jax.device_put(rows, batch_sharding(mesh))
