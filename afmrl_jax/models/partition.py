@@ -85,8 +85,10 @@ def gathered(params: Any, dtype: DTypeLike) -> Any:
     compiler multiplies a shard at a time while it passes shards on ("collective matmul"), and 1/16
     of a matrix's rows fills a small part of the matrix unit: twice the time of the whole step, by
     its own estimate. Gradients are summed whole and then cut: asked for their sum's shards alone
-    (a custom rule) it goes back to multiplying by shards. Does nothing outside `jax.set_mesh`, or
-    where `fsdp` has one device.
+    (a custom rule) it goes back to multiplying by shards, and even an explicit reduce-scatter of 16
+    chips on two axes of the torus it makes into a sum and a cut.
+
+    Does nothing outside `jax.set_mesh`, or where `fsdp` has one device.
     """
     if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return params
