@@ -57,9 +57,15 @@ def command():
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory):
-    """The workdir of a run of agcl_config that nothing stopped; made by the first who needs it."""
-    return tmp_path_factory.mktemp("agcl") / "whole"
+def wholes(tmp_path_factory):
+    return tmp_path_factory.mktemp("agcl")
+
+
+@pytest.fixture(scope="module")
+def whole(request, wholes):
+    """The workdir of a run of agcl_config that nothing stopped; made by the first who needs it, one
+    for the modules that are QUICK and one for the others: bits differ."""
+    return wholes / ("quick" if getattr(request.module, "QUICK", False) else "whole")
 
 
 @pytest.fixture(scope="session")

@@ -163,7 +163,8 @@ def test_the_first_process_names_a_slow_one(tmp_path):
     port = free_port()
     code = "import sys, pathlib, test_loop; a = sys.argv; "
     code += "test_loop.process(int(a[1]), int(a[2]), pathlib.Path(a[3]))"
-    paths = [str(Path(__file__).parent), os.environ["PYTHONPATH"]]
+    tests = Path(__file__).parent
+    paths = [str(tests), str(tests.parent), os.environ["PYTHONPATH"]]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     running = [
         subprocess.Popen(
