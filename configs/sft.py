@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     config.model.vocab_size = 2048  # of the tokenizer that a preset trains on its catalogue
 
     config.optimizer = ConfigDict()
-    # adamw | muon. From scratch muon needs half of the steps, a third dearer on CPUs; pretrained
+    # adamw | muon. From scratch muon needs half of the steps, 15 to 30% dearer on CPUs; pretrained
     # weights, and LoRA's narrow matrices, take adamw
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 4e-3  # from scratch; pretrained weights take 1e-5
