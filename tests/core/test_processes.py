@@ -160,7 +160,7 @@ def test_one_process_alone_waits_for_nobody(environment, variables):
     environment(variables)
     began = time.monotonic()
     initialize_distributed()
-    assert time.monotonic() - began < 20  # who waits does so for minutes
+    assert time.monotonic() - began < 1
     assert not jax.distributed.is_initialized()
 
 

@@ -181,9 +181,9 @@ def test_the_first_process_names_a_slow_one(tmp_path):
         for process in running:
             process.kill()
     name = socket.gethostname()
-    assert told[0].count(f"process 1 ({name}) is slow: a step's batch takes ") == 1
+    assert told[0].count(f"process 1 ({name}) is slow: a step's batch takes 0.") == 1
     assert "slow" not in told[1]
     last = rows_of(tmp_path)[-1]
     assert last["slowest_process"] == 1
     assert last["lost_input_seconds"] > 7 * 0.3 * 0.9
-    assert last["host_seconds_max"] > max(0.25, last["host_seconds"])
+    assert last["host_seconds_max"] > 0.25 > last["host_seconds"]
