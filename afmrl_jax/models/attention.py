@@ -7,7 +7,6 @@ Axes: N rows · S tokens or patches · H query heads · K key/value heads (H is 
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from afmrl_jax.core.mesh import BATCH_AXES
+from afmrl_jax.models.partition import row_shards
 from afmrl_jax.models.rope import Angles, rotate
 
 Inputs: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, Angles, jax.Array]
@@ -151,7 +150,7 @@ def _by_rows(function: Callable[..., Any], inputs: tuple) -> Any:
     inputs: arrays whose first axis is N, the first of them the query.
     """
     rows, length, heads, _ = inputs[0].shape
-    shards = _shards(rows)
+    shards = row_shards(rows) or 1
     most = max(1, SCORES // (4 * heads * length**2))
     block = max(n for n in range(1, rows // shards + 1) if rows // shards % n == 0 and n <= most)
     if block * shards == rows:
@@ -168,10 +167,3 @@ def _by_rows(function: Callable[..., Any], inputs: tuple) -> Any:
 
     blocks = jax.tree.map(cut, inputs)
     return jax.tree.map(join, jax.lax.map(lambda block: function(*block), blocks))
-
-
-def _shards(rows: int) -> int:
-    """Over how many devices the mesh splits the rows."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    shards = math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
-    return shards if rows % shards == 0 else 1

@@ -70,12 +70,17 @@ def shard_rows(x: jax.Array) -> jax.Array:
     Left alone XLA may prefer to split activations like the parameters. Does nothing outside
     `jax.set_mesh`, or where the rows cannot be split evenly.
     """
+    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES)) if row_shards(x.shape[0]) else x
+
+
+def row_shards(rows: int) -> int:
+    """Over how many devices the mesh splits so many rows; 0 outside `jax.set_mesh`, or where it
+    cannot split them evenly."""
     sizes = jax.sharding.get_abstract_mesh().shape
     if not all(axis in sizes for axis in BATCH_AXES):
-        return x
-    if x.shape[0] % math.prod(sizes[axis] for axis in BATCH_AXES):
-        return x
-    return jax.lax.with_sharding_constraint(x, P(BATCH_AXES))
+        return 0
+    shards = math.prod(sizes[axis] for axis in BATCH_AXES)
+    return 0 if rows % shards else shards
 
 
 def gathered(params: Any, dtype: DTypeLike) -> Any:

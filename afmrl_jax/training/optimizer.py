@@ -67,13 +67,11 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
     learning rate and decay serve both; what it leaves is AdamW's, with Nesterov's momentum.
     Raises UserError for a number out of its range, or a name that does not exist.
     """
-    numbers = dict(config)
-    name = numbers.pop("name")
     check_ranges({"steps": steps}, {"steps": (1, math.inf)})
-    check_ranges({f"optimizer.{field}": value for field, value in numbers.items()}, RANGES)
-    check_choice("optimizer.name", name, ("adamw", "muon"))
+    check_ranges({f"optimizer.{field}": value for field, value in config.items()}, RANGES)
+    check_choice("optimizer.name", config.name, ("adamw", "muon"))
     rate, decay = learning_rate(config, steps), config.weight_decay
-    if name == "adamw":
+    if config.name == "adamw":
         update = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=decay, mask=is_matrix)
     else:
         direction = muon(
