@@ -15,12 +15,12 @@ import numpy as np
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.core.writer import write_atomically
-from afmrl_jax.data.catalog import Catalog, Overlay
+from afmrl_jax.data.catalog import Catalog, Listing, Overlay
 from afmrl_jax.data.mining import VERSION, mine_neighbours
 
 log = logging.getLogger(__name__)
 
-EXAMPLES = 5_000  # listings from which wrong values are taken
+EXAMPLES = 5_000  # listings that are read where some tell enough
 
 
 class TrainedOn(Overlay):
@@ -61,12 +61,16 @@ def product_attributes(catalog: Catalog, split: str) -> list[dict[str, str]]:
     return products
 
 
-def attributes_by_category(catalog: Catalog, split: str) -> dict[str, list[dict[str, str]]]:
-    """Category -> the attributes of its listings, among EXAMPLES of a split drawn at random."""
+def example_listings(catalog: Catalog, split: str) -> list[Listing]:
+    """EXAMPLES of a split, the same at every call; all where it has no more."""
     listings = np.random.default_rng(0).permutation(catalog.indices(split))[:EXAMPLES]
+    return [catalog.listing(int(index)) for index in listings]
+
+
+def attributes_by_category(listings: list[Listing]) -> dict[str, list[dict[str, str]]]:
+    """Category -> the attributes of its listings."""
     found: dict[str, list[dict[str, str]]] = {}
-    for index in listings:
-        listing = catalog.listing(int(index))
+    for listing in listings:
         found.setdefault(listing.category, []).append(dict(listing.attributes))
     return found
 

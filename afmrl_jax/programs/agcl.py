@@ -42,6 +42,7 @@ from afmrl_jax.data.corpus import (
     TrainedOn,
     attributes_by_category,
     corpus_statistics,
+    example_listings,
     look_alikes,
 )
 from afmrl_jax.data.opening import cache_folder, open_catalogue
@@ -415,15 +416,15 @@ def _sampler(config: ConfigDict, catalog: Catalog) -> tuple[CorpusStatistics, Pa
 
 
 def _tell_of_cut_labels(catalog: Catalog, most: int) -> None:
-    """Warns where a training listing has more terms than are kept: those are the rarest, and what
-    the head tells are the most frequent ones."""
-    listings = map(catalog.listing, map(int, catalog.indices("train")))
+    """Warns where training listings, or some of very many, have more terms than are kept: those are
+    the rarest, and what the head tells are the most frequent ones."""
+    listings = example_listings(catalog, "train")
     sizes = [len(set(attribute_terms(listing.attributes))) for listing in listings]
     if cut := sum(size > most for size in sizes):
         log.warning(
-            "%d of %d training listings have more than data.max_terms=%d attribute terms, of which "
-            "the rarest are kept: the head does not learn their most common labels. "
-            "--config.data.max_terms=%d keeps all",
+            "%d of %d training listings read have more than data.max_terms=%d attribute terms, of "
+            "which the rarest are kept: the head does not learn their most common labels. "
+            "--config.data.max_terms=%d keeps all of theirs",
             *(cut, len(sizes), most, max(sizes)),
         )
 
@@ -438,6 +439,8 @@ def _open_stream(
 ) -> Callable[[int], Stream]:
     """A function from the next step to the stream of batches that begins there."""
     data = config.data
+    noisy = data.attribute_share and data.attribute_noise
+    others = attributes_by_category(example_listings(catalog, "train")) if noisy else {}
     batches = PairBatches(
         catalog=catalog,
         sampler=sampler,
@@ -449,7 +452,7 @@ def _open_stream(
             attribute_share=data.attribute_share,
             attribute_dropout=data.attribute_dropout,
             attribute_noise=data.attribute_noise,
-            others=attributes_by_category(catalog, "train") if data.attribute_noise else {},
+            others=others,
         ),
         query_views=parse_mixture(data.query_views, "data.query_views"),
         target_views=parse_mixture(data.target_views, "data.target_views"),

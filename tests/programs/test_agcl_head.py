@@ -79,8 +79,8 @@ def test_labels_that_the_rarest_terms_push_out_are_told(config, caplog):
     assert not caplog.records
     config.data.max_terms = 3
     agcl._sampler(config, catalog)
-    assert "30 of 30 training listings have more than data.max_terms=3" in caplog.text
-    assert "--config.data.max_terms=4 keeps all" in caplog.text
+    assert "30 of 30 training listings read have more than data.max_terms=3" in caplog.text
+    assert "--config.data.max_terms=4 keeps all of theirs" in caplog.text
 
 
 @pytest.mark.parametrize("rank", [0, 2])
