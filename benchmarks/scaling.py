@@ -21,8 +21,13 @@ from afmrl_jax.programs import plan
 from configs import agcl, rar
 
 ROW = {"max_tokens": 208, "max_patches": 576}
-# topology -> GradCache pairs a chip and chunk, parameters over so many chips
-PODS = {"v5e:4x4": (16, 16), "v5e:16x16": (16, 16), "v5p:4x4x4": (64, 16), "v6e:8x8": (32, 16)}
+PODS = ("v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v6e:8x8")
+# Remat policies of a kind of chip, each with the most pairs a chip and chunk that fit with it.
+REMAT = {
+    "v5e": {"dots": 4, "full": 32},
+    "v5p": {"dots": 16, "full": 128},
+    "v6e": {"dots": 8, "full": 64},
+}
 BATCHES = (1024, 8192, 32768)
 WEAK = 32  # pairs a chip, where the batch grows with the chips
 GROWING = ("v5e:4x4", "v5e:8x8", "v5e:16x16")
@@ -49,16 +54,18 @@ def encoder(topology: str, batch: int, **more: Any) -> dict[str, Any]:
     """The 2B AGCL step, all parameters trained."""
     name = topology.partition("x")[2] if topology[0].isdigit() else topology
     slices = int(topology[0]) if topology[0].isdigit() else 1
-    per_chunk, fsdp = PODS.get(name, (16, 16))
     chips = slices * len(plan.devices_of(name))
+    pairs = batch // chips
+    policies = REMAT[name.partition(":")[0]]
+    remat = next((policy for policy, most in policies.items() if pairs <= most), list(policies)[-1])
     fields = {
         "model.preset": "qwen2_vl_2b",
         "model.dtype": "bfloat16",
-        "model.remat": "full",
+        "model.remat": remat,
         "batch": batch,
-        "chunks": max(1, batch // (per_chunk * chips)),
+        "chunks": max(1, pairs // policies[remat]),
         "mesh.slice": slices,
-        "mesh.fsdp": fsdp,
+        "mesh.fsdp": 16,
         "eval.batch": max(128, chips),
         **{f"data.{k}": v for k, v in ROW.items()},
         **more,
@@ -86,7 +93,7 @@ def generator(topology: str) -> dict[str, Any]:
 def row(found: dict[str, Any], part: str) -> list[str]:
     report, fields = found["parts"][part], found["fields"]
     cells = [found["topology"], str(fields.get("batch", fields.get("queries"))), part]
-    cells += [str(fields["chunks"]), f"{report['needed'] / 2**30:.1f}"]
+    cells += [fields["model.remat"], str(fields["chunks"]), f"{report['needed'] / 2**30:.1f}"]
     if report["seconds"] is None:
         return [*cells, "no", *[""] * 6]
     floors = [f"{report['floors'][name]:.2f}" for name in ("products", "memory", "exchanges")]
@@ -99,7 +106,7 @@ def row(found: dict[str, Any], part: str) -> list[str]:
 
 
 HEAD = (
-    "topology", "batch", "part", "chunks", "GiB", "fits", "seconds", "products", "memory",
+    "topology", "batch", "part", "remat", "chunks", "GiB", "fits", "seconds", "products", "memory",
     "exchanges", "utilisation", "GiB exchanged",
 )  # fmt: skip
 

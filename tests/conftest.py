@@ -14,6 +14,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time goes into compiling: what one run has compiled no other need, however small.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+# Workers beside each other, and what each starts, keep to their own cores: where all use all of
+# them, threads of one wait for threads of another.
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    cores = sorted(os.sched_getaffinity(0))[worker :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    if cores:
+        os.sched_setaffinity(0, cores)
+
 # An example that is slow on a busy machine is no failure.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
@@ -25,6 +33,14 @@ def processes_without_torch():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent / "without_torch"), prepend=os.pathsep)
         yield
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory) -> str:
+    """config.data.cache_dir of runs: one for all, also of those beside each other, as what they
+    compile is mostly the same."""
+    base = tmp_path_factory.getbasetemp()
+    return str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache")
 
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 160, 60), "blue": (40, 60, 200), "grey": (120,) * 3}
@@ -63,7 +79,7 @@ def catalogue_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def agcl_config(catalogue_folder, tmp_path_factory):
+def agcl_config(catalogue_folder, cache_dir):
     """configs/agcl.py at its smallest: 6 steps of 8 pairs, in one process."""
     from configs.agcl import get_config
 
@@ -71,7 +87,7 @@ def agcl_config(catalogue_folder, tmp_path_factory):
     config.update(steps=6, batch=8, log_every=1, eval_every=3, checkpoint_every=2)
     config.data.update(
         path=str(catalogue_folder),
-        cache_dir=str(tmp_path_factory.getbasetemp() / "cache"),
+        cache_dir=cache_dir,
         workers=0,
         max_tokens=24,
         max_patches=16,

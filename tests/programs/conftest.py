@@ -69,14 +69,13 @@ def whole(request, wholes):
 
 
 @pytest.fixture(scope="session")
-def taught(catalogue_folder, tmp_path_factory):
+def taught(catalogue_folder, cache_dir, tmp_path_factory):
     """The workdir of a generator of one layer that has learned the training listings' answers."""
     from configs.sft import get_config
 
     settings = get_config()
-    cache = tmp_path_factory.getbasetemp() / "cache"
     sizes = {"max_tokens": 64, "max_answer": 16, "max_patches": 16}
-    settings.data.update(path=str(catalogue_folder), cache_dir=str(cache), **sizes)
+    settings.data.update(path=str(catalogue_folder), cache_dir=cache_dir, **sizes)
     settings.data.update(min_pixels=256, max_pixels=1024, instruction="color type")
     words = ["system user assistant color: type: red green blue grey mug shirt lamp shoe hat new"]
     tokenizer, tiny = train_tokenizer(words * 4, 340), preset("tiny")

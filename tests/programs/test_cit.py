@@ -26,13 +26,13 @@ JUDGED = [f"evaluate/{which}_{how}" for which in ("first", "second") for how in 
 
 
 @pytest.fixture
-def config(catalogue_folder, tmp_path_factory):
+def config(catalogue_folder, cache_dir):
     """configs/cit.py at its smallest, in one process."""
     from configs.cit import get_config
 
     config = get_config()
     config.data.path = str(catalogue_folder)
-    config.data.cache_dir = str(tmp_path_factory.getbasetemp() / "cache")
+    config.data.cache_dir = cache_dir
     for encoder in (config.agcl, config.again):  # as agcl_config is, and compiled already
         encoder.update(steps=6, batch=8, eval_every=0, checkpoint_every=2)
         encoder.data.update(**SIZES, max_tokens=24, neighbours=4)

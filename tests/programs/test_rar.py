@@ -32,9 +32,8 @@ SIZES = {"workers": 0, "max_patches": 16, "min_pixels": 256, "max_pixels": 1024}
 TEXTS = ["system user assistant color: type: red green blue grey mug shirt lamp shoe hat new"] * 4
 
 
-def small(config, catalogue_folder, tmp_path_factory):
-    cache = tmp_path_factory.getbasetemp() / "cache"
-    config.data.update(path=str(catalogue_folder), cache_dir=str(cache), **SIZES)
+def small(config, catalogue_folder, cache_dir):
+    config.data.update(path=str(catalogue_folder), cache_dir=cache_dir, **SIZES)
     config.model.dtype = "float32"
     return config
 
@@ -79,7 +78,7 @@ def half_learned(generator):
 
 
 @pytest.fixture(scope="module")
-def models(catalogue_folder, tmp_path_factory):
+def models(catalogue_folder, cache_dir, tmp_path_factory):
     """The workdirs of a generator and of an encoder that nobody trained, each of one layer."""
     from configs import agcl, sft
 
@@ -91,11 +90,11 @@ def models(catalogue_folder, tmp_path_factory):
         vocab_size=tokenizer.get_vocab_size(),
         **special_token_ids(tokenizer),
     )
-    settings = small(agcl.get_config(), catalogue_folder, tmp_path_factory)
+    settings = small(agcl.get_config(), catalogue_folder, cache_dir)
     settings.data.max_tokens = 40
     encoder = Encoder(settings, config, tokenizer)
     write_checkpoint(folder / "encoder", encoder, lambda: encoder.init_params(0))
-    settings = small(sft.get_config(), catalogue_folder, tmp_path_factory)
+    settings = small(sft.get_config(), catalogue_folder, cache_dir)
     settings.data.update(max_tokens=64, max_answer=16, instruction="color type")
     generator = Generator(settings, config, tokenizer)
     write_checkpoint(folder / "generator", generator, half_learned(generator))
@@ -103,11 +102,11 @@ def models(catalogue_folder, tmp_path_factory):
 
 
 @pytest.fixture
-def config(models, catalogue_folder, tmp_path_factory):
+def config(models, catalogue_folder, cache_dir):
     """configs/rar.py at its smallest, in one process."""
     from configs.rar import get_config
 
-    config = small(get_config(), catalogue_folder, tmp_path_factory)
+    config = small(get_config(), catalogue_folder, cache_dir)
     config.update(generator=str(models / "generator"), encoder=str(models / "encoder"))
     config.update(steps=4, queries=8, samples=4, chunks=2, rollouts_every=2)
     config.update(eval_every=2, checkpoint_every=2)

@@ -25,7 +25,7 @@ from afmrl_jax.training.pretrained import find_pretrained
 
 
 @pytest.fixture
-def config(catalogue_folder, tmp_path_factory):
+def config(catalogue_folder, cache_dir):
     """configs/sft.py at its smallest, in one process."""
     from configs.sft import get_config
 
@@ -33,7 +33,7 @@ def config(catalogue_folder, tmp_path_factory):
     config.update(steps=60, batch=8, chunks=2, log_every=5, eval_every=30, checkpoint_every=30)
     config.data.update(
         path=str(catalogue_folder),
-        cache_dir=str(tmp_path_factory.getbasetemp() / "cache"),
+        cache_dir=cache_dir,
         workers=0,
         max_tokens=48,
         max_answer=16,
