@@ -290,25 +290,28 @@ class Reader:
 
     def total(self) -> Total:
         """Of one call of the program, on one device."""
-        return self._of(self._entry)
+        return self._of(self._entry, frozenset())
 
     @functools.cache  # noqa: B019 - a reader lives as long as its one total is asked for
-    def _of(self, name: str) -> Total:
+    def _of(self, name: str, above: frozenset[str]) -> Total:
+        """above: channels of exchanges that were begun before a loop, of which this is the body:
+        each time round carries a piece of them on."""
         total, overlapped, alone = Total(), 0.0, 0.0
         instructions = self._computations[name]
         types = {one.name: one.type for one in instructions}
         siblings = {one.name: one for one in instructions}
-        channels: set[str] = set()
+        channels = set(above)
         for one in instructions:
             if one.opcode in FREE or one.opcode.endswith(("-done", "-update")):
                 continue
             if one.opcode == "while":
                 count = trip_count(one, self._computations, siblings)
                 body = re.search(r"body=%([\w.\-]+)", one.attributes)[1]
-                total.add(self._of(body), self._unread if count is None else count)
+                found = self._of(body, frozenset(channels))
+                total.add(found, self._unread if count is None else count)
                 total.unread_loops += count is None
             elif one.opcode in ("call", "conditional"):
-                branches = [self._of(called) for called in _called(one)]
+                branches = [self._of(called, frozenset(channels)) for called in _called(one)]
                 total.add(max(branches, key=lambda branch: branch.seconds))
             else:
                 work, traffic = self._work(one, types), self._traffic(one, types)
@@ -339,8 +342,10 @@ class Reader:
         Of an operand that is only sliced what is cut out counts, of one that is only written into
         what is written.
         """
-        if one.opcode in (*COLLECTIVES, "send", "recv") or one.opcode.endswith("-start"):
-            return 0.0 if not one.opcode.startswith("copy") else 2 * size(types[one.operands[0]])
+        if one.opcode in (*COLLECTIVES, "send", "recv"):
+            return 0.0
+        if one.opcode.endswith("-start"):  # a copy's type names where it goes and whence it comes
+            return size(one.type, large=True) if one.opcode.startswith("copy") else 0.0
         if one.opcode == "dynamic-slice":
             return 2 * size(one.type, large=True)
         if one.opcode == "dynamic-update-slice":
@@ -349,21 +354,35 @@ class Reader:
             read_ = sum(size(types[name], large=True) for name in one.operands if name in types)
             return read_ + size(one.type, large=True)
         inside = self._computations[_called(one)[0]]
-        own = {i.name: i for i in inside}
-        parameters = {int(i.written): i for i in inside if i.opcode == "parameter"}
-        total, written = 0.0, size(one.type, large=True)
+        parameters = {int(i.written): i.name for i in inside if i.opcode == "parameter"}
+        total, written = 0.0, size(one.type, large=True) - _carried(inside)
         for number, name in enumerate(one.operands):
-            users = [i for i in inside if parameters[number].name in i.operands]
             whole = size(types[name], large=True)
-            if whole and users and all(_cuts(i, parameters[number].name) for i in users):
-                cut = sum(_cut(i, own) for i in users)
-                if any(i.opcode == "dynamic-update-slice" for i in users):
-                    written -= whole - cut  # it is changed in place
-                    whole = 0.0
-                else:
-                    whole = min(whole, cut)
-            total += whole
+            cut = min(whole, self._touched(inside, parameters[number]))
+            users = [i for i in inside if parameters[number] in i.operands]
+            if any(_cuts(i, parameters[number]) and "update" in i.opcode for i in users):
+                written -= whole - cut  # it is changed in place
+                cut = 0.0
+            total += cut
         return total + max(written, 0.0)
+
+    def _touched(self, inside: list[Instruction], name: str) -> float:
+        """Bytes that a fusion's instructions use of an array: infinite where one uses all of it."""
+        own, total = {i.name: i for i in inside}, 0.0
+        for user in (i for i in inside if name in i.operands):
+            if _cuts(user, name):
+                total += _cut(user, own)
+            elif user.opcode == "fusion":
+                called = self._computations[_called(user)[0]]
+                number = str(user.operands.index(name))
+                given = next(i for i in called if (i.opcode, i.written) == ("parameter", number))
+                touched = self._touched(called, given.name)
+                if "output_to_operand_aliasing={{}: (" in user.attributes:  # it is given on
+                    touched = min(touched, self._touched(inside, user.name))
+                total += touched
+            elif user.opcode not in COLLECTIVES and not (user.root and user.opcode == "tuple"):
+                return math.inf
+        return total
 
     def _collectives(
         self, one: Instruction, types: dict[str, str], channels: set[str]
@@ -420,12 +439,21 @@ def _called(one: Instruction) -> list[str]:
     return re.findall(r"(?:true|false)_computation=%([\w.\-]+)", one.attributes)
 
 
+def _carried(inside: list[Instruction]) -> float:
+    """Bytes of a fusion's results that it does not write: buffers of exchanges, given on."""
+    root = next(i for i in inside if i.root)
+    own = {i.name: i for i in inside}
+    results = [own[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    given_on = (i for i in results if i.opcode in ("parameter", *COLLECTIVES))
+    return sum(size(i.type, large=True) for i in given_on)
+
+
 def _cuts(one: Instruction, name: str) -> bool:
     """Whether an instruction only cuts out of, or writes into, the array of that name."""
     return one.opcode in ("dynamic-slice", "dynamic-update-slice") and one.operands[0] == name
 
 
-def _cut(one: Instruction, own: dict[str, Instruction]) -> float:
+def _cut(one: Instruction, own: Instructions) -> float:
     return size(one.type if one.opcode == "dynamic-slice" else own[one.operands[1]].type)
 
 
