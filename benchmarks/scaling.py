@@ -24,9 +24,9 @@ ROW = {"max_tokens": 208, "max_patches": 576}
 PODS = ("v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v6e:8x8")
 # Remat policies of a kind of chip, each with the most pairs a chip and chunk that fit with it.
 REMAT = {
-    "v5e": {"dots": 4, "full": 32},
-    "v5p": {"dots": 16, "full": 128},
-    "v6e": {"dots": 8, "full": 64},
+    "v5e": {"dots": 4, "attention": 32},
+    "v5p": {"dots": 16, "attention": 128},
+    "v6e": {"dots": 8, "attention": 32, "full": 64},
 }
 BATCHES = (1024, 8192, 32768)
 WEAK = 32  # pairs a chip, where the batch grows with the chips

@@ -33,7 +33,8 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     # of the computation; parameters and the loss stay float32. CPUs compute float32 faster;
     # accelerators bfloat16
     config.model.dtype = "float32"
-    config.model.remat = "none"  # none | dots | full: what the backward pass computes again
+    # what the backward pass computes again: nothing, all but products, all but attention, or all
+    config.model.remat = "none"  # | dots | attention | full
     config.model.embedding_dim = 0  # first dimensions kept of the embedding; 0 = all
     # LoRA: narrow matrices are trained beside those of init_from, which stay as they are, stored in
     # model.dtype. VLM2Vec-V2 adds dropout .1 and DoRA, and Qwen's gate and up get none from it.

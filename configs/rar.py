@@ -62,7 +62,8 @@ def get_config() -> ConfigDict:
     # of the computation; trained parameters stay float32. CPUs compute float32 faster;
     # accelerators bfloat16
     config.model.dtype = "float32"
-    config.model.remat = "none"  # none | dots | full: what the backward pass computes again
+    # what the backward pass computes again: nothing, all but products, all but attention, or all
+    config.model.remat = "none"  # | dots | attention | full
     config.model.lora_rank = 0  # 0 = all parameters are trained, as the paper's
     config.model.lora_alpha = 32.0  # an adapter counts alpha / rank
     # searched in kernels' paths, as layers.0.gate.kernel: the decoder's. "" = the tower's as well

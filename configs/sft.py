@@ -31,7 +31,8 @@ def get_config() -> ConfigDict:
     # of the computation; parameters and the loss stay float32. CPUs compute float32 faster;
     # accelerators bfloat16
     config.model.dtype = "float32"
-    config.model.remat = "none"  # none | dots | full: what the backward pass computes again
+    # what the backward pass computes again: nothing, all but products, all but attention, or all
+    config.model.remat = "none"  # | dots | attention | full
     # LoRA: narrow matrices are trained beside those of init_from, which stay as they are, stored in
     # model.dtype.
     config.model.lora_rank = 0  # 0 = all parameters are trained, as the paper's

@@ -22,8 +22,10 @@ from afmrl_jax.models.partition import gathered, shard_rows
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
+# What of a layer is kept for the backward pass besides its input.
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(MIXED),
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(MIXED),
@@ -111,7 +113,7 @@ def make_norm(kind: str, width: int, epsilon: float, **options: Any) -> nnx.Modu
 def check_remat(name: str) -> str:
     """The name itself; UserError where it is no remat policy."""
     if name != "none" and name not in REMAT_POLICIES:
-        raise UserError(f"remat {name!r} does not exist; choose one of none, full, dots")
+        raise UserError(f"remat {name!r} does not exist; choose one of none, dots, attention, full")
     return name
 
 

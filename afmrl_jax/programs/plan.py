@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 PLANNED = ("agcl", "sft", "rar")
 TOPOLOGY = re.compile(r"(?:(\d+)x)?(v\d\w*:\d+(?:x\d+)+)")
-REMATS = ("none", "dots", "full")  # from what computes least to what keeps least
+REMATS = ("none", "dots", "attention", "full")  # from what computes least to what keeps least
 TRIES = 12  # compilations of a search
 
 
