@@ -22,9 +22,10 @@ from configs import agcl, rar
 
 ROW = {"max_tokens": 208, "max_patches": 576}
 PODS = ("v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v6e:8x8")
-# Remat policies of a kind of chip, each with the most pairs a chip and chunk that fit with it.
+# Of a kind of chip: remat policies in the order in which they are tried, each with the most pairs a
+# chip and chunk for which it may fit. A smaller chunk is not taken for the sake of a policy.
 REMAT = {
-    "v5e": {"dots": 4, "attention": 32},
+    "v5e": {"dots": 4, "attention": 32, "full": 32},
     "v5p": {"dots": 16, "attention": 128},
     "v6e": {"dots": 8, "attention": 32, "full": 64},
 }
@@ -50,27 +51,29 @@ def planned(config: Any, topology: str, fields: dict[str, Any]) -> dict[str, Any
     return {"topology": topology, "chips": len(devices), "fields": fields, "parts": found}
 
 
-def encoder(topology: str, batch: int, **more: Any) -> dict[str, Any]:
-    """The 2B AGCL step, all parameters trained."""
+def encoder(topology: str, batch: int) -> dict[str, Any]:
+    """The 2B AGCL step, all parameters trained, with the first remat policy that fits."""
     name = topology.partition("x")[2] if topology[0].isdigit() else topology
     slices = int(topology[0]) if topology[0].isdigit() else 1
     chips = slices * len(plan.devices_of(name))
-    pairs = batch // chips
     policies = REMAT[name.partition(":")[0]]
-    remat = next((policy for policy, most in policies.items() if pairs <= most), list(policies)[-1])
-    fields = {
-        "model.preset": "qwen2_vl_2b",
-        "model.dtype": "bfloat16",
-        "model.remat": remat,
-        "batch": batch,
-        "chunks": max(1, pairs // policies[remat]),
-        "mesh.slice": slices,
-        "mesh.fsdp": 16,
-        "eval.batch": max(128, chips),
-        **{f"data.{k}": v for k, v in ROW.items()},
-        **more,
-    }
-    return planned(agcl.get_config(), topology, fields)
+    pairs = min(batch // chips, max(policies.values()))  # a chip and chunk
+    for remat in (policy for policy, most in policies.items() if most >= pairs):
+        fields = {
+            "model.preset": "qwen2_vl_2b",
+            "model.dtype": "bfloat16",
+            "model.remat": remat,
+            "batch": batch,
+            "chunks": batch // chips // pairs,
+            "mesh.slice": slices,
+            "mesh.fsdp": 16,
+            "eval.batch": max(128, chips),
+            **{f"data.{k}": v for k, v in ROW.items()},
+        }
+        found = planned(agcl.get_config(), topology, fields)
+        if all(part["needed"] <= part["limit"] for part in found["parts"].values()):
+            break
+    return found
 
 
 def generator(topology: str) -> dict[str, Any]:

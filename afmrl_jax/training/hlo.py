@@ -6,6 +6,7 @@ condition, is multiplied in. The text is what `compiled.as_text()` gives, on TPU
     read(text) -> computations · Reader(...).total() -> Total
 """
 
+import dataclasses
 import functools
 import math
 import re
@@ -290,28 +291,24 @@ class Reader:
 
     def total(self) -> Total:
         """Of one call of the program, on one device."""
-        return self._of(self._entry, frozenset())
+        return self._of(self._entry)
 
     @functools.cache  # noqa: B019 - a reader lives as long as its one total is asked for
-    def _of(self, name: str, above: frozenset[str]) -> Total:
-        """above: channels of exchanges that were begun before a loop, of which this is the body:
-        each time round carries a piece of them on."""
+    def _of(self, name: str) -> Total:
         total, overlapped, alone = Total(), 0.0, 0.0
         instructions = self._computations[name]
         types = {one.name: one.type for one in instructions}
         siblings = {one.name: one for one in instructions}
-        channels = set(above)
         for one in instructions:
             if one.opcode in FREE or one.opcode.endswith(("-done", "-update")):
                 continue
             if one.opcode == "while":
                 count = trip_count(one, self._computations, siblings)
                 body = re.search(r"body=%([\w.\-]+)", one.attributes)[1]
-                found = self._of(body, frozenset(channels))
-                total.add(found, self._unread if count is None else count)
+                total.add(self._of(body), self._unread if count is None else count)
                 total.unread_loops += count is None
             elif one.opcode in ("call", "conditional"):
-                branches = [self._of(called, frozenset(channels)) for called in _called(one)]
+                branches = [self._of(called) for called in _called(one)]
                 total.add(max(branches, key=lambda branch: branch.seconds))
             else:
                 work, traffic = self._work(one, types), self._traffic(one, types)
@@ -320,7 +317,7 @@ class Reader:
                 total.bytes += traffic
                 total.computing += took
                 total.seconds += took
-            for collective in self._collectives(one, types, channels):
+            for collective in self._collectives(one, types):
                 total.collectives[collective] += 1
                 if collective.overlapped:
                     overlapped += self._exchange(collective)
@@ -384,25 +381,23 @@ class Reader:
                 return math.inf
         return total
 
-    def _collectives(
-        self, one: Instruction, types: dict[str, str], channels: set[str]
-    ) -> list[Collective]:
-        """Those of an instruction, or inside its fusion; one in several pieces counts once."""
+    def _collectives(self, one: Instruction, types: dict[str, str]) -> list[Collective]:
+        """Those of an instruction, or inside its fusion; one in several pieces counts where it
+        begins: what carries it on, perhaps in a loop, and what ends it are told by their names."""
         if one.opcode == "fusion":
-            inside = [i for called in _called(one) for i in self._computations[called]]
+            called = _called(one)
+            carries_on = any(name.startswith("async_collective_fusion") for name in called)
+            if carries_on or one.name.startswith("async-collective-done"):
+                return []
+            inside = [i for name in called for i in self._computations[name]]
             own = {i.name: i.type for i in inside}
-            found = [c for i in inside for c in self._collectives(i, own, channels)]
-            return [Collective(c.kind, c.group, c.size, True) for c in found]
+            found = [c for i in inside for c in self._collectives(i, own)]
+            return [dataclasses.replace(c, overlapped=True) for c in found]
         if one.opcode == "send":
             return _between_slices(one, types)
         kind = one.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             return []
-        channel = re.search(r"channel_id=(\d+)", one.attributes)
-        if channel:
-            if channel[1] in channels:
-                return []
-            channels.add(channel[1])
         group = replica_group(one)
         given = sum(size(types[name]) for name in one.operands)
         return [Collective(kind, group, _received(kind, len(group), given), kind != one.opcode)]

@@ -160,8 +160,8 @@ replica_groups={{0,1,2,3}}, dimensions={1}
   ROOT %same = f32[6,8,128]{2,1,0} copy(%g)
 }
 
-%carried (x: f32[6,8,128], i: s32[], a: bf16[4,64], b: bf16[4,256]) -> (f32[8,128], bf16[4,64], \
-bf16[4,256]) {
+%async_collective_fusion.1 (x: f32[6,8,128], i: s32[], a: bf16[4,64], b: bf16[4,256]) -> \
+(f32[8,128], bf16[4,64], bf16[4,256]) {
   %x = f32[6,8,128]{2,1,0} parameter(0)
   %i = s32[] parameter(1)
   %a = bf16[4,64]{1,0} parameter(2)
@@ -184,7 +184,7 @@ bf16[4,256]) {
   %a = bf16[4,64]{1,0} get-tuple-element(%c), index=2
   %b = bf16[4,256]{1,0} get-tuple-element(%c), index=3
   %piece = (f32[8,128]{1,0}, bf16[4,64]{1,0}, bf16[4,256]{1,0}) fusion(%x, %i, %a, %b), \
-kind=kLoop, calls=%carried
+kind=kLoop, calls=%async_collective_fusion.1
   %b2 = bf16[4,256]{1,0} get-tuple-element(%piece), index=2
   ROOT %next = (s32[], f32[6,8,128]{2,1,0}, bf16[4,64]{1,0}, bf16[4,256]{1,0}) \
 tuple(%i, %x, %a, %b2)
@@ -199,8 +199,9 @@ ENTRY %main (x: f32[6,8,128], a: bf16[4,64]) -> bf16[4,256] {
   %x = f32[6,8,128]{2,1,0} parameter(0)
   %a = bf16[4,64]{1,0} parameter(1)
   %zero = s32[] constant(0)
-  %start = (bf16[4,64]{1,0}, bf16[4,256]{1,0}) fusion(%a), kind=kCustom, calls=%begun
-  %b = bf16[4,256]{1,0} get-tuple-element(%start), index=1
+  %async-collective-start.1 = (bf16[4,64]{1,0}, bf16[4,256]{1,0}) fusion(%a), \
+kind=kCustom, calls=%begun
+  %b = bf16[4,256]{1,0} get-tuple-element(%async-collective-start.1), index=1
   %given.1 = (s32[], f32[6,8,128]{2,1,0}, bf16[4,64]{1,0}, bf16[4,256]{1,0}) \
 tuple(%zero, %x, %a, %b)
   %loop = (s32[], f32[6,8,128]{2,1,0}, bf16[4,64]{1,0}, bf16[4,256]{1,0}) while(%given.1), \
