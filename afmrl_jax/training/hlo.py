@@ -356,8 +356,8 @@ class Reader:
         for number, name in enumerate(one.operands):
             whole = size(types[name], large=True)
             cut = min(whole, self._touched(inside, parameters[number]))
-            users = [i for i in inside if parameters[number] in i.operands]
-            if any(_cuts(i, parameters[number]) and "update" in i.opcode for i in users):
+            writes = [i for i in inside if i.opcode == "dynamic-update-slice"]
+            if cut < whole and any(_cuts(i, parameters[number]) for i in writes):
                 written -= whole - cut  # it is changed in place
                 cut = 0.0
             total += cut
