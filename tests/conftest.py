@@ -14,14 +14,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time goes into compiling: what one run has compiled no other need, however small.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-# Workers beside each other, and what each starts, keep to their own cores: where all use all of
-# them, threads of one wait for threads of another.
-if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
-    worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
-    cores = sorted(os.sched_getaffinity(0))[worker :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
-    if cores:
-        os.sched_setaffinity(0, cores)
-
 # An example that is slow on a busy machine is no failure.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
