@@ -352,11 +352,11 @@ class Reader:
             return read_ + size(one.type, large=True)
         inside = self._computations[_called(one)[0]]
         parameters = {int(i.written): i.name for i in inside if i.opcode == "parameter"}
+        writes = [i for i in inside if i.opcode == "dynamic-update-slice"]
         total, written = 0.0, size(one.type, large=True) - _carried(inside)
         for number, name in enumerate(one.operands):
             whole = size(types[name], large=True)
             cut = min(whole, self._touched(inside, parameters[number]))
-            writes = [i for i in inside if i.opcode == "dynamic-update-slice"]
             if cut < whole and any(_cuts(i, parameters[number]) for i in writes):
                 written -= whole - cut  # it is changed in place
                 cut = 0.0

@@ -84,7 +84,12 @@ def test_windows_cut_some_images_and_hold_others_whole(case):
 
 @pytest.mark.parametrize(
     ("case", "remat"),
-    [("qwen2_vl_small", "dots"), ("qwen2_5_vl_deep", "attention"), ("qwen3_vl_deep", "full")],
+    [
+        ("qwen2_vl_small", "dots"),
+        ("qwen2_vl_small", "attention"),
+        ("qwen2_5_vl_deep", "full"),
+        ("qwen3_vl_deep", "full"),
+    ],
     indirect=["case"],
 )
 def test_gradients_equal_transformers_whatever_is_recomputed(case, remat):
@@ -96,6 +101,7 @@ def test_gradients_equal_transformers_whatever_is_recomputed(case, remat):
         return jnp.sum(jnp.where(mask[..., None], nnx.merge(graph, state)(case.rows), 0) ** 3)
 
     ours = dict(hf_weights.to_hf(jax.jit(jax.grad(loss))(case.state), case.config))
+    case.theirs.zero_grad()  # torch adds to what another test left
     hidden = case.theirs.model(**case.inputs).last_hidden_state
     (hidden[torch.from_numpy(mask)] ** 3).sum().backward()
     theirs = {
