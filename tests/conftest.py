@@ -14,16 +14,25 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the time goes into compiling: what one run has compiled no other need, however small.
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+# Workers beside each other, and what each starts, keep to their own cores: where all use all of
+# them, threads of one wait for threads of another.
+if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    if own := cores[worker :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]:
+        os.environ["TESTS_CORES"] = ",".join(map(str, cores))
+        os.sched_setaffinity(0, own)
+
 # An example that is slow on a busy machine is no failure.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def processes_without_torch():
-    """See without_torch/sitecustomize.py; this process itself has it, to compare with."""
+def what_is_started():
+    """See started/sitecustomize.py; this process itself has torch, to compare with."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent / "without_torch"), prepend=os.pathsep)
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent / "started"), prepend=os.pathsep)
         yield
 
 

@@ -3,7 +3,7 @@
 Layers come in groups. A group's parameters are stacked, with a leading axis, and run by a scan,
 which compiles one layer however deep the model is; the value between two groups can be tapped.
 Remat policies, by name: "none" keeps every activation for the backward pass, "full" each layer's
-input only, "dots" also the results of its matrix products and of its attention.
+input only, "attention" also the result of its attention, "dots" those of its matrix products too.
 Axes: T rows x tokens, flattened · D inputs.
 """
 
@@ -22,15 +22,16 @@ from afmrl_jax.models.partition import gathered, shard_rows
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
-# What of a layer is kept for the backward pass besides its input.
+# What of a layer is kept for the backward pass besides its input, from most to least.
 REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(MIXED),
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(MIXED),
     ),
+    "attention": jax.checkpoint_policies.save_only_these_names(MIXED),
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
+REMATS = ("none", *REMAT_POLICIES)  # from what computes least again to what keeps least
 UNROLLED_LAYERS = 4  # up to so many a loop copies more activations than it spares compile time
 
 
@@ -112,8 +113,8 @@ def make_norm(kind: str, width: int, epsilon: float, **options: Any) -> nnx.Modu
 
 def check_remat(name: str) -> str:
     """The name itself; UserError where it is no remat policy."""
-    if name != "none" and name not in REMAT_POLICIES:
-        raise UserError(f"remat {name!r} does not exist; choose one of none, dots, attention, full")
+    if name not in REMATS:
+        raise UserError(f"remat {name!r} does not exist; choose one of {', '.join(REMATS)}")
     return name
 
 

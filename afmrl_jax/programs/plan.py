@@ -26,12 +26,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.models.layers import REMATS
 
 log = logging.getLogger(__name__)
 
 PLANNED = ("agcl", "sft", "rar")
 TOPOLOGY = re.compile(r"(?:(\d+)x)?(v\d\w*:\d+(?:x\d+)+)")
-REMATS = ("none", "dots", "attention", "full")  # from what computes least to what keeps least
 TRIES = 12  # compilations of a search
 
 
