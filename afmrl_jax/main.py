@@ -72,7 +72,7 @@ def run(config: ConfigDict, workdir: Path, plan: str | None = None) -> None:
     if not (config.program in OWN_WORKDIRS and is_bucket(elsewhere)):
         check_shared(workdir)
     if elsewhere and not is_bucket(elsewhere):
-        check_shared(Path(elsewhere))
+        check_shared(Path(elsewhere).expanduser())
     if jax.process_index():  # what all processes know is told once
         logging.getLogger("afmrl_jax").setLevel(logging.WARNING)
     with jax.set_mesh(mesh):
@@ -167,7 +167,8 @@ def cli(argv: list[str]) -> int:
     except SystemExit:
         raise  # stopped by a signal, when all is saved
     except BaseException as error:
-        return _end(error, Path(config.get("checkpoint_dir") or workdir / "checkpoints"))
+        folder = Path(config.get("checkpoint_dir") or workdir / "checkpoints")
+        return _end(error, folder.expanduser())
     return 0
 
 

@@ -22,16 +22,15 @@ source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
 name="${AFMRL_NAME:-}" image="${AFMRL_IMAGE:-}" kind="" accelerator="" topology="" nodes="" slices=1
 chips="" times=10 namespace=default service_account=default
 
-# Words as a JSON list, which YAML is too. $( would be Kubernetes' to fill in, so it is doubled.
+# Words as a JSON list, which YAML is too. Kubernetes fills in $(NAME) and reads $$ as $: each $ is doubled.
 json_list() {
-    # shellcheck disable=SC2016 # as it stands, $( is what is looked for
-    local word list="" open='$(' doubled='$$('
+    local word list="" dollars='$$'
     for word in "$@"; do
         word="${word//\\/\\\\}"
         word="${word//\"/\\\"}"
         word="${word//$'\n'/\\n}"
         word="${word//$'\t'/\\t}"
-        word="${word//"$open"/$doubled}"
+        word="${word//'$'/$dollars}"
         list+="${list:+, }\"$word\""
     done
     printf '[%s]' "$list"

@@ -53,6 +53,8 @@ case "$verb" in
     tail) execute tail -n 100 -F "$root/runs/$name.log" ;;
     stop)
         need_program scancel "Slurm, or start this on the cluster's login node"
+        # A signal reaches only what runs; what waits, perhaps for its next turn, is cancelled.
+        execute scancel --me "--name=$name" --state=PENDING
         execute scancel --me "--name=$name" --signal=TERM
         ;;
 esac

@@ -30,7 +30,7 @@ from afmrl_jax.attributes.text import Parsed, Verdict, parse
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.writer import RunWriter, write_atomically
-from afmrl_jax.data.catalog import Catalog
+from afmrl_jax.data.catalog import Catalog, ConcatCatalog
 from afmrl_jax.data.opening import open_listings
 from afmrl_jax.data.processor import Row
 from afmrl_jax.data.views import evaluation_row
@@ -83,8 +83,8 @@ class Said:
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Writes attributes.jsonl and invalid.jsonl into the workdir; see configs/annotate.py."""
     first_process = jax.process_index() == 0
-    if not first_process and not config.generator:
-        return  # one process asks
+    if jax.process_count() > 1 and not config.generator:
+        raise UserError("one process asks an endpoint: give this command to one machine alone")
     # ---- model
     check_ranges(flatten(config), RANGES)
     if config.generator:
@@ -101,6 +101,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     catalog = open_listings(config.data.path, config.data, workdir)
     model = Described(config, mesh) if config.generator else Asked(endpoint, config)
     listings = chosen_listings(catalog, config.split, config.share)
+    if isinstance(catalog, ConcatCatalog):
+        check_ids(catalog, listings)
     answers = AnswerFiles(workdir, config) if first_process else None
     left = listings[~model.agree(done_of(catalog, listings, answers))]
 
@@ -154,6 +156,19 @@ def chosen_listings(catalog: Catalog, split: str, share: float) -> np.ndarray:
     products = np.unique(catalog.products[listings])
     chosen = np.random.default_rng(0).permutation(products)[: math.ceil(share * len(products))]
     return listings[np.isin(catalog.products[listings], chosen)]
+
+
+def check_ids(catalog: ConcatCatalog, listings: np.ndarray) -> None:
+    """Raises UserError where two of the listings, int[N], have one id, by which answers are known.
+
+    Within one catalogue none have, or it would not have been opened.
+    """
+    ids = Counter(catalog.listing(int(index)).listing_id for index in listings)
+    if twice := next((listing_id for listing_id, count in ids.items() if count > 1), None):
+        raise UserError(
+            f"several of the catalogues {catalog.name} have a listing {twice!r}, and one file of"
+            " attributes could not tell them apart: annotate each in a --workdir of its own"
+        )
 
 
 def done_of(catalog: Catalog, listings: np.ndarray, answers: "AnswerFiles | None") -> np.ndarray:
@@ -304,8 +319,9 @@ class AnswerFile:
         self._file = path.open("a+b", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.ids, whole = _read_ids(path)
+            self.ids, whole, tail = _read_ids(path)
             self._file.truncate(whole)
+            self._file.write(tail)
         except BlockingIOError:
             raise UserError(f"{path} is being written by another run: wait until it ends") from None
         except UserError:
@@ -323,13 +339,16 @@ class AnswerFile:
         self._file.write(line.encode(errors="backslashreplace"))
 
 
-def _read_ids(path: Path) -> tuple[set[str], int]:
-    """The listing_ids of a file's whole lines, and the bytes of these."""
-    ids, whole = set(), 0
+def _read_ids(path: Path) -> tuple[set[str], int, bytes]:
+    """The listing_ids of a file's whole lines, the bytes of these, and what they lack: the end of
+    the last one, where an editor left it out."""
+    ids, whole, tail = set(), 0, b""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
-                break  # torn when a run was killed
+                if not _is_json(line):
+                    break  # torn when a run was killed
+                tail = b"\n"
             whole += len(line)
             try:
                 ids.add(json.loads(line)["listing_id"])
@@ -337,4 +356,12 @@ def _read_ids(path: Path) -> tuple[set[str], int]:
                 raise UserError(
                     f"{path} line {number} is no answer of this program: delete the line"
                 ) from None
-    return ids, whole
+    return ids, whole, tail
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True

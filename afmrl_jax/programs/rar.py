@@ -90,7 +90,7 @@ RANGES = {  # field -> lowest and highest
     "eval.validation_listings": (1, math.inf),
     "eval.listings": (1, math.inf),
 }
-NO_EFFECT = (*MAY_CHANGE, "rollouts_every", "watch.", "eval.")  # on what a run computes
+NO_EFFECT = (*MAY_CHANGE, "rollouts_every", "watch.")  # on what a run computes
 
 
 def sampler_weights(trained: Any, frozen: Any) -> Any:
@@ -270,6 +270,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         judge = Judge(workdir, held_out, say, Limits(**config.watch))
         if saved:
             state = checkpoints.restore(checkpoints.latest, built.abstract)
+            if not judge.has_begun():  # checkpoints elsewhere outlive a workdir
+                judge.begin(built.start(None).params if generator.lora else params)
         else:
             state = built.start(None if generator.lora else params)
             judge.begin(state.params)
@@ -407,9 +409,12 @@ def _gallery(
     version: str,
     split: str,
 ) -> tuple[np.ndarray, Gallery] | None:
-    """A split's listings to be found and their gallery; None where nothing can be."""
+    """A split's listings to be found and their gallery; None where nothing can be, or in a split
+    for judging nothing wrong can."""
     listings = gallery_listings(catalog, split, config.reward.gallery)
     if not len(askers(catalog, split, listings)):
+        return None
+    if split != "train" and len(np.unique(catalog.products[listings])) == 1:
         return None
     attributes = config.reward.gallery_attributes
     parts = [version, catalog.fingerprint, str(attributes), listings.tobytes().hex()]

@@ -52,7 +52,7 @@ class Gallery:
         if self._sorted[0] == self._sorted[-1]:
             raise UserError(
                 f"all {len(listings)} listings of the gallery are one product, so that nothing can "
-                "be found wrong: search a larger split or catalogue"
+                "be found wrong: search more of a larger catalogue (reward.gallery)"
             )
 
     def __len__(self) -> int:

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from afmrl_jax.core.processes import first_says
 from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.rl.held_out import HeldOut, Measures, Said, compare
 from afmrl_jax.rl.watch import Limits, stopped, watch
@@ -71,6 +72,10 @@ class Judge:
                 "no validation listing has another to find: the last checkpoint is the best"
             )
 
+    def has_begun(self) -> bool:
+        """Whether what `begin` writes is there; all processes ask together."""
+        return first_says(self._before.exists())
+
     def begin(self, trained: Any) -> None:
         """Writes evaluation_before.json: what every query finds in each arm that needs no training,
         so that later arms can be paired with it."""
@@ -104,8 +109,12 @@ class Judge:
         _, before = self._arms(where)
         outcome = where.judge(self._say(trained, where.queries))
         found = outcome.measures
-        gain = float(np.mean(found[where.measure] - before["plain"][where.measure]))
-        verdict = watch(outcome.rollouts, self._limits, gain)
+        gain, first = (
+            float(np.mean(x[where.measure] - before["plain"][where.measure]))
+            for x in (found, before["sft"])
+        )
+        # Attributes that lose from the start, as to an encoder that knows none, are no cheating.
+        verdict = watch(outcome.rollouts, self._limits, gain - min(first, 0))
         if verdict.sentence:
             raise stopped(step, verdict, self._workdir / "rollouts.jsonl")
         return {

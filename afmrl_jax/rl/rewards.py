@@ -136,7 +136,9 @@ def measures(found: Found, k: int) -> dict[str, np.ndarray]:
             f"{ids.shape[1]} ranks are left without the query's own listing, a reward at {k} needs "
             f"{k}: search with k={k + 1}"
         )
-    wrong = (ids >= 0) & ~(ids[:, :, None] == relevant[:, None, :]).any(axis=2)
+    wrong = ids >= 0
+    for column in relevant.T:  # one at a time: never n x K x R at once
+        wrong &= ids != column[:, None]
     if not wrong.any(axis=1).all():
         raise ValueError(
             f"a ranking of {ids.shape[1]} ranks holds no wrong listing: search deeper than the "

@@ -24,7 +24,8 @@ TOLD = {
     "leaked": "of the answers hold an id of their own listing",
     "answer_diversity": "is the diversity of the answers to different queries",
     "pair_diversity": "is the diversity of the attributes given to different queries",
-    "held_out_gain": "is what such answers gain on held-out queries",
+    "held_out_gain": "is what such answers gain on held-out queries over none, or over those before"
+    " training where these lose",
 }
 AT_MOST = ("copied", "leaked")  # the others are limits from below
 
@@ -71,7 +72,8 @@ def watch(
 ) -> Verdict:
     """The figures of B >= 1 rollouts, and a sentence with examples where one passes its limit.
 
-    held_out_gain: mean gain (`rl.rewards`) of answers to queries not trained on, if measured.
+    held_out_gain: mean gain (`rl.rewards`) of answers to queries not trained on, if measured; over
+    that of the answers before training where it was below 0.
     An answer that rephrases its title, names its listing, or says the same of everything may be
     rewarded without knowing an attribute, and reward that does not carry over is no knowledge.
     """

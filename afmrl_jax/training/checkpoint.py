@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
@@ -59,10 +60,7 @@ class Checkpoints:
         Raises UserError where a run's own folder holds nothing but damaged ones, or where it is in
         a store that this installation cannot reach.
         """
-        check_reachable(folder)
-        self.folder = epath.Path(folder)
-        if not is_bucket(folder):
-            self.folder = epath.Path(Path(folder).expanduser().absolute())
+        self.folder = _reached(folder)
         self._problems: dict[int, str] = {}  # of the steps that were looked through; "" = whole
         self._own: set[int] = set()  # steps that were written here
         self._writing = 0  # the step that is being written, or was last
@@ -261,6 +259,7 @@ class Checkpoints:
         """Renames what is damaged and newer than the newest whole one: the run comes by there. And
         what is older where its score is torn: Orbax reads all scores, and fails at one."""
         _meet("cleaned")
+        self._see_newest()
         whole = self.latest
         steps = self._steps() if whole is not None else []
         damaged = [step for step in steps if step > whole or self._is_torn(step)]
@@ -272,6 +271,25 @@ class Checkpoints:
             path.rename(aside)
             log.warning("%s is set aside as %s; step %d goes on", path, aside.name, whole)
         _meet("set aside")
+
+    def _see_newest(self, patience: float = 90.0) -> None:
+        """Until this process sees the newest checkpoint that any of them sees: network file systems
+        show a new folder late (NFS up to a minute), and all must go on from one step.
+
+        patience: seconds. Raises TryAgain where they are not enough.
+        """
+        if jax.process_count() == 1:
+            return
+        own = max(self._steps(), default=-1)
+        newest = int(multihost_utils.process_allgather(np.int32(own)).max())
+        deadline = time.monotonic() + patience
+        while newest >= 0 and newest not in self._steps():
+            if time.monotonic() > deadline:
+                raise TryAgain(
+                    f"process {jax.process_index()} does not see {self.folder / str(newest)}, which"
+                    " another one sees: all machines must share that folder; start again"
+                )
+            time.sleep(0.2)
 
     def _hear_of_errors(self) -> None:
         """Keeps the error of a save in `_error`. Orbax's own thread tells it only when it has met
@@ -318,10 +336,12 @@ class Checkpoints:
 def checkpoint_folder(config: ConfigDict, workdir: Path) -> epath.Path:
     """Where a run's checkpoints lie: `config.checkpoint_dir`, else in its workdir.
 
-    Raises UserError where there are none yet, and the run has some in another folder.
+    Raises UserError where there are none yet, and the run has some in another folder; and where one
+    of them is in a store that this installation cannot reach.
     """
-    chosen = epath.Path(config.checkpoint_dir or workdir / "checkpoints")
-    for before in (epath.Path(workdir / "checkpoints"), *_elsewhere(epath.Path(workdir))):
+    chosen = _reached(config.checkpoint_dir or workdir / "checkpoints")
+    for other in (workdir / "checkpoints", *_elsewhere(epath.Path(workdir))):
+        before = _reached(other)
         if before != chosen and _steps(before) and not _steps(chosen):
             raise UserError(
                 f"the checkpoints of {workdir} are in {before}, and {chosen} has none: copy them "
@@ -365,6 +385,13 @@ def _rest(state: TrainState) -> dict[str, Any]:
 def _is_joined(folder: epath.Path) -> bool:
     """Whether a checkpoint has the whole state in one part, as they were written at first."""
     return (folder / "state").is_dir()
+
+
+def _reached(folder: epath.PathLike) -> epath.Path:
+    """The folder, a local one's path whole. Raises UserError where it is in a store that this
+    installation cannot reach."""
+    check_reachable(folder)
+    return epath.Path(folder if is_bucket(folder) else Path(folder).expanduser().absolute())
 
 
 def _steps(folder: epath.Path) -> list[int]:

@@ -105,7 +105,10 @@ def agree(told: str) -> str:
     if jax.process_count() == 1:
         return told
     own = np.frombuffer(told.encode()[:_TOLD].ljust(_TOLD, b"\0"), np.uint8)
-    all_told = [bytes(row).rstrip(b"\0").decode() for row in multihost_utils.process_allgather(own)]
+    all_told = [
+        bytes(row).rstrip(b"\0").decode(errors="ignore")
+        for row in multihost_utils.process_allgather(own)
+    ]
     return next((one for one in all_told if one), "")
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 POLL_SECONDS = 5.0  # a spot machine has 30 s from the notice on
+_MAINTENANCE = "instance/maintenance-event"
 _VALUES = {  # of the metadata server -> what it says when this machine ends, and how that is told
-    "instance/maintenance-event": ("TERMINATE_ON_HOST_MAINTENANCE", "a notice of maintenance"),
+    _MAINTENANCE: ("TERMINATE_ON_HOST_MAINTENANCE", "a notice of maintenance"),
     "instance/preempted": ("TRUE", "a notice of preemption"),
 }
 _PRODUCT = Path("/sys/class/dmi/id/product_name")  # tells Google Cloud's machines from others
@@ -44,10 +45,17 @@ class Preemption:
             self.reason, self.asked = reason, True
 
     def _watch(self, server: str) -> None:
-        """Asks the metadata server until it says that this machine ends, or the run has ended."""
+        """Asks the metadata server until it says that this machine ends, or the run has ended.
+
+        A notice of maintenance may stand for an hour. The run that hears of it saves and ends; one
+        that starts meanwhile would stop again and again, so that it goes on until SIGTERM.
+        """
+        watched = dict(_VALUES)
+        if _read(server, _MAINTENANCE) == _VALUES[_MAINTENANCE][0]:
+            del watched[_MAINTENANCE]
         while not self.asked:
-            for path, (ending, told) in _VALUES.items():
-                if _read(f"http://{server}/computeMetadata/v1/{path}") == ending:
+            for path, (ending, told) in watched.items():
+                if _read(server, path) == ending:
                     self._ask(told)
             if self._left.wait(POLL_SECONDS):
                 return
@@ -63,8 +71,9 @@ def _metadata_server() -> str:
         return ""
 
 
-def _read(url: str) -> str:
+def _read(server: str, path: str) -> str:
     """A value; "" where the server gives none just now, as it does while it is restarted."""
+    url = f"http://{server}/computeMetadata/v1/{path}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     # No proxy: what a variable names for the rest of the world knows nothing of this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

@@ -278,7 +278,10 @@ def test_a_task_of_each_node_is_told_who_is_who_and_takes_all_gpus(cluster, trai
 
 @pytest.mark.parametrize(
     ("status", "left", "requeued"),
-    [("143", 60, True), ("143", 3600, False), ("143", None, False), ("0", 60, False)],
+    [
+        *(("143", 60, True), ("143", 175, True), ("143", 3600, False)),
+        *(("143", None, False), ("0", 60, False)),
+    ],
 )
 def test_a_job_that_its_time_limit_stopped_queues_again(cluster, trainer, status, left, requeued):
     """One that was stopped earlier, or is complete, does not."""
@@ -288,8 +291,9 @@ def test_a_job_that_its_time_limit_stopped_queues_again(cluster, trainer, status
 
 
 def test_a_job_is_stopped_by_sigterm_so_that_it_can_save(cluster):
-    (call,) = cluster.both("gpu_slurm.sh", "stop", "--name=g")
-    assert call == ["scancel", "--me", "--name=g", "--signal=TERM"]
+    waiting, running = cluster.both("gpu_slurm.sh", "stop", "--name=g")
+    assert waiting == ["scancel", "--me", "--name=g", "--state=PENDING"]
+    assert running == ["scancel", "--me", "--name=g", "--signal=TERM"]
 
 
 # ---- GKE
@@ -311,7 +315,7 @@ def jobset(cluster, *machines):
         assert isinstance(entry.get("value", ""), str)
         seen.add(entry["name"])
     assert "__" not in str(spec)
-    words = [word.replace("$$(", "$(") for word in container["command"]]
+    words = [word.replace("$$", "$") for word in container["command"]]
     return spec, job, pod, container, env, words
 
 

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from PIL import Image
 from afmrl_jax import main
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.opening import open_catalogue
+from afmrl_jax.programs import annotate
 from afmrl_jax.programs.annotate import GIVE_UP
 
 KEY = "sk-secret-1234"
@@ -345,6 +347,31 @@ def test_another_model_does_not_go_on_with_the_answers_of_the_first(config, tmp_
     config.api.model = "another"
     with pytest.raises(UserError, match=r"api\.model was 'a-model' and is now 'another'"):
         main.run(config, tmp_path)
+
+
+def test_catalogues_with_the_same_ids_are_refused_before_anything_is_asked(
+    config, server, tmp_path, catalogue_folder
+):
+    config.data.path = f"{catalogue_folder},{shutil.copytree(catalogue_folder, tmp_path / 'b')}"
+    with pytest.raises(UserError, match=r"several of the catalogues .* have a listing 'mug-red-0'"):
+        main.run(config, tmp_path / "run")
+    assert not server.payloads
+
+
+def test_an_endpoint_is_asked_by_one_process(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with pytest.raises(UserError, match="one machine alone"):
+        annotate.main(config, tmp_path, None)
+
+
+def test_a_last_line_whose_end_an_editor_left_out_is_kept(tmp_path):
+    path = tmp_path / "attributes.jsonl"
+    path.write_text('{"listing_id": "a"}\n{"listing_id": "b"}')
+    for _ in range(2):
+        answers = annotate.AnswerFile(path)
+        assert answers.ids == {"a", "b"}
+        answers.close()
+    assert path.read_text() == '{"listing_id": "a"}\n{"listing_id": "b"}\n'
 
 
 def test_a_line_that_is_no_answer_is_told(config, tmp_path):

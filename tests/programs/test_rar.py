@@ -177,6 +177,7 @@ def test_a_run_killed_and_started_again_gives_the_same_rollouts_and_parameters(
     shutil.copytree(run, killed)
     shutil.rmtree(killed / "checkpoints" / "4")
     (killed / "evaluation.json").unlink()
+    (killed / "evaluation_before.json").unlink()  # as where checkpoints outlived their workdir
     with (killed / "rollouts.jsonl").open("a") as file:
         file.write('{"step": 3, "listi')
     config.rollouts_every = 2
@@ -255,6 +256,9 @@ def test_what_cannot_be_run_is_told_in_a_sentence(config, models, tmp_path, fiel
 
 
 def test_a_changed_configuration_is_refused(config, run):
+    """Other queries could not be paired with those that were judged before training."""
     before, config.policy.kl = config.policy.kl, 0.5
-    with pytest.raises(UserError, match=f"policy.kl was {before} and is now 0.5"):
+    config.eval.listings += 1
+    told = f"eval.listings was .*; policy.kl was {before} and is now 0.5"
+    with pytest.raises(UserError, match=told):
         main.run(config, run)

@@ -1,11 +1,13 @@
 """Held-out queries with different attributes in their texts. Listing 0, "mug", seeks 1, "red mug",
 and 1 seeks 0; others are "green mug", "red lamp" and "hat"."""
 
+import dataclasses
 import json
 
 import pytest
 from words import CATALOG, EMBEDDER, gallery_in
 
+from afmrl_jax.core.errors import UserError
 from afmrl_jax.rl.held_out import HeldOut, Said, comparison_table
 from afmrl_jax.rl.judging import Judge, choose_confidence
 from afmrl_jax.rl.rewards import Options
@@ -70,6 +72,18 @@ def judge_of(folder, held_out):
         return SURE_OF_THE_RIGHT if trained == "begun" else INVALID
 
     return Judge(folder, held_out, say, LIMITS), asked
+
+
+def test_answers_that_lost_before_training_are_no_cheating_until_they_lose_more(held_out, tmp_path):
+    limits = dataclasses.replace(LIMITS, held_out_gain=-0.01)
+    loses = Judge(tmp_path, held_out, lambda trained, listings: SURE_OF_THE_RIGHT, limits)
+    loses.begin("begun")
+    assert loses.validate("trained", 1)["validation_gain"] < -0.01
+    says = {"begun": INVALID, "trained": SURE_OF_THE_RIGHT}
+    learns_it = Judge(tmp_path, held_out, lambda trained, listings: says[trained], limits)
+    learns_it.begin("begun")
+    with pytest.raises(UserError, match="is what such answers gain on held-out queries over none"):
+        learns_it.validate("trained", 1)
 
 
 def test_the_baseline_is_chosen_on_validation_and_judged_on_test_queries(held_out, tmp_path):

@@ -1,11 +1,14 @@
 """From answers to rewards, through the whole search path, worked out by hand."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from words import CATALOG, EMBEDDER, gallery_in
 
 from afmrl_jax.attributes.text import Verdict
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.programs import rar
 from afmrl_jax.rl.environment import Environment, Laps
 from afmrl_jax.rl.gallery import askers, gallery_listings, open_gallery
 from afmrl_jax.rl.rewards import Options
@@ -78,6 +81,13 @@ def test_large_galleries_are_whole_products_and_one_product_is_none(tmp_path):
         vectors = np.eye(2, dtype=np.float32)
         always = {"version": "1", "agreed": bool, "write": False}
         open_gallery(tmp_path, CATALOG, np.array([0, 1]), lambda _: vectors, **always)
+
+
+def test_a_split_for_judging_with_one_product_alone_is_left_out(tmp_path):
+    """A small catalogue whose split is drawn has one now and then."""
+    one = SimpleNamespace(products=np.array([0, 0, 1, 1]), indices=lambda split: np.array([0, 1]))
+    config = SimpleNamespace(reward=SimpleNamespace(gallery=9))
+    assert rar._gallery(config, tmp_path, None, one, None, "1", "validation") is None
 
 
 def test_queries_are_a_function_of_seed_and_step():

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import resource
 import shutil
+import threading
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
-from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.errors import TryAgain, UserError
 from afmrl_jax.training import checkpoint
 from afmrl_jax.training.checkpoint import Checkpoints, checkpoint_folder, find_checkpoints
 from afmrl_jax.training.integrity import MANIFEST, find_damage
@@ -183,6 +184,28 @@ def test_a_run_whose_checkpoints_lie_in_another_folder_does_not_begin_anew(workd
     assert Checkpoints(checkpoint_folder(moved, workdir)).latest == 3
 
 
+def test_a_folder_in_the_home_is_found(workdir, tmp_path, monkeypatch):
+    """A shell leaves ~ as it is behind --config.checkpoint_dir=."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(workdir / "checkpoints", tmp_path / "new")
+    moved = ConfigDict({"checkpoint_dir": "~/new"})
+    assert Path(checkpoint_folder(moved, workdir)) == tmp_path / "new"
+
+
+def test_a_process_waits_until_it_sees_the_checkpoint_that_another_one_sees(workdir, monkeypatch):
+    """Network file systems show a new folder late."""
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    gather = "jax.experimental.multihost_utils.process_allgather"
+    monkeypatch.setattr(gather, lambda own: np.stack([own, np.int32(20)]))
+    with pytest.raises(TryAgain, match=r"process 0 does not see .*checkpoints/20, which another"):
+        checkpoints._see_newest(patience=0.1)
+    late = threading.Timer(0.3, (workdir / "checkpoints" / "20").mkdir)
+    late.start()
+    checkpoints._see_newest(patience=20)
+    assert not late.is_alive() and (workdir / "checkpoints" / "20").exists()
+
+
 def test_checkpoints_from_before_there_were_manifests_are_read(workdir):
     folder = workdir / "checkpoints" / "3"
     (folder / MANIFEST).unlink()
@@ -230,10 +253,13 @@ def test_checkpoints_may_lie_elsewhere_and_the_workdir_knows_where(tmp_path):
     assert Path(checkpoint_folder(config, other)) == other / "checkpoints"
 
 
-def test_a_store_that_cannot_be_reached_is_told_before_anything_is_computed(monkeypatch):
+def test_a_store_that_cannot_be_reached_is_told_before_anything_is_computed(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"s3://b/run: give a local folder, or .* gs://"):
         Checkpoints("s3://b/run")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"gcsfs is"):
+        checkpoint_folder(ConfigDict({"checkpoint_dir": "gs://bucket/run"}), tmp_path)
     with pytest.raises(UserError, match=r"gcsfs is not installed: pip install 'afmrl_jax\[gcs\]'"):
         find_checkpoints("gs://bucket/run")
 

@@ -52,6 +52,17 @@ def test_a_migration_that_a_machine_lives_through_does_not(metadata):
         assert not preemption.asked
 
 
+def test_maintenance_that_a_run_before_heard_of_does_not_stop_the_next_one(metadata):
+    metadata.values[MAINTENANCE] = "TERMINATE_ON_HOST_MAINTENANCE"
+    with Preemption() as preemption:
+        for _ in range(6):  # more questions than there are values
+            metadata.asked.clear()
+            assert metadata.asked.wait(20)
+        assert not preemption.asked
+        metadata.values[PREEMPTED] = "TRUE"
+        assert wait_for(lambda: preemption.asked)
+
+
 def test_a_server_that_answers_nothing_is_asked_again(metadata):
     values, metadata.values = metadata.values, {}
     with Preemption() as preemption:
