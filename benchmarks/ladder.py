@@ -53,6 +53,10 @@ class Rung:
     sure: bool = False  # less those below the threshold that RAR chose on validation
     needs: tuple[str, ...] = ()  # stages besides the encoder's that its compute counts
 
+    def stands_on(self) -> set[str]:
+        """What it would go without, for --leave-out."""
+        return {self.encoder, self.attributes, *self.needs} | ({"sure"} if self.sure else set())
+
 
 RUNGS = (
     Rung("untrained", "untrained"),
@@ -133,7 +137,7 @@ class Ladder:
 
     def __init__(self, out: Path, size: Size, seed: int, photos: Path | None, left_out: set[str]):
         self.out, self.size, self.seed, self.left_out = out.absolute(), size, seed, left_out
-        self.rungs = [r for r in RUNGS if not {r.encoder, r.attributes, *r.needs} & left_out]
+        self.rungs = [r for r in RUNGS if not r.stands_on() & left_out]
         self.data: dict[str, Any] = {}
         self.judged: dict[str, Any] = dict(size.evaluate)
         if photos:
@@ -313,7 +317,9 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, help="holds luma/ and fashion/")
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
-    parser.add_argument("--leave-out", nargs="+", default=[], metavar="STAGE", help="or singles")
+    parser.add_argument(
+        "--leave-out", nargs="+", default=[], metavar="STAGE", help="or sure, singles"
+    )
     parser.add_argument("--smoke", action="store_true", help="four steps a stage, one seed")
     args = parser.parse_args()
     size = SMOKE if args.smoke else PHOTOS if args.photos else BUILT_IN
