@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests need into .venv, once, and runs them all.
 # Arguments go to pytest: bash launch/test.sh tests/retrieval -x
-# Two files at a time, as many tests wait for processes that they start; -n 0: one after another. In the
-# files' own order, which has those that take minutes in the middle, not last and alone.
+# Two files at a time, as many tests wait for processes that they start; -n 0: one after another.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -11,4 +10,4 @@ setup test
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/lint-imports
-exec .venv/bin/python -m pytest -p no:cacheprovider -n 2 --dist loadfile --no-loadscope-reorder "$@"
+exec .venv/bin/python -m pytest -p no:cacheprovider -n 2 --dist loadfile "$@"
