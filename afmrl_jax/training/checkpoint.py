@@ -357,8 +357,7 @@ def find_checkpoints(path: str, *, best: bool | None = False) -> tuple[Checkpoin
     best where the run validated any), the folder of its checkpoints or that of one step. Raises
     UserError where there is none that is whole.
     """
-    check_reachable(path)
-    folder = epath.Path(path)
+    folder = _reached(path)
     for root in (*_elsewhere(folder), folder / "checkpoints", folder):
         checkpoints = Checkpoints(root)
         if checkpoints.latest is None:

@@ -27,6 +27,13 @@ def wait_for(condition):
     return condition()
 
 
+def ask_all(metadata):
+    """Returns when every value was asked for, and more."""
+    for _ in range(6):
+        metadata.asked.clear()
+        assert metadata.asked.wait(20)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
@@ -46,18 +53,14 @@ def test_a_notice_of_the_metadata_server_asks_to_stop(metadata, name, value, rea
 def test_a_migration_that_a_machine_lives_through_does_not(metadata):
     metadata.values[MAINTENANCE] = "MIGRATE_ON_HOST_MAINTENANCE"
     with Preemption() as preemption:
-        for _ in range(6):  # more questions than there are values
-            metadata.asked.clear()
-            assert metadata.asked.wait(20)
+        ask_all(metadata)
         assert not preemption.asked
 
 
 def test_maintenance_that_a_run_before_heard_of_does_not_stop_the_next_one(metadata):
     metadata.values[MAINTENANCE] = "TERMINATE_ON_HOST_MAINTENANCE"
     with Preemption() as preemption:
-        for _ in range(6):  # more questions than there are values
-            metadata.asked.clear()
-            assert metadata.asked.wait(20)
+        ask_all(metadata)
         assert not preemption.asked
         metadata.values[PREEMPTED] = "TRUE"
         assert wait_for(lambda: preemption.asked)
