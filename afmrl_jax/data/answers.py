@@ -4,8 +4,9 @@ Axes: A micro-batches · C rows of one (this process's) · S tokens · P patches
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grain
@@ -18,10 +19,16 @@ from afmrl_jax.data.pipeline import Batch
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.views import evaluation_row
 
+WINDOW = 16  # steps whose rows are sorted by their length; more would save little padding
+SAMPLED = 1024  # rows whose lengths tell which to pad to
+ROUNDED = 8  # lengths are multiples of it
 
-def question(catalog: Catalog, index: int, max_images: int, draw: int = 0) -> Row:
+
+def question(
+    catalog: Catalog, index: int, max_images: int, draw: int = 0, view: str = "image+text"
+) -> Row:
     """What a generator is shown of a listing: its first images, title, category, description."""
-    return evaluation_row(catalog, index, "image+text", max_images=max_images, draw=draw)
+    return evaluation_row(catalog, index, view, max_images=max_images, draw=draw)
 
 
 def question_and_answer(
@@ -30,15 +37,16 @@ def question_and_answer(
     max_images: int,
     draw: int = 0,
     left_out: Callable[[], bool] = lambda: False,
+    view: str = "image+text",
 ) -> Row:
     """The question, and the listing's attributes in their format as what to answer.
 
-    left_out: asked of each attribute; one stays in any case.
+    left_out: asked of each attribute; one stays in any case. view: "text" opens no image.
     """
     given = normalise(catalog.listing(index, draw).attributes)
     kept = {name: value for name, value in given.items() if not left_out()}
     answer = format_attributes(kept or dict(list(given.items())[:1]))
-    return dataclasses.replace(question(catalog, index, max_images, draw), answer=answer)
+    return dataclasses.replace(question(catalog, index, max_images, draw, view), answer=answer)
 
 
 def described(catalog: Catalog, split: str, cache: Path) -> np.ndarray:
@@ -60,6 +68,10 @@ class AnswerBatches:
 
     Each epoch shows all listings once, in an order of its own; a rendered catalogue renders each
     anew every time. Images are neither cropped nor mirrored: the answer would not be true of them.
+
+    Rows of like length make up a batch, which is padded to the first of `lengths` that holds it:
+    the rows of each WINDOW steps are sorted by length, and the batches so made are shuffled. Every
+    process knows the lengths of all rows, from their texts alone: it opens its own rows' images.
     """
 
     catalog: Catalog
@@ -69,8 +81,10 @@ class AnswerBatches:
     chunks: int  # A
     rows: np.ndarray  # of each chunk's rows, this process's
     dropout: float  # share of the attributes that answers leave out, at random
+    buckets: int  # how many lengths rows are padded to, at most
     seed: int
     steps: int
+    _window: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return self.steps
@@ -80,19 +94,71 @@ class AnswerBatches:
 
     def __getitem__(self, step: int) -> Batch:
         """The processor's arrays as [A, C, ...], and `listing` int32[A, C], each row's index."""
-        order = grain.MapDataset.range(len(self.listings)).seed(self.seed).shuffle().repeat()
-        examples = step * self.batch + np.arange(self.batch)
+        examples, length = self._of_step(step)
         examples = examples.reshape(self.chunks, -1)[:, self.rows]
-        listings = np.array([self.listings[order[int(example)]] for example in examples.flat])
-        rows = []
-        for example, listing in zip(examples.flat, listings):
-            rng = np.random.default_rng((self.seed, int(example)))
-            draw = 1 + int(rng.integers(2**31 - 1))
-            rows.append(
-                question_and_answer(
-                    *(self.catalog, int(listing), self.processor.max_images, draw),
-                    left_out=lambda rng=rng: rng.random() < self.dropout,
-                )
-            )
-        arrays = self.processor(rows) | {"listing": listings.astype(np.int32)}
+        rows = [self._row(int(example), "image+text") for example in examples.flat]
+        arrays = self.processor(rows, [(length, self.processor.max_patches)])
+        arrays["listing"] = np.array([self._listing(int(i)) for i in examples.flat], np.int32)
         return {name: x.reshape(*examples.shape, *x.shape[1:]) for name, x in arrays.items()}
+
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """S of the run's batches, ascending; the last holds any row.
+
+        Those by which a sample of the run's rows is padded the least.
+        """
+        longest = self.processor.max_tokens + self.processor.max_answer
+        if self.buckets == 1:
+            return (longest,)
+        sampled = np.array([self._length(example) for example in range(SAMPLED)])
+        return padded_lengths(sampled, self.buckets, longest)
+
+    def _of_step(self, step: int) -> tuple[np.ndarray, int]:
+        """The numbers of a step's examples, those of all processes, and S."""
+        if len(self.lengths) == 1:
+            return step * self.batch + np.arange(self.batch), self.lengths[0]
+        window, place = divmod(step, WINDOW)
+        if window not in self._window:
+            self._window.clear()
+            examples = (window * WINDOW * self.batch) + np.arange(WINDOW * self.batch)
+            lengths = np.array([self._length(int(example)) for example in examples])
+            order = np.argsort(lengths, kind="stable").reshape(WINDOW, self.batch)
+            order = np.random.default_rng((self.seed, 1, window)).permutation(order)
+            self._window[window] = examples[order], lengths[order].max(1)
+        examples, longest = self._window[window]
+        return examples[place], next(s for s in self.lengths if s >= longest[place])
+
+    @functools.cached_property
+    def _order(self) -> grain.MapDataset:
+        return grain.MapDataset.range(len(self.listings)).seed(self.seed).shuffle().repeat()
+
+    def _listing(self, example: int) -> int:
+        return int(self.listings[self._order[example]])
+
+    def _row(self, example: int, view: str) -> Row:
+        rng = np.random.default_rng((self.seed, example))
+        draw = 1 + int(rng.integers(2**31 - 1))
+        return question_and_answer(
+            *(self.catalog, self._listing(example), self.processor.max_images, draw),
+            left_out=lambda: rng.random() < self.dropout,
+            view=view,
+        )
+
+    def _length(self, example: int) -> int:
+        n_images = self.catalog.listing(self._listing(example)).n_images
+        return self.processor.most_tokens(self._row(example, "text"), n_images)
+
+
+def padded_lengths(lengths: np.ndarray, most: int, longest: int) -> tuple[int, ...]:
+    """At most `most` lengths to pad to, ascending, the last `longest`; multiples of ROUNDED.
+
+    lengths: int[N], of a sample. From all multiples one is taken after the other away, each time
+    the one that costs the fewest tokens of padding.
+    """
+    kept = np.append(np.arange(ROUNDED, longest, ROUNDED), longest)
+    rows = np.bincount(np.searchsorted(kept, lengths), minlength=len(kept))
+    while len(kept) > most:
+        gone = np.argmin(rows[:-1] * np.diff(kept))
+        rows[gone + 1] += rows[gone]
+        kept, rows = np.delete(kept, gone), np.delete(rows, gone)
+    return tuple(kept.tolist())

@@ -193,16 +193,17 @@ class Processor:
         grids = self._window_grids(row.images)
         frame, _ = self._frame(len(row.images))
         text, room = self._text(row, grids)
-        answer: list[int] = []
-        if row.answer is not None:
-            if not self.max_answer:
-                raise ValueError("a row has an answer, and max_answer=0 leaves no room for it")
-            answer = encode_text(
-                self.tokenizer, row.answer[: _CHARACTERS_PER_TOKEN * self.max_answer]
-            )
-            answer = [*answer, self.ids["eos_token_id"]][: self.max_answer]
+        answer = self._answer(row)
         ids = np.array([*frame.head, *text[:room], *frame.tail, *answer], np.int32)
         return _Line(*_expanded(ids, self.ids["image_token_id"], grids), len(answer), grids)
+
+    def _answer(self, row: Row) -> list[int]:
+        if row.answer is None:
+            return []
+        if not self.max_answer:
+            raise ValueError("a row has an answer, and max_answer=0 leaves no room for it")
+        answer = encode_text(self.tokenizer, row.answer[: _CHARACTERS_PER_TOKEN * self.max_answer])
+        return [*answer, self.ids["eos_token_id"]][: self.max_answer]
 
     def _text(self, row: Row, grids: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
         """The text's tokens, and for how many of them its images leave room."""
@@ -210,6 +211,20 @@ class Processor:
         others = len(frame.head) - len(grids) + sum(map(math.prod, grids)) + len(frame.tail)
         text = frame.piece(row.text[: _CHARACTERS_PER_TOKEN * self.max_tokens])
         return encode_text(self.tokenizer, text), self.max_tokens - others
+
+    def most_tokens(self, row: Row, n_images: int) -> int:
+        """How many tokens the row, given without its images, takes at most with those.
+
+        n_images: how many it has, of any size; of more than max_images the first are meant.
+        """
+        n_images = min(n_images, self.max_images)
+        frame, fixed = self._frame(n_images)
+        text = frame.piece(row.text[: _CHARACTERS_PER_TOKEN * self.max_tokens])
+        prompt = len(frame.head) + len(frame.tail) + len(encode_text(self.tokenizer, text))
+        if n_images:
+            windows = min(self.max_patches // self.merge_size**2, self.max_tokens - fixed)
+            prompt += windows - n_images
+        return min(prompt, self.max_tokens) + len(self._answer(row))
 
     def holds(self, row: Row) -> bool:
         """Whether all of the row's text fits beside its images."""

@@ -75,6 +75,7 @@ RANGES = {  # field -> lowest and highest
     "data.workers": (0, math.inf),
     "data.timeout": (1, math.inf),
     "data.max_answer": (2, math.inf),
+    "data.buckets": (1, math.inf),
     "data.answer_dropout": (0, 1),
     "eval.batch": (1, math.inf),
     "eval.validation_listings": (1, math.inf),
@@ -152,14 +153,16 @@ def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
     )
 
 
-def part(config: ConfigDict, mesh: Mesh, generator: Generator, built: Built) -> Part:
-    """The train step as planning compiles it, its rows full."""
+def part(
+    config: ConfigDict, mesh: Mesh, generator: Generator, built: Built, length: int = 0
+) -> Part:
+    """The train step as planning compiles it, its rows full. length: S, the longest by default."""
     leading, data = (config.chunks, config.batch // config.chunks), config.data
+    length = length or data.max_tokens + data.max_answer
     sharding = batch_sharding(mesh, 1)
-    batch = generator.abstract_rows(leading, sharding, answers=data.max_answer)
+    batch = generator.abstract_rows(leading, sharding, answers=data.max_answer, length=length)
     batch |= {"host": abstract_host(mesh)}
     frozen, state, model = built.frozen, built.abstract, generator.model_config
-    length = data.max_tokens + data.max_answer
     amount = cost.most_work(model, config.batch, length, data.max_patches)
     amount |= {"logits": float(config.batch * data.max_answer)}
     logits = 4.0 * leading[1] * config.vocabulary_chunk * model.vocab_size
@@ -202,7 +205,21 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
         # ---- state, step and judge
         built = build(config, mesh, generator)
-        step = check_fits(part(config, mesh, generator, built), mesh)
+        batches = AnswerBatches(
+            catalog,
+            listings["train"],
+            generator.processor(answers=True),
+            batch=config.batch,
+            chunks=config.chunks,
+            rows=local,
+            dropout=config.data.answer_dropout,
+            buckets=config.data.buckets,
+            seed=config.seed,
+            steps=config.steps,
+        )
+        # The longest rows first: what does not fit is told before all the others are compiled.
+        parts = {s: part(config, mesh, generator, built, s) for s in reversed(batches.lengths)}
+        steps = {s: check_fits(one, mesh) for s, one in parts.items()}
         frozen = {}
         if generator.lora:
             base = Base.of_record(saved) if saved else Base(source.path if source else "")
@@ -227,19 +244,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
         # ---- train
         if int(state.step) < config.steps:
-            batches = AnswerBatches(
-                catalog,
-                listings["train"],
-                generator.processor(answers=True),
-                batch=config.batch,
-                chunks=config.chunks,
-                rows=local,
-                dropout=config.data.answer_dropout,
-                seed=config.seed,
-                steps=config.steps,
-            )
             training = Training(
-                step=functools.partial(step, frozen),
+                step=lambda state, batch: steps[batch["tokens"].shape[-1]](frozen, state, batch),
                 open_stream=lambda step: Stream(
                     batches, step, config.data.workers, config.data.timeout
                 ),
@@ -249,6 +255,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 validate=validate if len(listings["validation"]) else None,
                 name_listings=lambda rows: [catalog.listing(int(i)).listing_id for i in rows],
                 record=record,
+                shapes=len(steps),
             )
             state = fit(training, state, checkpoints, clock, config, workdir, mesh)
         elif first_process:

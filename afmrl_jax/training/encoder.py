@@ -89,11 +89,17 @@ class Assembly(abc.ABC):
         )
 
     def abstract_rows(
-        self, leading: tuple[int, ...], sharding: NamedSharding, *, answers: int = 0
+        self,
+        leading: tuple[int, ...],
+        sharding: NamedSharding,
+        *,
+        answers: int = 0,
+        length: int = 0,
     ) -> dict[str, jax.ShapeDtypeStruct]:
-        """The processor's arrays, as it makes them with room for `answers` tokens."""
+        """The processor's arrays, as it makes them with room for `answers` tokens; length: S, of
+        the longest rows by default."""
         data, vision = self.settings.data, self.model_config.vision
-        s, p = data.max_tokens + answers, data.max_patches
+        s, p = length or data.max_tokens + answers, data.max_patches
         shapes = {
             "tokens": ((s,), jnp.int32),
             "token_mask": ((s,), jnp.bool),

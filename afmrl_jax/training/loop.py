@@ -28,7 +28,6 @@ from afmrl_jax.training.state import TrainState
 from afmrl_jax.training.tracing import Tracer, traced_steps
 
 HOST_ONLY = ("listing",)  # names of a batch's arrays that the step does not read
-MAX_SHAPES = 1  # batches of one run have one set of shapes: each further one is a compilation
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class Training:
     validate: Callable[[TrainState], dict[str, float]] | None
     name_listings: Callable[[np.ndarray], list[str]]
     record: dict[str, str]
+    shapes: int = 1  # sets of shapes that batches have: each further one would be a compilation
     waits: bool = False  # whether a step waits for its own numbers: the next then begins with them
 
 
@@ -183,11 +183,12 @@ class _Run:
         """The batch on the devices, with what this process has to tell, of a wait for it too."""
         wanted = {k: v for k, v in batch.items() if k not in HOST_ONLY}
         self._shapes.add(tuple((k, v.shape, str(v.dtype)) for k, v in sorted(wanted.items())))
-        if len(self._shapes) > MAX_SHAPES:
+        if len(self._shapes) > self._training.shapes:
             one, other = [set(shapes) for shapes in list(self._shapes)[:2]]
             raise UserError(
-                f"step {number} would compile again: the batch has {sorted(one ^ other)}, and a "
-                f"run has {MAX_SHAPES} set of shapes; make the data pipeline pad to one size"
+                f"step {number} would compile again: the batch has {sorted(one ^ other)}, and this "
+                f"run's have {self._training.shapes} sets of shapes; make the data pipeline pad to "
+                "one of them"
             )
         arrays = put_batch(wanted, self._mesh, axis=1, rows=self._training.chunk)
         other = time.monotonic() - self._free_at - waited

@@ -37,6 +37,7 @@ def config(catalogue_folder, cache_dir):
         workers=0,
         max_tokens=48,
         max_answer=16,
+        buckets=2,
         answer_dropout=0.0,  # so short a run is to learn whole answers
         max_patches=16,
         min_pixels=256,
