@@ -59,8 +59,8 @@ def get_config() -> ConfigDict:
     config.data.instruction = "List the product's key attributes."
     config.data.max_tokens = 96  # a question's tokens, images included
     config.data.max_answer = 52  # an answer's
-    # how many lengths batches are padded to, whose rows are then of like length; a compilation each.
-    # Texts that differ more than the built-in catalogue's take 4; 1 = all rows of the longest
+    # how many lengths batches, of rows of like length, are padded to; a compilation each. Texts
+    # that differ more than the built-in catalogue's take 4; 1 = all rows padded to the longest
     config.data.buckets = 2
     # share of the attributes that answers to learn from leave out, at random: a policy that has
     # never left one out cannot be rewarded for it (RAR)
