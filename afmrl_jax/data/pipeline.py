@@ -40,6 +40,9 @@ Batch = dict[str, np.ndarray]
 
 PATIENCE = 5  # seconds that a worker is given to finish what it is at, before it is killed
 ANSWER = 1  # and to tell what that is
+# A step whose cores are its workers' as well waits for the core that one holds: SFT on two cores
+# took 11% longer (83.5 and 75.2 answers/s, three runs of each in turn).
+NICENESS = 5
 
 
 @dataclass(frozen=True)
@@ -114,13 +117,14 @@ class PairBatches:
 
 
 def _live_with_parent(notes: str, worker: int, _: int) -> None:
-    """A worker ends when its trainer does, however that ends, and not before it.
+    """A worker ends when its trainer does, however that ends, not before it, and steps back for it.
 
     SIGTERM reaches the whole group: the trainer may still want batches for the step it is saving.
     notes: a folder; in the file that has the worker's number for a name stands its process, and,
     after a SIGUSR1, what it is at.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.nice(NICENESS)
     file = (Path(notes) / str(worker)).open("w", encoding="utf-8")
     print(os.getpid(), file=file, flush=True)
     faulthandler.register(signal.SIGUSR1, file=file)
