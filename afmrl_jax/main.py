@@ -20,7 +20,6 @@ from ml_collections import ConfigDict, config_flags
 from afmrl_jax import programs
 from afmrl_jax.core.errors import TryAgain, UserError
 from afmrl_jax.core.fields import flatten
-from afmrl_jax.core.memory import keep_freed_memory
 
 # transformers only reads tokenizers and images here: that it finds no torch is as it should be.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -174,5 +173,4 @@ def cli(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    keep_freed_memory()  # of a process of its own
     sys.exit(cli(sys.argv))

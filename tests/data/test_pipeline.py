@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.catalog import open_catalog
 from afmrl_jax.data.pairs import Composition, PairSampler
-from afmrl_jax.data.pipeline import PairBatches, Stream
+from afmrl_jax.data.pipeline import NICENESS, PairBatches, Stream
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.data.views import Augmentation, parse_mixture
@@ -79,6 +80,13 @@ def test_a_stream_goes_on_from_one_integer_whatever_the_workers(batches, workers
             same(next(stream), batches[step])
     finally:
         stream.close()
+
+
+def test_a_worker_steps_back_for_its_trainer(batches):
+    with contextlib.closing(Stream(batches, 0, 1, 100)) as stream:
+        next(stream)
+        [worker] = multiprocessing.active_children()
+        assert os.getpriority(os.PRIO_PROCESS, worker.pid) == os.nice(0) + NICENESS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """What every Python does first that tests start.
 
 It hides torch: users have none, and to import it takes as long as everything else together. A
-process that is one of several takes all cores, where its tests keep to one (conftest.py), and has
-its programs compiled with less effort, which changes roundings at most, by the first of them for
-all: it would take most of its time.
+process that is one of several takes all cores, where its tests keep to one (conftest.py). Its
+programs are compiled with less effort, which changes roundings at most, and by the first process
+for all: that would take most of their time.
 """
 
 import importlib.util
