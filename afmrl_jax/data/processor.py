@@ -207,10 +207,22 @@ class Processor:
 
     def _text(self, row: Row, grids: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
         """The text's tokens, and for how many of them its images leave room."""
-        frame, _ = self._frame(len(grids))
-        others = len(frame.head) - len(grids) + sum(map(math.prod, grids)) + len(frame.tail)
+        windows = sum(map(math.prod, grids))
+        text, others = self._text_and_others(row, len(grids), windows)
+        return text, self.max_tokens - others
+
+    def _text_and_others(self, row: Row, n_images: int, windows: int) -> tuple[list[int], int]:
+        """The text's tokens, uncut, and how many stand around them with so many images, of so many
+        windows together."""
+        frame, _ = self._frame(n_images)
         text = frame.piece(row.text[: _CHARACTERS_PER_TOKEN * self.max_tokens])
-        return encode_text(self.tokenizer, text), self.max_tokens - others
+        others = len(frame.head) - n_images + windows + len(frame.tail)
+        return encode_text(self.tokenizer, text), others
+
+    def _most_windows(self, n_images: int) -> int:
+        """How many merge windows a row's images may take together."""
+        fixed = self._frame(n_images)[1]
+        return min(self.max_patches // self.merge_size**2, self.max_tokens - fixed)
 
     def most_tokens(self, row: Row, n_images: int) -> int:
         """How many tokens the row, given without its images, takes at most with those.
@@ -218,13 +230,9 @@ class Processor:
         n_images: how many it has, of any size; of more than max_images the first are meant.
         """
         n_images = min(n_images, self.max_images)
-        frame, fixed = self._frame(n_images)
-        text = frame.piece(row.text[: _CHARACTERS_PER_TOKEN * self.max_tokens])
-        prompt = len(frame.head) + len(frame.tail) + len(encode_text(self.tokenizer, text))
-        if n_images:
-            windows = min(self.max_patches // self.merge_size**2, self.max_tokens - fixed)
-            prompt += windows - n_images
-        return min(prompt, self.max_tokens) + len(self._answer(row))
+        windows = self._most_windows(n_images) if n_images else 0
+        text, others = self._text_and_others(row, n_images, windows)
+        return min(others + len(text), self.max_tokens) + len(self._answer(row))
 
     def holds(self, row: Row) -> bool:
         """Whether all of the row's text fits beside its images."""
@@ -239,9 +247,7 @@ class Processor:
                 f"max_patches={self.max_patches} hold {self.max_images} of the smallest: "
                 f"raise these or take fewer images a listing"
             )
-        budget = min(
-            self.max_patches // self.merge_size**2, self.max_tokens - self._frame(len(images))[1]
-        )
+        budget = self._most_windows(len(images))
         wanted = [self._window_grid(image, budget) for image in images]
         # The smallest first: what it leaves of its even share is the larger ones' to divide.
         for done, k in enumerate(sorted(range(len(images)), key=lambda k: math.prod(wanted[k]))):

@@ -182,14 +182,15 @@ class _Run:
     def _put(self, batch: Batch, number: int, waited: float) -> dict[str, jax.Array]:
         """The batch on the devices, with what this process has to tell, of a wait for it too."""
         wanted = {k: v for k, v in batch.items() if k not in HOST_ONLY}
-        self._shapes.add(tuple((k, v.shape, str(v.dtype)) for k, v in sorted(wanted.items())))
-        if len(self._shapes) > self._training.shapes:
-            one, other = [set(shapes) for shapes in list(self._shapes)[:2]]
+        shapes = tuple((k, v.shape, str(v.dtype)) for k, v in sorted(wanted.items()))
+        if shapes not in self._shapes and len(self._shapes) == self._training.shapes:
+            new = sorted(set(shapes).difference(*self._shapes))
             raise UserError(
-                f"step {number} would compile again: the batch has {sorted(one ^ other)}, and this "
+                f"step {number} would compile again: the batch has {new}, and this "
                 f"run's have {self._training.shapes} sets of shapes; make the data pipeline pad to "
                 "one of them"
             )
+        self._shapes.add(shapes)
         arrays = put_batch(wanted, self._mesh, axis=1, rows=self._training.chunk)
         other = time.monotonic() - self._free_at - waited
         # While the device is still busy with the step before, all of that costs nothing.

@@ -37,6 +37,7 @@ class Numbers:
     rows: int = ROWS
     seconds: float = 0.0
     missing: int = -1
+    wider: int = -1  # the step whose batch has another shape
 
     def __len__(self):
         return 1000
@@ -48,7 +49,8 @@ class Numbers:
         time.sleep(self.seconds)
         if step == self.missing:
             raise OSError("no such file")
-        return {"listing": np.full((1, self.rows), step, np.int32), "x": np.ones((1, self.rows))}
+        shape = (1, self.rows, *([2] if step == self.wider else []))
+        return {"listing": np.full((1, self.rows), step, np.int32), "x": np.ones(shape)}
 
 
 def trained(workdir, numbers=Numbers(), validate=None, **fields):
@@ -115,6 +117,13 @@ def test_the_logs_and_a_closing_table_tell_where_the_time_went(tmp_path, capsys)
     table = told[told.index("Time since the first start") :]
     assert [line.split()[0] for line in table.splitlines()[2 : 2 + len(LOST)]] == list(LOST)
     assert f"0 ({socket.gethostname()})" in table
+
+
+def test_a_batch_of_a_further_shape_is_told_before_it_is_compiled(tmp_path):
+    with pytest.raises(UserError, match="step 6 would compile again") as error:
+        trained(tmp_path, Numbers(wider=5))
+    assert f"the batch has [('x', (1, {ROWS}, 2), 'float64')], and" in str(error.value)
+    assert "this run's have 1 sets of shapes" in str(error.value)
 
 
 def test_a_run_that_died_goes_on_with_what_it_had_lost(tmp_path, capsys):
