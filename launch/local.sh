@@ -6,4 +6,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 setup base
+# Memory of a step in huge pages, where the system grants them: CPUs else zero it page by page.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 exec .venv/bin/python -m afmrl_jax.main --config=configs/agcl.py "$@"
