@@ -21,6 +21,8 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.path = "builtin"  # builtin, or folders, Parquet files, tfds:NAME, by commas
+    # several catalogues: equal listing_ids with a photo in common are one listing, and equal
+    config.data.shared_ids = True  # product_ids one product; False = each catalogue numbers its own
     # a JSONL of {"listing_id": ..., "attributes": {...}}, as annotate writes it: other attributes
     # than the catalogue's own, and none for a listing without a line; "" = the catalogue's own
     config.data.attributes = ""

@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.checking import check, split_name, split_of_product, watches_every_image
 from afmrl_jax.data.conversion import bad_row, convert, open_columns
+from afmrl_jax.data.identity import Content, identify_listings, keep_apart
 from afmrl_jax.data.sources import Source, find_source
 from afmrl_jax.data.validation import BadListing, ImageFolder, read_image
 
@@ -59,10 +61,22 @@ class Catalog(Protocol):
     """What every catalogue can do, real or rendered. Picklable, and used from worker processes."""
 
     name: str
-    fingerprint: str  # hex; changes when the content does
+    fingerprint: str  # hex; changes with any text or image file, and with nothing else
     products: np.ndarray  # int32[N]: each listing's product as a dense code 0..P-1
+    identities: np.ndarray  # int32[N]: the first listing that is the same one; see identity.py
 
     def __len__(self) -> int: ...
+
+    @property
+    def listing_ids(self) -> pa.Array:
+        """large_string[N]."""
+
+    @property
+    def product_ids(self) -> pa.Array:
+        """large_string[P], in the order of their codes."""
+
+    def content(self, index: int) -> Content:
+        """What the listing shows, in hashes."""
 
     def listing(self, index: int, draw: int = 0) -> Listing:
         """The listing's text. draw > 0 asks a rendered catalogue for a fresh rendering."""
@@ -189,6 +203,11 @@ class ArrowCatalog:
             np.load(checked / f"{name}.npy", mmap_mode="r")
             for name in ("kept", "products", "splits")
         )
+        self._texts, self._photos, self._photo_starts = (
+            np.load(checked / f"{name}.npy", mmap_mode="r")
+            for name in ("texts", "photos", "photo_starts")
+        )
+        self.identities = np.arange(len(self._rows), dtype=np.int32)
         self._table = open_columns(converted / "listings.arrow")
         stored = converted / "images.arrow"
         self._stored = open_columns(stored)["images"] if source.stores_images else None
@@ -204,6 +223,26 @@ class ArrowCatalog:
 
     def _get(self, column: str, index: int) -> Any:
         return self._table[column][int(self._rows[index])].as_py()
+
+    @property
+    def listing_ids(self) -> pa.Array:
+        """large_string[N]."""
+        return self._column("listing_id", self._rows)
+
+    @property
+    def product_ids(self) -> pa.Array:
+        """large_string[P], in the order of their codes."""
+        _, first = np.unique(self.products, return_index=True)
+        return self._column("product_id", self._rows[first])
+
+    def _column(self, name: str, rows: np.ndarray) -> pa.Array:
+        return self._table[name].take(pa.array(rows)).combine_chunks()
+
+    def content(self, index: int) -> Content:
+        """What the listing shows, in hashes of its text and of its image files."""
+        start, end = self._photo_starts[index : index + 2]
+        photos = frozenset(map(int, self._photos[start:end]))
+        return Content(int(self._texts[index]), photos)
 
     def listing(self, index: int, draw: int = 0) -> Listing:
         """The listing's text; `draw` is for rendered catalogues."""
@@ -261,23 +300,53 @@ class ArrowCatalog:
 
 
 class ConcatCatalog:
-    """Several catalogues one after another: see Catalog. Equal product_ids are one product."""
+    """Several catalogues one after another: see Catalog.
 
-    def __init__(self, catalogs: Sequence[Catalog]):
+    A listing that several of them hold (identity.py says what makes two the same) belongs to the
+    first one's splits alone, so that no split holds it twice and no two splits hold it.
+    """
+
+    def __init__(self, catalogs: Sequence[Catalog], shared_ids: bool = True):
+        """shared_ids: equal ids of two catalogues mean the same; else each numbers its own.
+
+        Tells what is shared. Raises UserError where one listing is said to be of two products.
+        """
         if not catalogs:
             raise ValueError("ConcatCatalog needs at least one catalogue")
         self._catalogs = tuple(catalogs)
         self._starts = np.cumsum([0, *map(len, catalogs)])
         self.name = "+".join(catalog.name for catalog in catalogs)
-        self.fingerprint = _fingerprint(*(catalog.fingerprint for catalog in catalogs))
-        code_of: dict[str, int] = {}
-        parts = []
-        for catalog in catalogs:
-            _, first = np.unique(catalog.products, return_index=True)
-            ids = (catalog.listing(int(index)).product_id for index in first)
-            codes = [code_of.setdefault(product_id, len(code_of)) for product_id in ids]
-            parts.append(np.array(codes, np.int32)[catalog.products])
-        self.products = np.concatenate(parts)
+        mode = () if shared_ids else ("apart",)
+        self.fingerprint = _fingerprint(*(catalog.fingerprint for catalog in catalogs), *mode)
+        who = identify_listings(catalogs) if shared_ids else keep_apart(catalogs)
+        self.products, self.identities = who.products, who.listings
+        cure = "where each catalogue numbers its own, set data.shared_ids=False"
+        if who.disputed:
+            raise UserError(
+                f"{self.name}: {len(who.disputed):,} listings are of one product in one catalogue "
+                f"and of another in the next (as {who.disputed[0]!r}): correct their product_id, "
+                f"or, {cure}"
+            )
+        if report := who.report():
+            log.log(
+                logging.WARNING if who.apart else logging.INFO, f"{self.name}: {report}; {cure}"
+            )
+
+    @property
+    def listing_ids(self) -> pa.Array:
+        """large_string[N]."""
+        return pa.concat_arrays([catalog.listing_ids for catalog in self._catalogs])
+
+    @property
+    def product_ids(self) -> pa.Array:
+        """large_string[P], in the order of their codes."""
+        _, first = np.unique(self.products, return_index=True)
+        ids = [self.listing(int(index)).product_id for index in first]
+        return pa.array(ids, pa.large_string())
+
+    def content(self, index: int) -> Content:
+        catalog, index = self._find(index)
+        return catalog.content(index)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -298,7 +367,8 @@ class ConcatCatalog:
 
     def indices(self, split: str) -> np.ndarray:
         parts = [catalog.indices(split) for catalog in self._catalogs]
-        return np.concatenate([part + start for part, start in zip(parts, self._starts)])
+        listings = np.concatenate([part + start for part, start in zip(parts, self._starts)])
+        return listings[self.identities[listings] == listings]
 
 
 class Overlay:
@@ -320,6 +390,21 @@ class Overlay:
     @property
     def products(self) -> np.ndarray:
         return self._catalog.products
+
+    @property
+    def identities(self) -> np.ndarray:
+        return self._catalog.identities
+
+    @property
+    def listing_ids(self) -> pa.Array:
+        return self._catalog.listing_ids
+
+    @property
+    def product_ids(self) -> pa.Array:
+        return self._catalog.product_ids
+
+    def content(self, index: int) -> Content:
+        return self._catalog.content(index)
 
     def listing(self, index: int, draw: int = 0) -> Listing:
         return self._catalog.listing(index, draw)

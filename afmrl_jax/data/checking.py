@@ -1,6 +1,11 @@
 """Which rows of a converted catalogue are good listings: duplicates out, images looked at.
 
-Axes: R rows of the converted source · N good listings among them · I images of a batch of rows.
+What is known of a catalogue's content is known of every byte: its fingerprint, and its listings'
+`texts` and `photos`, are hashes of texts and of whole image files. A file is read again only where
+its state differs from when it was read (`conversion.file_state`).
+
+Axes: R rows of the converted source · N good listings among them · I images of a batch of rows · J
+images of all good listings.
 """
 
 import contextlib
@@ -10,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import unicodedata
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -17,11 +23,15 @@ from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.conversion import (
     FORMAT,
     WATCHED_IMAGES,
     BadListings,
+    FileState,
+    file_state,
     new_folder,
     open_columns,
 )
@@ -47,9 +57,11 @@ def split_of_product(product_id: str) -> str:
 def check(source: Source, converted: Path, *, workers: int, anew: bool = False) -> Path:
     """The folder that says which rows of the converted source are good listings.
 
-    It holds kept.npy int32[N] (rows), products.npy int32[N], splits.npy int32[N], bad.jsonl and
-    summary.json. Images are decoded in threads where the cache does not know them by their size
-    and time; anew=True looks at every image's size and time, not only at the watched ones'.
+    It holds kept.npy int32[N] (rows), products.npy int32[N], splits.npy int32[N], texts.npy
+    uint64[N] (a hash of each listing's text, see `text_hash`), photos.npy uint64[J] (of each image
+    file), photo_starts.npy int64[N + 1] (each listing's first), bad.jsonl and summary.json. Images
+    are read and decoded in threads where the cache does not know them by their state; anew=True
+    looks at every image's state, not only at the watched ones'.
     """
     with ThreadPoolExecutor(workers) as pool:
         state = _images_state(source, converted, pool)
@@ -69,18 +81,25 @@ def watches_every_image(converted: Path) -> bool:
 
 
 def _images_state(source: Source, converted: Path, pool: Executor) -> str:
-    """A hash of the watched images' sizes and times."""
+    """A hash of the watched images' states."""
     names = json.loads((converted / "watched.json").read_text())
     stats = _in_chunks(pool, functools.partial(_stat, source.root), names)
     return "images-" + hashlib.blake2b(np.array(stats, np.int64).tobytes()).hexdigest()[:24]
 
 
-def _stat(root: Path, name: str) -> tuple[int, int]:
+def _stat(root: Path, name: str) -> FileState:
     try:
-        status = os.stat(f"{root}/{name}")  # noqa: PTH116 (100,000 Path objects take a second)
+        return file_state(os.stat(f"{root}/{name}"))  # noqa: PTH116 (100,000 Paths take a second)
     except (OSError, ValueError):
-        return -1, -1
-    return status.st_size, status.st_mtime_ns
+        return -1, -1, -1, -1
+
+
+def text_hash(title: str, description: str, category: str) -> int:
+    """64 bits of what a listing says, in whichever form of Unicode and with whichever blanks."""
+    texts = (
+        " ".join(unicodedata.normalize("NFC", t).split()) for t in (title, description, category)
+    )
+    return _hash("\0".join(texts).encode())
 
 
 def _in_chunks(
@@ -94,7 +113,7 @@ def _in_chunks(
 def _check_into(folder: Path, source: Source, converted: Path, pool: Executor) -> None:
     summary = json.loads((converted / "summary.json").read_text())
     table = open_columns(converted / "listings.arrow")
-    content = hashlib.blake2b(f"{FORMAT} {summary['content']}".encode(), digest_size=16)
+    content = hashlib.blake2b(summary["content"].encode(), digest_size=16)
     bad = BadListings(folder / "bad.jsonl", source)
     good = np.ones(len(table), bool)
     with contextlib.closing(bad):
@@ -110,11 +129,28 @@ def _check_into(folder: Path, source: Source, converted: Path, pool: Executor) -
         images.remember()
     kept = np.flatnonzero(good).astype(np.int32)
     products, splits, names = _codes(table, kept)
-    for name, array in (("kept", kept), ("products", products), ("splits", splits)):
+    photos, photo_starts = images.of_rows(kept)
+    arrays = {
+        "kept": kept,
+        "products": products,
+        "splits": splits,
+        "texts": _texts(table, kept),
+        "photos": photos,
+        "photo_starts": photo_starts,
+    }
+    for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
-    content.update(kept.tobytes() + images.content.digest())
+    content.update(kept.tobytes() + photos.tobytes())
     summary = {"fingerprint": content.hexdigest(), "splits": names, "bad": bad.counts}
     (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def _texts(table: pa.Table, kept: np.ndarray) -> np.ndarray:
+    """uint64[N]: the `text_hash` of each good listing."""
+    hashes: list[int] = []
+    for batch in table.select(["title", "description", "category"]).to_batches():
+        hashes += map(text_hash, *(column.to_pylist() for column in batch.columns))
+    return np.array(hashes, np.uint64)[kept]
 
 
 def _origin(table: pa.Table, row: int) -> tuple[str, int, int]:
@@ -167,24 +203,25 @@ def _codes(table: pa.Table, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, l
 class _ImageCheck:
     """Looks at every image of a converted catalogue; remembers the good ones between runs.
 
-    An image is known by a 64-bit hash of its name, size and time (of its bytes where they are
-    stored), whose last bit says whether it was decoded or only its header read.
+    An image file is known by a 64-bit hash of its name and state (of its bytes where they are
+    stored), whose last bit says whether it was decoded or only its header read; beside it stands
+    the hash of its bytes.
     """
 
     def __init__(
         self, source: Source, converted: Path, table: pa.Table, n_images: int, pool: Executor
     ):
-        self.content = hashlib.blake2b(digest_size=16)
         self._folder = ImageFolder(source.root)
         self._table = table
         stored = converted / "images.arrow"
         self._stored = open_columns(stored) if source.stores_images else None
         self._decode_each = max(1, -(-n_images // FULLY_DECODED))
         self._pool = pool
-        self._memory = converted.parent / "good_images.npy"
+        self._memory = converted.parent / f"good_images-{FORMAT}.npy"
         exists = self._memory.exists()
-        self._known = np.load(self._memory) if exists else np.zeros(0, np.uint64)
-        self._good: list[np.ndarray] = []
+        self._known = np.load(self._memory) if exists else np.zeros((0, 2), np.uint64)
+        self._good: list[np.ndarray] = []  # [n, 2]: the hash of name and state, that of the bytes
+        self._photos: list[np.ndarray] = []  # hashes of the bytes of all images in order
 
     def problems(self) -> Iterator[tuple[int, BadListing]]:
         """(row, what is wrong) of every image that can't be used."""
@@ -196,43 +233,63 @@ class _ImageCheck:
             rows = start + np.repeat(np.arange(len(batch)), images.value_lengths())
             names = images.flatten().to_pylist()
             data = stored_batch.column("images").flatten() if stored_batch else [None] * len(names)
-            found = _in_chunks(self._pool, self._look, list(zip(names, data)))
-            for row, (_, _, problem) in zip(rows.tolist(), found):
+            looks = _in_chunks(self._pool, self._look, list(zip(names, data)))
+            for row, (*_, problem) in zip(rows.tolist(), looks):
                 if problem:
                     yield row, problem
-            self._good.append(np.array([t for t, _, problem in found if not problem], np.uint64))
-            self.content.update(np.array([size for _, size, _ in found], np.int64).tobytes())
+            good = [(key, photo) for key, photo, problem in looks if not problem]
+            self._good.append(np.array(good, np.uint64).reshape(-1, 2))
+            self._photos.append(np.array([photo for _, photo, _ in looks], np.uint64))
             start += len(batch)
 
+    def of_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The hashes of some rows' images, uint64[J], and where each row's begin, int64[N + 1].
+
+        rows: int32[N], ascending. Only after `problems` was read whole.
+        """
+        lengths = pc.list_value_length(self._table["images"]).to_numpy()
+        photos = np.concatenate([np.zeros(0, np.uint64), *self._photos])
+        wanted = np.zeros(len(lengths), bool)
+        wanted[rows] = True
+        return photos[np.repeat(wanted, lengths)], np.cumsum([0, *lengths[rows]], dtype=np.int64)
+
     def remember(self) -> None:
-        """Keeps the good images' hashes for the next run."""
-        good = np.unique(np.concatenate([np.zeros(0, np.uint64), *self._good]))
-        temporary = self._memory.with_suffix(f".{os.getpid()}.tmp.npy")
-        np.save(temporary, good)
-        temporary.replace(self._memory)
+        """Keeps what is known of the good images for the next run."""
+        good = np.unique(np.concatenate([np.zeros((0, 2), np.uint64), *self._good]), axis=0)
+        write_atomically(self._memory, good)
 
     def _look(self, image: tuple[str, pa.Scalar | None]) -> tuple[int, int, BadListing | None]:
-        """(hash, what the fingerprint takes of it, what is wrong) of one image."""
+        """(hash of its name and state, hash of its bytes, what is wrong) of one image."""
         name, scalar = image
         data = scalar.as_py() if scalar is not None else None
         try:
             if data is None:
-                path, size, time = self._folder.locate(name)
-                key, content = _hash(f"{name}\0{size}\0{time}".encode()), size
+                path, status = self._folder.locate(name)
+                key = _hash(json.dumps([name, file_state(status)]).encode())
             else:
                 path, key = data, _hash(data)
-                content = key >> 1
             decode = (key >> 1) % self._decode_each == 0
-            if not (self._knows(key | 1) or (not decode and self._knows(key & ~1))):
+            photo = self._known_photo(key | 1)
+            if photo is None and not decode:
+                photo = self._known_photo(key & ~1)
+            if photo is None:
                 read_image(path, name, decode=decode)
+                photo = _hash_of_file(path) if data is None else key
         except BadListing as problem:
-            return 0, -1, problem
-        return (key | 1 if decode else key & ~1), content, None
+            return 0, 0, problem
+        return (key | 1 if decode else key & ~1), photo, None
 
-    def _knows(self, key: int) -> bool:
-        place = np.searchsorted(self._known, np.uint64(key))
-        return place < len(self._known) and int(self._known[place]) == key
+    def _known_photo(self, key: int) -> int | None:
+        keys = self._known[:, 0]
+        place = np.searchsorted(keys, np.uint64(key))
+        return int(self._known[place, 1]) if place < len(keys) and int(keys[place]) == key else None
 
 
 def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())
+
+
+def _hash_of_file(path: str) -> int:
+    with Path(path).open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=8))
+    return int.from_bytes(digest.digest())

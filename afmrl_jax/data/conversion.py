@@ -1,10 +1,14 @@
 """Turns a catalogue's source into memory-mapped Arrow columns, once.
 
-The cache holds, for each catalogue, CATALOGUE/SOURCE-STATE/ with the listings as Arrow IPC (and the
-image bytes, where the source stores them), the records that are no listings, and a summary. A
-state is a hash of sizes and modification times: a changed source leads to another folder, and
-folders are only ever added, whole, by renaming, so that several processes may convert at once. The
-cache may be deleted whenever no program runs.
+The cache holds, for each catalogue, CATALOGUE/CONTENT/ with the listings as Arrow IPC (and the
+image bytes, where the source stores them), the records that are no listings, and a summary. CONTENT
+is a hash of every byte of the source: a changed source leads to another folder, and folders are
+only ever added, whole, by renaming, so that several processes may convert at once. The cache may be
+deleted whenever no program runs.
+
+Bytes are hashed again only where a file's inode, size or times differ (`file_state`). Its time of
+change (ctime) is among them: tar, rsync and image layers keep size and modification time of what
+they replace, but no program can set the time of change.
 """
 
 import contextlib
@@ -21,13 +25,14 @@ from pathlib import Path
 import pyarrow as pa
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.sources import Source
 from afmrl_jax.data.validation import BadListing, CheckedListing, check_listing, identify
 
-FORMAT = 1  # of what the cache holds; raise it with any change of this file or data/checking.py
+FORMAT = 2  # of what the cache holds; raise it with any change of this file or data/checking.py
 BATCH_ROWS = 8192
 BATCH_BYTES = 32 << 20
-WATCHED_IMAGES = 100_000  # images whose size and time are looked at each time a catalogue opens
+WATCHED_IMAGES = 100_000  # images whose state is looked at each time a catalogue opens
 
 LISTING_COLUMNS = pa.schema(
     [
@@ -95,10 +100,35 @@ def bad_row(
     }
 
 
-def source_state(source: Source) -> str:
-    """A hash of the source files' names, sizes and modification times."""
-    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
-    return hashlib.blake2b(json.dumps([FORMAT, stats]).encode(), digest_size=12).hexdigest()
+FileState = tuple[int, int, int, int]
+
+
+def file_state(status: os.stat_result) -> FileState:
+    """What differs once a file was written again or replaced: inode, bytes, and its times of
+    modification and of change in ns."""
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _source_state(source: Source) -> str:
+    """A hash of the source files' names and states."""
+    states = [(str(file), file_state(file.stat())) for file in source.files]
+    return _hash_of([FORMAT, states])
+
+
+def _source_content(source: Source, home: Path) -> str:
+    """A hash of the source files' names and bytes; remembered in `home` for the state they have."""
+    remembered = home / f"{_source_state(source)}.content"
+    if not remembered.exists():
+        parts = [FORMAT]
+        for path in source.files:
+            with path.open("rb") as file:
+                parts.append((path.name, hashlib.file_digest(file, "blake2b").hexdigest()))
+        write_atomically(remembered, _hash_of(parts))
+    return remembered.read_text()
+
+
+def _hash_of(value: object) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=12).hexdigest()
 
 
 def convert(source: Source, cache_dir: Path) -> Path:
@@ -111,11 +141,14 @@ def convert(source: Source, cache_dir: Path) -> Path:
         raise UserError(
             f"the cache {cache_dir} can't be written ({error.strerror}); name another folder"
         ) from None
-    folder = home / source_state(source)
+    folder = home / _source_content(source, home)
     if not folder.exists():
         log.info("%s: converting %s", source.name, source.path)
+        state = _source_state(source)
         with new_folder(folder) as temporary:
             _convert_into(temporary, source)
+            if _source_state(source) != state:
+                raise UserError(f"{source.path} changed while it was read: start again")
     return folder
 
 
@@ -138,8 +171,7 @@ def _convert_into(folder: Path, source: Source) -> None:
         "bad": bad.counts,
     }
     (folder / "summary.json").write_text(json.dumps(summary))
-    names = _every_nth_image(folder, n_images)
-    (folder / "watched.json").write_text(json.dumps(names))
+    (folder / "watched.json").write_text(json.dumps(_watched(folder, n_images)))
 
 
 def _good_records(source: Source, bad: BadListings) -> Iterator[tuple[CheckedListing, int, int]]:
@@ -153,16 +185,23 @@ def _good_records(source: Source, bad: BadListings) -> Iterator[tuple[CheckedLis
                 bad.add(identify(record), part, number, problem)
 
 
-def _every_nth_image(folder: Path, n_images: int) -> list[str]:
-    """At most WATCHED_IMAGES names of image files, spread evenly over the catalogue."""
+def _watched(folder: Path, n_images: int) -> list[str]:
+    """Names of image files whose state is looked at whenever the catalogue opens.
+
+    Of more than WATCHED_IMAGES, at most as many, spread evenly, and the folders of all: whoever
+    replaces a file by another (as tar and rsync do) changes its folder too.
+    """
     step = max(1, -(-n_images // WATCHED_IMAGES))
     names: list[str] = []
+    folders: set[str] = set()
     seen = 0
     for batch in open_columns(folder / "listings.arrow").to_batches():
         flat = batch.column("images").flatten()
         names += [name for name in flat[-seen % step :: step].to_pylist() if name]
+        if step > 1:
+            folders.update(name.rpartition("/")[0] for name in flat.to_pylist() if name)
         seen += len(flat)
-    return names
+    return names + sorted(folders)
 
 
 class _Writer:

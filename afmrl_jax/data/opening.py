@@ -35,7 +35,7 @@ def open_listings(path: str, config: ConfigDict, report_dir: Path) -> Catalog:
         )
         for name in path.split(",")
     ]
-    return catalogues[0] if len(catalogues) == 1 else ConcatCatalog(catalogues)
+    return catalogues[0] if len(catalogues) == 1 else ConcatCatalog(catalogues, config.shared_ids)
 
 
 def with_attributes(catalogue: Catalog, config: ConfigDict, report_dir: Path) -> Catalog:

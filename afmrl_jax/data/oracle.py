@@ -1,7 +1,9 @@
 """Attributes that somebody else wrote: a JSONL laid over a catalogue.
 
-Each line is {"listing_id": ..., "attributes": {name: value}}, from any model or person
-(`programs/annotate.py` writes one); other fields are ignored.
+Each line is {"listing_id": ..., "attributes": {name: value}}, from any model or person. Lines of
+`programs/annotate.py` have "content" as well, the `Content.key` of the listing that the model was
+shown: it tells listings of equal ids apart, and old answers from those to the listing of today.
+Other fields are ignored.
 
 Axes: N listings of the catalogue · L good lines of the file.
 """
@@ -11,9 +13,10 @@ import dataclasses
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +27,7 @@ from afmrl_jax.data.conversion import BATCH_ROWS, BadListings, new_folder, open_
 from afmrl_jax.data.sources import Source, line_source
 from afmrl_jax.data.validation import BadListing, check_annotation, identify, quote
 
-FORMAT = 1  # of what the cache holds; raise it with any change of `_convert`
+FORMAT = 2  # of what the cache holds; raise it with any change of `_convert`
 COLUMNS = pa.schema([("attributes", pa.large_string())])
 log = logging.getLogger(__name__)
 
@@ -39,10 +42,13 @@ def open_attributes(
 ) -> "WithAttributes":
     """The catalogue with the attributes of a JSONL instead of its own.
 
-    A listing without a line has no attributes: its own would pass for the writer's. Lines of no
-    listing are counted and told. Bad lines, and second ones of a listing, follow on_bad_listing
-    as in `open_catalog`. The file is read once for each of its contents and kept in the cache.
-    Raises UserError, with a report of the bad lines, or where no line is of this catalogue.
+    A listing without a line has no attributes: its own would pass for the writer's. A line that
+    names a content goes to the listing of that id and content; where only one listing has the id,
+    its text or its photos must still be those of the line. Lines of no listing, and of what a
+    listing was before it changed, are counted and told. Bad lines, and second ones of one listing
+    and content, follow on_bad_listing as in `open_catalog`. The file is read once for each of its
+    contents and kept in the cache. Raises UserError, with a report of the bad lines, where no line
+    is of this catalogue, or where a line without content has an id of several listings.
     """
     source = line_source(path, "data.attributes")
     with source.path.open("rb") as file:
@@ -64,21 +70,50 @@ def open_attributes(
             with (folder / "bad.jsonl").open() as lines:
                 append_new(Path(report_dir) / "bad_listings.jsonl", lines)
         log.warning("%s\nThey are left out.", report)
-    if not summary["listings"]:
+    _tell(catalog, source, summary)
+    return WithAttributes(catalog, folder)
+
+
+def _tell(catalog: Catalog, source: Source, summary: dict[str, Any]) -> None:
+    """What of a file was laid over the catalogue. Raises UserError where that is nothing, or not
+    certain."""
+    if summary["ambiguous"]:
+        example = summary["ambiguous"][0]
+        raise UserError(
+            f"{len(summary['ambiguous']):,} listing_ids of {source.path} name several listings of "
+            f"{catalog.name} (as {example!r}), and their lines do not say which: give each listing "
+            "an id of its own, or let annotate write the file for these catalogues together"
+        )
+    counts = {name: summary[name] for name in ("listings", "unknown", "outdated", "changed")}
+    if not counts["listings"]:
         raise UserError(
             f"{source.path} has attributes of none of the {len(catalog):,} listings of "
-            f"{catalog.name} (as {catalog.listing(0).listing_id!r}): point data.attributes at a "
-            "file that was written for this catalogue"
+            f"{catalog.name} (as {catalog.listing(0).listing_id!r}"
+            + (
+                f"; {counts['outdated']:,} lines have their ids, but were written for others"
+                if counts["outdated"]
+                else ""
+            )
+            + "): point data.attributes at a file that was written for this catalogue"
         )
-    log.info(
-        "%s: attributes of %d of %d listings from %s%s",
-        catalog.name,
-        summary["listings"],
-        len(catalog),
-        source.path,
-        f"; {summary['unknown']} of its lines are of no listing" if summary["unknown"] else "",
-    )
-    return WithAttributes(catalog, folder)
+    parts = [
+        f"{catalog.name}: attributes of {counts['listings']:,} of {len(catalog):,} listings from "
+        f"{source.path}"
+    ]
+    if counts["unknown"]:
+        parts.append(f"{counts['unknown']:,} of its lines are of no listing")
+    if counts["outdated"]:
+        parts.append(
+            f"{counts['outdated']:,} lines were written for other texts and photos under the same "
+            "listing_id and are left out"
+        )
+    if counts["changed"]:
+        parts.append(
+            f"{counts['changed']:,} listings have other photos, or another text, than when they "
+            "were described"
+        )
+    odd = counts["outdated"] or counts["changed"]
+    log.log(logging.WARNING if odd else logging.INFO, "; ".join(parts))
 
 
 class WithAttributes(Overlay):
@@ -103,51 +138,99 @@ class WithAttributes(Overlay):
         return dataclasses.replace(listing, attributes=attributes)
 
 
+class _Line(NamedTuple):
+    """A good line of the file: its row among these, and the content that it names, if any."""
+
+    row: int
+    content: str
+
+
 def _convert(catalog: Catalog, source: Source, folder: Path) -> None:
     """Writes attributes.arrow (L rows of JSON), rows.npy int32[N] (each listing's row, -1 where it
     has none), bad.jsonl and summary.json."""
-    row_of: dict[str, int] = {}
+    lines: dict[str, list[_Line]] = {}
+    count = 0
     bad = BadListings(folder / "bad.jsonl", source)
     with (
         contextlib.closing(bad),
         pa.ipc.new_file(str(folder / "attributes.arrow"), COLUMNS) as writer,
     ):
         batch: list[str] = []
-        for listing_id, attributes in _good_lines(source, bad):
-            row_of[listing_id] = len(row_of)
+        for listing_id, content, attributes in _good_lines(source, bad):
+            lines.setdefault(listing_id, []).append(_Line(count, content))
+            count += 1
             batch.append(attributes)
             if len(batch) == BATCH_ROWS:
                 writer.write_batch(pa.record_batch([batch], schema=COLUMNS))
                 batch = []
         writer.write_batch(pa.record_batch([batch], schema=COLUMNS))
-    ids = (catalog.listing(index).listing_id for index in range(len(catalog)))
-    rows = np.fromiter((row_of.get(i, -1) for i in ids), np.int32, len(catalog))
+    rows, summary = _assign(catalog, lines)
     np.save(folder / "rows.npy", rows)
-    found = rows[rows >= 0]
-    summary = {
-        "lines": len(row_of),
-        "listings": len(found),
-        "unknown": len(row_of) - len(np.unique(found)),
-        "bad": bad.counts,
-    }
+    summary |= {"lines": count, "bad": bad.counts}
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
-def _good_lines(source: Source, bad: BadListings) -> Iterator[tuple[str, str]]:
-    """(listing_id, attributes as JSON) of each good line, the first of each listing."""
-    line_of: dict[str, int] = {}
+def _assign(catalog: Catalog, lines: dict[str, list[_Line]]) -> tuple[np.ndarray, dict[str, Any]]:
+    """Each listing's row, int32[N], -1 where it has none, and what came of the lines."""
+    ids = catalog.listing_ids.to_pylist()
+    first_only = catalog.identities == np.arange(len(ids))
+    listings_of = Counter(i for i, first in zip(ids, first_only) if first and i in lines)
+    rows = np.full(len(ids), -1, np.int32)
+    changed, ambiguous = 0, {}
+    for index, listing_id in enumerate(ids):
+        for line in reversed(lines.get(listing_id, ())):  # of several, the last answer
+            alone = listings_of[listing_id] == 1
+            if not line.content:
+                if not alone:
+                    ambiguous[listing_id] = None
+                rows[index] = line.row
+                break
+            match = _match(line.content, catalog.content(index).key)
+            if match == "whole" or (alone and match == "part"):
+                rows[index] = line.row
+                changed += match == "part"
+                break
+    used = set(rows.tolist())
+    waiting = [line for listing_id in listings_of for line in lines[listing_id]]
+    return rows, {
+        "listings": int((rows >= 0).sum()),
+        "changed": changed,
+        "outdated": sum(line.row not in used for line in waiting),
+        "unknown": sum(len(of_id) for i, of_id in lines.items() if i not in listings_of),
+        "ambiguous": list(ambiguous),
+    }
+
+
+def _match(written: str, now: str) -> Literal["whole", "part", "none"]:
+    """How much of a listing, text or photos, is still as when its line was written."""
+    if written == now:
+        return "whole"
+    half = len(now) // 2
+    no_photos = "0" * half
+    same_text = written[:half] == now[:half]
+    same_photos = written[half:] == now[half:] != no_photos
+    return "part" if same_text or same_photos else "none"
+
+
+def _good_lines(source: Source, bad: BadListings) -> Iterator[tuple[str, str, str]]:
+    """(listing_id, content or "", attributes as JSON) of each good line, the first of each listing
+    and content."""
+    line_of: dict[tuple[str, str], int] = {}
     for number, record in source.read(source.parts[0]):
         try:
             if isinstance(record, BadListing):
                 raise record
             listing_id, attributes = check_annotation(record)
-            if listing_id in line_of:
+            content = record.get("content") or ""
+            if not isinstance(content, str):
+                raise BadListing("wrong type", "content is no string; leave it out")
+            first = line_of.setdefault((listing_id, content), number)
+            if first != number:
                 raise BadListing(
                     "duplicate listing_id",
-                    f"listing_id {quote(listing_id)} stands already in line "
-                    f"{line_of[listing_id]}; keep one of the two",
+                    f"listing_id {quote(listing_id)} stands already in line {first}; keep one of "
+                    "the two",
                 )
-            line_of[listing_id] = number
-            yield listing_id, attributes
+            yield listing_id, content, attributes
         except BadListing as problem:
             bad.add(identify(record), 0, number, problem)

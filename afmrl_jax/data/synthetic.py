@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from afmrl_jax.core.writer import write_atomically
@@ -23,6 +24,7 @@ from afmrl_jax.data.builtin.photo import photograph
 from afmrl_jax.data.builtin.sellers import write
 from afmrl_jax.data.builtin.vocabulary import CATEGORIES, make_products
 from afmrl_jax.data.catalog import Listing
+from afmrl_jax.data.identity import Content
 
 __all__ = ["FAMILIES", "SyntheticCatalog"]
 log = logging.getLogger(__name__)
@@ -60,7 +62,28 @@ class SyntheticCatalog:
         self._row = np.cumsum(self._kept) - 1  # of the cached photos
         key = f"{_renderer()} {seed} {sorted(families.items())} {image_size}"
         self.fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
+        self.identities = np.arange(len(self.products), dtype=np.int32)
         self._photos: np.ndarray | None = None
+
+    @property
+    def listing_ids(self) -> pa.Array:
+        """large_string[N]."""
+        ids = [self._listing_id(index) for index in range(len(self))]
+        return pa.array(ids, pa.large_string())
+
+    @property
+    def product_ids(self) -> pa.Array:
+        """large_string[P], in the order of their codes."""
+        return pa.array([product.product_id for product in self._products], pa.large_string())
+
+    def content(self, index: int) -> Content:
+        """A hash for both text and photo: what renders them, and the listing's number."""
+        digest = hashlib.blake2b(f"{self.fingerprint} {index}".encode(), digest_size=8).digest()
+        rendered = int.from_bytes(digest)
+        return Content(rendered, frozenset([rendered]))
+
+    def _listing_id(self, index: int) -> str:
+        return f"{self._products[self.products[index]].product_id}-{index:06d}"
 
     def __len__(self) -> int:
         return len(self.products)
@@ -84,7 +107,7 @@ class SyntheticCatalog:
             self._random("text", index, draw), product.category, product.attributes
         )
         return Listing(
-            listing_id=f"{product.product_id}-{index:06d}" + (f"-{draw}" if draw else ""),
+            listing_id=self._listing_id(index) + (f"-{draw}" if draw else ""),
             product_id=product.product_id,
             title=title,
             description=description,

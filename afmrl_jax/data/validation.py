@@ -211,8 +211,8 @@ class ImageFolder:
         self._real_root = os.path.realpath(root)
         self._real_parent = functools.lru_cache(maxsize=4096)(os.path.realpath)
 
-    def locate(self, name: str) -> tuple[str, int, int]:
-        """(path, bytes, modification time in ns) of a named image. Raises BadListing."""
+    def locate(self, name: str) -> tuple[str, os.stat_result]:
+        """The path of a named image, and what the system knows of the file. Raises BadListing."""
         path = f"{self.root}/{name}"
         try:
             status = os.lstat(path)
@@ -235,7 +235,7 @@ class ImageFolder:
             )
         if not stat.S_ISREG(status.st_mode):
             raise BadListing("missing image", f"image {quote(name)} is no file; give a file's path")
-        return path, status.st_size, status.st_mtime_ns
+        return path, status
 
 
 def _too_many_bytes(what: str, size: int) -> str:

@@ -30,7 +30,7 @@ from afmrl_jax.attributes.text import Parsed, Verdict, parse
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.writer import RunWriter, write_atomically
-from afmrl_jax.data.catalog import Catalog, ConcatCatalog
+from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.opening import open_listings
 from afmrl_jax.data.processor import Row
 from afmrl_jax.data.views import evaluation_row
@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 GIVE_UP = 10  # listings in a row without an answer
 KEPT_CHARACTERS = 10_000  # of an invalid answer
+NO_CONTENT = ""  # in a line that does not say it
 DIGITS = 4  # of a confidence in the file
 RANGES = {
     "log_every": (1, math.inf),
@@ -101,8 +102,6 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     catalog = open_listings(config.data.path, config.data, workdir)
     model = Described(config, mesh) if config.generator else Asked(endpoint, config)
     listings = chosen_listings(catalog, config.split, config.share)
-    if isinstance(catalog, ConcatCatalog):
-        check_ids(catalog, listings)
     answers = AnswerFiles(workdir, config) if first_process else None
     left = listings[~model.agree(done_of(catalog, listings, answers))]
 
@@ -119,7 +118,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             stack.enter_context(contextlib.closing(closed_at_the_end))
         writer.say(f"{catalog.name}: {len(left)} of {len(listings)} listings are left to ask")
         for number, one in said:
-            listing_id = catalog.listing(int(left[number])).listing_id
+            index = int(left[number])
+            listing_id = catalog.listing(index).listing_id
             if one.problem:
                 tally["unanswered"], silent = tally["unanswered"] + 1, silent + 1
                 writer.say(f"listing {listing_id!r} got no answer: {one.problem}")
@@ -129,7 +129,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                         f"last: {one.problem}); mend that and give the same command again"
                     )
                 continue
-            answers.write(listing_id, one)
+            answers.write(listing_id, catalog.content(index).key, one)
             answered, silent = answered + 1, 0
             tally[one.parsed.verdict.value] += 1
             if answered % config.log_every == 0:
@@ -158,24 +158,28 @@ def chosen_listings(catalog: Catalog, split: str, share: float) -> np.ndarray:
     return listings[np.isin(catalog.products[listings], chosen)]
 
 
-def check_ids(catalog: ConcatCatalog, listings: np.ndarray) -> None:
-    """Raises UserError where two of the listings, int[N], have one id, by which answers are known.
-
-    Within one catalogue none have, or it would not have been opened.
-    """
-    ids = Counter(catalog.listing(int(index)).listing_id for index in listings)
-    if twice := next((listing_id for listing_id, count in ids.items() if count > 1), None):
-        raise UserError(
-            f"several of the catalogues {catalog.name} have a listing {twice!r}, and one file of"
-            " attributes could not tell them apart: annotate each in a --workdir of its own"
-        )
-
-
 def done_of(catalog: Catalog, listings: np.ndarray, answers: "AnswerFiles | None") -> np.ndarray:
-    """bool[N]: which of the listings, int[N], are answered; none where no file is known."""
-    if not answers or not answers.ids:
-        return np.zeros(len(listings), bool)
-    return np.array([catalog.listing(int(i)).listing_id in answers.ids for i in listings], bool)
+    """bool[N]: which of the listings, int[N], are answered as they are now; none where no file is
+    known. Tells how many have changed since their answer."""
+    done = np.zeros(len(listings), bool)
+    if not answers or not answers.keys:
+        return done
+    ids = {listing_id for listing_id, _ in answers.keys}
+    changed = 0
+    for place, index in enumerate(listings):
+        listing_id = catalog.listing(int(index)).listing_id
+        keys = {(listing_id, catalog.content(int(index)).key), (listing_id, NO_CONTENT)}
+        done[place] = bool(keys & answers.keys)
+        changed += listing_id in ids and not done[place]
+    if changed:
+        log.warning(
+            "%d listings have other texts or photos than those of their listing_id that are "
+            "answered in %s: they are asked about; the old answers stay, and data.attributes "
+            "leaves them out",
+            changed,
+            answers.workdir,
+        )
+    return done
 
 
 def pin_generator(config: ConfigDict) -> ConfigDict:
@@ -281,7 +285,8 @@ def shown_rows(catalog: Catalog, listings: Iterable[int], config: ConfigDict) ->
 
 
 class AnswerFiles:
-    """attributes.jsonl and invalid.jsonl of a workdir; ids: the listings that they hold."""
+    """attributes.jsonl and invalid.jsonl of a workdir; keys: what they hold, each listing's id and
+    its content (`Content.key`; NO_CONTENT in files of older versions)."""
 
     def __init__(self, workdir: Path, config: ConfigDict):
         """Leaves the configuration there too, which those who go on must have."""
@@ -292,34 +297,36 @@ class AnswerFiles:
                 for name in ("attributes", "invalid")
             )
             self._closed = stack.pop_all()
-        self.ids = self._valid.ids | self._invalid.ids
+        self.workdir, self.keys = workdir, self._valid.keys | self._invalid.keys
 
     def close(self) -> None:
         """Ends the writing."""
         self._closed.close()
 
-    def write(self, listing_id: str, said: Said) -> None:
-        """Adds a line to the file that the answer belongs in."""
+    def write(self, listing_id: str, content: str, said: Said) -> None:
+        """Adds a line to the file that the answer belongs in. content: the listing's."""
         if said.parsed.verdict is Verdict.VALID:
-            confidence = {} if said.confidence is None else {"confidence": said.confidence}
-            self._valid.write(listing_id, attributes=said.parsed.attributes, **confidence)
+            fields: dict[str, Any] = {"attributes": said.parsed.attributes}
+            if said.confidence is not None:
+                fields["confidence"] = said.confidence
+            self._valid.write(listing_id, **fields, content=content)
         else:
-            text = said.text[:KEPT_CHARACTERS]
-            self._invalid.write(listing_id, verdict=said.parsed.verdict.value, answer=text)
+            fields = {"verdict": said.parsed.verdict.value, "answer": said.text[:KEPT_CHARACTERS]}
+            self._invalid.write(listing_id, **fields, content=content)
 
 
 class AnswerFile:
     """Lines of JSON, each with a listing_id; after a kill it goes on behind the last whole one.
 
-    ids: the listings that it holds. Raises UserError where another run is writing it, or where a
-    line is not its own.
+    keys: the listings that it holds, see AnswerFiles. Raises UserError where another run is writing
+    it, or where a line is not its own.
     """
 
     def __init__(self, path: Path):
         self._file = path.open("a+b", buffering=0)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.ids, whole, tail = _read_ids(path)
+            self.keys, whole, tail = _read_keys(path)
             self._file.truncate(whole)
             self._file.write(tail)
         except BlockingIOError:
@@ -339,10 +346,10 @@ class AnswerFile:
         self._file.write(line.encode(errors="backslashreplace"))
 
 
-def _read_ids(path: Path) -> tuple[set[str], int, bytes]:
-    """The listing_ids of a file's whole lines, the bytes of these, and what they lack: the end of
-    the last one, where an editor left it out."""
-    ids, whole, tail = set(), 0, b""
+def _read_keys(path: Path) -> tuple[set[tuple[str, str]], int, bytes]:
+    """The keys of a file's whole lines, the bytes of these, and what they lack: the end of the last
+    one, where an editor left it out."""
+    keys, whole, tail = set(), 0, b""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
@@ -351,12 +358,13 @@ def _read_ids(path: Path) -> tuple[set[str], int, bytes]:
                 tail = b"\n"
             whole += len(line)
             try:
-                ids.add(json.loads(line)["listing_id"])
-            except (ValueError, RecursionError, LookupError, TypeError):
+                fields = json.loads(line)
+                keys.add((fields["listing_id"], fields.get("content", NO_CONTENT)))
+            except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
                 raise UserError(
                     f"{path} line {number} is no answer of this program: delete the line"
                 ) from None
-    return ids, whole, tail
+    return keys, whole, tail
 
 
 def _is_json(line: bytes) -> bool:

@@ -138,19 +138,25 @@ def _listings(config: ConfigDict, workdir: Path) -> _Listings:
     }
     # By content: a catalogue named twice, in two ways, would let a query find itself.
     distinct = {catalog.fingerprint: catalog for catalog in opened.values()}
-    catalog = with_attributes(ConcatCatalog(list(distinct.values())), config.data, workdir)
+    joined = ConcatCatalog(list(distinct.values()), config.data.shared_ids)
+    catalog = with_attributes(joined, config.data, workdir)
     starts = dict(zip(distinct, np.cumsum([0, *map(len, distinct.values())])))
 
     def indices(names: list[str], of: Callable[[Catalog], np.ndarray]) -> np.ndarray:
+        """One of each listing: several of the catalogues may hold it."""
         named = {opened[name].fingerprint: opened[name] for name in names}
-        return np.concatenate([of(part) + starts[key] for key, part in named.items()])
+        listings = np.concatenate([of(part) + starts[key] for key, part in named.items()])
+        _, first = np.unique(catalog.identities[listings], return_index=True)
+        return listings[np.sort(first)]
 
-    return _Listings(
-        catalog,
-        indices(queries, lambda part: _indices(part, config.eval.query_split)),
-        indices(gallery, lambda part: _indices(part, config.eval.gallery_split)),
-        indices(queries, lambda part: part.indices("train")) if config.eval.downstream else None,
-    )
+    asked = indices(queries, lambda part: _indices(part, config.eval.query_split))
+    searched = indices(gallery, lambda part: _indices(part, config.eval.gallery_split))
+    training = None
+    if config.eval.downstream:
+        training = indices(queries, lambda part: part.indices("train"))
+        judged = np.isin(catalog.identities[training], catalog.identities[asked])
+        training = training[~judged]
+    return _Listings(catalog, asked, searched, training)
 
 
 def _names(text: str) -> list[str]:

@@ -132,17 +132,17 @@ class Judge:
         A task is left out where there is nothing to find: no queries, or none whose product has
         another listing in the gallery, where the query's own does not count.
         """
-        products = self._catalog.products
+        products, identities = self._catalog.products, self._catalog.identities
         found = {}
         for task in tasks:
             if not can_be_run(task, self._catalog, queries, gallery):
                 continue
             found[task.name] = rank_and_score(
                 self.vectors(task.query_view, queries, self.enriched.queries),
-                queries,
+                identities[queries],
                 products[queries],
                 self.vectors(task.gallery_view, gallery, self.enriched.gallery),
-                gallery,
+                identities[gallery],
                 products[gallery],
                 exclude_self=task.exclude_self,
             )
@@ -162,7 +162,7 @@ def can_be_run(
     counts = np.bincount(catalog.products[gallery], minlength=int(catalog.products.max()) + 1)
     found = counts[catalog.products[queries]]
     if task.exclude_self:
-        found = found - np.isin(queries, gallery)
+        found = found - np.isin(catalog.identities[queries], catalog.identities[gallery])
     return bool((found > 0).any())
 
 

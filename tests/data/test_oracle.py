@@ -138,3 +138,65 @@ def test_a_configuration_names_the_file(agcl_config, tmp_path):
     (tmp_path / "attributes.jsonl").write_text(line(own.listing(0).listing_id, a="1"))
     other = open_catalogue(data.path, data, tmp_path)
     assert other.listing(0).attributes == {"a": "1"} != own.listing(0).attributes
+
+
+# ---- lines that say what they were written for
+
+
+def line_for(catalog, index, content=None, **attributes):
+    """As annotate writes it."""
+    content = catalog.content(index).key if content is None else content
+    listing_id = catalog.listing(index).listing_id
+    return json.dumps({"listing_id": listing_id, "attributes": attributes, "content": content})
+
+
+def key(text, photos):
+    return f"{text:016x}{photos:016x}"
+
+
+def test_attributes_of_another_catalogue_with_the_same_ids_are_refused(catalog, opened):
+    lines = [line_for(catalog, i, key(1, 2), color="red") for i in range(3)]
+    with pytest.raises(UserError, match=r"none of the .* 3 lines have their ids, but were"):
+        opened(*lines)
+
+
+def test_lines_for_what_a_listing_was_are_left_out_and_told(catalog, opened, caplog):
+    other = opened(line_for(catalog, 0, color="red"), line_for(catalog, 1, key(1, 2), color="blue"))
+    assert [other.listing(i).attributes for i in (0, 1)] == [{"color": "red"}, {}]
+    assert "1 lines were written for other texts and photos" in caplog.text
+
+
+@pytest.mark.parametrize("same", ["text", "photos"])
+def test_a_listing_with_a_new_text_or_new_photos_keeps_its_attributes_and_is_told(
+    same, catalog, opened, caplog
+):
+    now = catalog.content(0).key
+    content = now[:16] + key(0, 2)[16:] if same == "text" else key(1, 0)[:16] + now[16:]
+    other = opened(line_for(catalog, 0, content, color="red"))
+    assert other.listing(0).attributes == {"color": "red"}
+    assert "1 listings have other photos, or another text" in caplog.text
+
+
+def test_of_several_answers_the_one_for_what_the_listing_is_now_counts(catalog, opened):
+    lines = [
+        line_for(catalog, 0, key(1, 2), color="old"),
+        line_for(catalog, 0, color="now"),
+        line_for(catalog, 0, key(3, 4), color="another"),
+    ]
+    assert opened(*lines).listing(0).attributes == {"color": "now"}
+
+
+def test_a_line_that_does_not_say_which_of_two_listings_it_means_is_refused(tmp_path):
+    folders = [tmp_path / name for name in ("a", "b")]
+    for folder in folders:
+        folder.mkdir()
+        row = {"listing_id": "0", "product_id": "0", "title": folder.name}
+        (folder / "products.jsonl").write_text(json.dumps(row) + "\n")
+    both = ConcatCatalog([open_catalog(f, cache_dir=tmp_path / "cache") for f in folders])
+    path = tmp_path / "attributes.jsonl"
+    path.write_text(line("0", color="red"))
+    with pytest.raises(UserError, match=r"1 listing_ids .* name several listings .* \(as '0'\)"):
+        open_attributes(both, path, cache_dir=tmp_path / "cache")
+    path.write_text(line_for(both, 1, color="red"))
+    laid = open_attributes(both, path, cache_dir=tmp_path / "cache")
+    assert [laid.listing(i).attributes for i in (0, 1)] == [{}, {"color": "red"}]

@@ -349,13 +349,52 @@ def test_another_model_does_not_go_on_with_the_answers_of_the_first(config, tmp_
         main.run(config, tmp_path)
 
 
-def test_catalogues_with_the_same_ids_are_refused_before_anything_is_asked(
+def rename(folder: Path, listing_id: str, title: str) -> None:
+    """Puts another listing, with another photo, under a listing's id."""
+    path = folder / "products.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row in rows:
+        if row["listing_id"] == listing_id:
+            row["title"] = title
+            Image.new("RGB", (24, 24), "green").save(folder / row["images"][0])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_a_listing_that_changed_is_asked_again_and_its_old_answer_laid_over_nothing(
+    config, server, tmp_path, catalogue_folder, caplog
+):
+    shop = shutil.copytree(catalogue_folder, tmp_path / "shop")
+    config.data.path, config.split = str(shop), "test"
+    valid, _ = annotated(config, tmp_path / "run")
+    rename(shop, valid[0]["listing_id"], "Green sofa")
+    config.data.unlock().attributes = str(tmp_path / "run" / "attributes.jsonl")
+    catalog = open_catalogue(config.data.path, config.data, tmp_path)
+    changed = catalog.listing_ids.index(valid[0]["listing_id"]).as_py()
+    assert catalog.listing(changed).attributes == {}
+    assert "1 lines were written for other texts and photos" in caplog.text
+    del config.data.attributes
+    again, _ = annotated(config, tmp_path / "run")
+    assert len(server.payloads) == len(valid) + 1
+    assert "1 listings have other texts or photos" in caplog.text
+    assert again[: len(valid)] == valid  # nothing that was paid is lost
+
+
+def test_one_file_tells_listings_of_two_catalogues_with_one_id_apart(
     config, server, tmp_path, catalogue_folder
 ):
-    config.data.path = f"{catalogue_folder},{shutil.copytree(catalogue_folder, tmp_path / 'b')}"
-    with pytest.raises(UserError, match=r"several of the catalogues .* have a listing 'mug-red-0'"):
-        main.run(config, tmp_path / "run")
-    assert not server.payloads
+    other = shutil.copytree(catalogue_folder, tmp_path / "other")
+    rename(other, "mug-red-0", "Green sofa")
+    config.data.path = f"{catalogue_folder},{other}"
+    server.reply = lambda n: said(f"Color: {n}")
+    valid, _ = annotated(config, tmp_path / "run")
+    assert len(valid) == len(server.payloads) == 40 + 1  # what is the same is asked once
+    config.data.unlock().attributes = str(tmp_path / "run" / "attributes.jsonl")
+    catalog = open_catalogue(config.data.path, config.data, tmp_path)
+    for index in (0, 40):
+        listing = catalog.listing(index)
+        assert listing.listing_id == "mug-red-0"
+        (line,) = [row for row in valid if row["content"] == catalog.content(index).key]
+        assert listing.attributes == line["attributes"]
 
 
 def test_an_endpoint_is_asked_by_one_process(config, tmp_path, monkeypatch):
@@ -369,7 +408,7 @@ def test_a_last_line_whose_end_an_editor_left_out_is_kept(tmp_path):
     path.write_text('{"listing_id": "a"}\n{"listing_id": "b"}')
     for _ in range(2):
         answers = annotate.AnswerFile(path)
-        assert answers.ids == {"a", "b"}
+        assert answers.keys == {("a", ""), ("b", "")}
         answers.close()
     assert path.read_text() == '{"listing_id": "a"}\n{"listing_id": "b"}\n'
 

@@ -1,0 +1,146 @@
+"""Which listings of several catalogues are the same listing, and which only look so.
+
+Two listings are the same where their listing_id and product_id are equal and they share a photo, or
+their text where one of them has no photo: a query of one catalogue must not find itself in another.
+Equal ids alone are not enough. One id may have been given to two listings, and one listing may be
+shown by a customer's photo here and by a studio's there, which is a query worth asking.
+
+Axes: N listings of all catalogues · P products of all catalogues.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+EXAMPLES = 3  # ids that a report quotes
+
+
+class Content(NamedTuple):
+    """What a listing shows, as hashes of 64 bits: of its text, and of each photo's file."""
+
+    text: int
+    photos: frozenset[int]
+
+    @property
+    def key(self) -> str:
+        """32 hex digits that change with the text or the photos, equal on every machine."""
+        photos = 0
+        for photo in self.photos:
+            photos ^= photo
+        return f"{self.text:016x}{photos:016x}"
+
+
+class Listed(Protocol):
+    """What is asked of a catalogue here."""
+
+    name: str
+    products: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def content(self, index: int) -> Content: ...
+
+    @property
+    def listing_ids(self) -> pa.Array: ...
+
+    @property
+    def product_ids(self) -> pa.Array: ...
+
+
+@dataclass(frozen=True)
+class Identities:
+    """Who is who in several catalogues, listed one after the other.
+
+    listings: int32[N], the number of the first listing that is the same one. products: int32[N],
+    dense codes. The rest are ids for a report, those that several catalogues have.
+    """
+
+    listings: np.ndarray
+    products: np.ndarray
+    merged: list[str]  # listing_ids of listings that are the same
+    apart: list[str]  # listing_ids of listings that are not
+    disputed: list[str]  # of listings that are the same but for their product_id
+    shared_products: list[str]
+
+    def report(self) -> str:
+        """What is shared and how it is taken, in a sentence; "" where nothing is."""
+        parts = (
+            (self.merged, "listings stand in several of them and count once"),
+            (self.apart, "listing_ids name different listings, which stay apart"),
+            (self.shared_products, "product_ids stand in several and name one product each"),
+        )
+        return "; ".join(
+            f"{len(ids):,} {what} (as {', '.join(map(repr, ids[:EXAMPLES]))})"
+            for ids, what in parts
+            if ids
+        )
+
+
+def identify_listings(catalogs: Sequence[Listed]) -> Identities:
+    """Who is who where equal ids of the catalogues mean the same."""
+    starts = np.cumsum([0, *map(len, catalogs)])
+    products, shared_products = _products(catalogs)
+    listings = np.arange(starts[-1], dtype=np.int32)
+    merged, apart, disputed = [], [], []
+    ids = pa.chunked_array([catalog.listing_ids for catalog in catalogs], pa.large_string())
+    for listing_id, rows in _repeated(ids):
+        contents = []
+        for row in rows:
+            which = int(np.searchsorted(starts, row, side="right")) - 1
+            contents.append(catalogs[which].content(int(row - starts[which])))
+        kinds = set()
+        for place, row in enumerate(rows):
+            for earlier, content in zip(rows[:place], contents):
+                if not _same_content(contents[place], content):
+                    kinds.add("apart")
+                elif products[row] != products[earlier]:
+                    kinds.add("disputed")
+                else:
+                    listings[row] = listings[earlier]
+                    kinds.add("merged")
+                    break
+        for kind, found in (("merged", merged), ("apart", apart), ("disputed", disputed)):
+            if kind in kinds:
+                found.append(listing_id)
+    return Identities(listings, products, merged, apart, disputed, shared_products)
+
+
+def keep_apart(catalogs: Sequence[Listed]) -> Identities:
+    """Who is who where each catalogue numbers its own: nobody is in two of them."""
+    counts = [len(catalog.product_ids) for catalog in catalogs]
+    parts = [catalog.products + start for catalog, start in zip(catalogs, np.cumsum([0, *counts]))]
+    products = np.concatenate(parts).astype(np.int32)
+    return Identities(np.arange(len(products), dtype=np.int32), products, [], [], [], [])
+
+
+def _same_content(one: Content, other: Content) -> bool:
+    if one.photos and other.photos:
+        return bool(one.photos & other.photos)
+    return one.text == other.text
+
+
+def _products(catalogs: Sequence[Listed]) -> tuple[np.ndarray, list[str]]:
+    """int32[N], the code of each listing's product, and the product_ids that several have."""
+    ids = pa.chunked_array([catalog.product_ids for catalog in catalogs], pa.large_string())
+    codes = _codes(ids)
+    parts = np.split(codes, np.cumsum([len(catalog.product_ids) for catalog in catalogs])[:-1])
+    products = [part[catalog.products] for part, catalog in zip(parts, catalogs)]
+    return np.concatenate(products), [product_id for product_id, _ in _repeated(ids)]
+
+
+def _codes(values: pa.ChunkedArray) -> np.ndarray:
+    """int32[n]: equal for equal values, in order of first appearance."""
+    chunks = values.combine_chunks().dictionary_encode()
+    return chunks.indices.to_numpy().astype(np.int32)
+
+
+def _repeated(values: pa.ChunkedArray) -> list[tuple[str, np.ndarray]]:
+    """The values that stand more than once, each with its places, ascending."""
+    codes = _codes(values)
+    places = np.flatnonzero(np.bincount(codes)[codes] > 1)
+    places = places[np.argsort(codes[places], kind="stable")]
+    groups = np.split(places, np.flatnonzero(np.diff(codes[places])) + 1) if len(places) else []
+    return [(values[int(rows[0])].as_py(), rows) for rows in groups]
