@@ -63,9 +63,12 @@ class Catalog(Protocol):
     name: str
     fingerprint: str  # hex; changes with any text or image file, and with nothing else
     products: np.ndarray  # int32[N]: each listing's product as a dense code 0..P-1
-    identities: np.ndarray  # int32[N]: the first listing that is the same one; see identity.py
 
     def __len__(self) -> int: ...
+
+    @property
+    def identities(self) -> np.ndarray:
+        """int32[N]: the number of the first listing that is the same one; see identity.py."""
 
     @property
     def listing_ids(self) -> pa.Array:
@@ -207,7 +210,6 @@ class ArrowCatalog:
             np.load(checked / f"{name}.npy", mmap_mode="r")
             for name in ("texts", "photos", "photo_starts")
         )
-        self.identities = np.arange(len(self._rows), dtype=np.int32)
         self._table = open_columns(converted / "listings.arrow")
         stored = converted / "images.arrow"
         self._stored = open_columns(stored)["images"] if source.stores_images else None
@@ -223,6 +225,11 @@ class ArrowCatalog:
 
     def _get(self, column: str, index: int) -> Any:
         return self._table[column][int(self._rows[index])].as_py()
+
+    @property
+    def identities(self) -> np.ndarray:
+        """int32[N]: no two listings of one catalogue have one id."""
+        return np.arange(len(self), dtype=np.int32)
 
     @property
     def listing_ids(self) -> pa.Array:

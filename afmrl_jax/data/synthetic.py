@@ -62,8 +62,12 @@ class SyntheticCatalog:
         self._row = np.cumsum(self._kept) - 1  # of the cached photos
         key = f"{_renderer()} {seed} {sorted(families.items())} {image_size}"
         self.fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
-        self.identities = np.arange(len(self.products), dtype=np.int32)
         self._photos: np.ndarray | None = None
+
+    @property
+    def identities(self) -> np.ndarray:
+        """int32[N]: no two listings of one catalogue have one id."""
+        return np.arange(len(self), dtype=np.int32)
 
     @property
     def listing_ids(self) -> pa.Array:
