@@ -249,9 +249,12 @@ def test_a_split_field_is_followed_and_an_unknown_split_is_an_error(tmp_path):
 def test_images_come_upright_in_rgb_on_white(tmp_path):
     folder = write_folder(tmp_path / "a", [])
     names = ["alpha.png", "palette.png", "grey16.png", "cmyk.jpg", "turned.jpg"]
-    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(folder / "images/alpha.png")
+    alpha = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    alpha.putpixel((3, 3), (255, 0, 0, 255))
+    alpha.save(folder / "images/alpha.png")
     palette = Image.new("P", (4, 4), 0)
-    palette.putpalette([0, 0, 255])
+    palette.putpalette([0, 0, 255, 255, 0, 0])
+    palette.putpixel((3, 3), 1)
     palette.save(folder / "images/palette.png", transparency=0)
     grey = Image.fromarray(np.full((4, 4), 0x8000, np.uint16))
     grey.save(folder / "images/grey16.png")
@@ -266,6 +269,7 @@ def test_images_come_upright_in_rgb_on_white(tmp_path):
     alpha, palette, grey, cmyk, turned = (catalog.image(0, which) for which in range(5))
     assert {image.mode for image in (alpha, palette, grey, cmyk, turned)} == {"RGB"}
     assert alpha.getpixel((0, 0)) == palette.getpixel((0, 0)) == (255, 255, 255)
+    assert alpha.getpixel((3, 3)) == palette.getpixel((3, 3)) == (255, 0, 0)
     assert grey.getpixel((0, 0)) == (128, 128, 128)
     assert min(cmyk.getpixel((0, 0))) > 250
     assert turned.size == (4, 8)
