@@ -10,13 +10,14 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from afmrl_jax.data.conversion import (
     FORMAT,
@@ -25,6 +26,7 @@ from afmrl_jax.data.conversion import (
     new_folder,
     open_columns,
 )
+from afmrl_jax.data.names import SPLITS
 from afmrl_jax.data.sources import Source
 from afmrl_jax.data.validation import BadListing, ImageFolder, quote, read_image
 
@@ -33,15 +35,60 @@ FULLY_DECODED = 100_000  # images; of a larger catalogue's others only the heade
 log = logging.getLogger(__name__)
 
 
-def split_name(split: str) -> str:
-    """The split's name as catalogues keep it: "val" is "validation"."""
-    return "validation" if split == "val" else split
-
-
 def split_of_product(product_id: str) -> str:
     """The split of a product whose catalogue names none: 1 in 20 is validation, the rest train."""
     digest = hashlib.sha256(product_id.encode()).hexdigest()
     return "validation" if int(digest, 16) % 20 == 0 else "train"
+
+
+class SharedProducts(NamedTuple):
+    """Products that have listings in two splits."""
+
+    held_out: str
+    other: str
+    products: int  # in both
+    of: int  # all products of the held-out split
+    listings: int  # of the held-out split, of products in both
+    example: int  # the index of one of these listings
+
+
+def shared_products(
+    products: np.ndarray, listings: Mapping[str, np.ndarray]
+) -> list[SharedProducts]:
+    """Which of validation and test share products with train, and test with validation.
+
+    products: int32[N], codes 0..P-1. listings: split -> indices of its listings, of N; a split
+    that is left out is empty.
+    """
+    n_products = int(products.max(initial=-1)) + 1
+    inside = {split: np.zeros(n_products, bool) for split in SPLITS}
+    for split, mask in inside.items():
+        mask[products[listings.get(split, [])]] = True
+    shared = []
+    for held_out, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
+        both = inside[held_out] & inside[other]
+        if both.any():
+            rows = listings[held_out][both[products[listings[held_out]]]]
+            counts = int(both.sum()), int(inside[held_out].sum()), len(rows), int(rows[0])
+            shared.append(SharedProducts(held_out, other, *counts))
+    return shared
+
+
+def describe_shared(shared: Sequence[SharedProducts], product_id: Callable[[int], str]) -> str:
+    """What `shared_products` gave, what it means, and what to do.
+
+    product_id: the index of a listing -> its product_id.
+    """
+    counts = [
+        f"{s.products:,} of the {s.of:,} products of {s.held_out} are in {s.other} as well (with "
+        f"{s.listings:,} listings of {s.held_out}, as {quote(product_id(s.example))})"
+        for s in shared
+    ]
+    return (
+        f"{'; '.join(counts)}. Scores there are of products that the model was trained or chosen "
+        'by: give all listings of a product one split, or leave "split" out and products are '
+        "divided whole. Leave it so only where known products are to be found again"
+    )
 
 
 def check(source: Source, converted: Path, *, workers: int, anew: bool = False) -> Path:
@@ -113,7 +160,16 @@ def _check_into(folder: Path, source: Source, converted: Path, pool: Executor) -
     for name, array in (("kept", kept), ("products", products), ("splits", splits)):
         np.save(folder / f"{name}.npy", array)
     content.update(kept.tobytes() + images.content.digest())
-    summary = {"fingerprint": content.hexdigest(), "splits": names, "bad": bad.counts}
+    sizes = np.bincount(splits, minlength=len(names)).tolist()
+    listings = {s: np.flatnonzero(splits == names.index(s)) for s in SPLITS if s in names}
+    summary = {
+        "fingerprint": content.hexdigest(),
+        "splits": names,
+        "bad": bad.counts,
+        "split_sizes": dict(zip(names, sizes)),
+        "shared_products": shared_products(products, listings),
+        "case_twins": _case_twins(table),
+    }
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
@@ -152,16 +208,27 @@ def _codes(table: pa.Table, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, l
     """The good listings' products int32[N], their splits int32[N], and the splits' names."""
     products, product_ids = _encode(table["product_id"])
     said, values = _encode(table["split"])
-    names = sorted({split_name(value) for value in values.to_pylist()} | {"train", "validation"})
-    code_of = [names.index(split_name(value)) for value in values.to_pylist()]
-    splits = np.array([*code_of, -1], np.int32)[said]  # said is -1 where a listing names none
+    names = sorted({*values.to_pylist(), "train", "validation"})
+    code_of = {name: code for code, name in enumerate(names)}
+    codes = [code_of[value] for value in values.to_pylist()]
+    splits = np.array([*codes, -1], np.int32)[said]  # said is -1 where a listing names none
     if (splits < 0).any():
-        rule = [names.index(split_of_product(str(product))) for product in product_ids]
+        rule = [code_of[split_of_product(str(product))] for product in product_ids]
         splits = np.where(splits < 0, np.array(rule, np.int32)[products], splits)
     _, first, dense = np.unique(products[kept], return_index=True, return_inverse=True)
     order = np.empty(len(first), np.int32)  # codes in the order of the good listings
     order[np.argsort(first)] = np.arange(len(first))
     return order[dense], splits[kept], names
+
+
+def _case_twins(table: pa.Table) -> tuple[int, list[str]]:
+    """How many product_ids differ from another by upper and lower case alone, and two such."""
+    ids = pc.unique(table["product_id"])
+    lower = pc.utf8_lower(ids)
+    counts = pc.value_counts(lower)
+    twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    examples = ids.filter(pc.equal(lower, twice[0])).to_pylist()[:2] if len(twice) else []
+    return pc.sum(pc.is_in(lower, twice)).as_py() or 0, examples
 
 
 class _ImageCheck:

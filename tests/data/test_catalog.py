@@ -164,7 +164,7 @@ def test_a_parquet_file_that_can_not_be_right_is_refused_at_once(tmp_path):
         open_catalog(path, cache_dir=tmp_path)
 
 
-def test_a_tfds_dataset_is_read_by_folder_and_by_name(tmp_path, monkeypatch):
+def test_a_tfds_dataset_is_read_by_folder_and_by_name(tmp_path, monkeypatch, caplog):
     import tensorflow_datasets as tfds
 
     listings = rows(4)
@@ -180,6 +180,7 @@ def test_a_tfds_dataset_is_read_by_folder_and_by_name(tmp_path, monkeypatch):
                 "product_id": text,
                 "title": text,
                 "category": text,
+                "price": text,
                 "attributes": {"color": text, "size": text},
                 "images": tfds.features.Sequence(tfds.features.Image()),
             }
@@ -195,12 +196,15 @@ def test_a_tfds_dataset_is_read_by_folder_and_by_name(tmp_path, monkeypatch):
                 images = [str(folder / image) for image in row["images"]]
                 yield (
                     index,
-                    {k: v for k, v in row.items() if k != "description"} | {"images": images},
+                    {k: v for k, v in row.items() if k != "description"}
+                    | {"images": images, "price": "5"},
                 )
 
     home = tmp_path / "tfds"
     Shop(data_dir=home, file_format="array_record").download_and_prepare()
-    by_folder = open_catalog(home / "shop" / "1.0.0", cache_dir=tmp_path)
+    with caplog.at_level("INFO", "afmrl_jax"):
+        by_folder = open_catalog(home / "shop" / "1.0.0", cache_dir=tmp_path)
+    assert 'shop: fields that are not read: "price" (4 listings)' in caplog.messages
     assert by_folder.name == "shop"
     # TFDS shuffles as it writes
     found = [int(by_folder.listing(i).listing_id[1:]) for i in range(len(by_folder))]
