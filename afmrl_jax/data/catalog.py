@@ -163,6 +163,13 @@ def _notices(catalog: "ArrowCatalog", converted: Path, checked: Path) -> Iterato
             f"{n_twins:,} product_ids differ by upper and lower case alone, as {quote(twins[0])} "
             f"and {quote(twins[1])}: they stay different products",
         )
+    n_plain, plain = checks["one_coloured"]
+    if n_plain:
+        yield (
+            logging.WARNING,
+            f"{n_plain:,} images of the {source['n_images']:,} show one colour and nothing else, "
+            f"as of listing {quote(plain[0])}",
+        )
     if said := {f"{text} = {value}": n for text, (n, value) in readings["splits_read"].items()}:
         yield logging.INFO, f"names of splits: {_counted(said)}"
     if 0 < (count := readings["without_split"]) < source["n_rows"]:

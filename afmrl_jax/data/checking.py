@@ -28,7 +28,7 @@ from afmrl_jax.data.conversion import (
 )
 from afmrl_jax.data.names import SPLITS
 from afmrl_jax.data.sources import Source
-from afmrl_jax.data.validation import BadListing, ImageFolder, quote, read_image
+from afmrl_jax.data.validation import BadListing, ImageFolder, is_one_colour, quote, read_image
 
 X, Y = TypeVar("X"), TypeVar("Y")
 FULLY_DECODED = 100_000  # images; of a larger catalogue's others only the header is read
@@ -160,6 +160,7 @@ def _check_into(folder: Path, source: Source, converted: Path, pool: Executor) -
     for name, array in (("kept", kept), ("products", products), ("splits", splits)):
         np.save(folder / f"{name}.npy", array)
     content.update(kept.tobytes() + images.content.digest())
+    one_coloured = [row for row in images.one_coloured if good[row]]
     sizes = np.bincount(splits, minlength=len(names)).tolist()
     listings = {s: np.flatnonzero(splits == names.index(s)) for s in SPLITS if s in names}
     summary = {
@@ -169,6 +170,7 @@ def _check_into(folder: Path, source: Source, converted: Path, pool: Executor) -
         "split_sizes": dict(zip(names, sizes)),
         "shared_products": shared_products(products, listings),
         "case_twins": _case_twins(table),
+        "one_coloured": [len(one_coloured), [_origin(table, row)[0] for row in one_coloured[:1]]],
     }
     (folder / "summary.json").write_text(json.dumps(summary))
 
@@ -235,7 +237,8 @@ class _ImageCheck:
     """Looks at every image of a converted catalogue; remembers the good ones between runs.
 
     An image is known by a 64-bit hash of its name, size and time (of its bytes where they are
-    stored), whose last bit says whether it was decoded or only its header read.
+    stored), whose last two bits say whether it was decoded or only its header read, and whether it
+    is of one colour.
     """
 
     def __init__(
@@ -248,10 +251,11 @@ class _ImageCheck:
         self._stored = open_columns(stored) if source.stores_images else None
         self._decode_each = max(1, -(-n_images // FULLY_DECODED))
         self._pool = pool
-        self._memory = converted.parent / "good_images.npy"
+        self._memory = converted.parent / f"good_images-{FORMAT}.npy"
         exists = self._memory.exists()
         self._known = np.load(self._memory) if exists else np.zeros(0, np.uint64)
         self._good: list[np.ndarray] = []
+        self.one_coloured: list[int] = []  # rows, of the images that were decoded
 
     def problems(self) -> Iterator[tuple[int, BadListing]]:
         """(row, what is wrong) of every image that can't be used."""
@@ -264,9 +268,11 @@ class _ImageCheck:
             names = images.flatten().to_pylist()
             data = stored_batch.column("images").flatten() if stored_batch else [None] * len(names)
             found = _in_chunks(self._pool, self._look, list(zip(names, data)))
-            for row, (_, _, problem) in zip(rows.tolist(), found):
+            for row, (key, _, problem) in zip(rows.tolist(), found):
                 if problem:
                     yield row, problem
+                elif key & 3 == 3:
+                    self.one_coloured.append(row)
             self._good.append(np.array([t for t, _, problem in found if not problem], np.uint64))
             self.content.update(np.array([size for _, size, _ in found], np.int64).tobytes())
             start += len(batch)
@@ -289,12 +295,15 @@ class _ImageCheck:
             else:
                 path, key = data, _hash(data)
                 content = key >> 1
-            decode = (key >> 1) % self._decode_each == 0
-            if not (self._knows(key | 1) or (not decode and self._knows(key & ~1))):
-                read_image(path, name, decode=decode)
+            decode = (key >> 2) % self._decode_each == 0
+            key &= ~3
+            for known in (key | 1, key | 3) if decode else (key | 1, key | 3, key):
+                if self._knows(known):
+                    return known, content, None
+            image = read_image(path, name, decode=decode)
         except BadListing as problem:
             return 0, -1, problem
-        return (key | 1 if decode else key & ~1), content, None
+        return key if image is None else key | 1 | 2 * is_one_colour(image), content, None
 
     def _knows(self, key: int) -> bool:
         place = np.searchsorted(self._known, np.uint64(key))

@@ -279,6 +279,22 @@ def test_images_come_upright_in_rgb_on_white(tmp_path):
     assert turned.size == (4, 8)
 
 
+def test_images_of_one_colour_are_counted_and_named_at_each_opening(tmp_path, caplog):
+    folder = write_folder(tmp_path / "a", rows(6))
+    (folder / "images/3.png").write_bytes(png("red", size=(1, 1)))
+    two = Image.new("RGB", (8, 6), "red")
+    two.putpixel((0, 0), (0, 0, 255))
+    two.save(folder / "images/1.png")
+    for more in ([], [], rows(7)[6:]):  # converted, from the cache, checked again with one more
+        write = "".join(json.dumps(row) + "\n" for row in rows(6) + more)
+        (folder / "products.jsonl").write_text(write)
+        caplog.clear()
+        catalog = open_catalog(folder, cache_dir=tmp_path)
+        said = "a: 2 images of the 3 show one colour and nothing else, as of listing "
+        assert said + '"l3"' in caplog.messages
+    assert len(catalog) == 7
+
+
 def test_an_image_that_goes_bad_later_is_an_error_or_skipped_and_told_once(tmp_path):
     folder = write_folder(tmp_path / "a", rows(4))
     strict = open_catalog(folder, cache_dir=tmp_path)
