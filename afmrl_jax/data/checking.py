@@ -28,7 +28,8 @@ from afmrl_jax.data.conversion import (
 )
 from afmrl_jax.data.names import SPLITS
 from afmrl_jax.data.sources import Source
-from afmrl_jax.data.validation import BadListing, ImageFolder, is_one_colour, quote, read_image
+from afmrl_jax.data.validation import BadListing, ImageFolder, quote, read_image
+from afmrl_jax.models.pixels import is_one_colour
 
 X, Y = TypeVar("X"), TypeVar("Y")
 FULLY_DECODED = 100_000  # images; of a larger catalogue's others only the header is read

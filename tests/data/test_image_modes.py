@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from afmrl_jax.data.validation import BadListing, is_one_colour, read_image
+from afmrl_jax.data.validation import BadListing, read_image
+from afmrl_jax.models.pixels import is_one_colour, upright_rgb
 
 PHOTO = np.arange(4 * 8 * 3, dtype=np.uint8).reshape(4, 8, 3) * 2  # [height, width, RGB]
 RAMP = np.arange(32).reshape(4, 8) / 31  # grey, 0 to 1
@@ -92,6 +93,8 @@ def test_all_eight_orientations_come_upright_as_pillow_turns_them(turn, kind):
     expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert np.array_equal(shown(data), expected)
     assert expected.size == ((8, 4) if turn < 5 else (4, 8))
+    again = upright_rgb(read_image(data, "x"))  # as an exported encoder does with our images
+    assert np.array_equal(again, expected)
 
 
 QUARTER = orientation(b"\6\0")
