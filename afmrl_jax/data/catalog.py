@@ -7,12 +7,11 @@ Axes: N listings · P products.
 """
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -22,16 +21,22 @@ import pyarrow as pa
 from PIL import Image
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.checking import check, split_name, split_of_product, watches_every_image
+from afmrl_jax.data.checking import (
+    SharedProducts,
+    check,
+    describe_shared,
+    split_of_product,
+    watches_every_image,
+)
 from afmrl_jax.data.conversion import bad_row, convert, open_columns
-from afmrl_jax.data.identity import Content, identify_listings, keep_apart
+from afmrl_jax.data.identity import Content
+from afmrl_jax.data.names import SPLITS, may_hold_images, split_name
 from afmrl_jax.data.sources import Source, find_source
-from afmrl_jax.data.validation import BadListing, ImageFolder, read_image
+from afmrl_jax.data.validation import BadListing, ImageFolder, quote, read_image
 
 __all__ = [
     "ArrowCatalog",
     "Catalog",
-    "ConcatCatalog",
     "Listing",
     "Overlay",
     "open_catalog",
@@ -54,7 +59,7 @@ class Listing:
     category: str
     attributes: dict[str, str]
     n_images: int
-    split: str | None  # as the source says it ("val" read as "validation"); None: by the split rule
+    split: str | None  # of the source, as `split_name` reads it; None: by the split rule
 
 
 class Catalog(Protocol):
@@ -141,7 +146,80 @@ def open_catalog(
         raise UserError(
             f"the catalogue {source.path} is empty{left}; it needs at least one listing"
         )
+    for level, notice in _notices(catalog, converted, checked):
+        log.log(level, "%s: %s", catalog.name, notice)
     return catalog
+
+
+def _notices(catalog: "ArrowCatalog", converted: Path, checked: Path) -> Iterator[tuple[int, str]]:
+    """(level, sentence) of all that is read otherwise than it is written, or not at all."""
+    source = json.loads((converted / "summary.json").read_text())
+    checks = json.loads((checked / "summary.json").read_text())
+    readings, sizes = source["readings"], checks["split_sizes"]
+    if unread := readings["unread"]:
+        yield logging.INFO, f"fields that are not read: {_counted(unread)}"
+    pictures = [quote(name) for name in unread if may_hold_images(name)]
+    if pictures and not source["n_images"]:
+        yield (
+            logging.WARNING,
+            f"no listing has an image, though {pictures[0]} may tell of some: put the files into "
+            'the folder and name them in "images"',
+        )
+    for field, (count, text, value) in readings["cleaned"].items():
+        yield (
+            logging.WARNING,
+            f"{field}s are read without blanks at their ends and invisible characters, as NFC: "
+            f"in {_listings(count)} that changes them, as {quote(text)} to {quote(value)}",
+        )
+    n_twins, twins = checks["case_twins"]
+    if n_twins:
+        yield (
+            logging.WARNING,
+            f"{n_twins:,} product_ids differ by upper and lower case alone, as {quote(twins[0])} "
+            f"and {quote(twins[1])}: they stay different products",
+        )
+    n_plain, plain = checks["one_coloured"]
+    if n_plain:
+        yield (
+            logging.WARNING,
+            f"{n_plain:,} images of the {source['n_images']:,} show one colour and nothing else, "
+            f"as of listing {quote(plain[0])}",
+        )
+    if said := {f"{text} = {value}": n for text, (n, value) in readings["splits_read"].items()}:
+        yield logging.INFO, f"names of splits: {_counted(said)}"
+    if 0 < (count := readings["without_split"]) < source["n_rows"]:
+        yield (
+            logging.WARNING,
+            f"{_listings(count)} of {source['n_rows']:,} name no split: of their products 1 in 20 "
+            "is validation, the rest train",
+        )
+    if others := {name: size for name, size in sizes.items() if name not in SPLITS and size}:
+        yield (
+            logging.WARNING,
+            f"it has other splits, {_counted(others)}: nothing trains on them, nor is judged by "
+            "them unless eval.query_split or eval.gallery_split names one",
+        )
+    if sizes["train"] and not sizes["validation"] + sizes.get("test", 0):
+        yield (
+            logging.WARNING,
+            "it has no listing of validation or test, by which a model could be judged",
+        )
+    if shared := [SharedProducts(*row) for row in checks["shared_products"]]:
+        yield (
+            logging.WARNING,
+            describe_shared(shared, lambda index: catalog.listing(index).product_id),
+        )
+
+
+def _listings(count: int) -> str:
+    return f"{count:,} listing{'' if count == 1 else 's'}"
+
+
+def _counted(counts: dict[str, int]) -> str:
+    """Names with their numbers of listings, the first REPORTED of them."""
+    named = [f"{quote(name)} ({_listings(count)})" for name, count in counts.items()]
+    more = [f"{len(named) - REPORTED:,} more"] if len(named) > REPORTED else []
+    return ", ".join(named[:REPORTED] + more)
 
 
 def _bad_counts(*folders: Path) -> Counter[str]:
@@ -253,7 +331,6 @@ class ArrowCatalog:
 
     def listing(self, index: int, draw: int = 0) -> Listing:
         """The listing's text; `draw` is for rendered catalogues."""
-        split = self._get("split", index)
         return Listing(
             listing_id=self._get("listing_id", index),
             product_id=self._get("product_id", index),
@@ -262,7 +339,7 @@ class ArrowCatalog:
             category=self._get("category", index),
             attributes=json.loads(self._get("attributes", index)),
             n_images=len(self._table["images"][int(self._rows[index])]),
-            split=split and split_name(split),
+            split=self._get("split", index),
         )
 
     def image(self, index: int, which: int = 0, draw: int = 0) -> Image.Image | None:
@@ -304,78 +381,6 @@ class ArrowCatalog:
             known = ", ".join([*self._split_names, "all"])
             raise UserError(f"{self.name} has no split {split!r}; it has {known}")
         return np.flatnonzero(self._splits == self._split_names.index(split))
-
-
-class ConcatCatalog:
-    """Several catalogues one after another: see Catalog.
-
-    A listing that several of them hold (identity.py says what makes two the same) belongs to the
-    first one's splits alone, so that no split holds it twice and no two splits hold it.
-    """
-
-    def __init__(self, catalogs: Sequence[Catalog], shared_ids: bool = True):
-        """shared_ids: equal ids of two catalogues mean the same; else each numbers its own.
-
-        Tells what is shared. Raises UserError where one listing is said to be of two products.
-        """
-        if not catalogs:
-            raise ValueError("ConcatCatalog needs at least one catalogue")
-        self._catalogs = tuple(catalogs)
-        self._starts = np.cumsum([0, *map(len, catalogs)])
-        self.name = "+".join(catalog.name for catalog in catalogs)
-        mode = () if shared_ids else ("apart",)
-        self.fingerprint = _fingerprint(*(catalog.fingerprint for catalog in catalogs), *mode)
-        who = identify_listings(catalogs) if shared_ids else keep_apart(catalogs)
-        self.products, self.identities = who.products, who.listings
-        cure = "where each catalogue numbers its own, set data.shared_ids=False"
-        if who.disputed:
-            raise UserError(
-                f"{self.name}: {len(who.disputed):,} listings are of one product in one catalogue "
-                f"and of another in the next (as {who.disputed[0]!r}): correct their product_id, "
-                f"or, {cure}"
-            )
-        if report := who.report():
-            log.log(
-                logging.WARNING if who.apart else logging.INFO, f"{self.name}: {report}; {cure}"
-            )
-
-    @property
-    def listing_ids(self) -> pa.Array:
-        """large_string[N]."""
-        return pa.concat_arrays([catalog.listing_ids for catalog in self._catalogs])
-
-    @property
-    def product_ids(self) -> pa.Array:
-        """large_string[P], in the order of their codes."""
-        _, first = np.unique(self.products, return_index=True)
-        ids = [self.listing(int(index)).product_id for index in first]
-        return pa.array(ids, pa.large_string())
-
-    def content(self, index: int) -> Content:
-        catalog, index = self._find(index)
-        return catalog.content(index)
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def _find(self, index: int) -> tuple[Catalog, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"listing {index} of {len(self)}")
-        which = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._catalogs[which], int(index - self._starts[which])
-
-    def listing(self, index: int, draw: int = 0) -> Listing:
-        catalog, index = self._find(index)
-        return catalog.listing(index, draw)
-
-    def image(self, index: int, which: int = 0, draw: int = 0) -> Image.Image | None:
-        catalog, index = self._find(index)
-        return catalog.image(index, which, draw)
-
-    def indices(self, split: str) -> np.ndarray:
-        parts = [catalog.indices(split) for catalog in self._catalogs]
-        listings = np.concatenate([part + start for part, start in zip(parts, self._starts)])
-        return listings[self.identities[listings] == listings]
 
 
 class Overlay:
@@ -421,7 +426,3 @@ class Overlay:
 
     def indices(self, split: str) -> np.ndarray:
         return self._catalog.indices(split)
-
-
-def _fingerprint(*parts: str) -> str:
-    return hashlib.blake2b(" ".join(parts).encode(), digest_size=16).hexdigest()

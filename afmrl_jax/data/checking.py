@@ -16,10 +16,10 @@ import logging
 import os
 import shutil
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -35,23 +35,70 @@ from afmrl_jax.data.conversion import (
     new_folder,
     open_columns,
 )
+from afmrl_jax.data.names import SPLITS
 from afmrl_jax.data.sources import Source
 from afmrl_jax.data.validation import BadListing, ImageFolder, quote, read_image
+from afmrl_jax.models.pixels import is_one_colour
 
 X, Y = TypeVar("X"), TypeVar("Y")
 FULLY_DECODED = 100_000  # images; of a larger catalogue's others only the header is read
 log = logging.getLogger(__name__)
 
 
-def split_name(split: str) -> str:
-    """The split's name as catalogues keep it: "val" is "validation"."""
-    return "validation" if split == "val" else split
-
-
 def split_of_product(product_id: str) -> str:
     """The split of a product whose catalogue names none: 1 in 20 is validation, the rest train."""
     digest = hashlib.sha256(product_id.encode()).hexdigest()
     return "validation" if int(digest, 16) % 20 == 0 else "train"
+
+
+class SharedProducts(NamedTuple):
+    """Products that have listings in two splits."""
+
+    held_out: str
+    other: str
+    products: int  # in both
+    of: int  # all products of the held-out split
+    listings: int  # of the held-out split, of products in both
+    example: int  # the index of one of these listings
+
+
+def shared_products(
+    products: np.ndarray, listings: Mapping[str, np.ndarray]
+) -> list[SharedProducts]:
+    """Which of validation and test share products with train, and test with validation.
+
+    products: int32[N], codes 0..P-1. listings: split -> indices of its listings, of N; a split
+    that is left out is empty.
+    """
+    n_products = int(products.max(initial=-1)) + 1
+    inside = {split: np.zeros(n_products, bool) for split in SPLITS}
+    for split, mask in inside.items():
+        mask[products[listings.get(split, [])]] = True
+    shared = []
+    for held_out, other in (("validation", "train"), ("test", "train"), ("test", "validation")):
+        both = inside[held_out] & inside[other]
+        if both.any():
+            rows = listings[held_out][both[products[listings[held_out]]]]
+            counts = int(both.sum()), int(inside[held_out].sum()), len(rows), int(rows[0])
+            shared.append(SharedProducts(held_out, other, *counts))
+    return shared
+
+
+def describe_shared(shared: Sequence[SharedProducts], product_id: Callable[[int], str]) -> str:
+    """What `shared_products` gave, what it means, and what to do.
+
+    product_id: the index of a listing -> its product_id.
+    """
+    counts = [
+        f"{s.products:,} of the {s.of:,} products of {s.held_out} are in {s.other} as well (with "
+        f"{s.listings:,} listings of {s.held_out}, as {quote(product_id(s.example))})"
+        for s in shared
+    ]
+    return (
+        f"{'; '.join(counts)}. Scores there are of products that the model was trained or chosen "
+        'by: give all listings of a product one split, or leave "split" out and products are '
+        "divided whole. Leave it so only where known products are to be found again"
+    )
 
 
 def check(source: Source, converted: Path, *, workers: int, anew: bool = False) -> Path:
@@ -141,7 +188,18 @@ def _check_into(folder: Path, source: Source, converted: Path, pool: Executor) -
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)
     content.update(kept.tobytes() + photos.tobytes())
-    summary = {"fingerprint": content.hexdigest(), "splits": names, "bad": bad.counts}
+    one_coloured = [row for row in images.one_coloured if good[row]]
+    sizes = np.bincount(splits, minlength=len(names)).tolist()
+    listings = {s: np.flatnonzero(splits == names.index(s)) for s in SPLITS if s in names}
+    summary = {
+        "fingerprint": content.hexdigest(),
+        "splits": names,
+        "bad": bad.counts,
+        "split_sizes": dict(zip(names, sizes)),
+        "shared_products": shared_products(products, listings),
+        "case_twins": _case_twins(table),
+        "one_coloured": [len(one_coloured), [_origin(table, row)[0] for row in one_coloured[:1]]],
+    }
     (folder / "summary.json").write_text(json.dumps(summary))
 
 
@@ -188,11 +246,12 @@ def _codes(table: pa.Table, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, l
     """The good listings' products int32[N], their splits int32[N], and the splits' names."""
     products, product_ids = _encode(table["product_id"])
     said, values = _encode(table["split"])
-    names = sorted({split_name(value) for value in values.to_pylist()} | {"train", "validation"})
-    code_of = [names.index(split_name(value)) for value in values.to_pylist()]
-    splits = np.array([*code_of, -1], np.int32)[said]  # said is -1 where a listing names none
+    names = sorted({*values.to_pylist(), "train", "validation"})
+    code_of = {name: code for code, name in enumerate(names)}
+    codes = [code_of[value] for value in values.to_pylist()]
+    splits = np.array([*codes, -1], np.int32)[said]  # said is -1 where a listing names none
     if (splits < 0).any():
-        rule = [names.index(split_of_product(str(product))) for product in product_ids]
+        rule = [code_of[split_of_product(str(product))] for product in product_ids]
         splits = np.where(splits < 0, np.array(rule, np.int32)[products], splits)
     _, first, dense = np.unique(products[kept], return_index=True, return_inverse=True)
     order = np.empty(len(first), np.int32)  # codes in the order of the good listings
@@ -200,12 +259,22 @@ def _codes(table: pa.Table, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, l
     return order[dense], splits[kept], names
 
 
+def _case_twins(table: pa.Table) -> tuple[int, list[str]]:
+    """How many product_ids differ from another by upper and lower case alone, and two such."""
+    ids = pc.unique(table["product_id"])
+    lower = pc.utf8_lower(ids)
+    counts = pc.value_counts(lower)
+    twice = counts.field("values").filter(pc.greater(counts.field("counts"), 1))
+    examples = ids.filter(pc.equal(lower, twice[0])).to_pylist()[:2] if len(twice) else []
+    return pc.sum(pc.is_in(lower, twice)).as_py() or 0, examples
+
+
 class _ImageCheck:
     """Looks at every image of a converted catalogue; remembers the good ones between runs.
 
     An image file is known by a 64-bit hash of its name and state (of its bytes where they are
-    stored), whose last bit says whether it was decoded or only its header read; beside it stands
-    the hash of its bytes.
+    stored), whose last two bits say whether it was decoded or only its header read, and whether it
+    is of one colour; beside it stands the hash of its bytes.
     """
 
     def __init__(
@@ -222,6 +291,7 @@ class _ImageCheck:
         self._known = np.load(self._memory) if exists else np.zeros((0, 2), np.uint64)
         self._good: list[np.ndarray] = []  # [n, 2]: the hash of name and state, that of the bytes
         self._photos: list[np.ndarray] = []  # hashes of the bytes of all images in order
+        self.one_coloured: list[int] = []  # rows, of the images that were decoded
 
     def problems(self) -> Iterator[tuple[int, BadListing]]:
         """(row, what is wrong) of every image that can't be used."""
@@ -234,9 +304,11 @@ class _ImageCheck:
             names = images.flatten().to_pylist()
             data = stored_batch.column("images").flatten() if stored_batch else [None] * len(names)
             looks = _in_chunks(self._pool, self._look, list(zip(names, data)))
-            for row, (*_, problem) in zip(rows.tolist(), looks):
+            for row, (key, _, problem) in zip(rows.tolist(), looks):
                 if problem:
                     yield row, problem
+                elif key & 3 == 3:
+                    self.one_coloured.append(row)
             good = [(key, photo) for key, photo, problem in looks if not problem]
             self._good.append(np.array(good, np.uint64).reshape(-1, 2))
             self._photos.append(np.array([photo for _, photo, _ in looks], np.uint64))
@@ -268,16 +340,17 @@ class _ImageCheck:
                 key = _hash(json.dumps([name, file_state(status)]).encode())
             else:
                 path, key = data, _hash(data)
-            decode = (key >> 1) % self._decode_each == 0
-            photo = self._known_photo(key | 1)
-            if photo is None and not decode:
-                photo = self._known_photo(key & ~1)
-            if photo is None:
-                read_image(path, name, decode=decode)
-                photo = _hash_of_file(path) if data is None else key
+            photo = None if data is None else key
+            decode = (key >> 2) % self._decode_each == 0
+            key &= ~3
+            for known in (key | 1, key | 3) if decode else (key | 1, key | 3, key):
+                if (seen := self._known_photo(known)) is not None:
+                    return known, seen, None
+            image = read_image(path, name, decode=decode)
+            photo = _hash_of_file(path) if photo is None else photo
         except BadListing as problem:
             return 0, 0, problem
-        return (key | 1 if decode else key & ~1), photo, None
+        return key if image is None else key | 1 | 2 * is_one_colour(image), photo, None
 
     def _known_photo(self, key: int) -> int | None:
         keys = self._known[:, 0]

@@ -19,19 +19,28 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.writer import write_atomically
+from afmrl_jax.data.names import FIELD_NAMES, LONGEST
 from afmrl_jax.data.sources import Source
-from afmrl_jax.data.validation import BadListing, CheckedListing, check_listing, identify
+from afmrl_jax.data.validation import (
+    NOTHING,
+    BadListing,
+    CheckedListing,
+    check_listing,
+    identify,
+)
 
 FORMAT = 2  # of what the cache holds; raise it with any change of this file or data/checking.py
 BATCH_ROWS = 8192
 BATCH_BYTES = 32 << 20
+NAMED = 1000  # unread fields, and names of splits, that are counted one by one
 WATCHED_IMAGES = 100_000  # images whose state is looked at each time a catalogue opens
 
 LISTING_COLUMNS = pa.schema(
@@ -85,6 +94,44 @@ class BadListings:
 
     def close(self) -> None:
         self._file.close()
+
+
+class Readings:
+    """Counts what good listings say that is not read, or read otherwise than it is written."""
+
+    def __init__(self) -> None:
+        self._unread: Counter[str] = Counter()  # fields -> listings
+        self._cleaned: dict[str, list] = {}  # identifier -> [listings, as written, as read]
+        self._splits: dict[str, list] = {}  # as written -> [listings, as read]
+        self._without_split = 0
+
+    def add(self, record: Mapping[str, Any], listing: CheckedListing) -> None:
+        for name in record.keys() - FIELD_NAMES:
+            if record[name] not in NOTHING:
+                name = name[:LONGEST]
+                if name in self._unread or len(self._unread) < NAMED:
+                    self._unread[name] += 1
+        self._without_split += listing.split is None
+        for field in ("listing_id", "product_id", "split"):
+            text, value = record.get(field), getattr(listing, field)
+            if text == value or not value:
+                continue
+            text = text.decode() if isinstance(text, bytes) else text  # of TFDS
+            if text == value:
+                continue
+            text, value = text[:LONGEST], value[:LONGEST]
+            if field != "split":
+                self._cleaned.setdefault(field, [0, text, value])[0] += 1
+            elif text in self._splits or len(self._splits) < NAMED:
+                self._splits.setdefault(text, [0, value])[0] += 1
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "unread": dict(self._unread.most_common()),
+            "cleaned": self._cleaned,
+            "splits_read": self._splits,
+            "without_split": self._without_split,
+        }
 
 
 def bad_row(
@@ -153,11 +200,11 @@ def convert(source: Source, cache_dir: Path) -> Path:
 
 
 def _convert_into(folder: Path, source: Source) -> None:
-    bad = BadListings(folder / "bad.jsonl", source)
+    bad, readings = BadListings(folder / "bad.jsonl", source), Readings()
     content = hashlib.blake2b(digest_size=16)
     n_images = 0
     with contextlib.closing(bad), _Writer(folder, source.stores_images) as writer:
-        for listing, part, number in _good_records(source, bad):
+        for listing, part, number in _good_records(source, bad, readings):
             text = "\0".join([*listing[:6], listing.split or "", *listing.image_names])
             content.update(text.encode() + b"\n")
             n_images += len(listing.image_names)
@@ -169,18 +216,23 @@ def _convert_into(folder: Path, source: Source) -> None:
         "n_rows": writer.rows,
         "n_images": n_images,
         "bad": bad.counts,
+        "readings": readings.summary(),
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / "watched.json").write_text(json.dumps(_watched(folder, n_images)))
 
 
-def _good_records(source: Source, bad: BadListings) -> Iterator[tuple[CheckedListing, int, int]]:
+def _good_records(
+    source: Source, bad: BadListings, readings: Readings
+) -> Iterator[tuple[CheckedListing, int, int]]:
     for part, name in enumerate(source.parts):
         for number, record in source.read(name):
             try:
                 if isinstance(record, BadListing):
                     raise record
-                yield check_listing(record), part, number
+                listing = check_listing(record)
+                readings.add(record, listing)
+                yield listing, part, number
             except BadListing as problem:
                 bad.add(identify(record), part, number, problem)
 

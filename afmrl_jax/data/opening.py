@@ -5,7 +5,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from afmrl_jax.data.catalog import Catalog, ConcatCatalog, open_catalog
+from afmrl_jax.data.catalog import Catalog, open_catalog
+from afmrl_jax.data.concat import ConcatCatalog
 from afmrl_jax.data.oracle import open_attributes
 from afmrl_jax.data.synthetic import SyntheticCatalog
 

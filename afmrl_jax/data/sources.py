@@ -16,19 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.validation import BadListing
+from afmrl_jax.data.names import FIELDS, similar_field
+from afmrl_jax.data.validation import BadListing, quote, read_object
 
 MAX_LINE_BYTES = 16 << 20
-FIELDS = (
-    "listing_id",
-    "product_id",
-    "title",
-    "description",
-    "category",
-    "attributes",
-    "images",
-    "split",
-)
 Record = tuple[int, dict[str, Any] | BadListing]
 
 
@@ -138,7 +129,11 @@ def _read_lines(source: Source, part: str) -> Iterator[Record]:
 
 def _parse_line(line: bytes) -> dict[str, Any] | BadListing:
     try:
-        value = json.loads(line.decode(), parse_constant=_refuse_constant)
+        value = json.loads(
+            line.decode(), parse_constant=_refuse_constant, object_pairs_hook=read_object
+        )
+    except BadListing as bad:
+        return bad
     except UnicodeDecodeError as error:
         return BadListing(
             "bad UTF-8",
@@ -170,11 +165,13 @@ def _read_rows(source: Source, part: str) -> Iterator[Record]:
     try:
         with pq.ParquetFile(source.root / part) as file:
             _check_columns(file.schema_arrow, source.root / part)
-            columns = [name for name in file.schema_arrow.names if name in FIELDS]
+            names = file.schema_arrow.names
+            columns = [name for name in names if name in FIELDS or similar_field(name)]
+            unread = dict.fromkeys(set(names).difference(columns), "not read")  # to be counted
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 for record in _rows_of(batch):
                     number += 1
-                    yield number, record
+                    yield number, record if isinstance(record, BadListing) else unread | record
     except (pa.ArrowException, OSError) as error:
         raise UserError(
             f"{source.root / part} can't be read as Parquet after row {number} ({error}); write it "
@@ -186,11 +183,23 @@ def _check_columns(schema: pa.Schema, file: Path) -> None:
     """Raises UserError where a column's type makes every row wrong."""
     for field in ("listing_id", "product_id"):
         if field not in schema.names:
-            raise UserError(f"{file} has no column {field}; it has {', '.join(schema.names)}")
+            near = [quote(name) for name in schema.names if similar_field(name) == field]
+            hint = f"; did you mean {near[0]}? Rename it to {field}" if near else ""
+            raise UserError(f"{file} has no column {field}; it has {', '.join(schema.names)}{hint}")
     for field in schema.names:
-        if field not in FIELDS or field in ("attributes", "images"):
+        if field not in FIELDS:
             continue
+        if schema.names.count(field) > 1:
+            raise UserError(f"{file} has two columns {field}; keep one of the two")
         kind = schema.field(field).type
+        if pa.types.is_struct(kind):
+            parts = [part.name for part in kind]
+            if twice := [name for name in parts if parts.count(name) > 1]:
+                raise UserError(
+                    f"{file}: column {field} names {quote(twice[0])} twice; keep one of the two"
+                )
+        if field in ("attributes", "images"):
+            continue
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
             raise UserError(f"{file}: column {field} is {kind}, expected string; cast it to string")
@@ -282,4 +291,6 @@ def _example_record(features: Mapping[str, Any], split: str) -> dict[str, Any]:
             record["attributes"][attribute] = values[0] if values else None
         elif key in FIELDS and values:
             record[key] = values[0]
+        elif field not in FIELDS:
+            record[field] = values
     return record

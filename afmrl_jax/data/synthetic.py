@@ -25,6 +25,7 @@ from afmrl_jax.data.builtin.sellers import write
 from afmrl_jax.data.builtin.vocabulary import CATEGORIES, make_products
 from afmrl_jax.data.catalog import Listing
 from afmrl_jax.data.identity import Content
+from afmrl_jax.data.names import split_name
 
 __all__ = ["FAMILIES", "SyntheticCatalog"]
 log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ class SyntheticCatalog:
 
     def indices(self, split: str) -> np.ndarray:
         """int64 indices of a split ("train", "validation", "test", "all"), ascending."""
+        split = split_name(split)
         if split == "all":
             return np.arange(len(self))
         return np.flatnonzero(self._splits == split)

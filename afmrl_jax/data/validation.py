@@ -5,18 +5,29 @@ import io
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from afmrl_jax.attributes.text import normalise
+from afmrl_jax.data.names import (
+    FIELD_NAMES,
+    LONGEST,
+    clean_identifier,
+    similar_field,
+    similar_splits,
+    split_name,
+)
+from afmrl_jax.models.pixels import Unshowable, upright_rgb
 
 MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own mark of a decompression bomb, here an error
 MAX_IMAGE_BYTES = 64 << 20
 MAX_ASPECT_RATIO = 200  # the image processors of Qwen-VL refuse more
 # Named, so that Pillow never starts Ghostscript or an obscure parser on somebody's upload.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+NOTHING: tuple = (None, "", b"", [], {})
 
 
 class BadListing(Exception):
@@ -42,11 +53,14 @@ class CheckedListing(NamedTuple):
 
 
 def check_listing(record: Mapping[str, Any]) -> CheckedListing:
-    """The fields of a record as a listing; unknown fields are ignored. Raises BadListing."""
+    """The fields of a record as a listing; unknown fields are ignored. Raises BadListing, also
+    where an unknown field nearly has the name of one that the record lacks."""
     listing_id, product_id = (_identifier(record, field) for field in ("listing_id", "product_id"))
-    title, description, category, split = (
-        _text(record.get(field), field) for field in ("title", "description", "category", "split")
+    _refuse_similar_fields(record, FIELD_NAMES)
+    title, description, category = (
+        _text(record.get(field), field) for field in ("title", "description", "category")
     )
+    split = _split(record)
     attributes = _attributes(record.get("attributes"))
     images = [_image(image) for image in _image_list(record.get("images"))]
     if not images and not (title + description + category).strip():
@@ -61,7 +75,7 @@ def check_listing(record: Mapping[str, Any]) -> CheckedListing:
         description,
         category,
         attributes,
-        split or None,
+        split,
         [name for name, _ in images],
         [data for _, data in images],
     )
@@ -70,6 +84,7 @@ def check_listing(record: Mapping[str, Any]) -> CheckedListing:
 def check_annotation(record: Mapping[str, Any]) -> tuple[str, str]:
     """(listing_id, attributes as JSON) of a record that has only these. Raises BadListing."""
     listing_id = _identifier(record, "listing_id")
+    _refuse_similar_fields(record, ("attributes",))
     if record.get("attributes") is None:
         raise BadListing("missing field", "attributes is missing; write {} where there are none")
     return listing_id, _attributes(record["attributes"])
@@ -125,24 +140,67 @@ def _text(value: object, field: str) -> str:
 
 def _identifier(record: Mapping[str, Any], field: str) -> str:
     if record.get(field) is None:
-        raise BadListing("missing field", f"{field} is missing; every listing needs one")
-    text = _text(record[field], field)
-    if not text.strip():
+        near = [quote(name) for name in record if similar_field(name) == field and name != field]
+        hint = f" (it has {near[0]}: is that it? Rename it)" if near else ""
+        raise BadListing("missing field", f"{field} is missing; every listing needs one{hint}")
+    text = clean_identifier(_text(record[field], field))
+    if not text:
         raise BadListing("missing field", f"{field} is empty; every listing needs one")
     return text
+
+
+def _refuse_similar_fields(record: Mapping[str, Any], fields: Collection[str]) -> None:
+    """Raises BadListing where another field holds what belongs into one of `fields`."""
+    for name in sorted(record.keys() - FIELD_NAMES):
+        field = similar_field(name)
+        if field in fields and record[name] not in NOTHING and record.get(field) in NOTHING:
+            raise BadListing(
+                "unknown field",
+                f"has a field {quote(name)} and no {field}; did you mean {quote(field)}? Rename "
+                "it, or take it out",
+            )
+
+
+def _split(record: Mapping[str, Any]) -> str | None:
+    text = _text(record.get("split"), "split")
+    split = split_name(text)
+    if near := similar_splits(split):
+        near = " or ".join(map(quote, near))
+        raise BadListing("unknown split", f"split is {quote(text)}; did you mean {near}?")
+    return split or None
+
+
+def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object (`json.loads`' object_pairs_hook). Raises BadListing where a name stands twice,
+    of which JSON readers keep the last without a word."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadListing("duplicate name", f"names {quote(twice)} twice; keep one of the two")
+    return value
+
+
+@functools.lru_cache(maxsize=4096)
+def _short_name(name: str) -> str:
+    return next(iter(normalise({name: "-"})), "")
+
+
+def _attribute_name(name: str) -> str:
+    return (_short_name if len(name) <= LONGEST else _short_name.__wrapped__)(name)
 
 
 def _attributes(value: object) -> str:
     if isinstance(value, str | bytes):  # columns and features of changing keys travel as JSON
         text = _text(value, "attributes")
         try:
-            value = json.loads(text) if text else None
+            value = json.loads(text, object_pairs_hook=read_object) if text else None
         except (ValueError, RecursionError):
             raise BadListing(
                 "wrong type", f"attributes is {_describe(text)}; write an object of strings"
             ) from None
     if isinstance(value, list) and all(isinstance(p, tuple) and len(p) == 2 for p in value):
-        value = dict(value)  # Arrow's maps
+        value = read_object(value)  # Arrow's maps
     if value is None:
         value = {}
     if not isinstance(value, dict):
@@ -153,7 +211,19 @@ def _attributes(value: object) -> str:
         _text(name, "an attribute's name"): _text(text, f"attribute {quote(name)}")
         for name, text in value.items()
     }
-    return json.dumps({name: text for name, text in pairs.items() if text})
+    pairs = {name: text for name, text in pairs.items() if text}
+    first_of: dict[str, str] = {}
+    for name, text in pairs.items():
+        if not (plain := _attribute_name(name)):
+            raise BadListing("missing name", f"attribute {quote(name)} has no name; give it one")
+        first = first_of.setdefault(plain, name)
+        if first != name and normalise({plain: pairs[first]}) != normalise({plain: text}):
+            raise BadListing(
+                "duplicate name",
+                f"has attributes {quote(first)} and {quote(name)}, which are one name with two "
+                "values; keep one of the two",
+            )
+    return json.dumps(pairs)
 
 
 def _image_list(value: object) -> list:
@@ -243,7 +313,8 @@ def _too_many_bytes(what: str, size: int) -> str:
 
 
 def read_image(source: str | bytes, name: str, *, decode: bool = True) -> Image.Image | None:
-    """An image as RGB, upright by its EXIF orientation, transparency laid on white.
+    """An image as RGB, upright by its EXIF orientation, transparency laid on white: see
+    `models/pixels.upright_rgb`.
 
     source: a path, or the encoded bytes. name: for the message. Where decode is False only the
     header is read, and None returned. Raises BadListing, whatever is wrong with the image.
@@ -257,9 +328,11 @@ def read_image(source: str | bytes, name: str, *, decode: bool = True) -> Image.
             io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS
         ) as image:
             _check_size(image.size, what)
-            return _upright_rgb(image) if decode else None
+            return upright_rgb(image) if decode else None
     except BadListing:
         raise
+    except Unshowable as error:
+        raise BadListing(error.kind, f"{what} {error}") from None
     except Image.DecompressionBombError:
         raise BadListing(
             "huge image", f"{what} has far more than {MAX_IMAGE_PIXELS:,} pixels; make it smaller"
@@ -267,7 +340,7 @@ def read_image(source: str | bytes, name: str, *, decode: bool = True) -> Image.
     except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
         reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         if "cannot identify" in reason:
-            reason = "empty" if size == 0 else f"no {', '.join(IMAGE_FORMATS)}"
+            reason = "empty" if size == 0 else f"no {', '.join(IMAGE_FORMATS)} that can be read"
         raise BadListing(
             "damaged image", f"{what} can't be decoded ({reason[:120]}); replace it"
         ) from None
@@ -287,15 +360,3 @@ def _check_size(size: tuple[int, int], what: str) -> None:
             f"{what} has {width} x {height} pixels, one side more than {MAX_ASPECT_RATIO} times "
             "the other; crop it",
         )
-
-
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey: Pillow would clip it at 255, not scale it
-        image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")

@@ -2,9 +2,9 @@
 
 `SentenceTransformer(FOLDER, trust_remote_code=True).encode([...])` takes a text, an image, or
 {"text": "...", "image": image or [image, ...]}. It needs torch, transformers, NumPy and Pillow, and
-nothing of afmrl_jax: rows are built here as data/processor.py builds them, which tests compare.
-transformers' own processor would let a text forge special tokens, cut off a long row's end, and
-give each image a budget of its own where ours share the row's.
+of afmrl_jax its neighbour pixels.py: rows are built as data/processor.py builds them, which tests
+compare. transformers' own processor would let a text forge special tokens, cut off a long row's
+end, and give each image a budget of its own where ours share the row's.
 
 Axes: N rows · S tokens of the longest · D width of the model · E numbers kept of it.
 """
@@ -16,14 +16,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from sentence_transformers.base.modality import infer_modality
 from sentence_transformers.sentence_transformer.modules import InputModule
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoModel
-from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from .pixels import upright_rgb  # a neighbour here and in exported folders
 
 END, IMAGE = "<|endoftext|>", "<|image_pad|>"
 LONGEST_ASPECT = 200  # sides further apart are resized as this
@@ -221,13 +222,11 @@ def _parts(row: Any) -> tuple[str, list[Image.Image]]:
 
 
 def _opened(image: Any) -> Image.Image:
-    """An image, an array of pixels, a path or an address, upright and RGB, over white."""
+    """An image, an array of pixels, a path or an address, as training saw it."""
     if isinstance(image, torch.Tensor):
         image = image.numpy()
     if isinstance(image, np.ndarray):
         image = Image.fromarray(image)
     elif isinstance(image, str | Path):
         image = Image.open(image) if Path(image).is_file() else load_image(str(image))
-    if image.mode == "RGB":
-        return ImageOps.exif_transpose(image)
-    return Image.fromarray(convert_to_rgb(ImageOps.exif_transpose(image), return_numpy=True))
+    return upright_rgb(image)

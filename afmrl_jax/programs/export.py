@@ -239,9 +239,10 @@ def _write_processor(folder: Path, enc: Encoder | Generator) -> None:
 
 
 def _write_sentence_transformers(folder: Path, enc: Encoder) -> None:
-    """Our own first module, whose file goes along, then the library's pooling and normalising."""
+    """Our own first module, whose files go along, then the library's pooling and normalising."""
     source = Path(importlib.util.find_spec("afmrl_jax.models.sentence_encoder").origin)
-    shutil.copyfile(source, folder / source.name)
+    for file in (source, source.with_name("pixels.py")):
+        shutil.copyfile(file, folder / file.name)
     library = "sentence_transformers.sentence_transformer.modules"
     modules = [
         ("", f"{source.stem}.SentenceEncoder"),

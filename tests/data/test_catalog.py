@@ -18,11 +18,11 @@ from PIL import Image
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data import checking, conversion, validation
 from afmrl_jax.data.catalog import (
-    ConcatCatalog,
     Listing,
     open_catalog,
     split_of_product,
 )
+from afmrl_jax.data.concat import ConcatCatalog
 
 
 def real_data(name: str) -> Path:
@@ -164,7 +164,7 @@ def test_a_parquet_file_that_can_not_be_right_is_refused_at_once(tmp_path):
         open_catalog(path, cache_dir=tmp_path)
 
 
-def test_a_tfds_dataset_is_read_by_folder_and_by_name(tmp_path, monkeypatch):
+def test_a_tfds_dataset_is_read_by_folder_and_by_name(tmp_path, monkeypatch, caplog):
     import tensorflow_datasets as tfds
 
     listings = rows(4)
@@ -180,6 +180,7 @@ def test_a_tfds_dataset_is_read_by_folder_and_by_name(tmp_path, monkeypatch):
                 "product_id": text,
                 "title": text,
                 "category": text,
+                "price": text,
                 "attributes": {"color": text, "size": text},
                 "images": tfds.features.Sequence(tfds.features.Image()),
             }
@@ -195,12 +196,15 @@ def test_a_tfds_dataset_is_read_by_folder_and_by_name(tmp_path, monkeypatch):
                 images = [str(folder / image) for image in row["images"]]
                 yield (
                     index,
-                    {k: v for k, v in row.items() if k != "description"} | {"images": images},
+                    {k: v for k, v in row.items() if k != "description"}
+                    | {"images": images, "price": "5"},
                 )
 
     home = tmp_path / "tfds"
     Shop(data_dir=home, file_format="array_record").download_and_prepare()
-    by_folder = open_catalog(home / "shop" / "1.0.0", cache_dir=tmp_path)
+    with caplog.at_level("INFO", "afmrl_jax"):
+        by_folder = open_catalog(home / "shop" / "1.0.0", cache_dir=tmp_path)
+    assert 'shop: fields that are not read: "price" (4 listings)' in caplog.messages
     assert by_folder.name == "shop"
     # TFDS shuffles as it writes
     found = [int(by_folder.listing(i).listing_id[1:]) for i in range(len(by_folder))]
@@ -249,9 +253,12 @@ def test_a_split_field_is_followed_and_an_unknown_split_is_an_error(tmp_path):
 def test_images_come_upright_in_rgb_on_white(tmp_path):
     folder = write_folder(tmp_path / "a", [])
     names = ["alpha.png", "palette.png", "grey16.png", "cmyk.jpg", "turned.jpg"]
-    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(folder / "images/alpha.png")
+    alpha = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    alpha.putpixel((3, 3), (255, 0, 0, 255))
+    alpha.save(folder / "images/alpha.png")
     palette = Image.new("P", (4, 4), 0)
-    palette.putpalette([0, 0, 255])
+    palette.putpalette([0, 0, 255, 255, 0, 0])
+    palette.putpixel((3, 3), 1)
     palette.save(folder / "images/palette.png", transparency=0)
     grey = Image.fromarray(np.full((4, 4), 0x8000, np.uint16))
     grey.save(folder / "images/grey16.png")
@@ -266,9 +273,26 @@ def test_images_come_upright_in_rgb_on_white(tmp_path):
     alpha, palette, grey, cmyk, turned = (catalog.image(0, which) for which in range(5))
     assert {image.mode for image in (alpha, palette, grey, cmyk, turned)} == {"RGB"}
     assert alpha.getpixel((0, 0)) == palette.getpixel((0, 0)) == (255, 255, 255)
+    assert alpha.getpixel((3, 3)) == palette.getpixel((3, 3)) == (255, 0, 0)
     assert grey.getpixel((0, 0)) == (128, 128, 128)
     assert min(cmyk.getpixel((0, 0))) > 250
     assert turned.size == (4, 8)
+
+
+def test_images_of_one_colour_are_counted_and_named_at_each_opening(tmp_path, caplog):
+    folder = write_folder(tmp_path / "a", rows(6))
+    (folder / "images/3.png").write_bytes(png("red", size=(1, 1)))
+    two = Image.new("RGB", (8, 6), "red")
+    two.putpixel((0, 0), (0, 0, 255))
+    two.save(folder / "images/1.png")
+    for more in ([], [], rows(7)[6:]):  # converted, from the cache, checked again with one more
+        write = "".join(json.dumps(row) + "\n" for row in rows(6) + more)
+        (folder / "products.jsonl").write_text(write)
+        caplog.clear()
+        catalog = open_catalog(folder, cache_dir=tmp_path)
+        said = "a: 2 images of the 3 show one colour and nothing else, as of listing "
+        assert said + '"l3"' in caplog.messages
+    assert len(catalog) == 7
 
 
 def test_an_image_that_goes_bad_later_is_an_error_or_skipped_and_told_once(tmp_path):

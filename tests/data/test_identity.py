@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.catalog import ConcatCatalog, open_catalog
+from afmrl_jax.data.catalog import open_catalog
+from afmrl_jax.data.concat import ConcatCatalog
 from afmrl_jax.data.opening import open_listings
 from afmrl_jax.data.synthetic import SyntheticCatalog
 from afmrl_jax.programs.evaluate import _listings
@@ -100,19 +101,25 @@ def test_what_is_shared_merged_or_kept_apart_is_told_with_its_count(together, ca
     assert "set data.shared_ids=False" in caplog.text
 
 
+def test_a_product_in_train_of_one_catalogue_and_in_test_of_another_is_told(together, caplog):
+    together([row(0, split="train")], [row(1, split="test"), row(2, split="test")])
+    assert "1 of the 2 products of test are in train as well" in caplog.text
+
+
 def test_catalogues_that_share_nothing_have_nothing_to_tell(together, caplog):
-    caplog.set_level("INFO", "afmrl_jax.data.catalog")
+    caplog.set_level("INFO", "afmrl_jax.data.concat")
     both = together([row(0)], [row(2)])
-    assert not caplog.records and both.identities.tolist() == [0, 1]
+    assert "stand in" not in caplog.text and both.identities.tolist() == [0, 1]
 
 
 def test_shops_that_count_on_their_own_share_no_listing_and_no_product(together, caplog):
-    caplog.set_level("INFO", "afmrl_jax.data.catalog")
+    caplog.set_level("INFO", "afmrl_jax.data.concat")
     shops = [row(0), row(1)], [row(0), row(1)]
     both = together(*shops, shared_ids=False)
     assert both.products.tolist() == [0, 0, 1, 1]
     assert both.indices("all").tolist() == both.identities.tolist() == [0, 1, 2, 3]
-    assert both.product_ids.to_pylist() == ["p0", "p0"] and not caplog.records
+    assert both.product_ids.to_pylist() == ["p0", "p0"]
+    assert "stand in" not in caplog.text
 
 
 def test_one_listing_of_two_products_is_refused(together):

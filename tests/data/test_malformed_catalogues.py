@@ -256,6 +256,81 @@ MISTAKES = [
         "write one listing a line",
     ),
     Mistake(
+        "nearly right field",
+        raw('{"listing_id": "bad", "product_id": "p", "title": "x", "Image_Paths": ["a.png"]}'),
+        'has a field "Image_Paths" and no images; did you mean "images"?',
+        "Rename it, or take it out",
+    ),
+    Mistake(
+        "the field beside a nearly right one is empty",
+        bad(title="", product_name="Red mug"),
+        'has a field "product_name" and no title; did you mean "title"?',
+        "Rename it, or take it out",
+    ),
+    Mistake(
+        "nearly right id",
+        raw('{"listing_id": "bad", "productId": "p", "title": "x"}'),
+        'product_id is missing; every listing needs one (it has "productId": is that it?',
+        "Rename it",
+    ),
+    Mistake(
+        "nearly right split",
+        bad(split="tset"),
+        'split is "tset"',
+        'did you mean "test"?',
+    ),
+    Mistake(
+        "split of two meanings",
+        bad(split="Eval"),
+        'split is "Eval"',
+        'did you mean "validation" or "test"?',
+    ),
+    Mistake(
+        "field that stands twice",
+        raw('{"listing_id": "bad", "product_id": "p", "title": "Navy dress", "title": "Sofa"}'),
+        'names "title" twice',
+        "keep one of the two",
+    ),
+    Mistake(
+        "attribute that stands twice",
+        raw(
+            '{"listing_id": "bad", "product_id": "p", "attributes": {"a": "1", "b": "", "a": "2"}}'
+        ),
+        'names "a" twice',
+        "keep one of the two",
+    ),
+    Mistake(
+        "attribute that stands twice in JSON as text",
+        bad(attributes='{"a": "1", "a": "2"}'),
+        'names "a" twice',
+        "keep one of the two",
+    ),
+    Mistake(
+        "one attribute in two spellings with two values",
+        bad(attributes={"Color": "red", " color": "navy"}),
+        'has attributes "Color" and " color", which are one name with two values',
+        "keep one of the two",
+    ),
+    Mistake(
+        "attribute without a name",
+        bad(attributes={" ": "red"}),
+        'attribute " " has no name',
+        "give it one",
+    ),
+    Mistake(
+        "ids that differ by what nobody sees",
+        bad(listing_id=" good0\u200b"),
+        'listing_id "good0" stands already at products.jsonl line 1',
+        "give each listing its own",
+    ),
+    Mistake(
+        "wholly transparent image",
+        bad(),
+        'image "images/bad.png" is wholly transparent and shows nothing',
+        "replace it or take it out",
+        lambda folder: Image.new("RGBA", (8, 6)).save(folder / "images/bad.png"),
+    ),
+    Mistake(
         "neither text nor image",
         bad(title=" ", images=[]),
         "has no title, description, category or image",
@@ -299,7 +374,7 @@ def test_a_mistake_is_told_with_its_line_and_cure_and_loses_no_good_listing(mist
     assert row["file"] == str(folder / "products.jsonl") and row["line"] == BAD_LINE
     assert mistake.says in row["problem"]
     expected = mistake.line["listing_id"] if isinstance(mistake.line, dict) else None
-    assert row["listing_id"] in (expected, None, "bad")
+    assert row["listing_id"] in (expected, None, "bad", "good0")
 
 
 def test_there_are_at_least_twenty_malformed_catalogues():

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.catalog import ConcatCatalog, open_catalog
+from afmrl_jax.data.catalog import open_catalog
+from afmrl_jax.data.concat import ConcatCatalog
 from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.data.oracle import open_attributes
 from afmrl_jax.data.synthetic import SyntheticCatalog

@@ -16,6 +16,7 @@ from afmrl_jax import main
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.processor import Row
 from afmrl_jax.data.tokenizer import special_token_ids
+from afmrl_jax.data.validation import read_image
 from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
 from afmrl_jax.programs.export import model_card, write_folder
@@ -76,11 +77,18 @@ def check_cosines(folder):
     return model, theirs
 
 
-def test_sentence_transformers_embeds_images_and_texts_as_we_do(exported):
+def test_sentence_transformers_embeds_images_and_texts_as_we_do(exported, tmp_path):
     model, embedded = check_cosines(exported)
     assert embedded.shape == (len(ROWS), model.get_embedding_dimension())
     plain = model.encode(["no photo at all", photo(28, 28, 3)])  # its own forms of one part
     np.testing.assert_allclose(plain, embedded[[3, 2]], atol=1e-4)
+    # A file is shown to it as training saw it: here turned, and of 16 bits, not black or white.
+    grey, exif = np.random.default_rng(3).integers(0, 1 << 16, (30, 40), np.uint16), Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(grey).save(tmp_path / "grey.png", exif=exif)
+    seen = read_image(str(tmp_path / "grey.png"), "grey.png")
+    by_file, by_pixels = model.encode([str(tmp_path / "grey.png"), seen])
+    assert seen.size == (30, 40) and by_file @ by_pixels >= 0.9999
 
 
 def test_any_folder_is_exported_with_an_instruction_and_fewer_numbers(exported, tmp_path):
