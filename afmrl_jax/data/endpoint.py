@@ -200,7 +200,7 @@ class Endpoint:
         raised."""
         self._pace.stop()
         if self._error is None and self._pace.sending:
-            log.warning("%d requests are under way: waiting for their answers", self._pace.sending)
+            log.warning("waiting for the answers under way (%d)", self._pace.sending)
         self._error = self._error or error
 
     def _work(self, todo: SimpleQueue, done: SimpleQueue) -> None:
