@@ -5,7 +5,10 @@ python -m afmrl_jax.main --config=configs/annotate.py --workdir=runs/annotated
 Or with a generator that was trained here: --config.generator=runs/sft
 
 An endpoint's key stands in the environment, as OPENAI_API_KEY. The same command again goes on where
-the last one stopped. Then: --config.data.attributes=runs/annotated/attributes.jsonl
+the last one stopped. What gave no attributes stands in invalid.jsonl, listings that the endpoint
+refuses among them: delete lines there to have their listings asked again.
+
+Then: --config.data.attributes=runs/annotated/attributes.jsonl
 """
 
 from ml_collections import ConfigDict
@@ -54,7 +57,10 @@ def get_config() -> ConfigDict:
     config.api.key_variable = "OPENAI_API_KEY"  # the environment variable that holds the key
     config.api.concurrency = 8  # requests at once
     config.api.timeout = 120.0  # seconds that a server may be silent
-    config.api.retries = 5  # of a request; with waits that double, or as the server says
+    # of a request that fails; with waits that double, or as the server says. A server that has no
+    # time for any (429, 502, 503) or is away is waited for, (retries + 1) * timeout without an
+    # answer
+    config.api.retries = 5
     # JSON sent with each request; OpenAI's newer models want max_completion_tokens, no temperature
     config.api.options = '{"max_tokens": 256, "temperature": 0}'
 

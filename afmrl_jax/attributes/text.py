@@ -41,12 +41,13 @@ class Parsed:
     """What was read. attributes: all pairs that could be, whatever the verdict; normalised.
 
     spans: each name's value in the text as it was given, (first character, behind the last), from
-    behind the colon to before the separator, blanks and all.
+    behind the colon to before the separator, blanks and all. form: how the text was read.
     """
 
     attributes: dict[str, str]
     verdict: Verdict
     spans: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
+    form: str = "plain"
 
 
 def normalise(attributes: Mapping[str, str]) -> dict[str, str]:

@@ -1,16 +1,21 @@
 """Asks a multimodal model behind an OpenAI-compatible endpoint, many rows at once.
 
 Whatever comes back is somebody else's text: bounded in size and time, read without trust, and never
-shown or kept with our key in it.
+shown or kept with our key in it. That a row is refused says nothing of the server, and that the
+server is away nothing of a row: where many rows in a row get no answer, a request without a row
+tells which of the two it is.
 """
 
 import base64
+import contextlib
 import io
 import json
+import logging
+import math
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -18,25 +23,35 @@ import httpx2
 import openai
 from PIL import Image
 
-from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.errors import TryAgain, UserError
+from afmrl_jax.core.writer import duration
+from afmrl_jax.data.pace import FIRST_WAIT, LONGEST_WAIT, Pace
 from afmrl_jax.data.processor import Row
+from afmrl_jax.data.replies import Kind, Reply, quoted, read_reply
 from afmrl_jax.data.validation import quote
 
+GIVE_UP = 10  # rows in a row without an answer, before a request without a row is sent
+CONNECT_SECONDS = 10.0  # a server that is there takes a connection sooner
+SHORT_SECONDS = 15.0  # of waiting for what will hardly come: nobody was there from the start
+QUOTA_SECONDS = 75.0  # of waiting for a quota: some servers say of a minute's that it is used up
+SECRET_CHARACTERS = 8  # of a key; a shorter one, as "x" where none is needed, may be any word
 MAX_BYTES = 1 << 20  # of a response's body; an answer takes a few thousand
 JPEG_QUALITY = 90
 OURS = ("model", "messages", "stream", "n")  # what `options` may not say
+AWAY = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError)  # for any request
+HEARD = (Kind.ANSWERED, Kind.STOPPED)  # the server works, and takes what it is asked
+WRONG_KEY = "refuses the key ({}); put the right one into the environment variable that "
+WRONG_KEY += "api.key_variable names"
+ENDING = {  # what no other row would change: why, and what to do
+    Kind.WRONG_KEY: WRONG_KEY,
+    Kind.FORBIDDEN: WRONG_KEY,
+    Kind.WRONG_ADDRESS: "has no model {model!r}, or is no such endpoint ({}); correct api.model or "
+    "api.base_url",
+    Kind.OUT_OF_CREDIT: "says that the account has nothing left ({}), and waiting brings nothing; "
+    "raise its limit there, and give the same command again",
+}
 
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model said to one row; or `problem`: why it has no answer and may be asked again.
-
-    closed: it ended by itself, not by a limit of tokens.
-    """
-
-    text: str = ""
-    closed: bool = True
-    problem: str = ""
+log = logging.getLogger(__name__)
 
 
 class _Stop(openai.OpenAIError):
@@ -75,8 +90,9 @@ class Endpoint:
     options: JSON of what is sent with each request beside the messages, as {"max_tokens": 256}.
     key: secret, printable ASCII, "" where the server wants none. concurrency: requests at once.
     timeout: seconds that a server may be silent, or take over one response's body. retries: of a
-    request, by the client's own rules (408, 409, 429, 5xx, broken connections; it waits as the
-    server says, else 0.5 s doubling up to 8 s). Raises UserError for what can't be right.
+    request that fails (408, 409, 5xx, broken connections), with waits that double. Where the server
+    has no time for any request (429, 502, 503, nobody there) all wait together, as long as it says
+    or ever longer, up to `patience` without an answer. Raises UserError for what can't be right.
     """
 
     def __init__(
@@ -94,32 +110,63 @@ class Endpoint:
     ):
         _check_address(base_url)
         self.budget = budget
+        self.patience = timeout * (retries + 1)  # seconds, as long as one silent request may take
         self._model, self._prompt, self._key = model, prompt, key
         self._options = _parse_options(options)
-        self._concurrency, self._timeout = concurrency, timeout
+        self._concurrency, self._timeout, self._retries = concurrency, timeout, retries
         self._lock = threading.Lock()
-        self._stopped = False
+        self._reached = self._answered = self._shows_images = False
+        self._error: Exception | None = None
+        timeouts = httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS))
         self._client = openai.OpenAI(
             base_url=base_url,
             api_key=key or "none",  # the client insists on one
-            timeout=timeout,
-            max_retries=retries,
+            timeout=timeouts,
+            max_retries=0,  # its own would know nothing of the other threads
             # Compressed, a small body could hold gigabytes.
             default_headers={"Accept-Encoding": "identity"},
             http_client=openai.DefaultHttpxClient(
                 event_hooks={"request": [self._count], "response": [self._bound]},
                 limits=httpx2.Limits(max_connections=concurrency),
-                timeout=timeout,
+                timeout=timeouts,
             ),
         )
+        self._pace = Pace(str(self._client.base_url), concurrency, lambda: bool(budget.spent))
 
-    def answers(self, rows: Iterable[Row]) -> Iterator[tuple[int, Answer]]:
-        """(the row's number, its answer), as each arrives; rows are drawn as they are needed.
+    def answers(self, rows: Iterable[Row]) -> Iterator[tuple[int, Reply]]:
+        """(the row's number, what came back), as each arrives; rows are drawn as they are needed.
 
-        Ends early, in order, when the budget is spent. Raises UserError where no row could ever be
-        answered (key, address or model refused).
+        What was refused is given out once it is known to be the row's own doing: where an answer
+        came after it, or a request without a row is answered. Ends early, in order, when the budget
+        is spent. Raises UserError where no row could be answered (key, address, model or whatever
+        is asked refused), TryAgain where the server is away; before, gives out what was under way.
         """
-        self._stopped = False
+        held: list[tuple[int, Reply]] = []
+        unanswered = 0  # in a row
+        try:
+            with contextlib.closing(self._arrivals(rows)) as arrivals:
+                for number, reply in arrivals:
+                    unanswered = 0 if reply.kind in HEARD else unanswered + 1
+                    if reply.kind is Kind.REFUSED:
+                        held.append((number, reply))
+                    else:
+                        yield number, reply
+                    if unanswered == GIVE_UP:
+                        self._ask_without_a_row(held, unanswered, reply)
+                    if unanswered in (0, GIVE_UP):
+                        unanswered = 0
+                        yield from held
+                        held.clear()
+            if held and not self._pace.over:
+                self._ask_without_a_row(held, len(held), held[-1][1])
+        finally:
+            self._pace.stop()
+        if self._answered or self._error is None:
+            yield from held
+        if self._error is not None:
+            raise self._error
+
+    def _arrivals(self, rows: Iterable[Row]) -> Iterator[tuple[int, Reply]]:
         todo: SimpleQueue = SimpleQueue()
         done: SimpleQueue = SimpleQueue()
         for _ in range(self._concurrency):
@@ -128,35 +175,119 @@ class Endpoint:
         waiting = 0
         try:
             for item in enumerate(rows):
-                if self.budget.spent:
+                if self._pace.over:
                     break
                 todo.put(item)
                 waiting += 1
                 if waiting > self._concurrency:  # one more than at work, so that none is idle
                     waiting -= 1
-                    yield from _result(done)
+                    yield from self._result(done)
             for _ in range(waiting):
-                yield from _result(done)
+                yield from self._result(done)
         finally:
-            self._stopped = True
             for _ in range(self._concurrency):
                 todo.put(None)
+
+    def _result(self, done: SimpleQueue) -> Iterator[tuple[int, Reply]]:
+        number, reply = done.get()
+        if isinstance(reply, Exception):
+            self._end(reply)
+        elif reply is not None:
+            yield number, reply
+
+    def _end(self, error: Exception) -> None:
+        """Has nothing more sent. What is under way may be paid: it is waited for, then the error is
+        raised."""
+        self._pace.stop()
+        if self._error is None and self._pace.sending:
+            log.warning("waiting for the answers under way (%d)", self._pace.sending)
+        self._error = self._error or error
 
     def _work(self, todo: SimpleQueue, done: SimpleQueue) -> None:
         while (item := todo.get()) is not None:
             number, row = item
             try:
-                done.put((number, self._ask(row)))
+                done.put((number, self._judge(self._ask(row))))
             except Exception as error:  # raised again by whoever reads the answers
+                self._pace.stop()
                 done.put((number, error))
 
-    def _ask(self, row: Row) -> Answer | None:
-        """None where the budget was spent before the row's turn."""
-        text = f"{self._prompt}\n\n{row.text}"
+    def _ask_without_a_row(self, held: list[tuple[int, Reply]], count: int, last: Reply) -> None:
+        """Ends the run, and drops what is held, where that gets no answer either."""
+        try:
+            reply = self._ask(self._plain_row())
+        except UserError as error:
+            held.clear()
+            return self._end(error)
+        if reply is None or reply.kind in HEARD:
+            return None
+        held.clear()
+        reasons = "; then ".join(dict.fromkeys((last.reason, reply.reason)))
+        return self._end(
+            (TryAgain if reply.kind is Kind.FAILED else UserError)(
+                f"{self._client.base_url} gave no answer to {count} listings in a row, and none "
+                f"where it is asked without a listing ({reasons}); mend that and give the same "
+                "command again"
+            )
+        )
+
+    def _plain_row(self) -> Row:
+        """What nobody could refuse, with an image where others have one."""
+        images = [Image.new("RGB", (224, 224), "red")] if self._shows_images else []
+        return Row("red mug", tuple(images))
+
+    def _judge(self, reply: Reply | None) -> Reply | None:
+        """A status 403 as the row's or, raised, the key's: moderation and firewalls say it too."""
+        if reply is None or reply.kind is not Kind.FORBIDDEN:
+            return reply
+        plain = self._ask(self._plain_row())
+        if plain is None:
+            return None
+        if plain.kind is Kind.FORBIDDEN:
+            raise self._hopeless(plain)
+        return replace(reply, kind=Kind.REFUSED if plain.kind in HEARD else Kind.FAILED)
+
+    def _ask(self, row: Row) -> Reply | None:
+        """What came back in the end; None where nothing more was to be sent at the row's turn.
+
+        Raises UserError where no row would be answered.
+        """
+        self._shows_images |= bool(row.images)
         content = [
             *({"type": "image_url", "image_url": {"url": data_url(i)}} for i in row.images),
-            {"type": "text", "text": text},
+            {"type": "text", "text": f"{self._prompt}\n\n{row.text}"},
         ]
+        failures, first_busy = 0, math.inf
+        while (number := self._pace.start()) is not None:
+            reply = self._send(content)
+            if reply is None:
+                self._pace.failed()
+                return None
+            if reply.kind in (Kind.BUSY, Kind.OUT_OF_CREDIT):
+                patience = self._patience(reply)
+                after = reply.after if (reply.after or 0) <= patience else None
+                if not self._pace.busy(number, reply.reason, after, patience):
+                    raise self._away(reply)
+                first_busy = min(first_busy, time.monotonic())
+                if time.monotonic() - first_busy > self.patience:  # while others were answered
+                    return replace(reply, kind=Kind.FAILED)
+            elif reply.kind is Kind.FAILED:
+                self._pace.failed()
+                failures += 1
+                if failures > self._retries:
+                    return reply
+                wait = reply.after or FIRST_WAIT * 2 ** (failures - 1)
+                self._pace.rest(min(wait, LONGEST_WAIT))
+            else:
+                self._pace.answered()
+                self._answered |= reply.kind in HEARD
+                if reply.kind in (Kind.WRONG_KEY, Kind.WRONG_ADDRESS):
+                    raise self._hopeless(reply)
+                return reply
+        return None
+
+    def _send(self, content: list[dict[str, Any]]) -> Reply | None:
+        """What came back for one request; None where it was not sent any more."""
         try:
             response = self._client.chat.completions.with_raw_response.create(
                 model=self._model,
@@ -165,55 +296,59 @@ class Endpoint:
             )
         except _Stop:
             return None
-        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
-            raise UserError(
-                f"{self._client.base_url} refuses the key ({self._told(error)}); put the "
-                "right one into the environment variable that api.key_variable names"
-            ) from None
-        except openai.NotFoundError as error:
-            raise UserError(
-                f"{self._client.base_url} has no model {self._model!r}, or is no such endpoint "
-                f"({self._told(error)}); correct api.model or api.base_url"
-            ) from None
+        except openai.APIStatusError as error:
+            response = error.response
         except openai.OpenAIError as error:
-            return Answer(problem=self._told(error))
-        return self._read(response.content, text)
+            reason = quoted(f"{error} {error.__cause__ or ''}", self._without_key)
+            away = isinstance(error.__cause__, AWAY)
+            return Reply(Kind.BUSY if away else Kind.FAILED, reason=reason)
+        self._reached = True
+        reply = read_reply(
+            response.status_code, response.headers, response.content, self._without_key
+        )
+        if response.status_code < 400:
+            known = reply.tokens is not None
+            spent = reply.tokens if known else len(content[-1]["text"]) + len(reply.text)
+            with self._lock:
+                self.budget.tokens += spent
+        return reply
 
-    def _read(self, body: bytes, prompt: str) -> Answer:
-        """The answer in a response's body, which may hold anything."""
-        try:
-            payload = json.loads(body)
-            choice = payload["choices"][0]
-            text, closed = choice["message"]["content"], choice.get("finish_reason") != "length"
-            usage = payload.get("usage")
-            tokens = usage.get("total_tokens") if isinstance(usage, dict) else None
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
-            text, tokens = (), None
-        known = type(tokens) is int and 0 <= tokens < 10**9
-        with self._lock:
-            self.budget.tokens += tokens if known else len(prompt) + len(text or "")
-        if text is not None and not isinstance(text, str):
-            return Answer(problem=f"no answer of a chat model: {self._safe(body[:2000])}")
-        text = text or ""  # null where a model refuses
-        return Answer(self._without_key(text), closed)
+    def _patience(self, reply: Reply) -> float:
+        """Seconds without any answer that are waited out."""
+        if reply.kind is Kind.OUT_OF_CREDIT:
+            return QUOTA_SECONDS if self._answered else 0.0
+        hopeful = self._reached and (reply.after or 0) <= self.patience
+        return self.patience if hopeful else min(self.patience, SHORT_SECONDS)
 
-    def _told(self, error: openai.OpenAIError) -> str:
-        """What the server said, or what broke on the way to it."""
-        if isinstance(error, openai.APIStatusError):
-            return f"status {error.status_code}: {self._safe(error.response.content)}"
-        return self._safe(f"{error} {error.__cause__ or ''}")
+    def _hopeless(self, reply: Reply) -> UserError:
+        """Why no row would be answered, and what to do."""
+        told = ENDING[reply.kind].format(reply.reason, model=self._model)
+        return UserError(f"{self._client.base_url} {told}")
 
-    def _safe(self, text: str | bytes) -> str:
-        """A server's words, short, on one line, without our key."""
-        text = text.decode(errors="replace") if isinstance(text, bytes) else text
-        return json.dumps(self._without_key(text)[:300])
+    def _away(self, reply: Reply) -> UserError:
+        """Why the server is not waited for any longer, and what to do."""
+        if reply.kind is Kind.OUT_OF_CREDIT:
+            return self._hopeless(reply)
+        if not self._reached:
+            return UserError(
+                f"{self._client.base_url} can't be reached ({reply.reason}): start it, or correct "
+                "api.base_url"
+            )
+        why = f"answered no request for {duration(self._patience(reply))}"
+        if reply.after:
+            why += f" and wants to be asked again in {duration(reply.after)}"
+        return TryAgain(
+            f"{self._client.base_url} {why} ({reply.reason}): give the same command again later. "
+            f"At most {duration(self.patience)} are waited, (api.retries + 1) * api.timeout"
+        )
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+        secret = len(self._key) >= SECRET_CHARACTERS
+        return text.replace(self._key, "***") if secret else text
 
     def _count(self, _: httpx2.Request) -> None:
         with self._lock:
-            if self._stopped or self.budget.spent:
+            if self._pace.over:
                 raise _Stop
             self.budget.requests += 1
 
@@ -239,14 +374,6 @@ class _Bounded(httpx2.SyncByteStream):
 
     def close(self) -> None:
         self._stream.close()
-
-
-def _result(done: SimpleQueue) -> Iterator[tuple[int, Answer]]:
-    number, answer = done.get()
-    if isinstance(answer, Exception):
-        raise answer
-    if answer is not None:
-        yield number, answer
 
 
 def _check_address(base_url: str) -> None:

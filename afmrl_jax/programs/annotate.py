@@ -3,8 +3,10 @@
 1. Find the listings of the split, or of a share of its products, that have no answer yet.
 2. Show each one's images and text to the model, many at once: one behind an endpoint, or a
    generator that was trained here.
-3. Read its answers: what keeps the format goes to attributes.jsonl, the rest to invalid.jsonl.
+3. Read its answers: what keeps the format goes to attributes.jsonl, the rest to invalid.jsonl, with
+   the listings that are refused.
 4. Stop when all are answered, the budget is spent, or no answers come any more.
+5. Tell what the files hold.
 """
 
 import contextlib
@@ -26,6 +28,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from afmrl_jax.attributes.summary import describe_answers
 from afmrl_jax.attributes.text import Parsed, Verdict, parse
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten, to_json
@@ -33,6 +36,7 @@ from afmrl_jax.core.writer import RunWriter, write_atomically
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.opening import open_listings
 from afmrl_jax.data.processor import Row
+from afmrl_jax.data.replies import Kind
 from afmrl_jax.data.views import evaluation_row
 from afmrl_jax.training.describer import Describer
 from afmrl_jax.training.generator import Generator
@@ -44,7 +48,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GIVE_UP = 10  # listings in a row without an answer
+FILES = ("attributes", "invalid")  # .jsonl: what is valid, and the rest
+FAILURES = {Kind.ANSWERED: "", Kind.REFUSED: "refused", Kind.STOPPED: "stopped"}
+SUSPICIOUS = 50  # answers at the start without a valid one
 KEPT_CHARACTERS = 10_000  # of an invalid answer
 NO_CONTENT = ""  # in a line that does not say it
 DIGITS = 4  # of a confidence in the file
@@ -72,13 +78,22 @@ MAY_CHANGE = (  # when a run goes on: these change no answer
 
 @dataclass(frozen=True)
 class Said:
-    """What a model said of a listing. confidence: as Description's, where a generator said it;
-    problem: why nothing was said."""
+    """What a model said of a listing. confidence: as Description's, where a generator said it.
+
+    failure: "" where it answered; "refused" or "stopped" where it would not answer the next time
+    either, else "unanswered". reason: of the failure, in words.
+    """
 
     text: str
     parsed: Parsed
     confidence: dict[str, float] | None = None
-    problem: str = ""
+    failure: str = ""
+    reason: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """The failure, else the parser's verdict."""
+        return self.failure or self.parsed.verdict.value
 
 
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
@@ -111,7 +126,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         for _ in said:  # its part of each batch is answered here
             pass
         return
-    answered, tally, silent = len(listings) - len(left), Counter(), 0
+    answered, tally = len(listings) - len(left), Counter()
     with contextlib.ExitStack() as stack:
         writer = RunWriter(workdir, first_step=answered, steps=len(listings), active=True)
         for closed_at_the_end in (answers, writer, said):
@@ -120,18 +135,15 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         for number, one in said:
             index = int(left[number])
             listing_id = catalog.listing(index).listing_id
-            if one.problem:
-                tally["unanswered"], silent = tally["unanswered"] + 1, silent + 1
-                writer.say(f"listing {listing_id!r} got no answer: {one.problem}")
-                if silent == GIVE_UP:
-                    raise UserError(
-                        f"{config.api.base_url} gave no answer to {GIVE_UP} listings in a row (the "
-                        f"last: {one.problem}); mend that and give the same command again"
-                    )
+            tally[one.verdict] += 1
+            if tally.total() == SUSPICIOUS and not tally[Verdict.VALID.value]:
+                writer.say(f"None of the first {SUSPICIOUS} answers is valid: see invalid.jsonl")
+            if one.failure:
+                writer.say(f"listing {listing_id!r} {one.failure}: {one.reason}")
+            if one.failure == "unanswered":
                 continue
             answers.write(listing_id, catalog.content(index).key, one)
-            answered, silent = answered + 1, 0
-            tally[one.parsed.verdict.value] += 1
+            answered += 1
             if answered % config.log_every == 0:
                 metrics = {**tally, **model.spent}
                 writer.log(answered, metrics, "  ".join(f"{k} {v}" for k, v in metrics.items()))
@@ -140,6 +152,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     print(f"{answered} of {len(listings)} listings are answered; this start: ", end="")
     print(", ".join(f"{n} {name}" for name, n in tally.most_common()) or "none", end="")
     print("; " + ", ".join(f"{n} {name}" for name, n in model.spent.items()))
+    print(describe_answers(*(_read_lines(workdir / f"{name}.jsonl") for name in FILES)))
     if answered < len(listings):
         spent = endpoint.budget.spent
         why = f"The budget of {spent} is spent" if spent else "Some got no answer"
@@ -234,8 +247,9 @@ class Asked:
         rows = shown_rows(catalog, (int(i) for i in listings), self._config)
         with contextlib.closing(self._endpoint.answers(rows)) as answers:
             for number, one in answers:
+                failure = FAILURES.get(one.kind, "unanswered")
                 parsed = parse(one.text, one.closed)
-                yield number, Said(one.text, parsed, problem=one.problem)
+                yield number, Said(one.text, parsed, failure=failure, reason=one.reason)
 
 
 def open_endpoint(config: ConfigDict) -> "Endpoint":
@@ -286,7 +300,8 @@ def shown_rows(catalog: Catalog, listings: Iterable[int], config: ConfigDict) ->
 
 class AnswerFiles:
     """attributes.jsonl and invalid.jsonl of a workdir; keys: what they hold, each listing's id and
-    its content (`Content.key`; NO_CONTENT in files of older versions)."""
+    its content (`Content.key`; NO_CONTENT in files of older versions). A listing whose line is
+    deleted is asked again."""
 
     def __init__(self, workdir: Path, config: ConfigDict):
         """Leaves the configuration there too, which those who go on must have."""
@@ -294,7 +309,7 @@ class AnswerFiles:
         with contextlib.ExitStack() as stack:
             self._valid, self._invalid = (
                 stack.enter_context(contextlib.closing(AnswerFile(workdir / f"{name}.jsonl")))
-                for name in ("attributes", "invalid")
+                for name in FILES
             )
             self._closed = stack.pop_all()
         self.workdir, self.keys = workdir, self._valid.keys | self._invalid.keys
@@ -305,13 +320,16 @@ class AnswerFiles:
 
     def write(self, listing_id: str, content: str, said: Said) -> None:
         """Adds a line to the file that the answer belongs in. content: the listing's."""
-        if said.parsed.verdict is Verdict.VALID:
+        if said.verdict == Verdict.VALID.value:
             fields: dict[str, Any] = {"attributes": said.parsed.attributes}
+            if said.parsed.form != "plain":
+                fields["form"] = said.parsed.form
             if said.confidence is not None:
                 fields["confidence"] = said.confidence
             self._valid.write(listing_id, **fields, content=content)
         else:
-            fields = {"verdict": said.parsed.verdict.value, "answer": said.text[:KEPT_CHARACTERS]}
+            reason = {"reason": said.reason} if said.reason else {}
+            fields = {"verdict": said.verdict, **reason, "answer": said.text[:KEPT_CHARACTERS]}
             self._invalid.write(listing_id, **fields, content=content)
 
 
@@ -365,6 +383,12 @@ def _read_keys(path: Path) -> tuple[set[tuple[str, str]], int, bytes]:
                     f"{path} line {number} is no answer of this program: delete the line"
                 ) from None
     return keys, whole, tail
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file of answers that is whole, as `AnswerFile` leaves it."""
+    with path.open("rb") as lines:
+        yield from map(json.loads, lines)
 
 
 def _is_json(line: bytes) -> bool:

@@ -1,7 +1,6 @@
 """Against a real HTTP server, as any OpenAI-compatible one answers, and as a broken one does."""
 
 import base64
-import contextlib
 import io
 import json
 import shutil
@@ -10,75 +9,26 @@ import sys
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from openai_server import Server, said
 from PIL import Image
 
 from afmrl_jax import main
-from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.errors import TryAgain, UserError
+from afmrl_jax.data.endpoint import GIVE_UP
 from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.programs import annotate
-from afmrl_jax.programs.annotate import GIVE_UP
 
 KEY = "sk-secret-1234"
 ROOT = Path(__file__).resolve().parents[2]
-NO_WAIT = {"retry-after-ms": "1"}  # the client obeys
-
-
-def said(content, finish="stop", **usage):
-    """A chat completion's body."""
-    choice = {"message": {"role": "assistant", "content": content}, "finish_reason": finish}
-    return json.dumps({"choices": [choice], "usage": usage or {"total_tokens": 10}}).encode()
-
-
-class Server(ThreadingHTTPServer):
-    """reply(n): the body for the n-th request (from 0); or (status, body); or (status, the body's
-    pieces, the length that it is said to have)."""
-
-    daemon_threads = True
-
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.reply = lambda n: said("Color: red; type: mug")
-        self.payloads, self.headers, self.lock = [], [], threading.Lock()
-
-    def texts(self):
-        """What was asked, without the images."""
-        return [payload["messages"][0]["content"][-1]["text"] for payload in self.payloads]
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            n = len(self.server.payloads)
-            self.server.payloads.append(payload)
-            self.server.headers.append((self.path, self.headers["Authorization"]))
-        reply = self.server.reply(n)
-        reply = reply if isinstance(reply, tuple) else (200, reply)
-        status, pieces, length = reply if len(reply) == 3 else (reply[0], [reply[1]], len(reply[1]))
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", **NO_WAIT}.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(length))
-        self.end_headers()
-        with contextlib.suppress(OSError):  # the client went away
-            for piece in pieces:
-                self.wfile.write(piece)
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture
 def server():
     with Server() as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
         yield server
-        server.shutdown()
 
 
 @pytest.fixture
@@ -88,7 +38,7 @@ def config(agcl_config, server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     config = get_config()
     config.data.update(path=agcl_config.data.path, cache_dir=agcl_config.data.cache_dir)
-    config.api.base_url = f"http://127.0.0.1:{server.server_port}/v1"
+    config.api.base_url = server.address
     config.api.update(model="a-model", concurrency=4, retries=2, timeout=10.0)
     return config
 
@@ -108,6 +58,7 @@ def test_every_listing_gets_the_model_s_attributes(config, server, tmp_path, cap
     assert all(line["attributes"] == {"color": "red", "type": "mug"} for line in valid)
     told = capsys.readouterr().out
     assert "40 of 40 listings are answered; this start: 40 valid; 40 requests, 400 tokens" in told
+    assert "40 valid, 2.0 attributes each; read as plain 40\nnames: color 40, type 40\n" in told
     config.data.unlock().attributes = str(tmp_path / "attributes.jsonl")
     catalog = open_catalogue(config.data.path, config.data, tmp_path)
     assert catalog.listing(7).attributes == {"color": "red", "type": "mug"}
@@ -142,12 +93,12 @@ def test_a_server_that_only_fails_ends_the_run_and_the_same_command_goes_on(
 ):
     server.reply = lambda n: said("a: b") if n < 5 else (500, f"broken {KEY}".encode())
     config.api.update(concurrency=1, retries=1)
-    with pytest.raises(UserError, match="broken") as error:
+    with pytest.raises(TryAgain, match="broken") as error:
         main.run(config, tmp_path)
     assert f"to {GIVE_UP} listings in a row" in str(error.value) and KEY not in str(error.value)
     assert len(lines(tmp_path / "attributes.jsonl")) == 5
-    # One listing more may be under way when the last of them is counted.
-    assert 5 + 2 * GIVE_UP <= len(server.payloads) <= 5 + 2 * (GIVE_UP + 1)
+    # Then a request without a listing; one more may be under way when the last is counted.
+    assert 5 + 2 * (GIVE_UP + 1) <= len(server.payloads) <= 5 + 2 * (GIVE_UP + 2)
     server.reply = lambda n: said("a: b")
     config.api.concurrency = 3  # may change
     valid, _ = annotated(config, tmp_path)
@@ -167,9 +118,9 @@ def test_an_answer_that_is_none_is_counted_and_asked_again_another_time(
         b"{}",
         b'{"choices": []}',
         b'{"choices": [{"message": null}]}',
-        said([{"type": "text", "text": "a: b"}]),
+        said([{"type": "text"}]),
         b'{"choices": [{"message": {"content": "' + b"x" * (2 << 20) + b'"}}]}',
-        (400, b'{"error": {"message": "bad image"}}'),
+        (504, b'{"error": {"message": "bad image"}}'),
         (200, [said("a: b")], 1000),
     ]
     config.api.update(concurrency=1, retries=0)
@@ -218,6 +169,48 @@ def test_answers_of_no_format_are_kept_apart_and_not_asked_again(config, server,
     asked = len(server.payloads)
     annotated(config, tmp_path / verdict)
     assert len(server.payloads) == asked
+
+
+def test_refused_listings_are_kept_with_the_reason_and_not_asked_again(
+    config, server, tmp_path, capsys
+):
+    """The first twelve, more than may be unanswered in a row."""
+    plain = f"{config.prompt}\n\nred mug"
+
+    def reply(n):
+        if n <= 12 and server.texts()[n] != plain:
+            return 400, b'{"error": {"message": "content policy"}}'
+        return said("a: b")
+
+    server.reply = reply
+    config.api.concurrency = 1
+    valid, invalid = annotated(config, tmp_path)
+    assert len(valid) == 28 and len(server.payloads) == 41
+    assert {(line["verdict"], line["answer"]) for line in invalid} == {("refused", "")}
+    assert len(invalid) == 12 and all("content policy" in line["reason"] for line in invalid)
+    told = capsys.readouterr().out
+    assert "this start: 28 valid, 12 refused; 41 requests" in told and "refused 12" in told
+    annotated(config, tmp_path)
+    assert len(server.payloads) == 41
+    kept = (tmp_path / "invalid.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "invalid.jsonl").write_text("".join(kept[1:]))
+    valid, invalid = annotated(config, tmp_path)
+    assert len(valid) == 29 and len(invalid) == 11 and len(server.payloads) == 42
+
+
+def test_an_answer_that_something_else_stopped_is_kept_apart_with_its_part(
+    config, server, tmp_path, capsys
+):
+    server.reply = lambda n: said("color: red; material: co", finish="content_filter")
+    valid, invalid = annotated(config, tmp_path)
+    assert not valid and len(invalid) == len(server.payloads) == 40
+    assert invalid[0] | {"listing_id": "", "content": ""} == {
+        "listing_id": "",
+        "content": "",
+        "verdict": "stopped",
+        "reason": 'finish_reason "content_filter"',
+        "answer": "color: red; material: co",
+    }
 
 
 @pytest.mark.parametrize("budget, asked", [({"requests": 7}, 7), ({"tokens": 95}, 10)])
