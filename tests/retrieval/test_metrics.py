@@ -10,17 +10,19 @@ from afmrl_jax.retrieval import metrics
 
 # Three queries over items 10..15. Relevant at ranks 1 and 3; at rank 2 only; nowhere.
 RANKED = np.array([[10, 11, 12, 13], [13, 10, 11, 12], [11, 12, 13, 10]])
+DOWNWARDS = np.tile([0.9, 0.8, 0.7, 0.6], (3, 1))
 RELEVANT = np.array([[12, 10, -1], [10, -1, -1], [15, 14, -1]])
 RANKS = np.array([[3, 1, 0], [2, 0, 0], [0, 0, 0]])
 N_RELEVANT = np.array([2, 1, 2])
 
 
 def test_ranks_count_from_one_and_are_zero_for_padding_and_for_what_was_not_found():
-    assert metrics.relevant_ranks(RANKED, RELEVANT).tolist() == RANKS.tolist()
+    assert metrics.relevant_ranks(RANKED, DOWNWARDS, RELEVANT).tolist() == RANKS.tolist()
 
 
 def test_padding_of_a_short_ranking_is_never_relevant():
-    ranks = metrics.relevant_ranks(np.array([[-1, -1]]), np.array([[-1, 3]]))
+    nothing = np.full((1, 2), -np.inf)
+    ranks = metrics.relevant_ranks(np.array([[-1, -1]]), nothing, np.array([[-1, 3]]))
     assert not metrics.recall_at_k(ranks, 2).any()
 
 
@@ -72,9 +74,10 @@ def test_metrics_of_a_whole_ranking_equal_scikit_learns(seed, n, data):
     ranked, relevant = rng.permutation(n)[None], rng.choice(n, n_relevant, replace=False)[None]
     truth, score = np.isin(np.arange(n), relevant[0]), np.empty(n)
     score[ranked[0]] = -np.arange(n)
-    ours = metrics.score_ranks(
-        metrics.relevant_ranks(ranked, relevant), np.array([n_relevant]), ks=(1, n)
-    )
+    ranked_to_the_end = np.append(ranked, [[-1]], axis=1)
+    scores = np.append(np.linspace(1, 0, n), -np.inf)[None]
+    ranks = metrics.relevant_ranks(ranked_to_the_end, scores, relevant)
+    ours = metrics.score_ranks(ranks, np.array([n_relevant]), ks=(1, n))
     assert ours["map"][0] == pytest.approx(average_precision_score(truth, score))
     assert ours["ndcg@10"][0] == pytest.approx(ndcg_score(truth[None], score[None], k=10))
     assert ours["recall@1"][0] == truth[ranked[0, 0]]
