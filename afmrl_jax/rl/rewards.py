@@ -85,9 +85,9 @@ def rewards(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Rewards of B answers, and their parts.
 
-    answers: the searches of the B enriched queries, K > options.k + 1. plain: the Q queries' searches
-    without attributes; None unless the gain is wanted. valid: bool[B], the format's verdict.
-    lengths: int[B], tokens. samples: G.
+    answers: the searches of the B enriched queries, K > options.k + 1. plain: the Q queries'
+    searches without attributes; None unless the gain is wanted. valid: bool[B], the format's
+    verdict. lengths: int[B], tokens. samples: G.
 
     A valid answer's reward is its measure, less the query's own under `gain`, less its length's
     cost. An invalid one gets `invalid` plus the worst valid reward of its group or 0, whichever is
