@@ -23,6 +23,7 @@ import numpy as np
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.catalog import Catalog, Listing, Overlay
 from afmrl_jax.retrieval.evaluation import Scores
+from afmrl_jax.retrieval.tasks import parts_of
 
 RESAMPLES = 500
 STARTS = 10  # of k-means, from other centres each; the tightest clusters are kept
@@ -44,18 +45,24 @@ class CategoryTask:
     name = "category"
 
     def __init__(
-        self, catalog: Catalog, training: np.ndarray, judged: np.ndarray, limit: int, seed: int
+        self,
+        catalog: Catalog,
+        training: np.ndarray,
+        judged: np.ndarray,
+        view: str,
+        limit: int,
+        seed: int,
     ):
         """training, judged: int64, indices of listings; those of training that are judged as well
-        are left out, and at most `limit` of the rest are learned from. A listing without category
-        is neither learned from nor judged.
+        are left out, and at most `limit` of the rest are learned from. A listing without category,
+        or without what the view shows, is neither learned from nor judged.
 
         Raises UserError where either side has not two categories.
         """
         training = np.setdiff1d(training, judged)
         drawn = np.random.default_rng(seed).permutation(training)[:limit]
-        self.probe, self._learned = _with_category(catalog, np.sort(drawn))
-        self._judged, self._categories = _with_category(catalog, judged)
+        self.probe, self._learned = _with_category(catalog, np.sort(drawn), view)
+        self._judged, self._categories = _with_category(catalog, judged, view)
         self._kept = np.flatnonzero(np.isin(judged, self._judged))
         self._seed = seed
         for found, what, cure in (
@@ -65,8 +72,8 @@ class CategoryTask:
             if len(np.unique(found)) < 2:
                 raise UserError(
                     f"{catalog.name} has {len(found)} {what} with a category, of "
-                    f"{len(np.unique(found))} categories: there is nothing to tell apart; choose "
-                    f"another {cure}, or set eval.downstream=False"
+                    f"{len(np.unique(found))} categories, among those with {view}: there is "
+                    f"nothing to tell apart; choose another {cure}, or set eval.downstream=False"
                 )
 
     def scores(self, vectors: Callable[[np.ndarray], np.ndarray]) -> Scores:
@@ -126,7 +133,11 @@ def agreement(categories: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
     }
 
 
-def _with_category(catalog: Catalog, listings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Those of the listings that have a category, and their categories, str[n]."""
+def _with_category(
+    catalog: Catalog, listings: np.ndarray, view: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the listings that have what the view shows and a category: the category is no part
+    of the text. Returns them and their categories, str[n]."""
+    listings = listings[parts_of(Unlabelled(catalog), listings)[view]]
     categories = np.array([catalog.listing(int(i)).category for i in listings], str)
     return listings[categories != ""], categories[categories != ""]
