@@ -10,9 +10,10 @@ told by that word alone.
 2. k-means puts the judged listings into K clusters, as many as they have categories; `nmi`
    (arithmetic mean), `ari` and `purity` say how well clusters and categories agree.
 
-Intervals are half the width of the bootstrap's 95% interval over listings, probe and clusters held
-fixed: they leave out that a probe would learn otherwise from other listings, and that listings of
-one product resemble one another.
+Intervals are half the width of a 95% interval over listings: Wilson's of `accuracy`, the
+bootstrap's of the others, which have none where all resamples agree, as where clusters are
+categories. Probe and clusters are held fixed: left out is that a probe would learn otherwise from
+other listings, and that listings of one product resemble one another.
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ import numpy as np
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.catalog import Catalog, Listing, Overlay
 from afmrl_jax.retrieval.evaluation import Scores
+from afmrl_jax.retrieval.metrics import interval95
 from afmrl_jax.retrieval.tasks import parts_of
 
 RESAMPLES = 500
@@ -86,13 +88,12 @@ class CategoryTask:
         rng, drawn = np.random.default_rng(self._seed), []
         for _ in range(RESAMPLES):
             again = rng.integers(len(right), size=len(right))
-            drawn.append(
-                {"accuracy": right[again].mean()}
-                | agreement(self._categories[again], clusters[again])
-            )
+            drawn.append(agreement(self._categories[again], clusters[again]))
+        extra["accuracy_ci95"] = interval95(right)
         for name in drawn[0]:
             low, high = np.quantile([one[name] for one in drawn], [0.025, 0.975])
-            extra[f"{name}_ci95"] = float(high - low) / 2
+            if high > low:
+                extra[f"{name}_ci95"] = float(high - low) / 2
         extra |= {"n_probe": len(self.probe), "n_categories": len(np.unique(self._categories))}
         return Scores(self._kept, {"accuracy": right.astype(np.float64)}, extra)
 

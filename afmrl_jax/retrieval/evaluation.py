@@ -56,10 +56,10 @@ class Scores:
     extra: dict[str, float]
 
     def means(self) -> dict[str, float]:
-        """Means of the values, `recall@1_ci95`, half the width of its 95% interval, from two
-        queries on, `n_queries`, and what is in extra."""
+        """Means of the values, `recall@1_ci95`, half the width of its 95% interval, `n_queries`,
+        and what is in extra."""
         means = {name: float(value.mean()) for name, value in self.values.items()}
-        if "recall@1" in means and len(self.queries) > 1:
+        if "recall@1" in means:
             means["recall@1_ci95"] = metrics.interval95(self.values["recall@1"])
         return {**means, "n_queries": len(self.queries), **self.extra}
 

@@ -12,6 +12,7 @@ import numpy as np
 # Cosines nearer than this are one score: float32's rounding (some 1e-7) differs between blocks of a
 # matrix product, so that equal vectors would win or lose by where they stand.
 TIE = 1e-6
+Z = 1.96  # of the normal distribution 95% lies within so many standard deviations
 
 
 def relevant_ranks(ranked: np.ndarray, scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
@@ -115,24 +116,42 @@ def score_ranks(
     return scores
 
 
-def paired(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
-    """How much the same queries gained: the mean of after - before, and its `interval95`.
+def interval95(values: np.ndarray) -> float:
+    """Half the width of Wilson's 95% interval of a mean over queries (Wilson, 1927).
 
-    before, after: float[Q], in one order. Narrower than the two means' intervals suggest, because
-    what makes a query hard drops out. Raises ValueError where they are not of the same queries.
+    values: float[Q], Q > 0, each in [0, 1]; of shares (0 or 1 each) this is Wilson's own, of others
+    their sum of squares stands where that of shares would. Unlike 1.96 standard errors it is never
+    0 and holds for few queries. Near 0 and 1 the interval lies to one side of the mean: that of six
+    hits in six is .61 to 1, half of it .195.
+
+    Takes queries as independent; those of one product are not quite, so the true interval is
+    somewhat wider.
+    """
+    values = np.asarray(values, np.float64)
+    squares = np.square(values - values.mean()).sum()
+    return float(Z * np.sqrt(squares + Z**2 / 4) / (len(values) + Z**2))
+
+
+def paired(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
+    """How much the same queries gained: the mean of after - before, and half the width of its 95%
+    interval by Agresti and Min (2005): as if two more queries had gained 0, 0, 1 and -1, half of
+    each. Never 0, also where all queries gained the same.
+
+    before, after: float[Q] in [0, 1], in one order. Narrower than the two means' intervals suggest,
+    because what makes a query hard drops out. Raises ValueError where they are not of the same
+    queries.
     """
     if before.shape != after.shape:
         raise ValueError(f"{before.shape} values cannot be paired with {after.shape}")
-    difference = np.asarray(after, np.float64) - before
-    return float(difference.mean()), interval95(difference)
+    gains = np.asarray(after, np.float64) - before
+    n = len(gains) + 2
+    squares = np.square(gains).sum() + 1 - gains.sum() ** 2 / n
+    return float(gains.mean()), float(Z * np.sqrt(squares) / n)
 
 
-def interval95(values: np.ndarray) -> float:
-    """Half the width of the normal 95% interval of a mean over queries: 1.96 standard errors.
-
-    values: float[Q]. Takes queries as independent; those of one product are not quite, so the
-    true interval is somewhat wider. NaN below two queries.
-    """
+def normal95(values: np.ndarray) -> float:
+    """Half the width of the normal 95% interval of the mean of values without bounds, as margins:
+    1.96 standard errors. values: float[Q]. NaN below two."""
     if len(values) < 2:
         return float("nan")
-    return float(1.96 * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return float(Z * np.std(values, ddof=1) / np.sqrt(len(values)))

@@ -7,6 +7,7 @@ import pytest
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.catalog import Listing
+from afmrl_jax.retrieval import downstream
 from afmrl_jax.retrieval.downstream import CategoryTask, Unlabelled, agreement
 
 
@@ -77,7 +78,7 @@ def test_no_more_listings_are_learned_from_than_asked_for():
     assert len(task.probe) == 10 and task.probe.tolist() != other.probe.tolist()
 
 
-def test_the_bootstrap_of_a_share_agrees_with_its_normal_interval():
+def test_intervals_of_many_listings_are_near_the_normal_ones():
     catalog = Line("ab" * 2 + "ab" * 100)
     places = np.tile([-1.0, 1.0], 102)
     places[4:84:2] *= -1  # 40 of 200 on the other's side
@@ -86,6 +87,15 @@ def test_the_bootstrap_of_a_share_agrees_with_its_normal_interval():
     assert found["accuracy"] == 0.8
     assert found["accuracy_ci95"] == pytest.approx(1.96 * np.sqrt(0.8 * 0.2 / 200), rel=0.15)
     assert 0 < found["ari_ci95"] < 0.2
+
+
+def test_few_listings_that_are_all_right_have_a_real_interval_or_none(monkeypatch):
+    monkeypatch.setattr(downstream, "RESAMPLES", 20)
+    task = CategoryTask(Line("ab" * 5), np.arange(4), np.arange(4, 10), "text", limit=9, seed=0)
+    found = task.scores(points(*np.tile([-1.0, 1.0], 5))).means()
+    assert found["accuracy"] == found["nmi"] == 1
+    assert found["accuracy_ci95"] == pytest.approx((1 - 6 / (6 + 1.96**2)) / 2)
+    assert not {"nmi_ci95", "ari_ci95", "purity_ci95"} & found.keys()  # clusters are categories
 
 
 @pytest.mark.parametrize(
