@@ -305,6 +305,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         split = "test" if len(listings) else "validation"
         listings = catalog.indices(split)
         judged = choose_tasks(tasks, catalog, listings)
+        validated = _validation(catalog, tasks)
         statistics, sampler = _sampler(config, catalog)
         enc, source = _encoder(config, catalog, saved)
         processor = enc.processor()
@@ -362,7 +363,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 examples=config.batch,
                 unit="pairs",
                 chunk=config.batch // config.chunks,
-                validate=_validation(catalog, tasks, judge),
+                validate=validated and functools.partial(_validate, judge, *validated),
                 name_listings=lambda rows: [catalog.listing(int(i)).listing_id for i in rows],
                 record=record,
             )
@@ -383,11 +384,9 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         print(results_table(found), flush=True)
 
 
-def _validation(
-    catalog: Catalog, tasks: list[Task], judge: Callable[[TrainState], Judge]
-) -> Callable[[TrainState], dict[str, float]] | None:
-    """Scores of the first task that has something to find among some validation listings, by which
-    the best checkpoint is chosen."""
+def _validation(catalog: Catalog, tasks: list[Task]) -> tuple[Task, np.ndarray] | None:
+    """The task by which the best checkpoint is chosen, and validation listings, int64[N]: the first
+    that has something to find among them."""
     listings = validation_sample(catalog, tasks, VALIDATION_LISTINGS)
     task = next((t for t in tasks if can_be_run(t, catalog, listings)), None)
     if task is None:
@@ -399,12 +398,14 @@ def _validation(
             "by %s",
             *(tasks[0].name, catalog.name, task.name),
         )
+    return task, listings
 
-    def validate(state: TrainState) -> dict[str, float]:
-        scores = judge(state).run([task], listings, listings)[task.name]
-        return {"validation": scores["recall@1"], "validation_mrr": scores["mrr"]}
 
-    return validate
+def _validate(
+    judge: Callable[[TrainState], Judge], task: Task, listings: np.ndarray, state: TrainState
+) -> dict[str, float]:
+    scores = judge(state).run([task], listings, listings)[task.name]
+    return {"validation": scores["recall@1"], "validation_mrr": scores["mrr"]}
 
 
 def _sampler(config: ConfigDict, catalog: Catalog) -> tuple[CorpusStatistics, PairSampler]:

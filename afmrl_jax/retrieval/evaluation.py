@@ -164,12 +164,11 @@ def rank_and_score(
     same listing or product and for no other, whichever catalogues the two sides come from.
 
     exclude_self (`Task.exclude_self`) takes every gallery listing with the query's key out of its
-    ranking. Queries that then have nothing to find are dropped. Below `exact_below` gallery
-    listings the whole gallery is ranked, exactly, and a tie counts against us: wrong listings with
-    a right one's score (to `metrics.TIE`) stand before it, so a collapsed model scores nothing by
-    luck, and products with one photo are not told apart by it. From there on
-    ScaNN's first 1,000 ranks are scored by the same rule, `map` is a lower bound, and
-    `index_recall` is the share of the true 10 nearest that ScaNN found in a sample.
+    ranking. Queries that then have nothing to find are dropped. A tie counts against us: wrong
+    listings with a right one's score (to `metrics.TIE`) stand before it, so that neither a
+    collapsed model nor products with one photo score by luck. Below `exact_below` gallery listings
+    the whole gallery is ranked, exactly. From there on ScaNN's first 1,000 ranks are scored, `map`
+    is a lower bound, and `index_recall` the share of the true 10 nearest it found in a sample.
 
     Returns values `recall@K`, `mrr`, `map`, `ndcg@10`, and as extra `n_gallery` and `index_recall`.
     Raises UserError where no query is left or a vector is not finite, ValueError where one key
@@ -184,11 +183,7 @@ def rank_and_score(
     n_relevant = same_product.counts - (same_listing.counts if exclude_self else 0)
     kept = np.flatnonzero(n_relevant > 0)
     if len(kept) == 0:
-        raise UserError(
-            f"none of {len(query_vectors)} queries has another listing of its product among "
-            f"{len(gallery_vectors)} in the gallery: evaluate on a catalogue with several listings "
-            "a product, or add the catalogue that holds them to the gallery"
-        )
+        raise _nothing_to_find(len(query_vectors), len(gallery_vectors))
     order = np.argsort(n_relevant[kept], kind="stable")
     by_width = kept[order]  # blocks of like width
 
@@ -209,6 +204,14 @@ def rank_and_score(
     back = np.argsort(order)
     values = {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
     return Scores(kept, values, extra)
+
+
+def _nothing_to_find(queries: int, gallery: int) -> UserError:
+    return UserError(
+        f"none of {queries} queries has another listing of its product among {gallery} in the "
+        "gallery: evaluate on a catalogue with several listings a product, or add the catalogue "
+        "that holds them to the gallery"
+    )
 
 
 def write_evaluation(path: str | Path, results: Results) -> None:

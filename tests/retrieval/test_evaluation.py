@@ -197,6 +197,15 @@ def test_embedding_fills_the_last_batch_keeps_the_order_and_compiles_once():
     assert len(threads) == 1 and threading.current_thread() not in threads
 
 
+def test_a_long_wait_says_how_far_it_is(caplog, monkeypatch):
+    for seconds, words in [(3600, []), (0, ["0 of 25 rows made", "10 of 25 rows made"])]:
+        monkeypatch.setattr(evaluation, "SILENCE", seconds)
+        with caplog.at_level("INFO", "afmrl_jax.retrieval.evaluation"):
+            starts = evaluation.with_progress(range(0, 25, 10), 25, "rows made")
+            assert [next(starts), next(starts)] == [0, 10]
+        assert caplog.messages == words
+
+
 def test_a_failure_while_rows_are_made_reaches_the_caller():
     def make_rows(indices):
         raise UserError("photo 3 cannot be read")
