@@ -263,7 +263,7 @@ def collect(ladders: list[Ladder], rung: Rung, enrich: str) -> dict[str, Any]:
     }
     for name, metric in CLASSES.items():
         values = [found["category"][metric] for found in classed]
-        halves = [found["category"][f"{metric}_ci95"] for found in classed]
+        halves = [found["category"].get(f"{metric}_ci95", np.nan) for found in classed]
         cells[name] = {"mean": float(np.mean(values)), "half": float(np.mean(halves))}
         cells[name]["by_seed"] = values
     recalls = [found["queries"]["values"][METRICS["R@1"]] for found in judged]

@@ -321,7 +321,7 @@ def make_search(width: int, args: argparse.Namespace) -> Callable[..., np.ndarra
     index = ExactIndex("random").build(vectors, np.arange(args.gallery))
 
     def find(queries: np.ndarray, right: np.ndarray) -> Found:
-        ids, scores = index.search(queries, options.k + 1)
+        ids, scores = index.search(queries, options.k + 2)
         own = (queries * vectors[right]).sum(1, keepdims=True)
         return Found(ids, scores, right[:, None], own, np.full(len(right), -1))
 

@@ -57,6 +57,7 @@ from afmrl_jax.retrieval.evaluation import Task, parse_task, results_table, writ
 from afmrl_jax.retrieval.tasks import (
     Judge,
     can_be_run,
+    choose_tasks,
     enrichment,
     own_attributes,
     validation_sample,
@@ -300,6 +301,11 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             check_catalogue(saved, catalog.fingerprint, config.data.path, workdir)
         shown = own_attributes(catalog) if config.eval.attributes == "oracle" else None
         enriched = enrichment(shown, config.eval.enrich)
+        listings = catalog.indices("test")
+        split = "test" if len(listings) else "validation"
+        listings = catalog.indices(split)
+        judged = choose_tasks(tasks, catalog, listings)
+        validated = _validation(catalog, tasks)
         statistics, sampler = _sampler(config, catalog)
         enc, source = _encoder(config, catalog, saved)
         processor = enc.processor()
@@ -340,12 +346,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 enriched=enriched,
             )
 
-        listings = catalog.indices("test")
-        split = "test" if len(listings) else "validation"
-        listings = catalog.indices(split)
-
         def evaluate(state: TrainState, when: str) -> None:
-            results = judge(state).run(tasks, listings, listings)
+            results = judge(state).run(judged, listings, listings)
             if first_process:
                 write_evaluation(workdir / EVALUATIONS[when], results)
 
@@ -361,7 +363,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 examples=config.batch,
                 unit="pairs",
                 chunk=config.batch // config.chunks,
-                validate=_validation(catalog, tasks, judge),
+                validate=validated and functools.partial(_validate, judge, *validated),
                 name_listings=lambda rows: [catalog.listing(int(i)).listing_id for i in rows],
                 record=record,
             )
@@ -382,21 +384,28 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         print(results_table(found), flush=True)
 
 
-def _validation(
-    catalog: Catalog, tasks: list[Task], judge: Callable[[TrainState], Judge]
-) -> Callable[[TrainState], dict[str, float]] | None:
-    """Scores of the first task that has something to find among some validation listings."""
+def _validation(catalog: Catalog, tasks: list[Task]) -> tuple[Task, np.ndarray] | None:
+    """The task by which the best checkpoint is chosen, and validation listings, int64[N]: the first
+    that has something to find among them."""
     listings = validation_sample(catalog, tasks, VALIDATION_LISTINGS)
     task = next((t for t in tasks if can_be_run(t, catalog, listings)), None)
     if task is None:
         log.warning("%s has no validation listings to judge by: the last is the best", catalog.name)
         return None
+    if task != tasks[0]:
+        log.warning(
+            "%s cannot be judged on the validation listings of %s: the best checkpoint is chosen "
+            "by %s",
+            *(tasks[0].name, catalog.name, task.name),
+        )
+    return task, listings
 
-    def validate(state: TrainState) -> dict[str, float]:
-        scores = judge(state).run([task], listings, listings)[task.name]
-        return {"validation": scores["recall@1"], "validation_mrr": scores["mrr"]}
 
-    return validate
+def _validate(
+    judge: Callable[[TrainState], Judge], task: Task, listings: np.ndarray, state: TrainState
+) -> dict[str, float]:
+    scores = judge(state).run([task], listings, listings)[task.name]
+    return {"validation": scores["recall@1"], "validation_mrr": scores["mrr"]}
 
 
 def _sampler(config: ConfigDict, catalog: Catalog) -> tuple[CorpusStatistics, PairSampler]:

@@ -37,7 +37,7 @@ from afmrl_jax.retrieval.tasks import (
     Attributes,
     Enrichment,
     Judge,
-    can_be_run,
+    choose_tasks,
     enrichment,
     own_attributes,
 )
@@ -78,11 +78,12 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
     # ---- catalogues
     catalog, queries, gallery, training = _listings(config, workdir)
-    view, category = tasks[0].query_view, None
+    first, category = tasks[0], None
+    tasks = choose_tasks(tasks, catalog, queries, gallery)
+    view = (tasks or [first])[0].query_view
     if training is not None:
         limit = config.eval.probe_listings
-        category = CategoryTask(catalog, training, queries, limit, config.seed)
-    tasks = [task for task in tasks if can_be_run(task, catalog, queries, gallery)]
+        category = CategoryTask(catalog, training, queries, view, limit, config.seed)
     if not tasks and not category:
         raise UserError(
             "no query's product has another listing in the gallery: add a catalogue to "

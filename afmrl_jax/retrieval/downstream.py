@@ -10,9 +10,10 @@ told by that word alone.
 2. k-means puts the judged listings into K clusters, as many as they have categories; `nmi`
    (arithmetic mean), `ari` and `purity` say how well clusters and categories agree.
 
-Intervals are half the width of the bootstrap's 95% interval over listings, probe and clusters held
-fixed: they leave out that a probe would learn otherwise from other listings, and that listings of
-one product resemble one another.
+Intervals are half the width of a 95% interval over listings: Wilson's of `accuracy`, the
+bootstrap's of the others, which have none where all resamples agree, as where clusters are
+categories. Probe and clusters are held fixed: left out is that a probe would learn otherwise from
+other listings, and that listings of one product resemble one another.
 """
 
 import dataclasses
@@ -23,6 +24,8 @@ import numpy as np
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.catalog import Catalog, Listing, Overlay
 from afmrl_jax.retrieval.evaluation import Scores
+from afmrl_jax.retrieval.metrics import interval95
+from afmrl_jax.retrieval.tasks import parts_of
 
 RESAMPLES = 500
 STARTS = 10  # of k-means, from other centres each; the tightest clusters are kept
@@ -44,18 +47,24 @@ class CategoryTask:
     name = "category"
 
     def __init__(
-        self, catalog: Catalog, training: np.ndarray, judged: np.ndarray, limit: int, seed: int
+        self,
+        catalog: Catalog,
+        training: np.ndarray,
+        judged: np.ndarray,
+        view: str,
+        limit: int,
+        seed: int,
     ):
         """training, judged: int64, indices of listings; those of training that are judged as well
-        are left out, and at most `limit` of the rest are learned from. A listing without category
-        is neither learned from nor judged.
+        are left out, and at most `limit` of the rest are learned from. A listing without category,
+        or without what the view shows, is neither learned from nor judged.
 
         Raises UserError where either side has not two categories.
         """
         training = np.setdiff1d(training, judged)
         drawn = np.random.default_rng(seed).permutation(training)[:limit]
-        self.probe, self._learned = _with_category(catalog, np.sort(drawn))
-        self._judged, self._categories = _with_category(catalog, judged)
+        self.probe, self._learned = _with_category(catalog, np.sort(drawn), view)
+        self._judged, self._categories = _with_category(catalog, judged, view)
         self._kept = np.flatnonzero(np.isin(judged, self._judged))
         self._seed = seed
         for found, what, cure in (
@@ -65,8 +74,8 @@ class CategoryTask:
             if len(np.unique(found)) < 2:
                 raise UserError(
                     f"{catalog.name} has {len(found)} {what} with a category, of "
-                    f"{len(np.unique(found))} categories: there is nothing to tell apart; choose "
-                    f"another {cure}, or set eval.downstream=False"
+                    f"{len(np.unique(found))} categories, among those with {view}: there is "
+                    f"nothing to tell apart; choose another {cure}, or set eval.downstream=False"
                 )
 
     def scores(self, vectors: Callable[[np.ndarray], np.ndarray]) -> Scores:
@@ -79,13 +88,12 @@ class CategoryTask:
         rng, drawn = np.random.default_rng(self._seed), []
         for _ in range(RESAMPLES):
             again = rng.integers(len(right), size=len(right))
-            drawn.append(
-                {"accuracy": right[again].mean()}
-                | agreement(self._categories[again], clusters[again])
-            )
+            drawn.append(agreement(self._categories[again], clusters[again]))
+        extra["accuracy_ci95"] = interval95(right)
         for name in drawn[0]:
             low, high = np.quantile([one[name] for one in drawn], [0.025, 0.975])
-            extra[f"{name}_ci95"] = float(high - low) / 2
+            if high > low:
+                extra[f"{name}_ci95"] = float(high - low) / 2
         extra |= {"n_probe": len(self.probe), "n_categories": len(np.unique(self._categories))}
         return Scores(self._kept, {"accuracy": right.astype(np.float64)}, extra)
 
@@ -126,7 +134,11 @@ def agreement(categories: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
     }
 
 
-def _with_category(catalog: Catalog, listings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Those of the listings that have a category, and their categories, str[n]."""
+def _with_category(
+    catalog: Catalog, listings: np.ndarray, view: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Those of the listings that have what the view shows and a category: the category is no part
+    of the text. Returns them and their categories, str[n]."""
+    listings = listings[parts_of(Unlabelled(catalog), listings)[view]]
     categories = np.array([catalog.listing(int(i)).category for i in listings], str)
     return listings[categories != ""], categories[categories != ""]

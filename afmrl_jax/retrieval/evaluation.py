@@ -12,7 +12,9 @@ items of a query, padded with -1.
 import difflib
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,9 @@ from afmrl_jax.retrieval.index import (
 )
 
 APPROXIMATE_DEPTH = 1000  # ranks looked at where the gallery is too large to rank it whole
+WIDE = 128  # relevant listings of a query from which on scores are counted by bins, in one pass
+SILENCE = 10.0  # seconds after which a wait says how far it is
+log = logging.getLogger(__name__)
 
 Results = Mapping[str, Mapping[str, float]]  # task -> metric -> value
 
@@ -51,10 +56,10 @@ class Scores:
     extra: dict[str, float]
 
     def means(self) -> dict[str, float]:
-        """Means of the values, `recall@1_ci95`, half the width of its 95% interval, from two
-        queries on, `n_queries`, and what is in extra."""
+        """Means of the values, `recall@1_ci95`, half the width of its 95% interval, `n_queries`,
+        and what is in extra."""
         means = {name: float(value.mean()) for name, value in self.values.items()}
-        if "recall@1" in means and len(self.queries) > 1:
+        if "recall@1" in means:
             means["recall@1_ci95"] = metrics.interval95(self.values["recall@1"])
         return {**means, "n_queries": len(self.queries), **self.extra}
 
@@ -118,7 +123,7 @@ def embed_listings(
             return pool.submit(make_rows, np.pad(batch, (0, batch_size - len(batch)), mode="edge"))
 
         upcoming = rows_from(0)
-        for start in starts:
+        for start in with_progress(starts, len(indices), "listings embedded"):
             rows = upcoming.result()
             if start + batch_size < len(indices):
                 upcoming = rows_from(start + batch_size)
@@ -127,6 +132,17 @@ def embed_listings(
                 vectors.append(np.asarray(previous, np.float32))
     vectors.append(np.asarray(on_device, np.float32))
     return np.concatenate(vectors)[: len(indices)]
+
+
+def with_progress(starts: range, total: int, what: str) -> Iterator[int]:
+    """The starts of blocks of `total` things; what takes long says every SILENCE seconds how far it
+    is."""
+    spoken = time.monotonic()
+    for start in starts:
+        if time.monotonic() - spoken >= SILENCE:
+            log.info("%d of %d %s", start, total, what)
+            spoken = time.monotonic()
+        yield start
 
 
 def rank_and_score(
@@ -148,11 +164,11 @@ def rank_and_score(
     same listing or product and for no other, whichever catalogues the two sides come from.
 
     exclude_self (`Task.exclude_self`) takes every gallery listing with the query's key out of its
-    ranking. Queries that then have nothing to find are dropped. Below `exact_below` gallery
-    listings the whole gallery is ranked, exactly, and a tie counts against us: wrong listings with
-    a right one's score stand before it, so a collapsed model scores nothing by luck. From there on
-    ScaNN's first 1,000 ranks are scored, `map` is a lower bound, and `index_recall` is the share of
-    the true 10 nearest that ScaNN found in a sample.
+    ranking. Queries that then have nothing to find are dropped. A tie counts against us: wrong
+    listings with a right one's score (to `metrics.TIE`) stand before it, so that neither a
+    collapsed model nor products with one photo score by luck. Below `exact_below` gallery listings
+    the whole gallery is ranked, exactly. From there on ScaNN's first 1,000 ranks are scored, `map`
+    is a lower bound, and `index_recall` the share of the true 10 nearest it found in a sample.
 
     Returns values `recall@K`, `mrr`, `map`, `ndcg@10`, and as extra `n_gallery` and `index_recall`.
     Raises UserError where no query is left or a vector is not finite, ValueError where one key
@@ -167,11 +183,7 @@ def rank_and_score(
     n_relevant = same_product.counts - (same_listing.counts if exclude_self else 0)
     kept = np.flatnonzero(n_relevant > 0)
     if len(kept) == 0:
-        raise UserError(
-            f"none of {len(query_vectors)} queries has another listing of its product among "
-            f"{len(gallery_vectors)} in the gallery: evaluate on a catalogue with several listings "
-            "a product, or add the catalogue that holds them to the gallery"
-        )
+        raise _nothing_to_find(len(query_vectors), len(gallery_vectors))
     order = np.argsort(n_relevant[kept], kind="stable")
     by_width = kept[order]  # blocks of like width
 
@@ -182,16 +194,24 @@ def rank_and_score(
         ranker, extra["index_recall"] = _scann_ranker(gallery_vectors, query_vectors[by_width])
     parts = []
     step = query_block(len(gallery_vectors))
-    for start in range(0, len(kept), step):
+    for start in with_progress(range(0, len(kept), step), len(kept), "queries ranked"):
         block = by_width[start : start + step]
         own = same_listing.members(block) if exclude_self else np.full((len(block), 1), -1)
         relevant = same_product.members(block)
-        relevant[(relevant[:, :, None] == own[:, None, :]).any(axis=2)] = -1
+        relevant[metrics.places_of(own, relevant) >= 0] = -1
         ranks = ranker(query_vectors[block], own, relevant, step)
         parts.append(metrics.score_ranks(ranks, n_relevant[block], ks))
     back = np.argsort(order)
     values = {name: np.concatenate([part[name] for part in parts])[back] for name in parts[0]}
     return Scores(kept, values, extra)
+
+
+def _nothing_to_find(queries: int, gallery: int) -> UserError:
+    return UserError(
+        f"none of {queries} queries has another listing of its product among {gallery} in the "
+        "gallery: evaluate on a catalogue with several listings a product, or add the catalogue "
+        "that holds them to the gallery"
+    )
 
 
 def write_evaluation(path: str | Path, results: Results) -> None:
@@ -327,29 +347,45 @@ def _exact_ranks(
     """Ranks of the relevant rows, best first, 0 for padding: int32[B, R].
 
     A right listing's rank = wrong listings that score at least as much + its place among the right
-    ones. Counting them costs R passes over the scores where sorting would cost log N slower ones.
+    ones. Counting them costs R passes over the scores, or a search of each score among R.
     """
     scores = jnp.matmul(queries, gallery.T, precision=jax.lax.Precision.HIGHEST)
     b = jnp.arange(len(queries))[:, None]
     scores = scores.at[b, jnp.where(own >= 0, own, len(gallery))].set(-jnp.inf, mode="drop")
     right = jnp.where(relevant >= 0, jnp.take_along_axis(scores, relevant, axis=1), -jnp.inf)
     right = -jnp.sort(-right, axis=1)
-    at_least = jax.lax.map(lambda column: (scores >= column[:, None]).sum(axis=1), right.T).T
-    right_at_least = jax.vmap(functools.partial(jnp.searchsorted, side="right"))(-right, -right)
+    least = right - metrics.TIE
+    if relevant.shape[1] < WIDE:
+        at_least = jax.lax.map(lambda column: (scores >= column[:, None]).sum(axis=1), least.T).T
+    else:
+        at_least = _counted_by_bins(scores, least)
+    right_at_least = jax.vmap(functools.partial(jnp.searchsorted, side="right"))(-right, -least)
     ranks = at_least - right_at_least + 1 + jnp.arange(right.shape[1])
     return jnp.where(right > -jnp.inf, ranks, 0).astype(jnp.int32)
+
+
+def _counted_by_bins(scores: jax.Array, least: jax.Array) -> jax.Array:
+    """How many of a row's scores [B, N] are at least each of its thresholds [B, R], descending."""
+    passed = jax.vmap(functools.partial(jnp.searchsorted, side="right"))(least[:, ::-1], scores)
+    b = jnp.arange(len(scores))[:, None]
+    # counts[b, n]: scores that are at least n of the row's thresholds, and no more of them.
+    counts = jnp.zeros((len(least), least.shape[1] + 1), jnp.int32).at[b, passed].add(1)
+    return jnp.cumsum(counts[:, ::-1], axis=1)[:, :-1]
 
 
 def _scann_ranker(gallery_vectors: np.ndarray, queries: np.ndarray) -> tuple[_Ranker, float]:
     """The ranker of a large gallery, and its recall of the exact 10 nearest."""
     rows = np.arange(len(gallery_vectors))
+    log.info("building ScaNN's index of %d listings", len(rows))
     index = build_index(gallery_vectors, rows, model_version="evaluated", exact_below=0)
 
     def ranks(queries: np.ndarray, own: np.ndarray, relevant: np.ndarray, _: int) -> np.ndarray:
-        ranked, _ = index.search(queries, APPROXIMATE_DEPTH + own.shape[1])
-        removed = (ranked[:, :, None] == own[:, None, :]).any(axis=2)
-        order = np.argsort(removed, axis=1, kind="stable")  # own rows go last, the rest close up
-        ranked = np.take_along_axis(np.where(removed, -1, ranked), order, axis=1)
-        return metrics.relevant_ranks(ranked[:, :APPROXIMATE_DEPTH], relevant)
+        # One rank more than is scored, to see whether a tie goes on; ScaNN scores these exactly.
+        depth = APPROXIMATE_DEPTH + 1
+        ranked, scores = index.search(queries, depth + own.shape[1])
+        removed = metrics.places_of(own, ranked) >= 0
+        order = np.argsort(removed, axis=1, kind="stable")[:, :depth]  # own rows go last, and off
+        ranked, scores = (np.take_along_axis(x, order, axis=1) for x in (ranked, scores))
+        return metrics.relevant_ranks(ranked, scores, relevant)
 
     return ranks, recall_against_exact(index, gallery_vectors, rows, queries)

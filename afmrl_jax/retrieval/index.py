@@ -9,9 +9,11 @@ the model that made its vectors, hands it out with every result, and refuses vec
 import abc
 import functools
 import json
+import logging
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,7 @@ import numpy as np
 from afmrl_jax.core.errors import UserError
 
 EXACT_BELOW = 50_000  # rows; at 100k x 256 on CPU ScaNN's build costs 10 s and then wins 15x
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,16 @@ class Results:
 
 
 class Index(abc.ABC):
-    """What every index does; a subclass says how, in terms of rows 0..N-1 instead of ids."""
+    """What every index does; a subclass says how, in terms of rows 0..N-1 instead of ids.
+
+    Threads may share one: a call waits until the one before it is done.
+    """
 
     kind: ClassVar[str]
 
     def __init__(self, model_version: str):
         self.model_version = model_version
+        self._lock = threading.RLock()  # an update moves rows: ids read meanwhile would be others'
         self._ids = np.empty(0, np.int64)
         self._rows: dict[int, int] | None = None  # id -> row; made when first updated
 
@@ -63,8 +70,9 @@ class Index(abc.ABC):
         if len(vectors) == 0:
             raise UserError("an index of no vectors was asked for: give it at least one listing")
         vectors, ids = _checked(vectors, ids)
-        self._build(vectors)
-        self._dimension, self._ids, self._rows = vectors.shape[1], ids, None
+        with self._lock:
+            self._build(vectors)
+            self._dimension, self._ids, self._rows = vectors.shape[1], ids, None
         return self
 
     def search(self, queries: np.ndarray, k: int, model_version: str | None = None) -> Results:
@@ -74,16 +82,17 @@ class Index(abc.ABC):
         check. Raises UserError on another version, another D, or queries that are not finite.
         """
         queries = self._ours(queries, model_version, "queries")
-        rows, scores = self._search(queries, min(k, len(self)))
-        found = rows >= 0
+        with self._lock:
+            rows, scores = self._search(queries, min(k, len(self)))
+            found = rows >= 0
+            ids = np.where(found, self._ids[np.where(found, rows, 0)], -1)
         results = Results(
             np.full((len(queries), k), -1, np.int64),
             np.full((len(queries), k), -np.inf, np.float32),
             self.model_version,
         )
-        width = rows.shape[1]
-        results.ids[:, :width] = np.where(found, self._ids[np.where(found, rows, 0)], -1)
-        results.scores[:, :width] = np.where(found, scores, -np.inf)
+        results.ids[:, : ids.shape[1]] = ids
+        results.scores[:, : ids.shape[1]] = np.where(found, scores, -np.inf)
         return results
 
     def upsert(
@@ -96,27 +105,30 @@ class Index(abc.ABC):
         """
         vectors = self._ours(vectors, model_version, "vectors")
         vectors, ids = _checked(vectors, ids)
-        known = self._row_of()
-        rows = np.array([known.setdefault(int(i), len(known)) for i in ids], np.int64)
-        self._ids = np.concatenate([self._ids, ids[rows >= len(self._ids)]])
-        self._put(rows, vectors)
+        with self._lock:
+            known = self._row_of()
+            rows = np.array([known.setdefault(int(i), len(known)) for i in ids], np.int64)
+            self._ids = np.concatenate([self._ids, ids[rows >= len(self._ids)]])
+            self._put(rows, vectors)
 
     def delete(self, ids: np.ndarray) -> None:
         """Removes ids: int64[M]. Raises UserError on one that the index does not hold."""
-        known = self._row_of()
-        unknown = [int(i) for i in ids if int(i) not in known]
-        if unknown:
-            raise UserError(
-                f"cannot delete id {unknown[0]} ({len(unknown)} such): the index of {len(self)} "
-                "vectors does not hold it"
-            )
-        for i in dict.fromkeys(int(i) for i in ids):
-            row, last = known.pop(i), len(self._ids) - 1
-            self._remove(row)
-            if row != last:  # the last row moves into the gap, as in ScaNN
-                self._ids[row] = self._ids[last]
-                known[int(self._ids[last])] = row
-            self._ids = self._ids[:last]
+        ids = _whole_numbers(ids)
+        with self._lock:
+            known = self._row_of()
+            unknown = [i for i in ids.tolist() if i not in known]
+            if unknown:
+                raise UserError(
+                    f"cannot delete id {unknown[0]} ({len(unknown)} such): the index of "
+                    f"{len(self)} vectors does not hold it"
+                )
+            for i in dict.fromkeys(ids.tolist()):
+                row, last = known.pop(i), len(self._ids) - 1
+                self._remove(row)
+                if row != last:  # the last row moves into the gap, as in ScaNN
+                    self._ids[row] = self._ids[last]
+                    known[int(self._ids[last])] = row
+                self._ids = self._ids[:last]
 
     def save(self, directory: str | Path) -> None:
         """Writes the index into `directory` (npy and JSON, no pickle), whole or not at all.
@@ -128,15 +140,16 @@ class Index(abc.ABC):
         target.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            np.save(new / "ids.npy", self._ids)
-            header = {
-                "kind": self.kind,
-                "model_version": self.model_version,
-                "size": len(self),
-                "dimension": self._dimension,
-            }
-            (new / "index.json").write_text(json.dumps(header, indent=2) + "\n")
-            self._write(new)
+            with self._lock:
+                np.save(new / "ids.npy", self._ids)
+                header = {
+                    "kind": self.kind,
+                    "model_version": self.model_version,
+                    "size": len(self),
+                    "dimension": self._dimension,
+                }
+                (new / "index.json").write_text(json.dumps(header, indent=2) + "\n")
+                self._write(new)
             new.chmod(0o755)  # mkdtemp makes it private
             if target.exists():  # a full directory cannot be renamed over: set the old one aside
                 old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
@@ -262,6 +275,10 @@ class ExactIndex(Index):
 class ScannIndex(Index):
     """Google's ScaNN: a tree of partitions, hashed scores, exact re-scoring of the best.
 
+    Each vector stands in one partition. SOAR (Sun et al., 2023) would list it in a second one, but
+    ScaNN 1.4.2 loses track of those when rows are deleted or replaced, and ends the process. A
+    search opens twice the partitions instead, which costs and finds as much.
+
     Upserts go to the partitions found at build: build again when the gallery has doubled. Building
     peaks at 3 times the vectors' bytes, in one thread, since two do not make the same index twice.
     """
@@ -276,9 +293,8 @@ class ScannIndex(Index):
             leaves = int(len(vectors) ** 0.5)
             # Random first centers differ from build to build, whatever the seed: k-means++ does
             # not. Spherical: a vector lies in the leaf that a query equal to it opens first.
-            # SOAR (Sun et al., 2023) also lists it in a second leaf, made to fail elsewhere.
             builder = (
-                builder.tree(leaves, leaves, random_init=False, spherical=True, soar_lambda=1.5)
+                builder.tree(leaves, leaves, random_init=False, spherical=True)
                 .score_ah(2, anisotropic_quantization_threshold=0.2)
                 .reorder(100)
             )
@@ -291,8 +307,8 @@ class ScannIndex(Index):
             return np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
         depth = {}
         if self._leaves:
-            # A tenth of the leaves, and at least as many as hold 20 k rows on average.
-            share = max(0.1, min(1.0, 20 * k / len(self)))
+            # A fifth of the leaves, and at least as many as hold 40 k rows on average.
+            share = max(0.2, min(1.0, 40 * k / len(self)))
             depth = {
                 "leaves_to_search": int(np.ceil(share * self._leaves)),
                 "pre_reorder_num_neighbors": max(100, 3 * k),
@@ -318,12 +334,21 @@ class ScannIndex(Index):
         (directory / "scann.json").write_text(json.dumps({"leaves": self._leaves}) + "\n")
 
     def _read(self, directory: Path) -> None:
+        folder = directory / "scann"
+        if (folder / "hashed_dataset_soar.npy").exists():
+            log.warning(
+                "the index in %s lists vectors twice (SOAR), which ScaNN cannot update: it is "
+                "built again from its vectors; save it to keep that",
+                directory,
+            )
+            self._build(np.load(folder / "dataset.npy", allow_pickle=False))
+            return
         self._leaves = json.loads((directory / "scann.json").read_text())["leaves"]
-        if (directory / "scann" / "scann_docids.pkl").exists():
+        if (folder / "scann_docids.pkl").exists():
             raise ValueError("scann_docids.pkl is a pickle, which this program never writes")
         try:
             self._searcher = _import_scann().load_searcher(
-                str(directory / "scann"), assets_backcompat_shim=False
+                str(folder), assets_backcompat_shim=False
             )
         except RuntimeError as error:
             raise ValueError(str(error)) from error
@@ -378,7 +403,7 @@ def _padded(vectors: np.ndarray, rows: int) -> np.ndarray:
 
 def _checked(vectors: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     vectors = np.array(vectors, np.float32, order="C")  # a copy: the index changes its own
-    ids = np.array(ids, np.int64)
+    ids = _whole_numbers(ids)
     if vectors.ndim != 2 or ids.shape != vectors.shape[:1]:
         raise UserError(
             f"vectors of shape {list(vectors.shape)} came with ids of shape {list(ids.shape)}: "
@@ -388,6 +413,16 @@ def _checked(vectors: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarr
         raise UserError("the ids of an index must be unique and not negative: number the listings")
     require_finite(vectors, "vectors")
     return vectors, ids
+
+
+def _whole_numbers(ids: np.ndarray) -> np.ndarray:
+    ids = np.asarray(ids)
+    if len(ids) and ids.dtype.kind not in "iu":
+        raise UserError(
+            f"the ids of an index must be whole numbers, unique and not negative, not {ids.dtype}: "
+            "number the listings"
+        )
+    return ids.astype(np.int64)  # a copy: the index changes its own
 
 
 def require_finite(vectors: np.ndarray, what: str) -> None:

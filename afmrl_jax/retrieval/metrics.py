@@ -9,18 +9,51 @@ from collections.abc import Sequence
 
 import numpy as np
 
+# Cosines nearer than this are one score: float32's rounding (some 1e-7) differs between blocks of a
+# matrix product, so that equal vectors would win or lose by where they stand.
+TIE = 1e-6
+Z = 1.96  # of the normal distribution 95% lies within so many standard deviations
 
-def relevant_ranks(ranked: np.ndarray, relevant: np.ndarray) -> np.ndarray:
-    """Where each relevant item stands in its query's ranking.
 
-    ranked: int[Q, K], best first, an item at most once, -1 where the ranking is short.
-    relevant: int[Q, R]. Returns int32[Q, R]: ranks counted from 1, 0 where not found or padding.
+def relevant_ranks(ranked: np.ndarray, scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+    """Where each relevant item stands in its query's ranking; a tie counts against it.
+
+    ranked: int[Q, K], best first, an item at most once, -1 where the ranking is short. scores:
+    float[Q, K], descending, -inf there. relevant: int[Q, R], an item at most once.
+
+    Returns int32[Q, R]: ranks counted from 1, 0 where not found or padding. Wrong items whose score
+    is at least a relevant one's, less `TIE`, stand before it. Where such a tie reaches the end of a
+    ranking that is not short, more of it may follow: the item then counts as not found, so search
+    one rank deeper than the last that matters.
     """
-    ranks = np.zeros(relevant.shape, np.int32)
-    for column, items in enumerate(relevant.T):  # one column at a time: never Q x K x R at once
-        hits = (ranked == items[:, None]) & (items >= 0)[:, None]
-        ranks[:, column] = np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, 0)
-    return ranks
+    places = places_of(ranked, relevant)
+    found = places >= 0
+    rows, at = np.arange(len(ranked))[:, None], np.maximum(places, 0)
+    right = np.zeros(ranked.shape, bool)
+    right[np.nonzero(found)[0], places[found]] = True
+    descending = scores.astype(np.float64)
+    least = descending[rows, at] - TIE
+    ends = np.array([np.searchsorted(-s, -t, side="right") for s, t in zip(descending, least)])
+    ends = ends.reshape(relevant.shape)  # of no rows as well
+    wrong_before = np.pad(np.cumsum((ranked >= 0) & ~right, axis=1), ((0, 0), (1, 0)))
+    right_until = np.cumsum(right, axis=1)
+    whole = (ranked < 0).any(axis=1, keepdims=True)
+    known = found & (whole | (ends < ranked.shape[1]))
+    return np.where(known, wrong_before[rows, ends] + right_until[rows, at], 0).astype(np.int32)
+
+
+def places_of(ranked: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """The column of ranked: int[Q, K] that holds each of items: int[Q, R], -1 where none does.
+
+    Both hold an item at most once in a row, and -1 as padding. Returns int[Q, R].
+    """
+    both = np.concatenate([ranked, items], axis=1)
+    order = np.argsort(both, axis=1, kind="stable")  # equal ones adjacent, the ranked one first
+    both = np.take_along_axis(both, order, axis=1)
+    rows, at = np.nonzero((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0))
+    places = np.full(items.shape, -1)
+    places[rows, order[rows, at + 1] - ranked.shape[1]] = order[rows, at]
+    return places
 
 
 def recall_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
@@ -83,24 +116,42 @@ def score_ranks(
     return scores
 
 
-def paired(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
-    """How much the same queries gained: the mean of after - before, and its `interval95`.
+def interval95(values: np.ndarray) -> float:
+    """Half the width of Wilson's 95% interval of a mean over queries (Wilson, 1927).
 
-    before, after: float[Q], in one order. Narrower than the two means' intervals suggest, because
-    what makes a query hard drops out. Raises ValueError where they are not of the same queries.
+    values: float[Q], Q > 0, each in [0, 1]; of shares (0 or 1 each) this is Wilson's own, of others
+    their sum of squares stands where that of shares would. Unlike 1.96 standard errors it is never
+    0 and holds for few queries. Near 0 and 1 the interval lies to one side of the mean: that of six
+    hits in six is .61 to 1, half of it .195.
+
+    Takes queries as independent; those of one product are not quite, so the true interval is
+    somewhat wider.
+    """
+    values = np.asarray(values, np.float64)
+    squares = np.square(values - values.mean()).sum()
+    return float(Z * np.sqrt(squares + Z**2 / 4) / (len(values) + Z**2))
+
+
+def paired(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
+    """How much the same queries gained: the mean of after - before, and half the width of its 95%
+    interval by Agresti and Min (2005): as if two more queries had gained 0, 0, 1 and -1, half of
+    each. Never 0, also where all queries gained the same.
+
+    before, after: float[Q] in [0, 1], in one order. Narrower than the two means' intervals suggest,
+    because what makes a query hard drops out. Raises ValueError where they are not of the same
+    queries.
     """
     if before.shape != after.shape:
         raise ValueError(f"{before.shape} values cannot be paired with {after.shape}")
-    difference = np.asarray(after, np.float64) - before
-    return float(difference.mean()), interval95(difference)
+    gains = np.asarray(after, np.float64) - before
+    n = len(gains) + 2
+    squares = np.square(gains).sum() + 1 - gains.sum() ** 2 / n
+    return float(gains.mean()), float(Z * np.sqrt(squares) / n)
 
 
-def interval95(values: np.ndarray) -> float:
-    """Half the width of the normal 95% interval of a mean over queries: 1.96 standard errors.
-
-    values: float[Q]. Takes queries as independent; those of one product are not quite, so the
-    true interval is somewhat wider. NaN below two queries.
-    """
+def normal95(values: np.ndarray) -> float:
+    """Half the width of the normal 95% interval of the mean of values without bounds, as margins:
+    1.96 standard errors. values: float[Q]. NaN below two."""
     if len(values) < 2:
         return float("nan")
-    return float(1.96 * np.std(values, ddof=1) / np.sqrt(len(values)))
+    return float(Z * np.std(values, ddof=1) / np.sqrt(len(values)))

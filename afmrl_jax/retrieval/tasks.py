@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_choice
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.corpus import listings_by_product
@@ -129,23 +130,31 @@ class Judge:
     ) -> dict[str, Scores]:
         """Scores of each task; queries int64[Q] and gallery int64[N] are listings' indices.
 
-        A task is left out where there is nothing to find: no queries, or none whose product has
-        another listing in the gallery, where the query's own does not count.
+        A listing that lacks what its side's view shows is left out of the task. `n_without` counts
+        such queries, where there are any; `n_gallery` is what is left to search. A task is left out
+        where it has nothing to find: no queries, or none whose product has another listing in the
+        gallery, where the query's own does not count. `choose_tasks` tells of both beforehand.
         """
         products, identities = self._catalog.products, self._catalog.identities
+        asking, searched = parts_of(self._catalog, queries), parts_of(self._catalog, gallery)
         found = {}
         for task in tasks:
-            if not can_be_run(task, self._catalog, queries, gallery):
+            places = np.flatnonzero(asking[task.query_view])
+            asked, others = queries[places], gallery[searched[task.gallery_view]]
+            if not _finds_any(task, self._catalog, asked, others):
                 continue
-            found[task.name] = rank_and_score(
-                self.vectors(task.query_view, queries, self.enriched.queries),
-                identities[queries],
-                products[queries],
-                self.vectors(task.gallery_view, gallery, self.enriched.gallery),
-                identities[gallery],
-                products[gallery],
+            scores = rank_and_score(
+                self.vectors(task.query_view, asked, self.enriched.queries),
+                identities[asked],
+                products[asked],
+                self.vectors(task.gallery_view, others, self.enriched.gallery),
+                identities[others],
+                products[others],
                 exclude_self=task.exclude_self,
             )
+            without = len(queries) - len(asked)
+            extra = scores.extra | ({"n_without": without} if without else {})
+            found[task.name] = Scores(places[scores.queries], scores.values, extra)
         return found
 
     def run(self, tasks: Sequence[Task], queries: np.ndarray, gallery: np.ndarray) -> Results:
@@ -154,13 +163,72 @@ class Judge:
         return {task: scores.means() for task, scores in found.items()}
 
 
+def parts_of(catalog: Catalog, listings: np.ndarray) -> dict[str, np.ndarray]:
+    """Which of the listings, int64[N], have what a view shows: bool[N] for each view.
+
+    "image+text" shows what there is of the two: every listing has it. Attributes are no text, so
+    that the same queries are judged with them and without.
+    """
+    read = (catalog.listing(int(index)) for index in listings)
+    has = [(listing.n_images > 0, bool(listing_text(listing).strip())) for listing in read]
+    image, text = np.array(has, bool).reshape(-1, 2).T
+    return {"image": image, "text": text, "image+text": image | text}
+
+
 def can_be_run(
     task: Task, catalog: Catalog, queries: np.ndarray, gallery: np.ndarray | None = None
 ) -> bool:
-    """Whether any query has something to find in the gallery (by default, the queries)."""
+    """Whether any query has what its view shows, and something to find among those of the gallery
+    (by default, the queries) that have what theirs shows."""
     gallery = queries if gallery is None else gallery
-    counts = np.bincount(catalog.products[gallery], minlength=int(catalog.products.max()) + 1)
-    found = counts[catalog.products[queries]]
+    asked = queries[parts_of(catalog, queries)[task.query_view]]
+    return _finds_any(task, catalog, asked, gallery[parts_of(catalog, gallery)[task.gallery_view]])
+
+
+def choose_tasks(
+    tasks: Sequence[Task],
+    catalog: Catalog,
+    queries: np.ndarray,
+    gallery: np.ndarray | None = None,
+) -> list[Task]:
+    """Those that `can_be_run`; tells which are not, which leave listings out, and why.
+
+    Raises UserError where every task shows something that none of its listings has.
+    """
+    gallery = queries if gallery is None else gallery
+    asking, searched = parts_of(catalog, queries), parts_of(catalog, gallery)
+    chosen, blind = [], 0
+    for task in tasks:
+        asked, others = asking[task.query_view], searched[task.gallery_view]
+        lacking = [
+            f"{np.sum(~has):,} of {len(has):,} {side} have no {view}"
+            for has, side, view in (
+                (asked, "queries", task.query_view),
+                (others, "gallery listings", task.gallery_view),
+            )
+            if not has.all()
+        ]
+        blind += not (asked.any() and others.any())
+        if _finds_any(task, catalog, queries[asked], gallery[others]):
+            chosen.append(task)
+            if lacking:
+                log.warning("%s leaves listings out: %s", task.name, ", ".join(lacking))
+        else:
+            nothing = "no query's product has another listing in the gallery"
+            log.warning("%s is left out: %s", task.name, ", ".join(lacking) or nothing)
+    if len(queries) and len(gallery) and blind == len(tasks):
+        raise UserError(
+            f"eval.tasks={', '.join(task.name for task in tasks)} shows what no listing of "
+            f"{catalog.name} has: choose tasks of what its listings have, as text->text for one "
+            "without images, or mend the catalogue"
+        )
+    return chosen
+
+
+def _finds_any(task: Task, catalog: Catalog, queries: np.ndarray, gallery: np.ndarray) -> bool:
+    products = catalog.products
+    counts = np.bincount(products[gallery], minlength=int(products.max()) + 1)
+    found = counts[products[queries]]
     if task.exclude_self:
         found = found - np.isin(catalog.identities[queries], catalog.identities[gallery])
     return bool((found > 0).any())
@@ -169,12 +237,21 @@ def can_be_run(
 def validation_sample(catalog: Catalog, tasks: Sequence[Task], limit: int) -> np.ndarray:
     """Some `limit` listings of the validation split, whole products, the same at each call.
 
-    Products with several listings come first where the first task needs them.
+    They serve the first task that can be run on the split: listings that have neither of what it
+    shows are left out, and products with several listings come first where it needs them.
     """
-    listings, starts = listings_by_product(catalog, "validation")
+    listings, _ = listings_by_product(catalog, "validation")
+    has, serves = parts_of(catalog, listings), tasks[0]
+    for task in tasks:
+        asked, others = has[task.query_view], has[task.gallery_view]
+        if _finds_any(task, catalog, listings[asked], listings[others]):
+            listings, serves = listings[asked | others], task
+            break
+    codes = catalog.products[listings]  # of one product side by side
+    starts = np.append(np.flatnonzero(np.diff(codes, prepend=-1)), len(codes))
     sizes = np.diff(starts)
     order = np.random.default_rng(0).permutation(len(sizes))
-    if tasks[0].exclude_self and (sizes > 1).any():
+    if serves.exclude_self and (sizes > 1).any():
         order = order[sizes[order] > 1]
     chosen = order[: int(np.searchsorted(np.cumsum(sizes[order]), limit)) + 1]
     parts = [listings[starts[product] : starts[product + 1]] for product in chosen]

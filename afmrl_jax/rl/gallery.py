@@ -65,7 +65,8 @@ class Gallery:
     def find(
         self, vectors: np.ndarray, queries: np.ndarray, k: int, *, exact: bool = False
     ) -> Found:
-        """What queries find, at least k ranks without their own listing and one that is wrong.
+        """What queries find: at least k ranks without their own listing, one more, which tells
+        whether a tie goes on, and one that is wrong.
 
         vectors: float32[n, E]. queries: int64[n], the listings that ask. exact: compares with every
         vector, on the host, whatever the index: for a few queries.
@@ -79,7 +80,7 @@ class Gallery:
         # One column at a time: never n x R x E at once.
         right = [np.einsum("ne,ne->n", vectors, self._vectors[column]) for column in rows.T]
 
-        depth = k + 1
+        depth = k + 2
         if depth < len(columns) + 2:  # by powers of two: each depth compiles its own search
             depth = 1 << (len(columns) + 1).bit_length()
         search = self._compare if exact else self._index.search

@@ -13,7 +13,7 @@ import numpy as np
 
 from afmrl_jax.attributes.agreement import agreement
 from afmrl_jax.data.catalog import Catalog
-from afmrl_jax.retrieval.metrics import interval95
+from afmrl_jax.retrieval.metrics import interval95, normal95, paired
 from afmrl_jax.rl.gallery import Gallery, askers
 from afmrl_jax.rl.rewards import Options, bounded_k, measures
 from afmrl_jax.rl.rollout import Query, QueryEmbedder
@@ -115,22 +115,34 @@ def compare(arms: Mapping[str, Measures], pairs: Iterable[tuple[str, str]]) -> d
     as NAME_ci95.
     """
     differences = {
-        f"{one} - {other}": {name: arms[one][name] - arms[other][name] for name in arms[one]}
+        f"{one} - {other}": _with_intervals(
+            {name: _gain(name, arms[other][name], x) for name, x in arms[one].items()}
+        )
         for one, other in pairs
         if one in arms and other in arms
     }
-    return {
-        "arms": {name: _means(one) for name, one in arms.items()},
-        "differences": {name: _means(one) for name, one in differences.items()},
+    of_arms = {
+        arm: _with_intervals({name: _mean(name, x) for name, x in values.items()})
+        for arm, values in arms.items()
     }
+    return {"arms": of_arms, "differences": differences}
 
 
-def _means(values: Measures) -> dict[str, float]:
+def _mean(name: str, values: np.ndarray) -> tuple[float, float]:
+    half = normal95(values) if name == "margin" else interval95(values)  # the rest are in [0, 1]
+    return float(np.mean(values)), half
+
+
+def _gain(name: str, before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
+    return _mean(name, after - before) if name == "margin" else paired(before, after)
+
+
+def _with_intervals(found: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     means = {}
-    for name, x in values.items():
-        means[name] = float(np.mean(x))
-        if len(x) > 1:
-            means[f"{name}_ci95"] = interval95(x)
+    for name, (mean, half) in found.items():
+        means[name] = mean
+        if not np.isnan(half):
+            means[f"{name}_ci95"] = half
     return means
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from afmrl_jax.core.fields import check_choice, check_ranges
 from afmrl_jax.retrieval.metrics import (
     ndcg_at_k,
+    places_of,
     recall_at_k,
     reciprocal_rank,
     relevant_ranks,
@@ -84,9 +85,9 @@ def rewards(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Rewards of B answers, and their parts.
 
-    answers: the searches of the B enriched queries, K > options.k. plain: the Q queries' searches
-    without attributes; None unless the gain is wanted. valid: bool[B], the format's verdict.
-    lengths: int[B], tokens. samples: G.
+    answers: the searches of the B enriched queries, K > options.k + 1. plain: the Q queries'
+    searches without attributes; None unless the gain is wanted. valid: bool[B], the format's
+    verdict. lengths: int[B], tokens. samples: G.
 
     A valid answer's reward is its measure, less the query's own under `gain`, less its length's
     cost. An invalid one gets `invalid` plus the worst valid reward of its group or 0, whichever is
@@ -116,8 +117,9 @@ def rewards(
 def measures(found: Found, k: int) -> dict[str, np.ndarray]:
     """recall@1, recall@k, mrr, ndcg@k and margin of n searches, float64[n] each.
 
-    The margin is the best right cosine less the best wrong one, above 0 where the first rank is
-    right: no two answers have quite the same, where Recall@k has two values.
+    A tie counts against a right listing, as in evaluation (`metrics.relevant_ranks`). The margin is
+    the best right cosine less the best wrong one, above 0 where the first rank is right: no two
+    answers have quite the same, where Recall@k has two values.
     Raises ValueError as `rewards` does.
     """
     relevant = np.where(found.relevant == found.own[:, None], -1, found.relevant)
@@ -131,14 +133,12 @@ def measures(found: Found, k: int) -> dict[str, np.ndarray]:
     # The query's own listing goes last and is cut off; the rest close up.
     order = np.argsort(found.ids == found.own[:, None], axis=1, kind="stable")[:, :-1]
     ids, scores = (np.take_along_axis(x, order, axis=1) for x in (found.ids, found.scores))
-    if ids.shape[1] < k:
+    if ids.shape[1] <= k:
         raise ValueError(
             f"{ids.shape[1]} ranks are left without the query's own listing, a reward at {k} needs "
-            f"{k}: search with k={k + 1}"
+            f"one more than {k}, to see whether a tie goes on: search with k={k + 2}"
         )
-    wrong = ids >= 0
-    for column in relevant.T:  # one at a time: never n x K x R at once
-        wrong &= ids != column[:, None]
+    wrong = (ids >= 0) & (places_of(relevant, ids) < 0)
     if not wrong.any(axis=1).all():
         raise ValueError(
             f"a ranking of {ids.shape[1]} ranks holds no wrong listing: search deeper than the "
@@ -146,7 +146,7 @@ def measures(found: Found, k: int) -> dict[str, np.ndarray]:
         )
     best_right = np.where(right, found.relevant_scores, -np.inf).max(axis=1)
     best_wrong = np.where(wrong, scores, -np.inf).max(axis=1)
-    ranks = relevant_ranks(ids, relevant)
+    ranks = relevant_ranks(ids, scores, relevant)
     return {
         "recall@1": recall_at_k(ranks, 1).astype(np.float64),
         f"recall@{k}": recall_at_k(ranks, k).astype(np.float64),

@@ -11,6 +11,9 @@ import pytest
 
 from afmrl_jax import main
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.data.opening import open_catalogue
+from afmrl_jax.programs import agcl
+from afmrl_jax.retrieval.evaluation import parse_task
 from afmrl_jax.training.checkpoint import find_checkpoints
 
 QUICK = True
@@ -133,3 +136,22 @@ def test_a_checkpoint_starts_another_run_and_is_judged_anywhere(
     main.run(config, tmp_path / "judged")
     assert json.loads((tmp_path / "judged" / "evaluation.json").read_text()) == trained
     assert "step 6" in capsys.readouterr().out
+
+
+def test_a_catalogue_without_images_is_judged_by_its_texts_or_refused_before_compiling(
+    agcl_config, tmp_path, caplog
+):
+    rows = [
+        {"listing_id": str(i), "product_id": str(i // 2), "title": f"mug {i}", "split": split}
+        for i, split in enumerate(["train"] * 4 + ["validation"] * 4)
+    ]
+    (tmp_path / "products.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    agcl_config.data.path = str(tmp_path)
+    catalog = open_catalogue(str(tmp_path), agcl_config.data, tmp_path / "w")
+    images, texts = parse_task("image->image"), parse_task("text->text")
+    task, listings = agcl._validation(catalog, [images, texts])
+    assert task == texts and listings.tolist() == [4, 5, 6, 7]
+    assert "the best checkpoint is chosen by text->text" in caplog.text
+    agcl_config.eval.tasks = "image->image, text->image"
+    with pytest.raises(UserError, match="text->image shows what no listing"):
+        main.run(agcl_config, tmp_path / "w")

@@ -7,6 +7,7 @@ import pytest
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.catalog import Listing
+from afmrl_jax.retrieval import downstream
 from afmrl_jax.retrieval.downstream import CategoryTask, Unlabelled, agreement
 
 
@@ -46,7 +47,7 @@ class Line:
 
     def listing(self, index, draw=0):
         category = self.categories[index].replace("-", "")
-        return Listing(f"l{index}", "p", "", "", category, {}, 0, None)
+        return Listing(f"l{index}", "p", "thing", "", category, {}, 0, None)
 
 
 def points(*places):
@@ -58,7 +59,7 @@ def points(*places):
 def test_the_probe_learns_from_training_listings_alone_and_judges_the_others():
     # Training listings 0-3; judged 4-9, of which 8 has no category and 9 lies on the wrong side.
     catalog = Line("aabb" + "aabb-a")
-    task = CategoryTask(catalog, np.arange(6), np.arange(4, 10), limit=9, seed=0)
+    task = CategoryTask(catalog, np.arange(6), np.arange(4, 10), "text", limit=9, seed=0)
     assert task.probe.tolist() == [0, 1, 2, 3]  # 4 and 5 are judged
     scores = task.scores(points(-1, -1.1, 1, 1.1, -1, -0.9, 0.9, 1, -1, 1.05))
     assert scores.queries.tolist() == [0, 1, 2, 3, 5]
@@ -72,20 +73,29 @@ def test_the_probe_learns_from_training_listings_alone_and_judges_the_others():
 
 def test_no_more_listings_are_learned_from_than_asked_for():
     catalog = Line("ab" * 50)
-    task = CategoryTask(catalog, np.arange(80), np.arange(80, 100), limit=10, seed=0)
-    other = CategoryTask(catalog, np.arange(80), np.arange(80, 100), limit=10, seed=1)
+    task = CategoryTask(catalog, np.arange(80), np.arange(80, 100), "text", limit=10, seed=0)
+    other = CategoryTask(catalog, np.arange(80), np.arange(80, 100), "text", limit=10, seed=1)
     assert len(task.probe) == 10 and task.probe.tolist() != other.probe.tolist()
 
 
-def test_the_bootstrap_of_a_share_agrees_with_its_normal_interval():
+def test_intervals_of_many_listings_are_near_the_normal_ones():
     catalog = Line("ab" * 2 + "ab" * 100)
     places = np.tile([-1.0, 1.0], 102)
     places[4:84:2] *= -1  # 40 of 200 on the other's side
-    task = CategoryTask(catalog, np.arange(4), np.arange(4, 204), limit=9, seed=0)
+    task = CategoryTask(catalog, np.arange(4), np.arange(4, 204), "text", limit=9, seed=0)
     found = task.scores(points(*places)).means()
     assert found["accuracy"] == 0.8
     assert found["accuracy_ci95"] == pytest.approx(1.96 * np.sqrt(0.8 * 0.2 / 200), rel=0.15)
     assert 0 < found["ari_ci95"] < 0.2
+
+
+def test_few_listings_that_are_all_right_have_a_real_interval_or_none(monkeypatch):
+    monkeypatch.setattr(downstream, "RESAMPLES", 20)
+    task = CategoryTask(Line("ab" * 5), np.arange(4), np.arange(4, 10), "text", limit=9, seed=0)
+    found = task.scores(points(*np.tile([-1.0, 1.0], 5))).means()
+    assert found["accuracy"] == found["nmi"] == 1
+    assert found["accuracy_ci95"] == pytest.approx((1 - 6 / (6 + 1.96**2)) / 2)
+    assert not {"nmi_ci95", "ari_ci95", "purity_ci95"} & found.keys()  # clusters are categories
 
 
 @pytest.mark.parametrize(
@@ -98,4 +108,4 @@ def test_the_bootstrap_of_a_share_agrees_with_its_normal_interval():
 )
 def test_a_catalogue_with_nothing_to_tell_apart_is_refused(categories, told):
     with pytest.raises(UserError, match=told):
-        CategoryTask(Line(categories), np.arange(4), np.arange(4, 8), limit=9, seed=0)
+        CategoryTask(Line(categories), np.arange(4), np.arange(4, 8), "text", limit=9, seed=0)

@@ -43,7 +43,7 @@ def test_a_gallery_of_four_scores_as_worked_by_hand():
     assert scores["mrr"] == scores["map"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 2 + 1 / 2) / 4)
     assert scores["ndcg@10"] == pytest.approx((3 / np.log2(3) + 1 / 2) / 4)
     assert (scores["n_queries"], scores["n_gallery"]) == (4, 4)
-    assert scores["recall@1_ci95"] == 0
+    assert scores["recall@1_ci95"] == metrics.interval95(np.zeros(4))
 
 
 def test_several_right_listings_count_by_their_precisions():
@@ -52,7 +52,7 @@ def test_several_right_listings_count_by_their_precisions():
     gallery = (vectors, np.array(["q", "w", "x", "y"]), np.array(products))
     scores = rank_and_score(*query, *gallery, exclude_self=True).means()
     assert scores["map"] == pytest.approx((1 / 1 + 2 / 3) / 2)
-    assert "recall@1_ci95" not in scores  # one query has no interval
+    assert scores["recall@1_ci95"] == pytest.approx((1 - 1 / (1 + 1.96**2)) / 2)  # of one hit
 
 
 def test_the_query_itself_is_neither_found_nor_in_the_way():
@@ -96,6 +96,32 @@ def test_a_collapsed_model_finds_nothing_by_luck():
     assert scores["recall@10"] == 0 and scores["mrr"] < 1 / 1000
 
 
+@pytest.mark.parametrize("below", [0, 1201])
+def test_products_with_one_photo_are_not_told_apart_at_any_size_of_the_gallery(below):
+    # 120 photos, each of five products with two listings.
+    photos = unit(np.random.default_rng(0).normal(size=(120, 16)))
+    listings, products = np.arange(1200), np.arange(1200) // 2
+    scores = judge(photos[listings // 10], listings, products, exact_below=below)
+    assert scores["recall@5"] == 0 and scores["recall@10"] == 1  # behind the 8 that look the same
+    assert scores["mrr"] == pytest.approx(1 / 9)
+
+
+def test_a_tie_that_goes_on_behind_scanns_last_rank_finds_nothing():
+    vectors = np.tile(angles(20), (1100, 1))
+    scores = judge(vectors, np.arange(1100), np.arange(1100) // 4, exact_below=0)
+    assert scores["mrr"] == scores["map"] == 0
+
+
+def test_equal_vectors_tie_however_a_block_of_the_product_rounds_them(monkeypatch):
+    monkeypatch.setattr(evaluation, "query_block", lambda n: 8)
+    photos = unit(np.random.default_rng(0).normal(size=(5, 256)))
+    rows = np.arange(1001)
+    queries = (photos[1:4], -rows[1:4], rows[1:4])
+    gallery = (photos[rows % 5], rows, rows)
+    scores = rank_and_score(*queries, *gallery, exclude_self=True).means()
+    assert scores["mrr"] == 1 / 200  # of 200 with its photo one is its product's
+
+
 def test_queries_with_nothing_to_find_are_dropped_and_none_left_is_an_error():
     scores = judge(angles(0, 5, 90), [1, 2, 3], [1, 1, 2])
     assert scores["n_queries"] == 2
@@ -116,20 +142,24 @@ def clustered(rng, products, dimension=32, noise=0.25):
     return unit(centers[products] + noise * rng.normal(size=(len(products), dimension)))
 
 
-def test_blocks_of_counted_ranks_equal_sorting_each_ranking_whole(monkeypatch):
-    rng = np.random.default_rng(1)
-    products = rng.choice(60, 400, p=rng.dirichlet(np.ones(60)))  # 0 to dozens a product
-    vectors, keys = clustered(rng, products), np.arange(400)
-    monkeypatch.setattr(evaluation, "query_block", lambda n: 32)
-    ours = judge(vectors, keys, products)
-    rankings = np.argsort(-(vectors @ vectors.T - 4 * np.eye(400)), axis=1)[:, :-1]
-    kept = np.flatnonzero(np.bincount(products)[products] > 1)
-    right = [np.setdiff1d(np.flatnonzero(products == products[q]), [q]) for q in kept]
-    width = max(map(len, right))
-    relevant = np.stack([np.pad(r, (0, width - len(r)), constant_values=-1) for r in right])
-    ranks = metrics.relevant_ranks(rankings[kept], relevant)
-    theirs = metrics.score_ranks(ranks, (relevant >= 0).sum(1))
-    assert ours["n_queries"] == len(kept)
+@pytest.mark.parametrize("path", ["a pass a column", "bins", "scann"])
+def test_every_way_of_ranking_equals_the_slow_definition_also_among_ties(path, monkeypatch):
+    products = np.repeat(np.arange(60), [8] * 10 + [5] * 12 + [1] * 38)
+    # Steps of 1/4: cosines are exact in float32, and many of them equal.
+    vectors = np.round(4 * clustered(np.random.default_rng(1), products, 8)) / 4
+    monkeypatch.setattr(evaluation, "query_block", lambda n: 64)
+    monkeypatch.setattr(evaluation, "WIDE", 1 if path == "bins" else 1000)
+    evaluation._exact_ranks.clear_cache()
+    below = 0 if path == "scann" else 179
+    ours = judge(vectors.astype(np.float32), np.arange(178), products, exact_below=below)
+    ranks, n_relevant = np.zeros((140, 7), int), np.array([7] * 80 + [4] * 60)
+    for query, cosines in enumerate((vectors @ vectors.T)[:140]):
+        same = products == products[query]
+        wrong, right = cosines[~same], cosines[same & (np.arange(178) != query)]
+        for place, score in enumerate(-np.sort(-right)):
+            ranks[query, place] = (wrong >= score).sum() + place + 1
+    theirs = metrics.score_ranks(ranks, n_relevant)
+    assert (ours["n_queries"], ours["n_gallery"]) == (140, 178)
     for name, values in theirs.items():
         assert ours[name] == pytest.approx(values.mean(), abs=1e-9), name
 
@@ -165,6 +195,15 @@ def test_embedding_fills_the_last_batch_keeps_the_order_and_compiles_once():
     np.testing.assert_array_equal(vectors, np.stack([indices, -indices], axis=1))
     assert vectors.dtype == np.float32 and len(traced) == 1 and shapes == {(3,)}
     assert len(threads) == 1 and threading.current_thread() not in threads
+
+
+def test_a_long_wait_says_how_far_it_is(caplog, monkeypatch):
+    for seconds, words in [(3600, []), (0, ["0 of 25 rows made", "10 of 25 rows made"])]:
+        monkeypatch.setattr(evaluation, "SILENCE", seconds)
+        with caplog.at_level("INFO", "afmrl_jax.retrieval.evaluation"):
+            starts = evaluation.with_progress(range(0, 25, 10), 25, "rows made")
+            assert [next(starts), next(starts)] == [0, 10]
+        assert caplog.messages == words
 
 
 def test_a_failure_while_rows_are_made_reaches_the_caller():

@@ -2,6 +2,8 @@
 
 import json
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -107,6 +109,70 @@ def test_upserts_replace_and_add_and_deletes_remove(kind, n):
     assert index.search(new[2:], 1).ids.tolist() == [[1]]
 
 
+def test_scann_survives_hundreds_of_updates_and_finds_what_exact_search_finds(tmp_path):
+    rng, vectors = np.random.default_rng(0), clustered(1200, 16)
+    index = ScannIndex("m").build(vectors[:1000], np.arange(1000))
+    held = dict(enumerate(vectors[:1000]))
+    for step in range(300):
+        id, new = int(rng.integers(1000)), rng.choice(vectors)
+        if step % 2:
+            index.upsert(new[None], np.array([id]))
+        else:  # gone and back again
+            index.delete(np.array([id]))
+            index.upsert(new[None], np.array([id]))
+        held[id] = new
+        if step == 150:
+            index.save(tmp_path / "index")
+            index = Index.load(tmp_path / "index")
+    index.delete(np.arange(0, 1000, 4))
+    left = np.array([id for id in range(1000) if id % 4])
+    exact = ExactIndex("m").build(np.stack([held[id] for id in left]), left)
+    theirs, ours = (one.search(vectors[:50], 750) for one in (exact, index))
+    np.testing.assert_array_equal(np.sort(ours.ids, axis=1), np.tile(left, (50, 1)))
+    np.testing.assert_allclose(ours.scores, theirs.scores, atol=1e-6)
+    index.delete(left)
+    assert len(index) == 0 and (index.search(vectors[:1], 2).ids == -1).all()
+    index.upsert(vectors[:1], np.array([7]))
+    assert index.search(vectors[:1], 2).ids.tolist() == [[7, -1]]
+
+
+def test_an_index_that_lists_vectors_twice_is_built_again_before_it_can_be_updated(
+    tmp_path, caplog
+):
+    vectors = clustered(1000, 16)
+    index = ScannIndex("m").build(vectors, np.arange(1000) + 5)
+    builder = index_module._import_scann().builder(vectors, 10, "dot_product")
+    twice = builder.tree(31, 31, soar_lambda=1.5).score_ah(2).reorder(100)
+    index._searcher = twice.set_n_training_threads(1).build(docids=None)
+    index.save(tmp_path / "index")
+    index = Index.load(tmp_path / "index")
+    assert "it is built again" in caplog.text
+    for id in range(100, 250):  # of one that lists them twice, ScaNN ends the process here
+        index.delete(np.array([id]))
+    rest = np.setdiff1d(np.arange(1000), np.arange(95, 245))
+    np.testing.assert_array_equal(index.search(vectors[rest], 1).ids[:, 0], rest + 5)
+
+
+@KINDS
+def test_a_search_amid_updates_by_another_thread_answers_as_before_or_after_them(kind):
+    vectors = clustered(40)
+    index, stop = kind("m").build(vectors, np.arange(40)), threading.Event()
+
+    def update():
+        while not stop.is_set():  # row 39 moves to row 0 and back to the end
+            index.delete(np.array([0]))
+            index.upsert(vectors[:1], np.array([0]))
+
+    with ThreadPoolExecutor(1) as pool:
+        updates = pool.submit(update)
+        try:
+            for _ in range(100):
+                assert index.search(vectors[1:], 1).ids[:, 0].tolist() == list(range(1, 40))
+        finally:
+            stop.set()
+        updates.result()
+
+
 @KINDS
 def test_the_callers_arrays_are_never_changed_by_an_update(kind):
     vectors, ids = clustered(50), np.arange(50)
@@ -210,7 +276,11 @@ def test_other_mistakes_are_told(kind):
         index.delete(np.array([3, 77]))
     assert len(index) == 20  # nothing was half deleted
     with pytest.raises(UserError, match="unique"):
-        kind("m").build(vectors, np.zeros(20))
+        kind("m").build(vectors, np.zeros(20, int))
+    with pytest.raises(UserError, match="whole numbers"):
+        index.upsert(vectors[:1], np.array([1.7]))
+    with pytest.raises(UserError, match="whole numbers"):
+        index.delete(np.array([1.7]))
     with pytest.raises(UserError, match="no vectors"):
         kind("m").build(vectors[:0], np.arange(0))
 

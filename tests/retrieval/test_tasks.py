@@ -1,10 +1,12 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.catalog import open_catalog
+from afmrl_jax.data.catalog import Overlay, open_catalog
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.data.views import evaluation_row
@@ -14,8 +16,10 @@ from afmrl_jax.retrieval.evaluation import parse_task
 from afmrl_jax.retrieval.tasks import (
     Judge,
     can_be_run,
+    choose_tasks,
     enrichment,
     own_attributes,
+    parts_of,
     validation_sample,
 )
 
@@ -139,6 +143,76 @@ def test_texts_that_lose_attributes_are_told(catalog, caplog):
         words.max_tokens = 6
         judge.vectors("text", listings + 8, judge.enriched.queries)
     assert "8 of 8 texts lose attributes" in caplog.text
+
+
+class Partial(Overlay):
+    """The catalogue without some of its images and texts."""
+
+    def __init__(self, catalog, no_image=(), no_text=()):
+        super().__init__(catalog, catalog.fingerprint)
+        self.no_image, self.no_text = set(no_image), set(no_text)
+
+    def listing(self, index, draw=0):
+        lost = {"n_images": 0} if index in self.no_image else {}
+        lost |= (
+            dict.fromkeys(("title", "description", "category"), "") if index in self.no_text else {}
+        )
+        return dataclasses.replace(super().listing(index, draw), **lost)
+
+
+def test_a_listing_has_what_a_view_shows_where_it_has_any_part_of_it(catalog):
+    has = parts_of(Partial(catalog, no_image=[1], no_text=[2]), np.arange(3))
+    assert has["image"].tolist() == [True, False, True]
+    assert has["text"].tolist() == [True, True, False]  # attributes are no text
+    assert has["image+text"].all()
+
+
+def test_a_listing_without_what_is_shown_neither_asks_nor_is_searched(catalog):
+    # Listings 0 and 1 are one product, 2 and 3 the next. Without their images 0 cannot ask, 1 has
+    # nothing to find, 2 and 3 find each other.
+    partial, asked = Partial(catalog, no_image=[0, 30], no_text=[3]), np.arange(4)
+    words = Words()
+    judge = Judge(lambda rows: rows["x"], words, partial, batch=4, local=np.arange(4))
+    found = judge.scores([parse_task("image->image"), CROSS, SAME], asked, catalog.indices("all"))
+    assert found["image->image"].queries.tolist() == [2, 3]
+    assert found["image->image"].extra == {"n_gallery": 38, "n_without": 1}
+    assert found["image->image"].means()["n_queries"] == 2
+    # Of 2 and 3 only 2 has a text to be found by, which is 2's own as well.
+    assert found["image->text"].queries.tolist() == [1, 2, 3]
+    assert found["image->text"].extra == {"n_gallery": 39, "n_without": 1}
+    # A view of both shows what there is.
+    assert found[SAME.name].queries.tolist() == [0, 1, 2, 3]
+    assert found[SAME.name].extra == {"n_gallery": 40}
+
+
+def test_tasks_that_show_what_listings_lack_are_left_out_and_told(catalog, caplog):
+    images, texts = parse_task("image->image"), parse_task("text->text")
+    whole, few = catalog.indices("all"), Partial(catalog, no_image=range(6))
+    assert choose_tasks([images, texts, CROSS], few, whole) == [images, texts, CROSS]
+    assert [line.partition(": ")[2] for line in caplog.messages] == [
+        "6 of 40 queries have no image, 6 of 40 gallery listings have no image",
+        "6 of 40 queries have no image",
+    ]
+    caplog.clear()
+    blind = Partial(catalog, no_image=range(40))
+    assert choose_tasks([images, texts, CROSS], blind, whole) == [texts]
+    assert "image->image is left out: 40 of 40 queries have no image" in caplog.text
+    assert not can_be_run(CROSS, blind, whole)
+    with pytest.raises(UserError, match=r"image->image, image->text shows what no listing"):
+        choose_tasks([images, CROSS], blind, whole)
+    caplog.clear()
+    alone = whole[::2]  # one listing a product
+    assert choose_tasks([texts], blind, alone) == []
+    assert "no query's product has another listing" in caplog.text
+
+
+def test_a_validation_sample_serves_the_first_task_that_can_be_run_on_it(catalog):
+    images, texts = parse_task("image->image"), parse_task("text->text")
+    validation = catalog.indices("validation")
+    some = Partial(catalog, no_image=validation[:-4])
+    assert validation_sample(some, [images, texts], 600).tolist() == validation[-4:].tolist()
+    none = Partial(catalog, no_image=validation, no_text=validation[:2])
+    assert validation_sample(none, [images, texts], 600).tolist() == validation[2:].tolist()
 
 
 def test_a_side_that_does_not_exist_is_refused():

@@ -1,7 +1,7 @@
 """Rewards of two queries with two answers each, worked by hand.
 
 Query 0 is gallery listing 0 of the product {0, 1, 2}, query 1 is no gallery listing; its product is
-{5}. K is 4, so that 3 ranks are left when the query's own listing has been taken out.
+{5}. K is 5, so that 4 ranks are left when the query's own listing has been taken out.
 """
 
 import dataclasses
@@ -15,16 +15,18 @@ from afmrl_jax.rl.rewards import Found, Options, bounded_k, measures, rewards
 OWN = np.array([0, 0, -1, -1])
 RELEVANT = np.array([[0, 1, 2], [0, 1, 2], [5, -1, -1], [5, -1, -1]])
 ANSWERS = Found(
-    # Right at ranks 1 and 3 once 0 is out; at rank 2; at rank 3; not within the 3 ranks kept.
-    ids=np.array([[0, 1, 7, 2], [8, 0, 2, 7], [7, 8, 5, 9], [7, 8, 9, 5]]),
-    scores=np.array([[1.0, 0.9, 0.8, 0.7], [0.9, 0.8, 0.6, 0.5], [0.5, 0.4, 0.3, 0.2], [0.4] * 4]),
+    # Right at ranks 1 and 3 once 0 is out; at rank 2; at rank 3; not within the 4 ranks kept.
+    ids=np.array([[0, 1, 7, 2, 8], [8, 0, 2, 7, 9], [7, 8, 5, 9, 6], [7, 8, 9, 6, 5]]),
+    scores=np.array(
+        [[1.0, 0.9, 0.8, 0.7, 0.6], [0.9, 0.8, 0.6, 0.5, 0.4], [0.5, 0.4, 0.3, 0.2, 0.1], [0.4] * 5]
+    ),
     relevant=RELEVANT,
     relevant_scores=np.array([[1, 0.9, 0.7], [0.8, 0.2, 0.6], [0.3, 9, 9], [-0.1, 9, 9]]),
     own=OWN,
 )
 PLAIN = Found(
-    ids=np.array([[0, 7, 1, 8], [5, 7, 8, 9]]),
-    scores=np.array([[1.0, 0.8, 0.6, 0.5], [0.7, 0.6, 0.5, 0.4]]),
+    ids=np.array([[0, 7, 1, 8, 9], [5, 7, 8, 9, 6]]),
+    scores=np.array([[1.0, 0.8, 0.6, 0.5, 0.4], [0.7, 0.6, 0.5, 0.4, 0.3]]),
     relevant=RELEVANT[::2],
     relevant_scores=np.array([[1.0, 0.6, 0.1], [0.7, 9, 9]]),
     own=OWN[::2],
@@ -56,10 +58,23 @@ def test_measures_of_what_was_found_without_the_query_listing(kind, expected):
 
 
 def test_the_query_listing_itself_never_counts_as_found():
-    only_itself = dataclasses.replace(ANSWERS, ids=np.array([[0, 7, 8, 9]] * 4))
+    only_itself = dataclasses.replace(ANSWERS, ids=np.array([[0, 7, 8, 9, 6]] * 4))
     assert measures(only_itself, 3)["mrr"][:2].tolist() == [0, 0]
     # Nor does its own cosine of 1 count as the best right one.
     assert measures(only_itself, 3)["margin"][0] == pytest.approx(0.9 - 0.9)
+
+
+def test_a_tie_counts_against_an_answer_wherever_the_right_listing_stands_in_the_gallery():
+    for ids in ([[5, 7, 8, 9, 6]], [[7, 5, 8, 9, 6]], [[7, 8, 5, 9, 6]]):
+        tied = Found(
+            ids=np.array(ids),
+            scores=np.array([[0.7, 0.7, 0.7, 0.4, 0.3]], np.float32),
+            relevant=RELEVANT[2:3],
+            relevant_scores=np.array([[0.7, 9, 9]]),
+            own=OWN[2:3],
+        )
+        found = measures(tied, 2)
+        assert found["mrr"][0] == pytest.approx(1 / 3) and found["recall@2"][0] == 0
 
 
 def test_the_gain_is_what_the_attributes_add_to_the_same_query():
@@ -98,10 +113,10 @@ def test_k_is_bounded_by_the_gallery():
 
 
 def test_a_ranking_too_short_to_judge_is_refused():
-    with pytest.raises(ValueError, match="search with k=5"):
-        measures(ANSWERS, 4)  # 3 ranks are left without the query's own
+    with pytest.raises(ValueError, match="search with k=6"):
+        measures(ANSWERS, 4)  # 4 ranks are left without the query's own
     with pytest.raises(ValueError, match="holds no wrong listing"):
-        measures(dataclasses.replace(ANSWERS, ids=np.array([[0, 1, 2, -1]] * 4)), 1)
+        measures(dataclasses.replace(ANSWERS, ids=np.array([[0, 1, 2, -1, -1]] * 4)), 1)
 
 
 def test_a_query_whose_product_has_no_other_listing_is_refused():
