@@ -165,8 +165,10 @@ def write_folder(
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     described["dtype"] = dtype
     if head:
-        ends = [config.eos_token_id, config.pad_token_id]
-        generation = {"eos_token_id": ends, "pad_token_id": config.pad_token_id}
+        generation = {
+            "eos_token_id": list(config.end_token_ids),
+            "pad_token_id": config.pad_token_id,
+        }
         if answers:
             sampling = enc.sampling(temperature=0)
             generation |= {
