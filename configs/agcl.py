@@ -57,7 +57,7 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.data.workers = 1  # processes that prepare batches; 0 = in the training process
     config.data.timeout = 600.0  # seconds that a batch may take; then the run ends, saying where
     config.data.prompt = "plain"  # plain | chat: the model's chat template, as Qwen3-VL-Embedding's
-    config.data.instruction = ""  # said before each text; with chat, as the system
+    config.data.instruction = ""  # before each text; with chat, as the system ("" = its folder's)
     config.data.max_tokens = 96  # a row's tokens, images included
     config.data.max_patches = 64  # a row's patches, over all its images
     config.data.min_pixels = 3136  # an image is enlarged to this area

@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.model.dtype = "bfloat16"  # of the computation
     config.model.embedding_dim = 0  # first dimensions kept of the embedding; 0 = all
     config.data.prompt = "plain"  # plain | chat: the model's chat template, as Qwen3-VL-Embedding's
-    config.data.instruction = ""  # said before each text; with chat, as the system
+    config.data.instruction = ""  # before each text; with chat, as the system ("" = its folder's)
     config.data.max_tokens = 512  # a row's tokens, images included
     config.data.max_patches = 1536  # a row's patches, over all its images
     config.data.min_pixels = 3136  # an image is enlarged to this area

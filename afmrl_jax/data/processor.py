@@ -63,8 +63,8 @@ class Processor:
     of a row's do, sharing the budget fairly; the text is cut from its end.
     min_pixels, max_pixels: bounds on a resized image's area, as in Qwen2-VL's processor.
     prompt: what stands around images and text; by default nothing but the marks of a plain row.
-    max_answer: room behind each prompt for a row's answer, which ends with <|im_end|> or is cut; a
-    prompt is the same with and without its answer.
+    max_answer: room behind each prompt for a row's answer, which ends with the config's
+    eos_token_id or is cut; a prompt is the same with and without its answer.
     pad_left: whether padding stands before the rows, for a sampler that goes on from them.
     Raises UserError where these leave no room for an image or do not fit the tokenizer.
     """
@@ -88,7 +88,7 @@ class Processor:
         self.prompt, self.pad_left = prompt, pad_left
         self.patch_size, self.merge_size = config.vision.patch_size, config.vision.merge_size
         self.temporal_patch_size = config.vision.temporal_patch_size
-        self.ids = _checked_ids(tokenizer, config)
+        self.ids = checked_ids(tokenizer, config)
         self._levels = _normalised_levels(config.architecture)
         # Frames of so many images are made here: a worker would have to import what renders them.
         self._frames: dict[int, tuple[Frame, int]] = {}
@@ -377,14 +377,23 @@ def _normalised_levels(architecture: str) -> np.ndarray:
     return library.normalize(levels, list(mean), list(std))[:, 0]
 
 
-def _checked_ids(tokenizer: Tokenizer, config: QwenVLConfig) -> dict[str, int]:
-    ids = special_token_ids(tokenizer)
+def checked_ids(tokenizer: Tokenizer, config: QwenVLConfig) -> dict[str, int]:
+    """The special tokens of rows: the tokenizer's, but for the model's end of an answer.
+
+    Raises UserError where the tokenizer is not the model's.
+    """
+    ids = special_token_ids(tokenizer) | {"eos_token_id": config.eos_token_id}
     for field in ("image_token_id", "vision_start_token_id", "vision_end_token_id"):
         if ids[field] != getattr(config, field):
             raise UserError(
                 f"the tokenizer's {field} is {ids[field]} and the model's "
                 f"{getattr(config, field)}: take both from one folder"
             )
+    if (last := max(tokenizer.get_vocab().values())) >= config.vocab_size:
+        raise UserError(
+            f"the tokenizer's last token is {last}, {tokenizer.id_to_token(last)!r}, and the model "
+            f"knows {config.vocab_size}, 0 to {config.vocab_size - 1}: take both from one folder"
+        )
     return ids
 
 

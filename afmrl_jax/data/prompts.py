@@ -6,6 +6,8 @@ the frame and tokenised as ordinary text, so no listing can forge the end of a t
 text gives exactly the tokens of transformers' `apply_chat_template` and tokenizer.
 """
 
+import json
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,11 +19,14 @@ from tokenizers import Tokenizer
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.tokenizer import (
     END_OF_TEXT,
+    END_OF_TURN,
     IMAGE_PAD,
     encode_text,
     read_json,
     special_token_ids,
 )
+
+log = logging.getLogger(__name__)
 
 # What Qwen2-VL and Qwen2.5-VL say, for models that come with no template of their own.
 CHATML = """\
@@ -47,6 +52,7 @@ CHATML = """\
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
+GENERIC_WORDS = "You are a helpful assistant."  # of models that were not trained to embed
 # Stand-ins for text while a template is rendered: private characters, between spaces that must come
 # back too, because a template that strips what it is given would not say the same of real text.
 _TEXT, _INSTRUCTION = " \ue000text\ue001 ", " \ue000instruction\ue001 "
@@ -135,29 +141,8 @@ class ChatPrompt:
         return frame
 
     def _rendered(self, n_images: int) -> str:
-        if not self.template:
-            raise UserError(
-                "the model has no chat template: put its chat_template.jinja into its folder, or "
-                'choose the plain prompt, data.prompt = "plain"'
-            )
-        # Here and not above: worker processes, whose frames come with the processor, start at once.
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        def turn(role: str, text: str, images: int = 0) -> dict[str, Any]:
-            parts = [{"type": "image"}] * images + [{"type": "text", "text": text}]
-            return {"role": role, "content": parts}
-
-        system = [turn("system", _INSTRUCTION)] if self.instruction else []
-        chat = [*system, turn("user", _TEXT, n_images)]
-        try:
-            [rendered], _ = render_jinja_template(
-                conversations=[chat], chat_template=self.template, add_generation_prompt=True
-            )
-        except (TemplateError, TypeError) as error:
-            raise UserError(
-                f"the chat template cannot be rendered ({error}): use the model's own"
-            ) from error
+        system = [_turn("system", _INSTRUCTION)] if self.instruction else []
+        rendered = _rendered(self.template, [*system, _turn("user", _TEXT, n_images)])
         if self.instruction and rendered.count(_INSTRUCTION) != 1:
             raise UserError(
                 "the chat template does not show the system's instruction, unchanged and once: "
@@ -167,6 +152,87 @@ class ChatPrompt:
 
     def _with_instruction(self, piece: str) -> str:
         return piece.replace(_INSTRUCTION, self.instruction)
+
+
+def _turn(role: str, text: str, images: int = 0) -> dict[str, Any]:
+    parts = [{"type": "image"}] * images + [{"type": "text", "text": text}]
+    return {"role": role, "content": parts}
+
+
+def _rendered(template: str, chat: list[dict[str, Any]]) -> str:
+    """Raises UserError where the template is empty or broken."""
+    if not template:
+        raise UserError(
+            "the model has no chat template: put its chat_template.jinja into its folder, or "
+            'choose the plain prompt, data.prompt = "plain"'
+        )
+    # Here and not above: worker processes, whose frames come with the processor, start at once.
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    answering = chat[-1]["role"] != "assistant"
+    try:
+        [rendered], _ = render_jinja_template(
+            conversations=[chat], chat_template=template, add_generation_prompt=answering
+        )
+    except (TemplateError, TypeError) as error:
+        raise UserError(
+            f"the chat template cannot be rendered ({error}): use the model's own"
+        ) from error
+    return rendered
+
+
+def end_of_turn(template: str, tokenizer: Tokenizer) -> str:
+    """The special token that a chat template puts behind an assistant's words; <|im_end|> where it
+    puts none of the tokenizer's there, or cannot be rendered."""
+    words = _TEXT.strip()
+    try:
+        rendered = _rendered(template, [_turn("user", "?"), _turn("assistant", words)])
+    except UserError:  # told by the processor, to those who need the template
+        return END_OF_TURN
+    added = tokenizer.get_added_tokens_decoder().values()
+    names = sorted((token.content for token in added), key=len, reverse=True)
+    end = re.search("|".join(map(re.escape, names)), rendered.partition(words)[2])
+    return end[0] if end else END_OF_TURN
+
+
+def system_words(template: str) -> str:
+    """What a chat template says as the system where a chat has no such turn; "" if nothing."""
+    user = _turn("user", _TEXT)
+    try:
+        mine = _rendered(template, [user])
+        before, _, after = _rendered(template, [_turn("system", _INSTRUCTION), user]).partition(
+            _INSTRUCTION
+        )
+    except UserError:
+        return ""
+    has_turn = mine.startswith(before) and mine.endswith(after) and after
+    return mine[len(before) : -len(after)] if has_turn else ""
+
+
+def tell_system_words(name: str, kind: str, template: str, instruction: str) -> None:
+    """Logs what the system says before rows to embed, where the configuration leaves it open.
+
+    name: the model's. Some models are published to read words of their own: Qwen3-VL-Embedding
+    reads "Represent the user's input.", which its template says.
+    """
+    words = "" if instruction else system_words(template)
+    if kind == "chat" and words:
+        log.info("%s: the system says %r, from the model's folder", name, words)
+    elif kind == "chat" and not instruction:
+        log.warning(
+            "%s: no words are said as the system: its folder has none, and data.instruction is "
+            "empty. If the model was published to read some, give them there",
+            name,
+        )
+    elif kind == "plain" and words not in ("", GENERIC_WORDS):
+        log.warning(
+            "%s: its chat template says %r as the system, which data.prompt=plain leaves out, with "
+            "the turns around it: data.prompt=chat makes rows as the model was published to read "
+            "them",
+            name,
+            words,
+        )
 
 
 def embedding_prompt(kind: str, template: str, instruction: str) -> Prompt:
@@ -194,3 +260,36 @@ def chat_template(folder: Path) -> str:
         if found:
             return found
     return ""
+
+
+def embedder_template(folder: Path, template: str) -> str:
+    """The chat template, which says as the system what the folder has sentence-transformers say.
+
+    That is the default prompt of config_sentence_transformers.json; without a default, the only one
+    that it has, if the template has no words itself. Where it has several, the log names them.
+    """
+    path = folder / "config_sentence_transformers.json"
+    content = read_json(path) if template and path.is_file() else {}
+    prompts = content.get("prompts") if isinstance(content, Mapping) else None
+    if not isinstance(prompts, Mapping):
+        return template
+    words = prompts.get(content.get("default_prompt_name"))
+    if not words and not system_words(template):
+        several = {text for text in prompts.values() if text}
+        words = several.pop() if len(several) == 1 else ""
+        if several:
+            log.warning(
+                "%s has several prompts, and no default among them: %s. None is said; give the one "
+                "for your rows as data.instruction",
+                path,
+                json.dumps(prompts, ensure_ascii=False),
+            )
+    if not words or not isinstance(words, str):
+        return template
+    turn = f'{{"role": "system", "content": {json.dumps(words, ensure_ascii=False)}}}'
+    return (
+        "{%- if messages[0].role != 'system' %}{%- set messages = ["
+        + turn
+        + "] + messages %}{%- endif %}"
+        + template
+    )

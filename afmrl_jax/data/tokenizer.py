@@ -5,7 +5,7 @@ special tokens by name, so that everything above finds its ids by name and never
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.models.config import VISION_TOKEN, listed
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TURN = "<|im_end|>"
@@ -160,3 +161,37 @@ def special_token_ids(tokenizer: Tokenizer) -> dict[str, int]:
             f"the tokenizer has no {', '.join(missing)}: use a Qwen-VL model's, or train one"
         )
     return ids
+
+
+def named_end_ids(
+    tokenizer: Tokenizer, described: Mapping[str, Any], folder: Path | None = None
+) -> tuple[int, ...]:
+    """All tokens that end an answer by what a model's files say, each once, in their order.
+
+    described: the content of config.json, which has eos_token_id, or its text_config has. folder:
+    where generation_config.json has one too, and tokenizer_config.json and special_tokens_map.json
+    an eos_token; None for a checkpoint of ours. Any of them may be absent or null, or a list.
+    Raises UserError, naming the folder's file, for one that can end no answer.
+    """
+    nested = described.get("text_config")
+    files = [("config.json", part) for part in (described, nested) if isinstance(part, Mapping)]
+    for name in ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        content = read_json(folder / name) if folder and (folder / name).is_file() else {}
+        files += [(name, content)] if isinstance(content, Mapping) else []
+    added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
+    ids = []
+    for name, content in files:
+        field = "eos_token" if name.startswith(("tokenizer", "special")) else "eos_token_id"
+        for value in listed(content.get(field)):
+            token = value.get("content") if isinstance(value, Mapping) else value
+            token_id = tokenizer.token_to_id(token) if isinstance(token, str) else token
+            known = added.get(token_id) if type(token_id) is int else None
+            if known and not VISION_TOKEN.fullmatch(known):
+                ids.append(token_id)
+            elif folder:
+                raise UserError(
+                    f"{name}: {field} is {token!r}, {known or 'no special token'} of the "
+                    f"tokenizer, which can end no answer: write {END_OF_TURN} there, which is "
+                    f"{tokenizer.token_to_id(END_OF_TURN)}, or take all files from one model"
+                )
+    return tuple(dict.fromkeys(ids))

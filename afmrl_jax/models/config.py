@@ -7,11 +7,14 @@ read these numbers too.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from afmrl_jax.core.errors import UserError
+
+VISION_TOKEN = re.compile(r"<\|(vision|image|video)_\w+\|>")  # as Qwen's tokenizers name them
 
 
 @dataclass(frozen=True)
@@ -135,18 +138,20 @@ class QwenVLConfig:
     image_token_id: int  # stands where a merged image feature goes
     vision_start_token_id: int
     vision_end_token_id: int
-    eos_token_id: int
-    pad_token_id: int
+    eos_token_id: int  # with which training ends an answer
+    pad_token_id: int  # <|endoftext|> where a tokenizer is known, whatever a folder pads with
     tie_embeddings: bool  # the head is the embedding table
     initializer_range: float = 0.02
     architecture: str = "qwen2_vl"  # a key of FAMILIES
+    other_eos_token_ids: tuple[int, ...] = ()  # that end an answer too, as a folder's files say
 
     def __post_init__(self) -> None:
         names = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
-        for name in (*names, "eos_token_id", "pad_token_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
+        ids = [(name, getattr(self, name)) for name in (*names, "eos_token_id", "pad_token_id")]
+        for name, token_id in (*ids, *(("eos_token_id", i) for i in self.other_eos_token_ids)):
+            if not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
                 raise UserError(
-                    f"model config: {name} {getattr(self, name)} is outside the vocabulary of "
+                    f"model config: {name} {token_id!r} is outside the vocabulary of "
                     f"{self.vocab_size} tokens; set {name} and vocab_size together"
                 )
         if len(self.vision.deepstack_layers) > self.text.num_layers:
@@ -154,6 +159,12 @@ class QwenVLConfig:
                 f"model config: {len(self.vision.deepstack_layers)} DeepStack layers feed a "
                 f"decoder of {self.text.num_layers}; it needs a layer for each"
             )
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends an answer: training's first; padding's too, as in Qwen's files."""
+        ends = (self.eos_token_id, self.pad_token_id, *self.other_eos_token_ids)
+        return tuple(dict.fromkeys(ends))
 
     @property
     def layer_groups(self) -> tuple[int, ...]:
@@ -170,7 +181,7 @@ class QwenVLConfig:
 
         Qwen3-VL has a `text_config`, the older two are flat; `from_hf` reads it back equal.
         """
-        vision, text = self.vision, self.text
+        vision, text, others = self.vision, self.text, self.other_eos_token_ids
         rope = {"mrope_section": list(text.mrope_sections)}
         if text.mrope_interleaved:
             rope |= {"rope_type": "default", "mrope_interleaved": True}
@@ -188,7 +199,7 @@ class QwenVLConfig:
             "rope_theta": text.rope_theta,
             "rope_scaling": rope,
             "initializer_range": self.initializer_range,
-            "eos_token_id": self.eos_token_id,
+            "eos_token_id": [self.eos_token_id, *others] if others else self.eos_token_id,
             "pad_token_id": self.pad_token_id,
             "bos_token_id": self.pad_token_id,  # what published files call it; their default else
         }
@@ -246,9 +257,13 @@ _CLASSES = {
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
-def from_hf(config: Mapping[str, Any]) -> QwenVLConfig:
+def from_hf(
+    config: Mapping[str, Any], ends: Callable[[], Mapping[str, Any]] | None = None
+) -> QwenVLConfig:
     """Reads a Hugging Face config.json's content, flat or with a `text_config`.
 
+    ends: gives the fields eos_token_id, other_eos_token_ids and pad_token_id, which who has the
+    tokenizer knows better than this file does; it is called once the rest is read.
     Raises UserError where the architecture is not one of ours, a number is missing, or the
     checkpoint asks for something that this model does not compute.
     """
@@ -263,22 +278,25 @@ def from_hf(config: Mapping[str, Any]) -> QwenVLConfig:
     vision = _need(config, "vision_config")
     rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
     _check_supported(architecture, text, vision, rope)
-    eos = _first(text.get("eos_token_id", 151645))
-    pad = _first(text.get("pad_token_id"))
     return QwenVLConfig(
         vision=_vision_from_hf(architecture, vision),
         text=_text_from_hf(architecture, text, rope),
         vocab_size=_need(text, "vocab_size"),
         image_token_id=_need(text, "image_token_id"),
         vision_start_token_id=_need(text, "vision_start_token_id"),
-        vision_end_token_id=text.get("vision_end_token_id", 151653),
-        eos_token_id=eos,
-        # Qwen's tokenizers pad with <|endoftext|>, which the published configs only call `bos`.
-        pad_token_id=pad if pad is not None else _first(text.get("bos_token_id", eos)),
+        vision_end_token_id=text.get("vision_end_token_id") or 151653,
         tie_embeddings=any(part.get("tie_word_embeddings") for part in (config, nested)),
         initializer_range=text.get("initializer_range", 0.02),
         architecture=architecture,
+        **(ends() if ends else _ends_from_hf(text)),
     )
+
+
+def _ends_from_hf(text: Mapping) -> dict[str, Any]:
+    eos, *others = listed(text.get("eos_token_id")) or [151645]
+    # Qwen's tokenizers pad with <|endoftext|>, which the published configs only call `bos`.
+    pads = [*listed(text.get("pad_token_id")), *listed(text.get("bos_token_id")), eos]
+    return {"eos_token_id": eos, "other_eos_token_ids": tuple(others), "pad_token_id": pads[0]}
 
 
 def _text_from_hf(architecture: str, text: Mapping, rope: Mapping) -> TextConfig:
@@ -361,6 +379,6 @@ def _need(config: Mapping[str, Any], name: str) -> Any:
     return config[name]
 
 
-def _first(value: Any) -> Any:
-    """Of several end tokens the first; some configs list them."""
-    return value[0] if isinstance(value, list | tuple) else value
+def listed(value: Any) -> list[Any]:
+    """What a file says of a special token, of which there may be none, one or a list."""
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]

@@ -1,6 +1,6 @@
 """What an image file shows: any kind of pixels as upright RGB of eight bits.
 
-Exported folders carry this file beside sentence_encoder.py, so it needs NumPy and Pillow alone.
+Exported folders carry this file beside listing_rows.py, so it needs NumPy and Pillow alone.
 """
 
 import numpy as np

@@ -10,7 +10,6 @@ Axes: N prompts (rows) · G samples of a prompt · S prompt tokens · T generate
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +23,12 @@ from tokenizers import Tokenizer
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import BATCH_AXES
+from afmrl_jax.models.config import VISION_TOKEN
 from afmrl_jax.models.embedder import pool_last
 from afmrl_jax.models.partition import MATRIX, param_shardings, shard_rows
 from afmrl_jax.models.qwen_vl import QwenVL
 from afmrl_jax.models.rope import Angles, rotary_angles, rotate, text_frequencies
 
-VISION_TOKEN = re.compile(r"<\|(vision|image|video)_\w+\|>")  # as Qwen's tokenizers name them
 KeyValue = tuple[jax.Array, jax.Array]
 
 

@@ -2,7 +2,7 @@
 
 1. Find the model and what is known of its run; read its parameters, adapters merged.
 2. Write weights, tokenizer, processor and model card beside the folder's place; an encoder's
-   pooling, how a generator's answers end.
+   pooling, how a generator is asked and its answers end.
 3. Put the folder in its place, whole.
 """
 
@@ -45,7 +45,7 @@ together: text, images or both become {size} numbers of length one, compared by 
 ```python
 from sentence_transformers import SentenceTransformer
 
-model = SentenceTransformer("FOLDER", trust_remote_code=True)  # runs sentence_encoder.py of it
+model = SentenceTransformer("FOLDER", trust_remote_code=True)  # runs its .py files
 model.encode([{{"text": "Navy dress", "image": "photo.jpg"}}, "red mug", {{"image": "photo.jpg"}}])
 ```
 
@@ -72,6 +72,27 @@ tags: [image-text-to-text, product-attributes, {architecture}]
 
 A {architecture} model trained by afmrl_jax to answer a listing's photos and text with its key
 attributes, as "name: value; name: value".
+
+```python
+from transformers import AutoModelForImageTextToText
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+rows = get_class_from_dynamic_module("listing_rows.ListingRows", "FOLDER").load("FOLDER")
+model = AutoModelForImageTextToText.from_pretrained("FOLDER")
+listing = {{"text": "Title\\nCategory\\nDescription", "image": ["front.jpg", "back.jpg"]}}
+inputs = rows.inputs([listing])  # runs listing_rows.py of the folder
+answers = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+print(rows.tokenizer.decode_batch(answers.tolist(), skip_special_tokens=True))
+```
+
+So asked, a listing looks as it did in training. It takes at most {max_tokens} tokens: its photos
+share {windows} squares of {side} x {side} pixels, each a token, none of them over {max_pixels}
+pixels; what a small one leaves the larger ones divide. The chat's turns come next, and the text has
+the rest: a longer one loses its end. An answer has at most {max_answer} tokens.
+
+transformers' own processor, and what stands on it (vLLM, pipelines), makes a row of the same sizes
+of *one* photo and a text that fits. To several photos it gives {windows} squares *each*, and it
+cuts no text: the model has seen no such rows.
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -165,8 +186,10 @@ def write_folder(
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     described["dtype"] = dtype
     if head:
-        ends = [config.eos_token_id, config.pad_token_id]
-        generation = {"eos_token_id": ends, "pad_token_id": config.pad_token_id}
+        generation = {
+            "eos_token_id": list(config.end_token_ids),
+            "pad_token_id": config.pad_token_id,
+        }
         if answers:
             sampling = enc.sampling(temperature=0)
             generation |= {
@@ -182,7 +205,11 @@ def write_folder(
     _write_json(folder / "config.json", described)
     _write_tokenizer(folder, enc)
     _write_processor(folder, enc)
-    if not answers:
+    if answers:
+        for name in ("pixels", "listing_rows"):
+            _copy_module(folder, name)
+        _write_json(folder / "listing_rows.json", _rows(enc))
+    else:
         _write_sentence_transformers(folder, enc)
     record = {
         "kind": enc.kind,
@@ -222,12 +249,13 @@ def _write_tokenizer(folder: Path, enc: Encoder | Generator) -> None:
 
 
 def _write_processor(folder: Path, enc: Encoder | Generator) -> None:
-    """What transformers' image processor, to which ours is equal, has to know."""
+    """What transformers' image processor, to which ours is equal for one image, has to know."""
     data, vision = enc.settings.data, enc.model_config.vision
+    most = min(data.max_pixels, _windows(enc) * _side(enc) ** 2)
     mean, std = IMAGE_STATISTICS[enc.model_config.architecture]
     described = {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "size": {"shortest_edge": data.min_pixels, "longest_edge": data.max_pixels},
+        "size": {"shortest_edge": min(data.min_pixels, most), "longest_edge": most},
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.merge_size,
@@ -240,12 +268,11 @@ def _write_processor(folder: Path, enc: Encoder | Generator) -> None:
 
 def _write_sentence_transformers(folder: Path, enc: Encoder) -> None:
     """Our own first module, whose files go along, then the library's pooling and normalising."""
-    source = Path(importlib.util.find_spec("afmrl_jax.models.sentence_encoder").origin)
-    for file in (source, source.with_name("pixels.py")):
-        shutil.copyfile(file, folder / file.name)
+    for name in ("pixels", "listing_rows", "sentence_encoder"):
+        _copy_module(folder, name)
     library = "sentence_transformers.sentence_transformer.modules"
     modules = [
-        ("", f"{source.stem}.SentenceEncoder"),
+        ("", "sentence_encoder.SentenceEncoder"),
         ("1_Pooling", f"{library}.Pooling"),
         ("2_Normalize", f"{library}.Normalize"),
     ]
@@ -260,19 +287,29 @@ def _write_sentence_transformers(folder: Path, enc: Encoder) -> None:
         "requirements": {"sentence_transformers": ">=6.0", "transformers": ">=5.17"},
     }
     _write_json(folder / "config_sentence_transformers.json", described)
-    names = ("max_tokens", "max_patches", "min_pixels", "max_pixels")
-    rows = {name: enc.settings.data[name] for name in names}
-    rows |= _frames(enc) | {"embedding_dim": enc.settings.model.embedding_dim}
-    _write_json(folder / "sentence_bert_config.json", rows)
+    described = _rows(enc) | {"embedding_dim": enc.settings.model.embedding_dim}
+    _write_json(folder / "sentence_bert_config.json", described)
     pooling = {"embedding_dimension": _size(enc), "pooling_mode": "lasttoken"}
     for name, content in (("1_Pooling", pooling), ("2_Normalize", {})):
         (folder / name).mkdir()
         _write_json(folder / name / "config.json", content)
 
 
-def _frames(enc: Encoder) -> dict[str, Any]:
+def _copy_module(folder: Path, name: str) -> None:
+    """Puts a file of ours that runs by itself into a folder."""
+    source = Path(importlib.util.find_spec(f"afmrl_jax.models.{name}").origin)
+    shutil.copyfile(source, folder / source.name)
+
+
+def _rows(enc: Encoder | Generator) -> dict[str, Any]:
+    """How rows are made, as `models.listing_rows.ListingRows` takes it."""
+    processor = _processor(enc)
+    names = ("max_tokens", "max_patches", "min_pixels", "max_pixels", "pad_left")
+    return {name: getattr(processor, name) for name in names} | _frames(enc, processor)
+
+
+def _frames(enc: Encoder | Generator, processor: Processor) -> dict[str, Any]:
     """The prompt's tokens without and with an image, and what each further image adds."""
-    processor = enc.processor()
     frames = [processor.prompt.frame(n, processor.tokenizer) for n in range(4)]
     heads = [frame.head for frame in frames]
     place = heads[1].index(enc.model_config.image_token_id) + 2  # behind <|vision_end|>
@@ -281,8 +318,8 @@ def _frames(enc: Encoder) -> dict[str, Any]:
         repeated = heads[1][:place] + added * (n - 1) + heads[1][place:]
         if frames[n] != dataclasses.replace(frames[1], head=repeated):
             raise UserError(
-                "the model's chat template does not write each image alike, which "
-                "sentence-transformers cannot be told: use a template without numbers of images"
+                "the model's chat template does not write each image alike, which an exported "
+                "folder cannot be told: use a template without numbers of images"
             )
     named = {name: dataclasses.asdict(frame) for name, frame in zip(("text", "image"), frames)}
     return {"frames": named, "more_images": {"ids": added, "place": place}}
@@ -304,14 +341,17 @@ def model_card(enc: Encoder, source: Pretrained, head: bool) -> str:
 
 def generator_card(generator: Generator, source: Pretrained) -> str:
     """README.md of a generator: how it is asked as it was trained to be."""
-    instruction = generator.settings.data.instruction
+    data = generator.settings.data
     evaluation = "This model was not judged by the run that trained it."
     if source.evaluation:
         evaluation = f"```json\n{json.dumps(source.evaluation, indent=2)}\n```"
     return GENERATOR_CARD.format(
         architecture=generator.model_config.architecture,
-        system=SYSTEM.format(instruction=json.dumps(instruction)) if instruction else "",
+        system=SYSTEM.format(instruction=json.dumps(data.instruction)) if data.instruction else "",
         evaluation=evaluation,
+        windows=_windows(generator),
+        side=_side(generator),
+        **{name: data[name] for name in ("max_tokens", "max_pixels", "max_answer")},
         **_quoted(generator),
     )
 
@@ -328,6 +368,16 @@ def _settings(enc: Encoder | Generator) -> ConfigDict:
     settings = enc.settings.to_dict()
     settings["data"].pop("cache_dir", None)
     return ConfigDict(settings)
+
+
+def _windows(enc: Encoder | Generator) -> int:
+    """Merge windows, each a token, that a row's images share."""
+    return enc.settings.data.max_patches // enc.model_config.vision.merge_size**2
+
+
+def _side(enc: Encoder | Generator) -> int:
+    """Pixels of a merge window's side."""
+    return enc.model_config.vision.patch_size * enc.model_config.vision.merge_size
 
 
 def _size(enc: Encoder) -> int:

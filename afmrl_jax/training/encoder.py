@@ -5,9 +5,11 @@ encoder is here, the generator in generator.py.
 """
 
 import abc
+import functools
 import json
+import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -22,15 +24,30 @@ from tokenizers import Tokenizer
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import local_rows, put_batch, replicated
-from afmrl_jax.data.processor import Processor, check_preprocessor
-from afmrl_jax.data.prompts import CHATML, Prompt, chat_template, embedding_prompt
-from afmrl_jax.data.tokenizer import load_tokenizer, special_token_ids, train_tokenizer
+from afmrl_jax.data.processor import Processor, check_preprocessor, checked_ids
+from afmrl_jax.data.prompts import (
+    CHATML,
+    Prompt,
+    chat_template,
+    embedder_template,
+    embedding_prompt,
+    end_of_turn,
+)
+from afmrl_jax.data.tokenizer import (
+    END_OF_TEXT,
+    load_tokenizer,
+    named_end_ids,
+    special_token_ids,
+    train_tokenizer,
+)
 from afmrl_jax.models.config import QwenVLConfig, from_hf
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.lora import LoRA, adapt
 from afmrl_jax.models.partition import param_shardings
 from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -171,12 +188,10 @@ def from_record(
     settings: ConfigDict, record: dict[str, str], kind: type[AnyAssembly] = Encoder
 ) -> AnyAssembly:
     """The encoder, or the generator, of a checkpoint."""
-    return kind(
-        settings,
-        from_hf(json.loads(record["model"])),
-        Tokenizer.from_str(record["tokenizer"]),
-        record["chat_template"],
-    )
+    tokenizer, template = Tokenizer.from_str(record["tokenizer"]), record["chat_template"]
+    described = json.loads(record["model"])
+    ends = functools.partial(_ends, described, tokenizer, template)
+    return kind(settings, from_hf(described, ends), tokenizer, template)
 
 
 def from_preset(
@@ -195,14 +210,20 @@ def from_folder(
 ) -> AnyAssembly:
     """The model and tokenizer of a Hugging Face folder; its weights are read apart.
 
-    Raises UserError where the folder has no config.json or it is not JSON.
+    Raises UserError where the folder has no config.json or it is not JSON, and where its files
+    belong to different models.
     """
     path = folder / "config.json"
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(described, dict):
             raise UserError("config.json holds no object: fetch it again")
-        config = from_hf(described)
+        tokenizer, template = load_tokenizer(folder), chat_template(folder)
+        if kind is Encoder:
+            template = embedder_template(folder, template)
+        ends = functools.partial(_ends, described, tokenizer, template, folder)
+        config = from_hf(described, ends)
+        checked_ids(tokenizer, config)
     except FileNotFoundError:
         raise UserError(
             f"{folder} has no config.json, which belongs to the weights there: fetch it too"
@@ -210,9 +231,38 @@ def from_folder(
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
+        place = "" if str(folder) in str(error) else f"{folder}: "
+        raise UserError(f"{place}{error}") from None
     check_preprocessor(folder, config)
-    return kind(settings, config, load_tokenizer(folder), chat_template(folder))
+    return kind(settings, config, tokenizer, template)
+
+
+def _ends(
+    described: Mapping[str, Any], tokenizer: Tokenizer, template: str, folder: Path | None = None
+) -> dict[str, Any]:
+    """What ends an answer and what pads rows: fields of a QwenVLConfig, the same for training,
+    sampler, masks and exports. described: config.json's content; folder: where it lies.
+
+    Training ends answers as the chat template ends a turn. An answer that is generated ends there
+    too, and at each other token that any of the model's files calls its end. Padding is masked, so
+    that what a folder pads with does not matter: rows are padded with <|endoftext|>.
+    """
+    ids = special_token_ids(tokenizer)
+    pad = {**described, **(described.get("text_config") or {})}.get("pad_token_id")
+    if folder and pad not in (None, ids["pad_token_id"]):
+        log.info(
+            "%s: config.json pads with token %s, which is not used: rows are padded with %s, %d, "
+            "and padding is masked",
+            *(folder, pad, END_OF_TEXT, ids["pad_token_id"]),
+        )
+    eos = tokenizer.token_to_id(end_of_turn(template, tokenizer))
+    named = (ids["eos_token_id"], *named_end_ids(tokenizer, described, folder))
+    others = [i for i in dict.fromkeys(named) if i not in (eos, ids["pad_token_id"])]
+    return {
+        "eos_token_id": eos,
+        "other_eos_token_ids": tuple(others),
+        "pad_token_id": ids["pad_token_id"],
+    }
 
 
 def abstract_params(enc: Assembly, mesh: Mesh) -> Any:

@@ -78,7 +78,7 @@ class Generator(Assembly):
         config, named = self.model_config, self.tokenizer
         return Sampling(
             self.settings.data.max_answer,
-            stop=(config.eos_token_id, config.pad_token_id),  # as Qwen's generation_config
+            stop=config.end_token_ids,
             forbidden=forbidden_ids(named, config.vocab_size) if named else (),
             pad=config.pad_token_id,
             **drawn,

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import with_limits
+from afmrl_jax.data.prompts import tell_system_words
 from afmrl_jax.models import hf_weights, lora
 from afmrl_jax.models.presets import PRESETS, preset
 from afmrl_jax.training.checkpoint import Checkpoints, find_checkpoints
@@ -57,7 +58,14 @@ class Pretrained(Generic[AnyAssembly]):
             return self.enc
         model = otherwise.model.to_dict() | {"remat": "none"}  # there is no backward pass
         settings = ConfigDict({"model": model, "data": otherwise.data.to_dict()})
+        self.tell_system_words(settings)
         return dataclasses.replace(self.enc, settings=settings)
+
+    def tell_system_words(self, settings: ConfigDict) -> None:
+        """Logs what an encoder's rows begin with, where these settings leave it to the folder."""
+        if isinstance(self.enc, Encoder):
+            data = settings.data
+            tell_system_words(self.path, data.prompt, self.enc.chat_template, data.instruction)
 
 
 def find_pretrained(

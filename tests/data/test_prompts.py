@@ -19,7 +19,10 @@ from afmrl_jax.data.prompts import (
     ChatPrompt,
     PlainPrompt,
     chat_template,
+    embedder_template,
     embedding_prompt,
+    system_words,
+    tell_system_words,
 )
 from afmrl_jax.data.tokenizer import (
     load_tokenizer,
@@ -315,6 +318,61 @@ def test_a_template_is_found_where_transformers_looks(tmp_path):
     (tmp_path / "chat_template.json").write_text("{")
     with pytest.raises(UserError, match=r"chat_template\.json is not JSON"):
         chat_template(tmp_path)
+
+
+# CHATML without words of its own, as Qwen3-VL-Instruct's template has none.
+SILENT = CHATML.replace("'<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n'", "''")
+WORDS = 'Represent "it" 👗 %} <|im_end|>\n.'
+
+
+def test_a_chat_template_s_own_system_words_are_read_from_it():
+    published = chat_template(_shared("qwen", "qwen3_vl_embedding_8b"))
+    assert system_words(published) == "Represent the user's input."
+    assert system_words(CHATML) == "You are a helpful assistant."
+    assert system_words(SILENT) == system_words("") == system_words("{% for %}") == ""
+
+
+@pytest.mark.parametrize(
+    ("template", "prompts", "default", "expected"),
+    [
+        (SILENT, {"query": "Find it.", "document": WORDS}, "document", WORDS),
+        (CHATML, {"query": "Find it.", "document": WORDS}, "document", WORDS),
+        (SILENT, {"query": "", "document": WORDS}, None, WORDS),
+        (CHATML, {"query": "", "document": WORDS}, None, "You are a helpful assistant."),
+        (SILENT, {"query": "Find it.", "document": WORDS}, None, ""),
+        (SILENT, None, None, ""),
+    ],
+)
+def test_what_a_folder_has_sentence_transformers_say_is_said_as_the_system(
+    tmp_path, caplog, template, prompts, default, expected
+):
+    content = {"prompts": prompts, "default_prompt_name": default}
+    (tmp_path / "config_sentence_transformers.json").write_text(json.dumps(content))
+    found = embedder_template(tmp_path, template)
+    assert system_words(found) == expected
+    mine = Processor(SMALL, CONFIG, prompt=ChatPrompt(found, "Mine."), **SIZE)([Row("navy")])
+    theirs = Processor(SMALL, CONFIG, prompt=ChatPrompt(CHATML, "Mine."), **SIZE)([Row("navy")])
+    assert _tokens(mine) == _tokens(theirs)  # an instruction of the configuration counts for more
+    several = template == SILENT and bool(prompts) and not expected
+    assert ("several prompts, and no default" in caplog.text) == several
+
+
+@pytest.mark.parametrize(
+    ("kind", "template", "instruction", "told"),
+    [
+        ("chat", SILENT.replace("''", "'<|im_start|>system\\nGo.<|im_end|>\\n'"), "", "'Go.'"),
+        ("chat", SILENT, "", "no words are said as the system"),
+        ("chat", SILENT, "Mine.", ""),
+        ("plain", CHATML, "", ""),
+        ("plain", CHATML.replace("You are a helpful assistant", "Go"), "", "data.prompt=plain"),
+    ],
+)
+def test_the_log_tells_what_the_system_says_where_the_configuration_is_silent(
+    caplog, kind, template, instruction, told
+):
+    caplog.set_level("INFO", "afmrl_jax")
+    tell_system_words("folder", kind, template, instruction)
+    assert told in caplog.text and bool(told) == bool(caplog.text)
 
 
 def test_a_worker_makes_chat_rows_without_transformers(tmp_path):

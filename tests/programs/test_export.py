@@ -91,6 +91,57 @@ def test_sentence_transformers_embeds_images_and_texts_as_we_do(exported, tmp_pa
     assert seen.size == (30, 40) and by_file @ by_pixels >= 0.9999
 
 
+def test_max_seq_length_bounds_rows_with_their_images_and_is_kept(exported, tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(exported), trust_remote_code=True, device="cpu")
+    enc = load(exported)[0]
+    data = ConfigDict(enc.settings.to_dict()).data
+    least = data.max_patches // 4 + 3  # an image's marks and <|endoftext|> stand around it
+    assert model.max_seq_length == data.max_tokens > least + 4
+    model.max_seq_length = np.int64(least + 4)
+    data.max_tokens = least + 4
+    short = dataclasses.replace(enc, settings=ConfigDict(enc.settings.to_dict() | {"data": data}))
+    rows = [Row("two photos " * 30, (photo(64, 64, 1), photo(20, 90, 2))), Row("no photo " * 30)]
+    ours = short.processor()(rows)
+    inputs = [{"text": r.text, "image": list(r.images)} if r.images else r.text for r in rows]
+    theirs = model.preprocess(inputs)
+    assert theirs["input_ids"].shape[1] == ours["token_mask"].sum(axis=1).max() == least + 4
+    for i, mask in enumerate(ours["token_mask"]):
+        kept = theirs["attention_mask"][i].bool()
+        assert theirs["input_ids"][i][kept].tolist() == ours["tokens"][i][mask].tolist()
+
+    model.save(str(tmp_path / "saved"))
+    again = SentenceTransformer(str(tmp_path / "saved"), trust_remote_code=True, device="cpu")
+    assert again.max_seq_length == least + 4
+    np.testing.assert_array_equal(again.encode(inputs), model.encode(inputs))
+
+    for wrong in (least - 1, 0, -1, None, 64.0, "64", True):
+        with pytest.raises(ValueError, match=f"expected a whole number of at least {least}"):
+            model.max_seq_length = wrong
+    assert model.max_seq_length == least + 4
+
+
+def test_what_the_encoder_does_not_read_is_refused(exported):
+    from sentence_transformers import SentenceTransformer
+
+    def model(**options):
+        return SentenceTransformer(
+            str(exported), trust_remote_code=True, device="cpu", processor_kwargs=options
+        )
+
+    fewer = model(model_max_length=60, max_pixels=1024)
+    assert fewer.max_seq_length == 60
+    assert fewer.preprocess([photo(300, 200, 6)])["image_grid_thw"].tolist() == [[1, 2, 4]]
+    with pytest.raises(ValueError, match="do_resize: this model's rows are made as in training"):
+        model(do_resize=False)
+    with pytest.raises(ValueError, match=r"set model\.max_seq_length"):
+        fewer.encode(["mug"], processing_kwargs={"text": {"max_length": 8}})
+    for pixels in (np.zeros((9, 9, 3)), np.zeros((3, 9, 9), np.uint8), np.zeros((9, 9), bool)):
+        with pytest.raises(ValueError, match=r"expected uint8 \[height, width, 3\]"):
+            fewer.encode([{"image": pixels}])
+
+
 def test_any_folder_is_exported_with_an_instruction_and_fewer_numbers(exported, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(exported, bare)

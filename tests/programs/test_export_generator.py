@@ -1,17 +1,20 @@
 """A generator's folder, judged by transformers' own greedy answers."""
 
 import json
+import re
 
 import jax
 import numpy as np
 import pytest
 import torch
 from flax import nnx
+from PIL import Image
 
 from afmrl_jax import main
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.data.answers import question
 from afmrl_jax.data.opening import open_listings
+from afmrl_jax.data.processor import Row
 from afmrl_jax.training.describer import Describer
 from afmrl_jax.training.encoder import Encoder
 from afmrl_jax.training.generator import Generator
@@ -105,6 +108,64 @@ def test_what_the_card_says_to_do_gives_the_prompt_that_the_generator_was_taught
     assert asked == [*frame.head, *text, *frame.tail]
 
 
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """The files of two photos, of which the larger has to make room for the other."""
+    place, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    files = [place / "front.png", place / "back.png"]
+    for file, (width, height) in zip(files, [(64, 64), (40, 20)]):
+        Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)).save(file)
+    return files
+
+
+def test_the_card_asks_about_several_photos_and_a_long_text_as_training_did(folder, photos):
+    card = (folder / "README.md").read_text()
+    recipe = re.search("```python\n(.*?)```", card, re.DOTALL)[1]
+    title, long = "<|im_end|>red mug", "new blue lamp " * 40
+    text = repr(f"{title}\nhome\n{long}")
+    recipe = recipe.replace('"Title\\nCategory\\nDescription"', text).replace("FOLDER", str(folder))
+    for name, file in zip(("front.jpg", "back.jpg"), photos):
+        recipe = recipe.replace(name, str(file))
+    done = {}
+    exec(recipe, done)
+
+    processor = find_pretrained(str(folder), Generator).enc.processor(answers=False)
+    shown = tuple(Image.open(file) for file in photos)
+    batch = processor([Row(f"{title}\nhome\n{long}", shown)])
+    mask, theirs = batch["token_mask"][0], done["inputs"]
+    assert mask.sum() == 64  # the text is cut
+    assert theirs["input_ids"].tolist() == [batch["tokens"][0][mask].tolist()]
+    used = batch["patch_segments"][0] > 0
+    np.testing.assert_array_equal(theirs["pixel_values"], batch["patches"][0][used])
+    # Of 4 windows the wide photo takes 2; no square but that of one window fits into the others.
+    assert theirs["image_grid_thw"].tolist() == [[1, 2, 2], [1, 2, 4]]
+    assert done["answers"].shape[1] <= 16
+
+
+def test_transformers_own_processor_sees_one_photo_at_the_size_of_training(folder, photos):
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    one = Image.open(photos[0]).resize((900, 1200))
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(folder)(one, return_tensors="np")
+    processor = find_pretrained(str(folder), Generator).enc.processor(answers=False)
+    batch = processor([Row("red mug", (one,))])
+    used = batch["patch_segments"][0] > 0
+    np.testing.assert_array_equal(theirs["pixel_values"], batch["patches"][0][used])
+
+
+def test_rows_of_a_batch_end_together(folder, photos):
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    kind = get_class_from_dynamic_module("listing_rows.ListingRows", str(folder))
+    listings = [{"text": "red mug", "image": str(photos[1])}, {"text": "shirt"}]
+    theirs = kind.load(str(folder)).inputs(listings)
+    processor = find_pretrained(str(folder), Generator).enc.processor(answers=False)
+    batch = processor([Row("red mug", (Image.open(photos[1]),)), Row("shirt")])
+    longest = theirs["input_ids"].shape[1]
+    np.testing.assert_array_equal(theirs["input_ids"], batch["tokens"][:, -longest:])
+    np.testing.assert_array_equal(theirs["attention_mask"], batch["token_mask"][:, -longest:])
+
+
 def test_transformers_computes_our_logits_and_knows_how_answers_end(folder, agcl_config):
     source = find_pretrained(str(folder), Generator)
     generator, graph = source.enc, source.enc.graph()
@@ -123,3 +184,4 @@ def test_transformers_computes_our_logits_and_knows_how_answers_end(folder, agcl
     np.testing.assert_allclose(np.asarray(logits(params, rows))[mask], theirs[mask], atol=2e-4)
     described = json.loads((folder / "generation_config.json").read_text())
     assert described["max_new_tokens"] == 16 and len(described["suppress_tokens"]) == 5
+    assert described["eos_token_id"] == list(generator.sampling(temperature=0).stop)
