@@ -26,7 +26,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from afmrl_jax.attributes.text import Parsed, Verdict, parse
+from afmrl_jax.attributes.reading import read_answer
+from afmrl_jax.attributes.text import Parsed, Verdict
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.writer import RunWriter, write_atomically
@@ -230,7 +231,7 @@ class Asked:
         rows = shown_rows(catalog, (int(i) for i in listings), self._config)
         with contextlib.closing(self._endpoint.answers(rows)) as answers:
             for number, one in answers:
-                parsed = parse(one.text, one.closed)
+                parsed = read_answer(one.text, one.closed)
                 yield number, Said(one.text, parsed, problem=one.problem)
 
 
