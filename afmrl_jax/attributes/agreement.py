@@ -1,19 +1,20 @@
 """How well attributes agree with those that are held to be true, and what a guess would score.
 
-A pair is right where its name and its value are; values are compared in lower case. F1 is micro:
-over all pairs of all listings.
+A pair is right where its name and its value are, compared as `attributes.comparison` does; one
+that says nothing ("unknown") is none. F1 is micro: over all pairs of all listings.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
+from afmrl_jax.attributes.comparison import fold
 from afmrl_jax.attributes.text import normalise
 
 Attributes = Mapping[str, str]
 
 
 def _pairs(attributes: Attributes) -> set[tuple[str, str]]:
-    return {(name, value.lower()) for name, value in normalise(attributes).items()}
+    return {(fold(name), fold(value)) for name, value in normalise(attributes).items()}
 
 
 def agreement(found: Sequence[Attributes], true: Sequence[Attributes]) -> dict[str, float]:
@@ -36,13 +37,14 @@ def agreement_by_name(
 ) -> dict[str, dict[str, float]]:
     """The f1 of each attribute that is among the true ones, and in how many listings it is; the
     most frequent first."""
+    shown = {fold(name): name for attributes in reversed(true) for name in normalise(attributes)}
     right, given, wanted = Counter(), Counter(), Counter()
     for one, other in zip(map(_pairs, found), map(_pairs, true)):
         right.update(name for name, _ in one & other)
         given.update(name for name, _ in one)
         wanted.update(name for name, _ in other)
     return {
-        name: {"f1": 2 * right[name] / (given[name] + count), "listings": count}
+        shown[name]: {"f1": 2 * right[name] / (given[name] + count), "listings": count}
         for name, count in wanted.most_common()
     }
 

@@ -5,6 +5,7 @@ Axes: A micro-batches · C rows of one (this process's) · S tokens · P patches
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,15 @@ from pathlib import Path
 import grain
 import numpy as np
 
+from afmrl_jax.attributes.comparison import VERSION
 from afmrl_jax.attributes.text import format_attributes, normalise
 from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.pipeline import Batch
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.views import evaluation_row
+
+log = logging.getLogger(__name__)
 
 WINDOW = 16  # steps whose rows are sorted by their length; more would save little padding
 SAMPLED = 1024  # rows whose lengths tell which to pad to
@@ -50,15 +54,23 @@ def question_and_answer(
 
 
 def described(catalog: Catalog, split: str, cache: Path) -> np.ndarray:
-    """int64 indices of a split's listings that have attributes, ascending.
+    """int64 indices of a split's listings that have attributes that say something, ascending.
 
     Read from the catalogue once and kept in the cache: a catalogue of millions takes a minute.
     """
-    path = cache / f"described-{catalog.fingerprint}-{split}.npy"
+    path = cache / f"described-{VERSION}-{catalog.fingerprint}-{split}.npy"
     if not path.exists():
         listings = catalog.indices(split)
-        has = [bool(format_attributes(catalog.listing(int(i)).attributes)) for i in listings]
-        write_atomically(path, listings[np.array(has, bool)])
+        given = (catalog.listing(int(i)).attributes for i in listings)
+        has = [(bool(format_attributes(one)), bool(one)) for one in given]
+        say_something, stand = np.array(has, bool).reshape(-1, 2).T
+        if mute := np.count_nonzero(stand & ~say_something):
+            log.info(
+                "%s: %d listings of the %s split have only attributes that say nothing, as "
+                '"unknown", and count as having none',
+                *(catalog.name, mute, split),
+            )
+        write_atomically(path, listings[say_something])
     return np.load(path)
 
 

@@ -9,18 +9,22 @@ Axes: P products · K neighbours.
 import hashlib
 import itertools
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from afmrl_jax.attributes import comparison
 from afmrl_jax.attributes.bm25 import CorpusStatistics
+from afmrl_jax.attributes.comparison import is_empty
 from afmrl_jax.core.writer import write_atomically
+from afmrl_jax.data import mining
 from afmrl_jax.data.catalog import Catalog, Listing, Overlay
-from afmrl_jax.data.mining import VERSION, mine_neighbours
 
 log = logging.getLogger(__name__)
 
 EXAMPLES = 5_000  # listings that are read where some tell enough
+TOLD = 10  # names and values that are told with their counts
 
 
 class TrainedOn(Overlay):
@@ -49,14 +53,16 @@ def listings_by_product(catalog: Catalog, split: str) -> tuple[np.ndarray, np.nd
 
 
 def product_attributes(catalog: Catalog, split: str) -> list[dict[str, str]]:
-    """The attributes of each product of a split, its listings' together; the last says it where
-    two differ. Products in the order of `listings_by_product`."""
+    """The attributes of each product of a split, its listings' together; the last that says
+    something says it where two differ. Products in the order of `listings_by_product`."""
     listings, starts = listings_by_product(catalog, split)
     products = []
     for start, end in itertools.pairwise(starts):
         merged: dict[str, str] = {}
         for listing in listings[start:end]:
-            merged |= catalog.listing(int(listing)).attributes
+            for name, value in catalog.listing(int(listing)).attributes.items():
+                if name not in merged or not is_empty(value):
+                    merged[name] = value
         products.append(merged)
     return products
 
@@ -76,13 +82,33 @@ def attributes_by_category(listings: list[Listing]) -> dict[str, list[dict[str, 
 
 
 def corpus_statistics(catalog: Catalog, split: str, cache: Path) -> CorpusStatistics:
-    """BM25's statistics over a split, a document a product."""
-    path = cache / f"statistics-{catalog.fingerprint}-{split}.json"
+    """BM25's statistics over a split, a document a product; tells what they leave out."""
+    path = cache / f"statistics-{comparison.VERSION}-{catalog.fingerprint}-{split}.json"
     if path.exists():
-        return CorpusStatistics.from_json(path.read_text(encoding="utf-8"))
-    statistics = CorpusStatistics.from_documents(product_attributes(catalog, split))
-    write_atomically(path, statistics.to_json())
+        statistics = CorpusStatistics.from_json(path.read_text(encoding="utf-8"))
+    else:
+        statistics = CorpusStatistics.from_documents(product_attributes(catalog, split))
+        write_atomically(path, statistics.to_json())
+    if statistics.identifiers:
+        log.warning(
+            "%s: attributes that differ in nearly every product tell nothing of it, and do not "
+            "count where attributes are compared: %s",
+            *(catalog.name, _counts(statistics.identifiers, "of %d products")),
+        )
+    if statistics.empty_values:
+        log.info(
+            "%s: %d values of its products' attributes say nothing and count as missing: %s",
+            *(catalog.name, sum(statistics.empty_values.values())),
+            _counts(statistics.empty_values, "%d times"),
+        )
     return statistics
+
+
+def _counts(counted: Mapping[str, int], unit: str) -> str:
+    """The first TOLD of them, each with its count."""
+    shown = [f"{name} ({unit % count})" for name, count in itertools.islice(counted.items(), TOLD)]
+    more = len(counted) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def look_alikes(
@@ -90,10 +116,11 @@ def look_alikes(
 ) -> np.ndarray:
     """int32[P, K]: of each of a split's products those with the most similar attributes, as
     positions among them; -1 pads."""
-    path = cache / f"look-alikes-{VERSION}-{catalog.fingerprint}-{split}-{k}.npy"
+    version = f"{mining.VERSION}-{statistics.version}"
+    path = cache / f"look-alikes-{version}-{catalog.fingerprint}-{split}-{k}.npy"
     if path.exists():
         return np.load(path)
     log.info("looking for the look-alikes of each product")
-    neighbours, _ = mine_neighbours(product_attributes(catalog, split), k, statistics)
+    neighbours, _ = mining.mine_neighbours(product_attributes(catalog, split), k, statistics)
     write_atomically(path, neighbours)
     return neighbours

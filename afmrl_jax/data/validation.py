@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from afmrl_jax.attributes.text import normalise
+from afmrl_jax.attributes.comparison import fold
 from afmrl_jax.data.names import (
     FIELD_NAMES,
     LONGEST,
@@ -181,13 +181,11 @@ def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-@functools.lru_cache(maxsize=4096)
-def _short_name(name: str) -> str:
-    return next(iter(normalise({name: "-"})), "")
+_fold_short = functools.lru_cache(maxsize=4096)(fold)  # names recur in every listing
 
 
-def _attribute_name(name: str) -> str:
-    return (_short_name if len(name) <= LONGEST else _short_name.__wrapped__)(name)
+def _folded(name: str) -> str:
+    return _fold_short(name) if len(name) <= LONGEST else fold(name)
 
 
 def _attributes(value: object) -> str:
@@ -214,10 +212,10 @@ def _attributes(value: object) -> str:
     pairs = {name: text for name, text in pairs.items() if text}
     first_of: dict[str, str] = {}
     for name, text in pairs.items():
-        if not (plain := _attribute_name(name)):
+        if not (plain := _folded(name)):
             raise BadListing("missing name", f"attribute {quote(name)} has no name; give it one")
         first = first_of.setdefault(plain, name)
-        if first != name and normalise({plain: pairs[first]}) != normalise({plain: text}):
+        if first != name and fold(pairs[first]) != fold(text):
             raise BadListing(
                 "duplicate name",
                 f"has attributes {quote(first)} and {quote(name)}, which are one name with two "

@@ -30,7 +30,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from afmrl_jax.attributes.bm25 import CorpusStatistics, attribute_terms
+from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_choice, check_ranges, flatten, to_json
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, replicated
@@ -71,7 +71,7 @@ from afmrl_jax.training.planning import Part, check_fits, step_part
 from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, planned, read_base
 from afmrl_jax.training.state import TrainState, abstract_state, init_state, zeros
 from afmrl_jax.training.tracing import traced_steps
-from afmrl_jax.training.unchanged import check_catalogue, check_unchanged
+from afmrl_jax.training.unchanged import check_catalogue, check_terms, check_unchanged
 
 log = logging.getLogger(__name__)
 
@@ -307,6 +307,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         judged = choose_tasks(tasks, catalog, listings)
         validated = _validation(catalog, tasks)
         statistics, sampler = _sampler(config, catalog)
+        if saved:
+            check_terms(saved["statistics"], workdir, labels=bool(config.loss.head_weight))
         enc, source = _encoder(config, catalog, saved)
         processor = enc.processor()
         record = enc.record() | {
@@ -417,18 +419,18 @@ def _sampler(config: ConfigDict, catalog: Catalog) -> tuple[CorpusStatistics, Pa
     )
     statistics = corpus_statistics(catalog, "train", cache)
     if config.loss.head_weight:
-        _tell_of_cut_labels(catalog, data.max_terms)
+        _tell_of_cut_labels(catalog, statistics, data.max_terms)
     neighbours = None
     if data.lookalike_share or data.hard_negatives:
         neighbours = look_alikes(catalog, "train", data.neighbours, statistics, cache)
     return statistics, PairSampler(catalog, "train", composition, config.seed, neighbours)
 
 
-def _tell_of_cut_labels(catalog: Catalog, most: int) -> None:
+def _tell_of_cut_labels(catalog: Catalog, statistics: CorpusStatistics, most: int) -> None:
     """Warns where training listings, or some of very many, have more terms than are kept: those are
     the rarest, and what the head tells are the most frequent ones."""
     listings = example_listings(catalog, "train")
-    sizes = [len(set(attribute_terms(listing.attributes))) for listing in listings]
+    sizes = [len(set(statistics.terms(listing.attributes))) for listing in listings]
     if cut := sum(size > most for size in sizes):
         log.warning(
             "%d of %d training listings read have more than data.max_terms=%d attribute terms, of "

@@ -28,8 +28,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from afmrl_jax.attributes.reading import read_answer
 from afmrl_jax.attributes.summary import describe_answers
-from afmrl_jax.attributes.text import Parsed, Verdict, parse
+from afmrl_jax.attributes.text import Parsed, Verdict
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.writer import RunWriter, write_atomically
@@ -248,7 +249,7 @@ class Asked:
         with contextlib.closing(self._endpoint.answers(rows)) as answers:
             for number, one in answers:
                 failure = FAILURES.get(one.kind, "unanswered")
-                parsed = parse(one.text, one.closed)
+                parsed = read_answer(one.text, one.closed)
                 yield number, Said(one.text, parsed, failure=failure, reason=one.reason)
 
 

@@ -30,6 +30,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from afmrl_jax.attributes import comparison
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten, to_json, with_limits
 from afmrl_jax.core.mesh import batch_shards, local_rows, put_batch, replicated
@@ -418,6 +419,8 @@ def _gallery(
         return None
     attributes = config.reward.gallery_attributes
     parts = [version, catalog.fingerprint, str(attributes), listings.tobytes().hex()]
+    if attributes:  # of which only those that say something stand in a text
+        parts.append(str(comparison.VERSION))
     shards = batch_shards(mesh)
     mine = local_rows(mesh, shards, "the mesh")
 

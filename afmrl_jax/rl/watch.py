@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from afmrl_jax.attributes.bm25 import WORD
+from afmrl_jax.attributes.comparison import fold, words
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges
 
@@ -118,7 +118,7 @@ def stopped(step: int, verdict: Verdict, rollouts: Path) -> UserError:
 
 
 def _words(text: str) -> list[str]:
-    return WORD.findall(text.lower())
+    return words(fold(text))
 
 
 def _pairs(rollout: Rollout) -> set[str]:
@@ -136,10 +136,10 @@ def _copied(rollout: Rollout) -> float:
 
 def _leaks(rollout: Rollout) -> bool:
     """Whether the answer holds an id of its listing, not as part of a longer word."""
-    answer = rollout.answer.lower()
+    answer = fold(rollout.answer)
     return any(
-        re.search(rf"(?<!\w){re.escape(listed.lower())}(?!\w)", answer)
-        for listed in rollout.ids
+        re.search(rf"(?<!\w){re.escape(listed)}(?!\w)", answer)
+        for listed in map(fold, rollout.ids)
         if len(listed) >= SHORTEST_ID
     )
 

@@ -1,12 +1,17 @@
 """Whether a run that goes on is still the one that began: its configuration, its catalogue."""
 
 import json
+import logging
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from afmrl_jax.attributes import comparison
+from afmrl_jax.attributes.bm25 import version_of
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import flatten, to_json, with_limits
+
+log = logging.getLogger(__name__)
 
 # Fields that change how a run is watched or where it runs, never what it computes.
 MAY_CHANGE = (
@@ -45,3 +50,23 @@ def check_catalogue(saved: dict[str, str], fingerprint: str, path: str, workdir:
             f"the catalogue {path} is not the one that {workdir} began with: bring "
             "that one back, or start anew with another --workdir"
         )
+
+
+def check_terms(statistics: str, workdir: Path, *, labels: bool) -> None:
+    """Warns where a run began with attribute terms that are made otherwise today.
+
+    statistics: of its record. Raises UserError where such terms are the labels that it learns.
+    """
+    before = version_of(statistics)
+    if before == comparison.VERSION:
+        return
+    began = (
+        f"{workdir} began with a program that compares attributes otherwise (version {before}, "
+        f"this is {comparison.VERSION})"
+    )
+    if labels:
+        raise UserError(
+            f"{began}, and its head's labels are others now: end the run with that program, or "
+            "begin anew in another --workdir"
+        )
+    log.warning("%s: from here on its negatives are weighed and masked as this one does", began)

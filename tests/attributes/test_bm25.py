@@ -1,5 +1,6 @@
 """BM25 on the device against BM25 by hand, by brute force, and after a round trip through JSON."""
 
+import json
 import math
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from afmrl_jax.attributes.bm25 import CorpusStatistics, attribute_terms, bm25_matrix
+from afmrl_jax.attributes.bm25 import CorpusStatistics, attribute_terms, bm25_matrix, version_of
 
 JITTED = jax.jit(bm25_matrix)
 SHOP = [
@@ -96,3 +97,70 @@ def test_a_listing_without_attributes_scores_nothing():
     statistics = CorpusStatistics.from_documents(SHOP)
     assert (matrix(statistics, [{}], [*SHOP, {}]) == 0).all()
     assert (matrix(statistics, SHOP, [{}]) == 0).all()
+
+
+ROW = ("color", "type", "brand", "size", "fit", "neck", "hem")
+VARIED = [{name: f"{name}{i * (1 + k % 4) % 5}" for k, name in enumerate(ROW)} for i in range(40)]
+
+
+def agreement(statistics: CorpusStatistics, left: dict, right: dict) -> float:
+    """As the mask by attributes reckons it: the lesser share of either's score against itself."""
+    encoded = statistics.encode([left, right], 16)
+    scores = matrix(statistics, [left, right], [left, right])
+    whole = np.sum(encoded["query_weights"] * encoded["document_weights"], axis=1)
+    return min(scores[0, 1] / whole[0], scores[1, 0] / whole[1])
+
+
+def test_values_that_say_nothing_never_agree():
+    statistics = CorpusStatistics.from_documents(VARIED)
+    unknown = dict.fromkeys(ROW[1:], "unknown")
+    navy, red = {"color": "color0", **unknown}, {"color": "color1", **unknown}
+    assert agreement(statistics, navy, dict(navy)) < 0.5
+    assert agreement(statistics, navy, red) == 0
+    # Nor does what is not said at all: one colour alone is not the same product.
+    assert agreement(statistics, {"color": "color0"}, {"color": "color0"}) < 0.8
+    assert agreement(statistics, VARIED[0], dict(VARIED[0])) == pytest.approx(1)
+    # Also where all listings say little: the seven values weigh as pairs and words of mean idf.
+    sparse = CorpusStatistics.from_documents([navy, navy, red])
+    assert sparse.empty_values == {"unknown": 18}
+    assert agreement(sparse, navy, dict(navy)) < 0.5
+
+
+def test_what_is_left_unsaid_has_a_place_of_its_own_and_matches_nothing():
+    statistics = CorpusStatistics.from_documents(VARIED)
+    encoded = statistics.encode([{**VARIED[0], "hem": "n/a"}], 3)
+    assert (encoded["terms"][0] == -1).sum() == 1  # even where the places are few
+    unsaid = encoded["query_weights"][0][encoded["terms"][0] == -1]
+    idf = math.log(1 + (40 - 8 + 0.5) / (8 + 0.5))  # every term is in 8 of 40 listings
+    assert unsaid == pytest.approx(2 * idf)
+    assert matrix(statistics, [{"a": "-"}], [{"a": "-"}])[0, 0] == 0
+
+
+def test_identifiers_are_left_out_of_terms_here_and_of_listings_encoded_later():
+    ids = [
+        {
+            **listing,
+            "SKU": f"A-{i:05}",
+            "made by": f"{4000000000000 + i * 7919}",
+            "model": f"Duo {i}",
+        }
+        for i, listing in enumerate(VARIED * 3)
+    ]
+    statistics = CorpusStatistics.from_documents(ids)
+    assert statistics.identifiers == {"made by": 120, "sku": 120}  # words make the model none
+    assert not any("sku" in term or "400000" in term for term in statistics.document_frequencies)
+    restored = CorpusStatistics.from_json(statistics.to_json())
+    other = {**ids[0], "sku": "B-77777", "made by": "5000000000003"}
+    assert agreement(restored, ids[0], other) == pytest.approx(1)
+    few = CorpusStatistics.from_documents(
+        [listing | {"sku": str(i)} for i, listing in enumerate(SHOP)]
+    )
+    assert not few.identifiers  # three products can't tell
+
+
+def test_statistics_of_another_comparison_are_refused():
+    first = json.loads(CorpusStatistics.from_documents(SHOP).to_json())
+    del first["version"], first["identifiers"], first["empty_values"]  # as version 1 wrote them
+    assert version_of(json.dumps(first)) == 1
+    with pytest.raises(ValueError, match="version 1"):
+        CorpusStatistics.from_json(json.dumps(first))

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from afmrl_jax.attributes.comparison import MAX_MARKS
 from afmrl_jax.attributes.text import (
-    MAX_MARKS,
     Parsed,
     Verdict,
     format_attributes,
@@ -15,7 +15,8 @@ from afmrl_jax.attributes.text import (
     parse,
 )
 
-PIECES = st.sampled_from(["\\", ";", ":", " ", "\n", "\r", "a", "B", "\u0301", "\u037e", "\0"])
+PIECES = ["\\", ";", ":", " ", "\n", "\r", "a", "B", "\u0301", "\u037e", "\0"]
+PIECES = st.sampled_from([*PIECES, "{", '"', "-", "*", "1.", "_", "\u200b", "unknown"])
 TEXTS = st.text(st.characters()) | st.lists(PIECES).map("".join)
 MAPPINGS = st.dictionaries(TEXTS, TEXTS, max_size=8)
 ENDLESS = {"max_characters": 10**9, "max_pairs": 10**9}
@@ -95,6 +96,25 @@ def test_normal_names_are_lower_case_and_blanks_collapse_and_the_first_of_equal_
 )
 def test_each_fault_has_its_verdict_and_keeps_what_could_be_read(text, attributes, verdict):
     assert parse(text, max_characters=30, max_pairs=3) == Parsed(attributes, verdict)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"color": "navy", "sleeve": "long"}', '"color": "navy"', "- **Color:** navy",
+     "1. color: navy", "**color**: navy", "| color: navy |", "<think>the color: navy"],
+)  # fmt: skip
+def test_an_answer_in_another_format_than_the_taught_one_is_not_valid(text):
+    """A generator would be rewarded for names like {"color"."""
+    assert parse(text) == Parsed({}, Verdict.MALFORMED)
+    odd = {text.partition(":")[0]: "navy"}  # as a name it is printed so that it can be told apart
+    assert parse(format_attributes(odd)) == Parsed(normalise(odd), Verdict.VALID)
+
+
+def test_values_that_say_nothing_are_no_attributes_and_alone_no_valid_answer():
+    parsed = parse("color: navy; brand: unknown; brand: x; size: -")
+    assert parsed == Parsed({"color": "navy", "brand": "x"}, Verdict.VALID)
+    assert parse("color: unknown; size: n/a") == Parsed({}, Verdict.EMPTY)
+    assert format_attributes({"color": "not visible", "size": "40"}) == "size: 40"
 
 
 @pytest.mark.parametrize("text", ["color: red; size: 4", "color: red; size", "color: red; si: 4; "])

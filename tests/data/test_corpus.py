@@ -1,4 +1,6 @@
+import dataclasses
 import itertools
+import json
 import pickle
 
 import numpy as np
@@ -62,3 +64,39 @@ def test_the_catalogue_is_read_once(catalog, tmp_path, monkeypatch):
     monkeypatch.setattr("afmrl_jax.data.corpus.product_attributes", read)
     assert corpus_statistics(catalog, "train", tmp_path) == first
     np.testing.assert_array_equal(look_alikes(catalog, "train", 2, first, tmp_path), mined)
+
+
+def test_what_statistics_leave_out_is_told_and_an_empty_value_hides_no_other(tmp_path, caplog):
+    lines = [
+        {
+            "listing_id": f"{i}-{n}",
+            "product_id": str(i),
+            "title": "mug",
+            "split": "train",
+            "attributes": {"sku": f"s{i}{n}", "color": "unknown" if n else "navy", "size": "n/a"},
+        }
+        for i in range(12)
+        for n in range(2)
+    ]
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    (folder / "products.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shop = open_catalog(folder, cache_dir=tmp_path / "cache")
+    assert {p["color"] for p in product_attributes(shop, "train")} == {"navy"}
+    for _ in range(2):  # made, and from the cache
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            statistics = corpus_statistics(shop, "train", tmp_path)
+        assert "sku (of 12 products)" in caplog.text and "n/a (12 times)" in caplog.text
+    assert list(statistics.document_frequencies) == ["color=navy", "navy"]
+
+
+def test_what_another_comparison_made_is_not_taken_from_the_cache(catalog, tmp_path, monkeypatch):
+    first = corpus_statistics(catalog, "train", tmp_path)
+    look_alikes(catalog, "train", 2, first, tmp_path)
+    monkeypatch.setattr("afmrl_jax.attributes.comparison.VERSION", 99)
+    corpus_statistics(catalog, "train", tmp_path)
+    look_alikes(catalog, "train", 2, dataclasses.replace(first, version=99), tmp_path)
+    assert (
+        len(list(tmp_path.glob("statistics-*"))) == len(list(tmp_path.glob("look-alikes-*"))) == 2
+    )

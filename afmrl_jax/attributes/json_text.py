@@ -1,0 +1,182 @@
+"""JSON as models write it: in prose, with single quotes or bare names, cut off, in many shapes.
+
+The text is read once from left to right and never executed; objects and lists may stand MAX_DEPTH
+deep.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+
+from afmrl_jax.attributes.comparison import fold
+
+MAX_DEPTH = 8
+MAX_STARTS = 8  # brackets in a text from which reading is tried
+
+_START = re.compile(r"""\{(?=\s*(?:["'}]|\w[\w -]{0,50}:))|\[(?=\s*[\[{"'])""")
+_TOKEN = re.compile(
+    r"""\s*(?:("(?:[^"\\]|\\.)*+")|('(?:[^'\\]|\\.|'(?!\s*[,:}\]]))*+')|([{}\[\]:,])"""
+    r"""|([^\s{}\[\]:,"'][^{}\[\]:,\n]*+))""",
+    re.DOTALL,
+)
+_BETWEEN = re.compile(r"[\s,]*")
+_LITERALS = {"true": "yes", "false": "no", "null": "", "none": ""}
+_NAMES = frozenset(
+    {"name", "attribute", "attribute name", "key", "property", "field", "feature", "label"}
+)
+_VALUES = frozenset({"value", "values", "attribute value", "val"})
+_WRAPPERS = frozenset(
+    {"attributes", "key attributes", "product attributes", "properties", "product", "item", "items"}
+    | {"result", "results", "data", "answer", "output", "response", "features", "specifications"}
+)
+
+Pairs = list[tuple[str, str]]
+
+
+class Object(list):
+    """(key, node) of an object, in order, repeats kept. A node is a str, an Object or an Array."""
+
+
+class Array(list):
+    """The nodes of a list. whole: it was read to its end."""
+
+    whole = False
+
+
+class _Ended(Exception):
+    """The text ends, or goes on as no JSON does."""
+
+
+def read_json(text: str) -> tuple[Pairs, bool] | None:
+    """The pairs of the first JSON in a text, and whether it is whole; None where there is none.
+
+    Of JSON that is cut off, those are read behind which something stands.
+    """
+    found = None
+    for start, _ in zip(_START.finditer(text), range(MAX_STARTS)):
+        pairs, end, whole = [], start.start(), True
+        while whole and _START.match(text, end):  # objects one after another, too
+            node, whole, end = _Reader(text, end).read()
+            pairs += _pairs(node)
+            end = _BETWEEN.match(text, end).end()
+        if pairs:
+            return pairs, whole
+        found = found or (([], True) if whole and not node else None)
+    return found
+
+
+class _Reader:
+    """Reads one value from `position` on; what was read of one that is cut off stays."""
+
+    def __init__(self, text: str, position: int):
+        self._text, self._end = text, position
+
+    def read(self) -> tuple[Object | Array, bool, int]:
+        """The object or list, whether it is whole, and where it ends."""
+        node = Object() if self._next() == "{" else Array()
+        try:
+            self._fill(node, 1)
+        except _Ended:
+            return node, False, self._end
+        return node, True, self._end
+
+    def _next(self) -> str:
+        token = _TOKEN.match(self._text, self._end)
+        if not token:
+            raise _Ended
+        self._end = token.end()
+        return token[0].strip()
+
+    def _fill(self, node: Object | Array, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise _Ended
+        closing = "}" if isinstance(node, Object) else "]"
+        token = self._next()
+        while token != closing:
+            key = ""
+            if isinstance(node, Object):
+                key = _plain(token)
+                if self._next() != ":":
+                    raise _Ended
+                token = self._next()
+            if token in ("{", "["):
+                child = Object() if token == "{" else Array()
+                node.append((key, child) if isinstance(node, Object) else child)
+                self._fill(child, depth + 1)
+                token = self._next()
+            else:
+                value = _plain(token)
+                token = self._next()
+                if token not in (",", closing):
+                    raise _Ended
+                node.append((key, value) if isinstance(node, Object) else value)
+            if token == ",":
+                token = self._next()
+            elif token != closing:
+                raise _Ended
+        if isinstance(node, Array):
+            node.whole = True
+
+
+def _plain(token: str) -> str:
+    """The text of a scalar: true is "yes", null ""; a number stays as it is written."""
+    if token in tuple("{}[]:,"):
+        raise _Ended
+    if token[0] == '"':
+        try:
+            return json.loads(token, strict=False)
+        except ValueError:  # an escape that JSON lacks
+            return token[1:-1].replace("\\", "")
+    if token[0] == "'":
+        return token[1:-1].replace("\\'", "'")
+    return _LITERALS.get(token.lower(), token)
+
+
+def _pairs(node: Object | Array | str, outer: str = "") -> Iterator[tuple[str, str]]:
+    """Names and values of a tree; a name inside another's object follows that ("size height")."""
+    if isinstance(node, str):
+        name, colon, value = node.partition(":")
+        yield from [(name, value)] if colon else ()
+    elif isinstance(node, Array):
+        is_pair = len(node) == 2 and node.whole and all(isinstance(part, str) for part in node)
+        if is_pair and ":" not in node[0]:
+            yield node[0], node[1]
+            return
+        for part in node:
+            yield from _pairs(part, outer)
+    else:
+        yield from _of_object(node, outer)
+
+
+def _of_object(node: Object, outer: str) -> Iterator[tuple[str, str]]:
+    keys = {fold(key).replace("_", " "): child for key, child in node}
+    name = next((keys[key] for key in keys if key in _NAMES), None)
+    value = next((keys[key] for key in keys if key in _VALUES), None)
+    if value is not None and (isinstance(name, str) or outer):
+        unit = keys.get("unit", "")
+        text = _text(value)
+        if text is not None:
+            yield name if isinstance(name, str) else outer, f"{text} {unit}".strip()
+        return
+    wrapped = [k for k, child in keys.items() if k in _WRAPPERS and not isinstance(child, str)]
+    if len(wrapped) == 1 and "attributes" in wrapped[0]:  # the rest tells of the product
+        yield from _pairs(keys[wrapped[0]], outer)
+        return
+    for key, child in node:
+        text = _text(child)
+        if text is not None:
+            yield f"{outer} {key}".strip(), text
+        elif isinstance(child, Object) or any(not isinstance(part, str) for part in child):
+            is_wrapper = len(node) == 1 or fold(key).replace("_", " ") in _WRAPPERS
+            is_value = isinstance(child, Object) and any(fold(k) in _VALUES for k, _ in child)
+            inner = f"{outer} {key}".strip() if is_value or not is_wrapper else outer
+            yield from _pairs(child, inner)
+
+
+def _text(node: Object | Array | str) -> str | None:
+    """A scalar, or a whole list of scalars joined by commas; None of what holds names itself."""
+    if isinstance(node, str):
+        return node
+    if isinstance(node, Array) and node.whole and all(isinstance(part, str) for part in node):
+        return ", ".join(part for part in node if part)
+    return None

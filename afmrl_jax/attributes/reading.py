@@ -1,0 +1,272 @@
+"""Attributes as models write them that were never taught our format, whatever they were asked for.
+
+JSON of many shapes, lists, tables, commas for semicolons, markup, thoughts before and remarks
+behind: read where pairs of name and value stand, refused where none do. A generator that was
+taught here answers as it was taught: `text.parse` reads that, strictly.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+from afmrl_jax.attributes.comparison import fold, is_empty, words
+from afmrl_jax.attributes.json_text import read_json
+from afmrl_jax.attributes.text import MAX_CHARACTERS, MAX_PAIRS, Parsed, Verdict, normalise
+
+# How an answer was written; "prose" where no pair could be read.
+FORMS = ("plain", "commas", "list", "table", "json", "prose")
+
+MAX_READ = 10 * MAX_CHARACTERS  # characters, thoughts left out
+LONGEST_NAME = 50
+LONGEST_VALUE = 300
+MOST_WORDS = 6  # of a name
+MOST_LETTERS = 12  # of a name in a writing without blanks
+
+Pairs = list[tuple[str, str]]
+
+
+@dataclass
+class _Read:
+    """form: of FORMS. pairs: as they stand there. broken: something among them is no pair."""
+
+    form: str
+    pairs: Pairs = field(default_factory=list)
+    broken: bool = False
+
+
+def read_answer(text: str, closed: bool = True) -> Parsed:
+    """The attributes of any model's answer; never raises, in linear time.
+
+    closed: whether the text ended by itself. Of one that was cut the last pair is left out. Values
+    that say nothing ("unknown") are left out, and what is said twice alike counts once. Remarks on
+    lines of their own do no harm; a piece of a line or an item of a list that is no attribute makes
+    the answer malformed, and so does a refusal. No spans are told.
+    """
+    body = _answer_of(text)
+    long = len(body) > MAX_READ
+    read = _read(body[:MAX_READ], closed and not long)
+    attributes: dict[str, str] = {}
+    said: dict[str, str] = {}  # folded
+    faults = set()
+    for name, value in read.pairs[:MAX_PAIRS]:
+        if is_empty(value):
+            continue
+        key, folded = fold(name), fold(value)
+        if not _is_attribute(name, value):
+            faults.add(Verdict.MALFORMED)
+        elif key not in said:
+            said[key] = folded
+            attributes |= normalise({name: value})
+        elif said[key] != folded:
+            faults.add(Verdict.DUPLICATE)
+    if read.broken or (body and not read.pairs and read.form != "json"):
+        faults.add(Verdict.MALFORMED)
+    if not closed:
+        faults.add(Verdict.UNCLOSED)
+    size = sum(len(name) + len(value) for name, value in read.pairs)
+    if long or len(read.pairs) > MAX_PAIRS or size > MAX_CHARACTERS:
+        faults.add(Verdict.TOO_LONG)
+    if not attributes and Verdict.MALFORMED not in faults:
+        faults.add(Verdict.EMPTY)
+    verdict = next((fault for fault in Verdict if fault in faults), Verdict.VALID)
+    is_read = read.pairs or verdict is Verdict.EMPTY
+    return Parsed(attributes, verdict, form=read.form if is_read else "prose")
+
+
+# ---- what an attribute looks like
+
+_SPEAKING = re.compile(
+    r"(?:i|i'm|we|you|here|here's|this|that|these|those|there|sorry|unfortunately|apologies|please|"
+    r"sure|certainly|of course|okay|based|as an ai|let me|in the|from the|looking at|lo siento|"
+    r"es tut mir|leider|hier sind|désolé|je|voici|mi dispiace|desculpe|aquí|estos son|к сожалению|"
+    r"извините|вот)(?![\w-])|(?:the|a|an|my|it|its)\s|抱歉|对不起|對不起|很抱歉|以下|根据|申し訳|죄송"
+)
+_SENTENCE = re.compile(  # how a value begins that is a sentence
+    r"(?:i (?:can|cannot|can't|am|don't|do not|could|would|will)|i'm|sorry|unfortunately|as an ai"
+    r"|(?:it|this|they|there) (?:is|are|was|has|have|can|could|looks|appears|features))(?!\w)"
+    r"|抱歉|对不起|很抱歉|申し訳|죄송"
+)
+_REMARK = re.compile(
+    r"explanation|reasoning|disclaimer|summary|conclusion|error|refusal|message|warning|answer|"
+    r"final answer|output|response|result|please note"
+)
+_NOTE = re.compile(r"notes?|nota|remark|comment|hinweis|注|备注|説明|说明")  # where much follows
+_MARKS_OF_CODE = re.compile(r"[{}\[\]<>\"]|[.!?]\s")
+_SENTENCE_ENDS = re.compile(r"[.!?]\s+\w")
+
+
+def _is_attribute(name: str, value: str) -> bool:
+    """Whether a pair can be one: a short name, a short value, neither a remark nor a refusal."""
+    folded = fold(name)
+    named = words(folded)
+    n_words = len(value.split())
+    is_remark = _REMARK.fullmatch(folded) or (_NOTE.fullmatch(folded) and n_words > MOST_WORDS)
+    return (
+        len(name) <= LONGEST_NAME
+        and any(map(str.isalpha, folded))
+        and (len(folded.split()) <= MOST_WORDS and len(named) <= MOST_LETTERS)
+        and not (is_remark or _SPEAKING.match(folded) or _MARKS_OF_CODE.search(name))
+        and len(value) <= LONGEST_VALUE
+        and not value.startswith(("{", "["))
+        and not _SENTENCE.match(fold(value))
+        and not (n_words > 2 * MOST_WORDS and _SENTENCE_ENDS.search(value))
+    )
+
+
+# ---- what stands around an answer
+
+_THOUGHT = r"(?:think|thinking|thought|reasoning)"
+_THOUGHT_BEGINS = re.compile(rf"<{_THOUGHT}>|\[THINK\]|◁think▷", re.IGNORECASE)
+_THOUGHT_ENDS = re.compile(
+    rf"</{_THOUGHT}>|\[/THINK\]|◁/think▷|<\|channel\|>final<\|message\|>", re.IGNORECASE
+)
+_ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
+_TAGS = re.compile(r"<\|[^|<>\n]{1,40}\|>|</?(?:s|bos|eos|end_of_turn|start_of_turn)>")
+
+
+def _answer_of(text: str) -> str:
+    """What follows the thoughts, which may lack either end; without a template's tokens."""
+    start = max((end.end() for end in _THOUGHT_ENDS.finditer(text)), default=0)
+    text = text[start:]
+    if begin := _THOUGHT_BEGINS.search(text):
+        text = text[: begin.start()]
+    if answer := _ANSWER.search(text):
+        text = answer[1]
+    return _TAGS.sub("", text).strip()
+
+
+_FENCE = re.compile(r"```[\w-]*(.*?)(?:```|\Z)", re.DOTALL)
+
+
+def _read(body: str, closed: bool) -> _Read:
+    """The first of the fenced blocks and the whole in which pairs stand."""
+    for block in [fence[1] for fence in _FENCE.finditer(body)] + [body]:
+        if (found := read_json(block)) is not None:
+            pairs, whole = found
+            pairs = [(name.replace("_", " "), value) for name, value in pairs]
+            return _Read("json", pairs, broken=not whole)
+        read = _read_table(block, closed) or _read_lines(block, closed)
+        if read.pairs:
+            break
+    return read
+
+
+# ---- tables
+
+_TABLE_RULE = re.compile(r"[ \t]*\|?(?:[ \t]*:?-{2,}:?[ \t]*\|?)+[ \t]*")
+_COLUMN = re.compile(
+    r"(?:key |product )?attributes?|(?:attribute )?name|property|key|field|feature|specification|"
+    r"detail|属性名?|特征|名称"
+)
+
+
+def _read_table(body: str, closed: bool) -> _Read | None:
+    """A Markdown table: a row a pair, or names in the heading and values in the one row below."""
+    lines = body.splitlines()
+    rule = next((n for n, s in enumerate(lines) if "|" in s and _TABLE_RULE.fullmatch(s)), 0)
+    if not rule:
+        return None
+    heading, rows = _cells(lines[rule - 1]), []
+    for line in lines[rule + 1 :]:
+        if "|" not in line:
+            break
+        rows.append(_cells(line))
+    names_values = bool(heading) and _COLUMN.fullmatch(fold(heading[0])) is not None
+    if len(rows) == 1 and not (names_values and len(heading) == 2):
+        whole = closed and len(heading) == len(rows[0])
+        return _Read("table", list(zip(heading, rows[0])), broken=not whole)
+    rows = rows if closed else rows[:-1]
+    pairs = [(row[0], row[1]) for row in rows if len(row) > 1]
+    is_table_of_pairs = (names_values or len(heading) == 2) and len(pairs) == len(rows)
+    return _Read("table", pairs, broken=not is_table_of_pairs)
+
+
+def _cells(row: str) -> list[str]:
+    row = row.strip().removeprefix("|").removesuffix("|")
+    return [_bare(cell) for cell in _MARKUP.sub("", row).split("|")]
+
+
+# ---- lines: lists, and pairs one behind another
+
+_BULLET = re.compile(r"\s*(?:(?:[*•·●▪◦‣–—+-]|\(?\d{1,3}[.)、]|\(?[a-z]\))\s+|[•●▪]|[-*](?=\*\*))+")
+_HEADING = re.compile(r"^\s*(?:#{1,6}|>)\s+")
+_MARKUP = re.compile(r"\*\*|__|`")
+_ITALIC = re.compile(r"(?<![\w*])\*([^*\n]{1,100})\*(?!\w)")
+_GREETING = re.compile(
+    r"^\s*(?:sure|certainly|of course|okay|ok|great|absolutely)\b[^:：;；]{0,80}?[!.,]\s+",
+    re.IGNORECASE,
+)
+# Behind a comma, a bar, a full stop another pair begins, where a name and a colon follow.
+_NEXT_PAIR = re.compile(
+    r"[,，、|.。]\s*(?=[^:：\n]{0,50}[^\W\d_])"
+    rf"(?=[^\s:：;,，、|.。][^:：;,，、|.。\n]{{0,{LONGEST_NAME}}}(?::\s|：))"
+)
+# What our format escapes is no separator here either.
+_PIECE = re.compile(r"(?:\\[\\;:]|[^;；])++")
+_PAIR = re.compile(r"((?:\\[\\;:]|[^:：])*+)[:：](.*)", re.DOTALL)
+_ESCAPED = re.compile(r"\\([\\;:])")
+
+
+def _read_lines(body: str, closed: bool) -> _Read:
+    """Lists, and pairs behind one another on one line or more."""
+    read = _Read("plain")
+    pieces: list[tuple[str, bool, bool]] = []  # text; whether of a list's item; alone on its line
+    for line in body.splitlines():
+        line = _HEADING.sub("", line, 1)
+        bullet = _BULLET.match(line)
+        text = _ITALIC.sub(r"\1", _MARKUP.sub("", line[bullet.end() if bullet else 0 :]))
+        if bullet or text != line:
+            read.form = "list"
+        parts = [part for part in _PIECE.findall(_GREETING.sub("", text, 1)) if _bare(part)]
+        split = [piece for part in parts for piece in _NEXT_PAIR.split(part)]
+        if len(split) > len(parts) and read.form == "plain":
+            read.form = "commas"
+        if len(split) > 1 and not _PAIR.match(split[0]) and _SPEAKING.match(fold(split[0])):
+            split = split[1:]
+        pieces += [(piece, bullet is not None, len(split) == 1) for piece in split]
+    heading = None  # the place of a pair whose values stand in the items below it
+    for text, is_item, alone in pieces if closed else pieces[:-1]:
+        name, value = _pair(text)
+        if name and _is_attribute(name, value[:LONGEST_VALUE]):
+            heading = None if value else len(read.pairs)
+            read.pairs.append((name, value))
+        elif is_item and not name and heading is not None:
+            name, values = read.pairs[heading]
+            read.pairs[heading] = name, f"{values}, {value}" if values else value
+        elif is_item or not alone:
+            read.broken = True
+    return read
+
+
+def _pair(text: str) -> tuple[str, str]:
+    """Name and value of a piece; the name is "" where there is none."""
+    for _ in range(2):
+        pair = _PAIR.match(text)
+        if not pair:
+            return "", _bare(text)
+        name, text = _bare(pair[1]), pair[2]
+        folded = fold(name)
+        # "Here are the attributes: color: navy"
+        is_heading = any(p.fullmatch(folded) for p in (_COLUMN, _REMARK)) or _SPEAKING.match(folded)
+        if not is_heading or not _PAIR.match(text):
+            break
+    return _ESCAPED.sub(r"\1", name), _ESCAPED.sub(r"\1", _bare(text))
+
+
+_QUOTES = {'"': '"', "'": "'", "“": "”", "„": "“", "«": "»", "‘": "’", "「": "」", "『": "』"}
+_ABBREVIATION = re.compile(
+    r"[^\W\d_]|.*\..*|inc|ltd|corp|co|approx|max|min|lbs|oz|in|ft|pcs|etc|usa|tbsp|no",
+    re.IGNORECASE,
+)
+
+
+def _bare(text: str) -> str:
+    """Without quotes around it, a comma or a full stop behind it."""
+    text = text.strip().rstrip(",，").rstrip()
+    for _ in range(2):
+        if text.endswith((".", "。")) and not text.endswith(".."):
+            last = text[:-1].split()[-1:] or [""]
+            if not _ABBREVIATION.fullmatch(last[0]):
+                text = text[:-1].rstrip()
+        if len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and text[0] not in text[1:-1]:
+            text = text[1:-1].strip()
+    return text
