@@ -7,7 +7,6 @@ names. Kept tiny, so that a notebook can import the rest.
 import importlib
 import logging
 import os
-import pkgutil
 import re
 import sys
 import traceback
@@ -17,9 +16,9 @@ from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from afmrl_jax import programs
 from afmrl_jax.core.errors import TryAgain, UserError
 from afmrl_jax.core.fields import flatten
+from afmrl_jax.core.pages import check_page, find_page, load_page
 
 # transformers only reads tokenizers and images here: that it finds no torch is as it should be.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -27,6 +26,16 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The program and its settings: a file of configs/, with :ARM where it has arms."
 )
+
+
+class _PageParser(flags.ArgumentParser):
+    """In the place of ml_collections', which ends in a traceback where a page fails."""
+
+    def parse(self, argument: str) -> ConfigDict:
+        return load_page(argument)
+
+
+flags.FLAGS["config"].parser = _PageParser()
 _WORKDIR = flags.DEFINE_string(
     "workdir",
     None,
@@ -50,9 +59,7 @@ def run(config: ConfigDict, workdir: Path, plan: str | None = None) -> None:
             f"--workdir={workdir}: logs need a file system, as NFS or a bucket mounted by gcsfuse; "
             "for checkpoints alone give --config.checkpoint_dir=gs://BUCKET/FOLDER"
         )
-    known = [module.name for module in pkgutil.iter_modules(programs.__path__)]
-    if config.program not in known:
-        raise UserError(f"program {config.program!r} does not exist: use one of {', '.join(known)}")
+    check_page(config)
     if plan:
         from afmrl_jax.programs import plan as planner  # it sets what JAX reads when it is loaded
 
@@ -89,12 +96,20 @@ def _explain(error: Exception) -> str:
     return str(error).strip().splitlines()[-1]  # the lines above are a traceback of the file
 
 
+def _page() -> tuple[str, Path]:
+    """The path that --config names, and the file that was read for it."""
+    path = flags.FLAGS["config"].config_filename.split(":")[0]
+    return path, find_page(path)
+
+
 def _help(config: ConfigDict | None) -> str:
     """What --help prints: how to run, and the fields of the configuration where one is named."""
     lines = [__doc__.strip(), ""]
     if config is None:
         return "\n".join([*lines, "Add --config=FILE before --help to list that file's fields."])
-    lines.append("Fields (--config.FIELD=VALUE; what each means stands beside it in the file):")
+    lines.append(
+        f"Fields (--config.FIELD=VALUE; what each means stands beside it in {_page()[1]}):"
+    )
     lines += [f"  {name} = {value!r}" for name, value in flatten(config).items()]
     return "\n".join(lines)
 
@@ -128,15 +143,12 @@ def _end(error: BaseException, checkpoints: Path) -> int:
 
 def cli(argv: list[str]) -> int:
     """Parses `argv` and runs; the exit status, 2 where the user got something wrong."""
-    for argument in argv:  # a config file imports its neighbours as configs.NAME, from any folder
-        if m := re.match(r"--?config=([^:]+)", argument):
-            if not Path(m[1]).is_file():
-                print(f"afmrl_jax: there is no configuration file {m[1]}", file=sys.stderr)
-                return 2
-            sys.path.insert(0, str(Path(m[1]).resolve().parent.parent))
     wants_help = any(a in ("--help", "-help", "-h") for a in argv)
     try:
         rest = flags.FLAGS([a for a in argv if a not in ("--help", "-help", "-h")])[1:]
+    except UserError as error:
+        print(f"afmrl_jax: {error}", file=sys.stderr)
+        return 2
     except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
         print(f"afmrl_jax: {_explain(error)}", file=sys.stderr)
         return 2
@@ -161,6 +173,9 @@ def cli(argv: list[str]) -> int:
     if config is None:
         print("afmrl_jax: say what to run, as --config=configs/agcl.py", file=sys.stderr)
         return 2
+    path, page = _page()
+    if page != Path(path):
+        logger.info("%s is not in this folder: it is the package's, %s", path, page)
     workdir = Path(_WORKDIR.value or Path("runs") / config.program)
     try:
         run(config, workdir, _PLAN.value)

@@ -17,8 +17,8 @@ from typing import Any
 
 from running import RESULTS, write
 
+from afmrl_jax.configs import agcl, rar
 from afmrl_jax.programs import plan
-from configs import agcl, rar
 
 ROW = {"max_tokens": 208, "max_patches": 576}
 PODS = ("v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v6e:8x8")

@@ -82,7 +82,7 @@ def catalogue_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def agcl_config(catalogue_folder, cache_dir):
     """configs/agcl.py at its smallest: 6 steps of 8 pairs, in one process."""
-    from configs.agcl import get_config
+    from afmrl_jax.configs.agcl import get_config
 
     config = get_config()
     config.update(steps=6, batch=8, log_every=1, eval_every=3, checkpoint_every=2)

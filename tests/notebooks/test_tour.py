@@ -69,7 +69,7 @@ def test_the_file_is_a_plain_notebook_without_anything_that_a_run_leaves(tour):
 
 
 def test_its_own_sizes_are_fields_of_the_configurations(tour):
-    from configs import agcl, rar, sft
+    from afmrl_jax.configs import agcl, rar, sft
 
     sizes = {}
     exec(parameters_of(tour).source, sizes)

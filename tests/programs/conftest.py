@@ -71,7 +71,7 @@ def whole(request, wholes):
 @pytest.fixture(scope="session")
 def taught(catalogue_folder, cache_dir, tmp_path_factory):
     """The workdir of a generator of one layer that has learned the training listings' answers."""
-    from configs.sft import get_config
+    from afmrl_jax.configs.sft import get_config
 
     settings = get_config()
     sizes = {"max_tokens": 64, "max_answer": 16, "max_patches": 16}

@@ -120,7 +120,7 @@ def test_gradcache_trains_as_the_direct_step_does(agcl_config, whole, tmp_path):
 def test_a_checkpoint_starts_another_run_and_is_judged_anywhere(
     agcl_config, whole, catalogue_folder, tmp_path, capsys
 ):
-    from configs.evaluate import get_config
+    from afmrl_jax.configs.evaluate import get_config
 
     agcl_config.init_from = str(whole)
     agcl_config.steps = 3

@@ -141,7 +141,7 @@ def test_gradcache_trains_adapters_as_the_direct_step_does(config, adapted, tmp_
 def test_a_checkpoint_of_adapters_is_judged_and_trained_on_as_any_other(
     config, adapted, catalogue_folder, tmp_path
 ):
-    from configs import evaluate
+    from afmrl_jax.configs import evaluate
 
     judge = evaluate.get_config()
     judge.checkpoint = str(adapted)

@@ -33,7 +33,7 @@ def server():
 
 @pytest.fixture
 def config(agcl_config, server, monkeypatch):
-    from configs.annotate import get_config
+    from afmrl_jax.configs.annotate import get_config
 
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     config = get_config()

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def config(agcl_config, taught):
-    from configs.annotate import get_config
+    from afmrl_jax.configs.annotate import get_config
 
     config = get_config()
     config.data.update(path=agcl_config.data.path, cache_dir=agcl_config.data.cache_dir)

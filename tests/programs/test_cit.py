@@ -28,7 +28,7 @@ JUDGED = [f"evaluate/{which}_{how}" for which in ("first", "second") for how in 
 @pytest.fixture
 def config(catalogue_folder, cache_dir):
     """configs/cit.py at its smallest, in one process."""
-    from configs.cit import get_config
+    from afmrl_jax.configs.cit import get_config
 
     config = get_config()
     config.data.path = str(catalogue_folder)

@@ -15,7 +15,7 @@ from afmrl_jax.training.pretrained import RECORD
 
 @pytest.fixture
 def config(agcl_config):
-    from configs.evaluate import get_config
+    from afmrl_jax.configs.evaluate import get_config
 
     config = get_config()
     config.data.update(path=agcl_config.data.path, cache_dir=agcl_config.data.cache_dir)
@@ -52,7 +52,7 @@ def test_a_task_that_does_not_exist_is_refused_before_anything_is_read(config, t
 @pytest.fixture
 def folder(agcl_config, whole):
     """A finished run's export."""
-    from configs.export import get_config
+    from afmrl_jax.configs.export import get_config
 
     out = whole.parent / "exported"
     if not out.exists():

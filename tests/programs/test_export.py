@@ -24,7 +24,7 @@ from afmrl_jax.training.pretrained import RECORD, Pretrained, find_pretrained
 
 
 def run_export(checkpoint, out, **changes):
-    from configs.export import get_config
+    from afmrl_jax.configs.export import get_config
 
     config = get_config()
     config.update(checkpoint=str(checkpoint), out=str(out))

@@ -23,7 +23,7 @@ from afmrl_jax.training.pretrained import find_pretrained, kind_of
 
 @pytest.fixture(scope="module")
 def folder(taught, tmp_path_factory):
-    from configs.export import get_config
+    from afmrl_jax.configs.export import get_config
 
     out = tmp_path_factory.mktemp("export") / "out"
     config = get_config()

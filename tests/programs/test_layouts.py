@@ -56,7 +56,7 @@ def test_four_processes_and_the_two_that_go_on_learn_answers_with_the_losses_of_
     agcl_config, command, tmp_path
 ):
     """SFT on the same small catalogue; the model it ends with is judged on one listing."""
-    from configs.sft import get_config
+    from afmrl_jax.configs.sft import get_config
 
     config = get_config()
     shared = {name: agcl_config.data[name] for name in config.data if name in agcl_config.data}

@@ -80,7 +80,7 @@ def half_learned(generator):
 @pytest.fixture(scope="module")
 def models(catalogue_folder, cache_dir, tmp_path_factory):
     """The workdirs of a generator and of an encoder that nobody trained, each of one layer."""
-    from configs import agcl, sft
+    from afmrl_jax.configs import agcl, sft
 
     folder = tmp_path_factory.mktemp("models")
     tokenizer, tiny = train_tokenizer(TEXTS, 340), preset("tiny")
@@ -104,7 +104,7 @@ def models(catalogue_folder, cache_dir, tmp_path_factory):
 @pytest.fixture
 def config(models, catalogue_folder, cache_dir):
     """configs/rar.py at its smallest, in one process."""
-    from configs.rar import get_config
+    from afmrl_jax.configs.rar import get_config
 
     config = small(get_config(), catalogue_folder, cache_dir)
     config.update(generator=str(models / "generator"), encoder=str(models / "encoder"))

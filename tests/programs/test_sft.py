@@ -27,7 +27,7 @@ from afmrl_jax.training.pretrained import find_pretrained
 @pytest.fixture
 def config(catalogue_folder, cache_dir):
     """configs/sft.py at its smallest, in one process."""
-    from configs.sft import get_config
+    from afmrl_jax.configs.sft import get_config
 
     config = get_config()
     config.update(steps=60, batch=8, chunks=2, log_every=5, eval_every=30, checkpoint_every=30)

@@ -5,10 +5,10 @@ from collections import Counter
 
 import pytest
 
+from afmrl_jax.configs.agcl import get_config
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.programs import agcl, plan
 from afmrl_jax.training.planning import compile_part, local_bytes, reckon
-from configs.agcl import get_config
 
 CHUNKS, CHIPS = 2, 4
 

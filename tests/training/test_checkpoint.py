@@ -237,7 +237,7 @@ def test_what_a_killed_save_left_is_cleaned_away(workdir):
 
 
 def test_checkpoints_may_lie_elsewhere_and_the_workdir_knows_where(tmp_path):
-    from configs.agcl import get_config
+    from afmrl_jax.configs.agcl import get_config
 
     config, run = get_config(), tmp_path / "run"
     config.checkpoint_dir = str(tmp_path / "large disk" / "run")

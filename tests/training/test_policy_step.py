@@ -22,7 +22,7 @@ HOST = np.zeros((1, 4), np.float32)
 
 @pytest.fixture
 def config():
-    from configs.rar import get_config
+    from afmrl_jax.configs.rar import get_config
 
     config = get_config()
     config.update(steps=40, queries=Q, samples=G)

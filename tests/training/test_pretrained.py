@@ -18,7 +18,7 @@ from afmrl_jax.training.state import TrainState
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     """The workdir of a run of an encoder, and its parameters."""
-    from configs.agcl import get_config
+    from afmrl_jax.configs.agcl import get_config
 
     config = ConfigDict(get_config().to_dict())
     config.model.vocab_size = 300

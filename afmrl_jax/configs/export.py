@@ -4,7 +4,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import evaluate
+from afmrl_jax.configs import evaluate
 
 
 def get_config() -> ConfigDict:

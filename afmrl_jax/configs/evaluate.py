@@ -4,7 +4,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import common
+from afmrl_jax.configs import common
 
 
 def get_config() -> ConfigDict:

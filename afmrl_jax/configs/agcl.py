@@ -9,14 +9,14 @@ import math
 
 from ml_collections import ConfigDict
 
-from configs import common
+from afmrl_jax.configs import common
 
 ARMS = ("agcl", "vlm2vec", "head")
 
 
 def get_config(arm: str = "agcl") -> ConfigDict:
     if arm not in ARMS:
-        raise ValueError(f"configs/agcl.py has no arm {arm!r}: it has {', '.join(ARMS)}")
+        raise ValueError(f"there is no arm {arm!r}: it has {', '.join(ARMS)}")
     config = common.get_config()
     config.program = "agcl"
     config.steps = 400

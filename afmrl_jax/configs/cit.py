@@ -9,7 +9,7 @@ run a stage anew, delete its folder and those of the stages after it.
 
 from ml_collections import ConfigDict
 
-from configs import agcl, annotate, common, evaluate, rar, sft
+from afmrl_jax.configs import agcl, annotate, common, evaluate, rar, sft
 
 SHARED = ("data.path", "data.attributes", "data.cache_dir", "data.on_bad_listing")
 SHARED = ("program", "seed", "mesh", *SHARED)

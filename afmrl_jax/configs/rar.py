@@ -9,7 +9,7 @@ makes little of them: train it with data.attribute_share above 0 (configs/agcl.p
 
 from ml_collections import ConfigDict
 
-from configs import common
+from afmrl_jax.configs import common
 
 
 def get_config() -> ConfigDict:

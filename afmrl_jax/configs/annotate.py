@@ -13,7 +13,7 @@ Then: --config.data.attributes=runs/annotated/attributes.jsonl
 
 from ml_collections import ConfigDict
 
-from configs import common
+from afmrl_jax.configs import common
 
 PROMPT = """\
 List the key attributes of this product: those by which it differs from similar products, such as \

@@ -6,7 +6,7 @@ attributes (configs/annotate.py) and name them: --config.data.attributes=FILE.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from afmrl_jax.configs import common
 
 
 def get_config() -> ConfigDict:

@@ -1,0 +1,1 @@
+"""The pages: a file for each program, with all of its fields."""

@@ -1,0 +1,122 @@
+"""The page that --config names: a Python file whose get_config returns a program's fields.
+
+The package's own pages are configs/NAME.py from any folder, but for one with such a file itself.
+"""
+
+import difflib
+import importlib.machinery
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import flatten
+
+PACKAGED = Path(__file__).parents[1] / "configs"
+PROGRAMS = sorted(p.stem for p in PACKAGED.glob("[a-z]*.py") if p.stem != "common")
+
+
+def find_page(path: str) -> Path:
+    """The file at `path`, or the package's own page of that name. Raises UserError for none."""
+    if Path(path).is_file():
+        return Path(path)
+    names = [f"configs/{program}.py" for program in PROGRAMS]
+    if Path(path).as_posix() in names:
+        return PACKAGED / Path(path).name
+    close = difflib.get_close_matches(path, names, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"the package has {', '.join(names)}"
+    raise UserError(f"there is no configuration file {path or repr(path)}: {hint}")
+
+
+def load_page(name: str) -> ConfigDict:
+    """Runs the page that `name`, FILE or FILE:ARM, names; its fields, locked.
+
+    Raises UserError, with the line, for what goes wrong in the file, and where it has no arm of
+    that name or returns something else than a ConfigDict.
+    """
+    path, *arm = name.split(":", 1)
+    page = find_page(path)
+    get_config = getattr(_run(page, lambda: _module(page)), "get_config", None)
+    if not callable(get_config):
+        raise UserError(
+            f"{page} has no function get_config, which returns the fields of a program: see "
+            f"{PACKAGED / 'agcl.py'}"
+        )
+    try:
+        inspect.signature(get_config).bind(*arm)
+    except TypeError:
+        what = f"has no arms: leave out :{arm[0]}" if arm else f"wants an arm: give {path}:ARM"
+        raise UserError(f"{page} {what}") from None
+    config = _run(page, lambda: get_config(*arm))
+    if type(config) is not ConfigDict:
+        raise UserError(
+            f"{page}: get_config returned a {type(config).__name__}, expected a ConfigDict"
+        )
+    return config.lock()
+
+
+def _module(page: Path) -> ModuleType:
+    # A page may import its neighbours by their folder's name; at the end this hides nobody else.
+    sys.path.append(str(page.absolute().parent.parent))
+    loader = importlib.machinery.SourceFileLoader("config_page", str(page))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("config_page", loader))
+    loader.exec_module(module)
+    return module
+
+
+def _run(page: Path, do: Callable[[], Any]) -> Any:
+    """What `do` returns. Raises UserError where the page fails in it."""
+    try:
+        return do()
+    except UserError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(page)]
+        where = f"{page} line {lines[-1]}" if lines else str(page)
+        what = f"{type(error).__name__}: {error}"
+        if isinstance(error, SyntaxError):
+            where, what = f"{error.filename} line {error.lineno}", error.msg
+        elif isinstance(error, ValueError):  # as of an arm that a page has not
+            what = str(error)
+        elif isinstance(error, ImportError) and (error.name or "").split(".")[0] == "configs":
+            what += "; write `from afmrl_jax.configs import NAME` for a page of the package"
+        raise UserError(f"{where}: {' '.join(what.split())}") from None
+
+
+def check_page(config: ConfigDict) -> None:
+    """Raises UserError where the fields are not those of the program's own page, or of their types.
+
+    A field that no program reads would be ignored in silence, as a misspelt name.
+    """
+    program = config.get("program")
+    if program not in PROGRAMS:
+        found = "names no program" if program is None else f"names the program {program!r}"
+        raise UserError(f"the configuration {found}: `program` is one of {', '.join(PROGRAMS)}")
+    default = flatten(importlib.import_module(f"afmrl_jax.configs.{program}").get_config())
+    fields, page = flatten(config), f"configs/{program}.py"
+    for name in fields.keys() - default.keys():
+        close = difflib.get_close_matches(name, default, n=1)
+        hint = f": did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"the configuration has {name!r}, which {program} does not read{hint}")
+    if missing := sorted(default.keys() - fields.keys()):
+        values = ", ".join(f"{name} ({default[name]!r} in {page})" for name in missing[:5])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise UserError(
+            f"the configuration lacks {values}{more}: begin your page with config = "
+            f"afmrl_jax.configs.{program}.get_config()"
+        )
+    for name, value in fields.items():
+        kind = type(default[name])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UserError(
+                f"{name} is {value!r}, a {type(value).__name__}: expected {kind.__name__}, as "
+                f"{default[name]!r} in {page}"
+            )
