@@ -27,6 +27,7 @@ from afmrl_jax.data.prompts import CHATML, Prompt, chat_template, embedding_prom
 from afmrl_jax.data.tokenizer import load_tokenizer, special_token_ids, train_tokenizer
 from afmrl_jax.models.config import QwenVLConfig, from_hf
 from afmrl_jax.models.embedder import Embedder
+from afmrl_jax.models.hf_weights import with_head_of
 from afmrl_jax.models.lora import LoRA, adapt
 from afmrl_jax.models.partition import param_shardings
 from afmrl_jax.models.presets import preset
@@ -195,7 +196,7 @@ def from_folder(
 ) -> AnyAssembly:
     """The model and tokenizer of a Hugging Face folder; its weights are read apart.
 
-    Raises UserError where the folder has no config.json or it is not JSON.
+    Raises UserError where the folder has no config.json, it is not JSON, or weights are damaged.
     """
     path = folder / "config.json"
     try:
@@ -211,6 +212,7 @@ def from_folder(
         raise UserError(f"{path} is not JSON: {error}") from None
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
+    config = with_head_of(folder, config)
     check_preprocessor(folder, config)
     return kind(settings, config, load_tokenizer(folder), chat_template(folder))
 

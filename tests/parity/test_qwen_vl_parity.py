@@ -29,6 +29,7 @@ from qwen_cases import (
     their_image_processor,
     worst,
 )
+from safetensors.numpy import load_file, save_file
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.processor import Processor, Row
@@ -36,8 +37,10 @@ from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.models import hf_weights
 from afmrl_jax.models.config import QwenVLConfig, from_hf
 from afmrl_jax.models.presets import preset
+from afmrl_jax.models.qwen_vl import QwenVL
 
 SAVED = Path(__file__).resolve().parents[2] / ".." / "shared" / "cases"
+SMALL = [name for name in CASES if name.endswith("small")]
 DEEP = [name for name in CASES if name.endswith("deep")]
 
 
@@ -223,3 +226,37 @@ def test_a_field_that_is_left_out_is_what_transformers_takes(name):
         assert ours == reading(as_transformers_reads(config)), field
         read += isinstance(ours, QwenVLConfig)
     assert read > 20  # and the others are refused in one sentence
+
+
+@pytest.mark.parametrize(
+    ("ties", "head"), [((True, None), "other"), ((False, True), "other"), ((False, True), "none")]
+)
+@pytest.mark.parametrize("case", SMALL, indirect=True)
+def test_the_file_decides_with_its_config_whether_there_is_a_head(case, ties, head, tmp_path):
+    """ties: tie_word_embeddings of the whole and within text_config. Where transformers would draw
+    a head at random we refuse."""
+    described = json.loads((case.directory / "config.json").read_text())
+    described["tie_word_embeddings"], described["text_config"]["tie_word_embeddings"] = ties
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    tensors = load_file(case.directory / "model.safetensors")
+    if head == "other":
+        table = next(x for name, x in tensors.items() if name.endswith("embed_tokens.weight"))
+        tensors["lm_head.weight"] = np.random.default_rng(0).permutation(table)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs, report = type(case.theirs).from_pretrained(tmp_path, output_loading_info=True)
+    config = hf_weights.with_head_of(tmp_path, from_hf(described))
+    graph, abstract = nnx.split(
+        nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    )
+    if report["missing_keys"]:
+        assert (case.config.architecture, head) == ("qwen3_vl", "none")
+        with pytest.raises(UserError, match="embedder has no language head"):
+            hf_weights.load(tmp_path, abstract, config)
+        return
+    model = nnx.merge(graph, hf_weights.load(tmp_path, abstract, config))
+    hidden = case.expected["hidden"][case.mask]
+    with torch.no_grad():
+        expected = theirs.lm_head(torch.from_numpy(hidden)).numpy()
+    assert worst(model.logits(jnp.asarray(hidden)), expected) <= 1e-4
+    changed = worst(expected, case.expected["logits"][case.mask])
+    assert (changed > 1) == (head == "other")
