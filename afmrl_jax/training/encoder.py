@@ -5,6 +5,7 @@ encoder is here, the generator in generator.py.
 """
 
 import abc
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -28,7 +29,7 @@ from afmrl_jax.data.tokenizer import load_tokenizer, special_token_ids, train_to
 from afmrl_jax.models.config import QwenVLConfig, from_hf
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.hf_weights import with_head_of
-from afmrl_jax.models.lora import LoRA, adapt
+from afmrl_jax.models.lora import LoRA, adapt, hold
 from afmrl_jax.models.partition import param_shardings
 from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
@@ -49,6 +50,7 @@ class Assembly(abc.ABC):
     tokenizer: Tokenizer | None  # None where only shapes matter
     chat_template: str = CHATML  # Jinja; "" where the model's folder has none
     lora: LoRA | None = None  # in training; a checkpoint's adapters are merged when it is read
+    base_lora: tuple[LoRA, ...] = ()  # or kept apart, frozen, by a run that trains others
 
     @abc.abstractmethod
     def assemble(self, **options: Any) -> Embedder | QwenVL:
@@ -63,6 +65,7 @@ class Assembly(abc.ABC):
         # What no optimizer adds small steps to is kept as it is multiplied.
         param_dtype = dtype if self.lora else jnp.float32
         model = self.assemble(rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=settings.remat)
+        hold(model, self.base_lora)
         if self.lora:
             adapt(model, self.lora, rngs)
         return model
@@ -124,6 +127,7 @@ class Assembly(abc.ABC):
             "model": json.dumps(self.model_config.to_hf()),
             "tokenizer": self.tokenizer.to_str(),
             "chat_template": self.chat_template,
+            "base_lora": json.dumps([dataclasses.asdict(lora) for lora in self.base_lora]),
         }
 
 
@@ -177,6 +181,8 @@ def from_record(
         from_hf(json.loads(record["model"])),
         Tokenizer.from_str(record["tokenizer"]),
         record["chat_template"],
+        # Of runs from before they were kept apart it is missing: those rounded them into kernels.
+        base_lora=tuple(LoRA(**lora) for lora in json.loads(record.get("base_lora", "[]"))),
     )
 
 

@@ -2,7 +2,8 @@
 Face folder, or a name on the hub. Evaluation, export and `init_from` all find it here.
 
 A checkpoint under LoRA holds adapters alone. They stand on a base, whose place and fingerprint the
-run's record tells; the two are merged when the model is read.
+run's record tells; the two are merged when the model is read, but where other adapters are to be
+trained: then they stay apart, as part of the base.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from ml_collections import ConfigDict
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import with_limits
 from afmrl_jax.models import hf_weights, lora
+from afmrl_jax.models.lora import LoRA
 from afmrl_jax.models.presets import PRESETS, preset
 from afmrl_jax.training.checkpoint import Checkpoints, find_checkpoints
 from afmrl_jax.training.encoder import (
@@ -49,6 +51,7 @@ class Pretrained(Generic[AnyAssembly]):
     evaluation: dict | None  # its run's evaluation.json, where that judged this step
     told: str  # how a report names it
     path: str  # where it is found again, though a workdir has got newer checkpoints
+    lora: tuple[LoRA, ...] = ()  # the adapters among its parameters, from the first trained on
 
     def model(self, otherwise: ConfigDict) -> AnyAssembly:
         """The model used as its run did; where it has none, as `otherwise` says, a configuration
@@ -58,6 +61,12 @@ class Pretrained(Generic[AnyAssembly]):
         model = otherwise.model.to_dict() | {"remat": "none"}  # there is no backward pass
         settings = ConfigDict({"model": model, "data": otherwise.data.to_dict()})
         return dataclasses.replace(self.enc, settings=settings)
+
+    def trained(self, settings: ConfigDict) -> AnyAssembly:
+        """The model as a run of this configuration trains it, from these parameters on."""
+        lora = lora_of(settings)
+        base = self.lora if lora else ()
+        return dataclasses.replace(self.enc, settings=settings, lora=lora, base_lora=base)
 
 
 def find_pretrained(
@@ -77,6 +86,8 @@ def find_pretrained(
     found = record.get("kind", Encoder.kind)  # the oldest records are all encoders'
     settings = ConfigDict(with_limits(json.loads(record["config"])))
     enc = from_record(settings, record, kind)
+    adapters = (*enc.base_lora, *filter(None, [lora_of(settings)]))
+    enc = dataclasses.replace(enc, base_lora=())
     load = functools.partial(_load_run, checkpoints, step, record)
     if found == kind.kind:
         load = functools.partial(load, kind)
@@ -91,6 +102,7 @@ def find_pretrained(
         _evaluation(folder, step, settings),
         f"{path}, step {step}",
         str(checkpoints.folder / str(step)),
+        adapters,
     )
 
 
@@ -105,7 +117,7 @@ def planned(settings: ConfigDict, name: str, kind: type[AnyAssembly] = Encoder) 
     elif (Path(name) / "config.json").exists() and not (Path(name) / "checkpoints").exists():
         found = from_folder(settings, Path(name), kind)
     else:
-        found = find_pretrained(name, kind).enc
+        return find_pretrained(name, kind).trained(settings)
     return dataclasses.replace(found, settings=settings, lora=lora_of(settings))
 
 
@@ -205,7 +217,7 @@ def read_base(enc: Assembly, frozen: Any, base: Base) -> tuple[Any, Base]:
     """
     if base.path:
         try:
-            params = find_pretrained(base.path, type(enc)).load(frozen)
+            params = find_pretrained(base.path, type(enc), begin=True).load(frozen)
         except UserError as error:
             raise UserError(
                 f"the model that this run stands on cannot be read. {error}. Bring {base.path} "
@@ -228,7 +240,7 @@ def read_base(enc: Assembly, frozen: Any, base: Base) -> tuple[Any, Base]:
 def _load_run(
     checkpoints: Checkpoints, step: int, record: dict[str, str], kind: type[Assembly], abstract: Any
 ) -> Any:
-    """A checkpoint's parameters as `abstract` says; adapters are merged in float32."""
+    """A checkpoint's parameters as `abstract` says; adapters are merged in float32, or apart."""
     settings = ConfigDict(with_limits(json.loads(record["config"])))
     adapted = lora_of(settings)
     if not adapted:
@@ -238,7 +250,8 @@ def _load_run(
     trained, frozen = lora.split(abstract_params(enc, example.sharding.mesh))
     frozen, _ = read_base(enc, frozen, Base.of_record(record))
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    merge = jax.jit(
-        lambda params: lora.merge(params, adapted.scale, example.dtype), out_shardings=shardings
+    combine = lora.apart if lora.is_apart(abstract) else lora.merge
+    put = jax.jit(
+        lambda params: combine(params, adapted.scale, example.dtype), out_shardings=shardings
     )
-    return merge(lora.join(checkpoints.restore_params(step, trained), frozen))
+    return put(lora.join(checkpoints.restore_params(step, trained), frozen))
