@@ -136,6 +136,11 @@ def apart(params: Any, scale: float, dtype: DTypeLike) -> Any:
     return held
 
 
+def plain(params: Any) -> Any:
+    """The parameters without any adapter; nothing is added to them."""
+    return _pick(params, lambda name: name not in (*BASE, *ADAPTER))
+
+
 def is_apart(params: Any) -> bool:
     """Whether a model holds its base's adapters."""
     return bool(_pick(params, lambda name: name in BASE))

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
+from safetensors.numpy import save_file
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh
-from afmrl_jax.models import lora
+from afmrl_jax.models import hf_weights, lora
 from afmrl_jax.training.checkpoint import Checkpoints
 from afmrl_jax.training.encoder import Encoder, abstract_params, from_preset, from_record
 from afmrl_jax.training.generator import Generator
@@ -194,3 +195,42 @@ def test_adapters_of_a_generator_may_stand_on_an_encoder(encoder):
     enc = source.trained(changed(source.enc.settings, lora_rank=2, dtype="float32"))
     base, _ = read_base(enc, lora.split(abstract_params(enc, MESH))[1], Base(source.path))
     jax.tree.map(np.testing.assert_array_equal, base, params["backbone"])
+
+
+def test_a_peft_adapter_is_its_base_with_the_change_added(sft, tmp_path):
+    enc, _, _ = sft
+    config, random = enc.model_config, np.random.default_rng(0)
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    folder.mkdir()
+    (base / "config.json").write_text(json.dumps(config.to_hf()))
+    enc.tokenizer.save(str(base / "tokenizer.json"))
+    plan = hf_weights.targets(lora.without(abstract_params(enc, MESH)), config)
+    tensors = {
+        name: random.normal(size=target.their_shape).astype(np.float32)
+        for target in plan
+        for name in target.names
+    }
+    save_file(tensors, base / "model.safetensors")
+    described = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2, "lora_alpha": 5}
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    a, b = random.normal(size=(2, 128)), random.normal(size=(128, 2))
+    module = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+    pair = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    save_file(pair, folder / "adapter_model.safetensors")
+    source = find_pretrained(str(folder), Generator)
+    assert source.enc.settings is None and source.enc.model_config == config
+    plain = dataclasses.replace(source.trained(enc.settings), lora=None, base_lora=())
+    merged = source.load(abstract_params(plain, MESH))
+    before = tensors["model.layers.0.self_attn.q_proj.weight"]
+    changed_kernel = query(merged)["kernel"][0].T
+    np.testing.assert_allclose(changed_kernel, before + 2.5 * b @ a, rtol=1e-5, atol=1e-5)
+    # A run of adapters in bfloat16 keeps them apart.
+    held = query(read_as_base(source, enc.settings)[1])
+    np.testing.assert_array_equal(held["kernel"][0].T, before.astype(jnp.bfloat16))
+    np.testing.assert_allclose((held["base_a"] @ held["base_b"])[0].T, 2.5 * b @ a, atol=1e-5)
+    (base / "model.safetensors").rename(folder / "weights")
+    described["base_model_name_or_path"] = str(tmp_path / "gone")
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"is a PEFT adapter.*cannot be read.*base_model_name_or"):
+        find_pretrained(str(folder))
