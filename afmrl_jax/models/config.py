@@ -13,6 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.models.hf_fields import (
+    TEXT_DEFAULTS,
+    VISION_DEFAULTS,
+    number,
+    part,
+    whole,
+    wholes,
+)
 
 VISION_TOKEN = re.compile(r"<\|(vision|image|video)_\w+\|>")  # as Qwen's tokenizers name them
 
@@ -255,16 +263,20 @@ _CLASSES = {
 }
 # Our names of activations, and theirs.
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+# Where a config.json says how the decoder's rotary embedding turns.
+_ROPE = ("rope_scaling", "rope_parameters", "rope_theta")
 
 
 def from_hf(
     config: Mapping[str, Any], ends: Callable[[], Mapping[str, Any]] | None = None
 ) -> QwenVLConfig:
-    """Reads a Hugging Face config.json's content, flat or with a `text_config`.
+    """Reads a Hugging Face config.json's content as transformers 5 does, its defaults included.
 
-    ends: gives the fields eos_token_id, other_eos_token_ids and pad_token_id, which who has the
-    tokenizer knows better than this file does; it is called once the rest is read.
-    Raises UserError where the architecture is not one of ours, a number is missing, or the
+    The decoder's fields stand in `text_config`, or beside it where there is none (Qwen2-VL and
+    Qwen2.5-VL as published). ends: gives the fields eos_token_id, other_eos_token_ids and
+    pad_token_id, which who has the tokenizer knows better than this file does; it is called once
+    the rest is read.
+    Raises UserError where the architecture is not one of ours, a field cannot be read, or the
     checkpoint asks for something that this model does not compute.
     """
     architecture = config.get("model_type")
@@ -273,20 +285,38 @@ def from_hf(
             f"config.json: model_type {architecture!r} is not supported; use a checkpoint of "
             f"{', '.join(FAMILIES)}"
         )
-    nested = config.get("text_config") or {}
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise UserError(
+            f"config.json: the weights are quantised (quantization_config, {method}), and this "
+            "model computes with plain ones; use the checkpoint that is not quantised"
+        )
+    nested = part(config, "text_config")
+    decoder = config if config.get("text_config") is None else nested
+    if decoder is nested:
+        _check_beside(architecture, config, nested)
+    elif architecture == "qwen3_vl":
+        raise UserError(
+            "config.json: no text_config, which holds the sizes of a qwen3_vl decoder; fetch the "
+            "file again"
+        )
+    vision = {**VISION_DEFAULTS[architecture], **part(config, "vision_config")}
+    rope = _rope(architecture, decoder)
+    decoder = {**TEXT_DEFAULTS[architecture], **decoder}
+    _check_supported(architecture, decoder, vision, rope)
     text = {**config, **{key: value for key, value in nested.items() if value is not None}}
-    vision = _need(config, "vision_config")
-    rope = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
-    _check_supported(architecture, text, vision, rope)
+    ties = [config.get("tie_word_embeddings")]
+    if architecture != "qwen3_vl":  # as transformers 5: there the decoder's own is not read
+        ties.append(nested.get("tie_word_embeddings"))
     return QwenVLConfig(
         vision=_vision_from_hf(architecture, vision),
-        text=_text_from_hf(architecture, text, rope),
-        vocab_size=_need(text, "vocab_size"),
-        image_token_id=_need(text, "image_token_id"),
-        vision_start_token_id=_need(text, "vision_start_token_id"),
-        vision_end_token_id=text.get("vision_end_token_id") or 151653,
-        tie_embeddings=any(part.get("tie_word_embeddings") for part in (config, nested)),
-        initializer_range=text.get("initializer_range", 0.02),
+        text=_text_from_hf(architecture, decoder, rope),
+        vocab_size=whole(decoder, "vocab_size"),
+        image_token_id=whole(config, "image_token_id", 151655, least=0),
+        vision_start_token_id=whole(config, "vision_start_token_id", 151652, least=0),
+        vision_end_token_id=whole(config, "vision_end_token_id", 151653, least=0),
+        tie_embeddings=any(ties),
+        initializer_range=decoder.get("initializer_range", 0.02),
         architecture=architecture,
         **(ends() if ends else _ends_from_hf(text)),
     )
@@ -299,44 +329,76 @@ def _ends_from_hf(text: Mapping) -> dict[str, Any]:
     return {"eos_token_id": eos, "other_eos_token_ids": tuple(others), "pad_token_id": pads[0]}
 
 
+def _check_beside(architecture: str, config: Mapping, nested: Mapping) -> None:
+    """Raises UserError for a decoder's field that stands beside `text_config` alone, where
+    transformers does not read it, and is not what transformers takes in its stead."""
+    taken = TEXT_DEFAULTS[architecture]
+    stray = [
+        name
+        for name, value in taken.items()
+        if name in config and name not in (*nested, *_ROPE) and config[name] != value
+    ]
+    if not any(name in nested for name in _ROPE):
+        rope = _rope(architecture, nested)
+        stray += [name for name in _ROPE if name in config and _rope(architecture, config) != rope]
+    if stray:
+        raise UserError(
+            f"config.json: {', '.join(stray)} stands beside text_config, where transformers does "
+            "not read it, and not in it; move it into text_config"
+        )
+
+
+def _rope(architecture: str, decoder: Mapping[str, Any]) -> dict[str, Any]:
+    """rope_theta, mrope_section and what else is said of the rotary embedding, old names too."""
+    said = part(decoder, "rope_scaling") or part(decoder, "rope_parameters")
+    defaults = TEXT_DEFAULTS[architecture]
+    theta = decoder.get("rope_theta", defaults["rope_theta"])
+    kind = said.get("rope_type", said.get("type", "default"))
+    rope = {"mrope_section": defaults["mrope_section"], "rope_theta": theta, **said}
+    rope.pop("type", None)
+    return rope | {"rope_type": "default" if kind == "mrope" else kind}
+
+
 def _text_from_hf(architecture: str, text: Mapping, rope: Mapping) -> TextConfig:
-    hidden_size, num_heads = _need(text, "hidden_size"), _need(text, "num_attention_heads")
+    hidden_size, num_heads = whole(text, "hidden_size"), whole(text, "num_attention_heads")
+    head_dim = hidden_size // num_heads
+    kv_heads = text["num_key_value_heads"]
     return TextConfig(
         hidden_size=hidden_size,
-        num_layers=_need(text, "num_hidden_layers"),
+        num_layers=whole(text, "num_hidden_layers"),
         num_heads=num_heads,
-        num_kv_heads=text.get("num_key_value_heads") or num_heads,
-        head_dim=text.get("head_dim") or hidden_size // num_heads,
-        mlp_size=_need(text, "intermediate_size"),
-        mrope_sections=tuple(_need(rope, "mrope_section")),
-        rope_theta=float(_need({**text, **rope}, "rope_theta")),
-        norm_epsilon=text.get("rms_norm_eps", 1e-6),
+        num_kv_heads=num_heads if kv_heads is None else whole(text, "num_key_value_heads"),
+        head_dim=whole(text, "head_dim") if architecture == "qwen3_vl" else head_dim,
+        mlp_size=whole(text, "intermediate_size"),
+        mrope_sections=wholes(rope, "mrope_section"),
+        rope_theta=number(rope, "rope_theta"),
+        norm_epsilon=number(text, "rms_norm_eps"),
         **FAMILIES[architecture][1],
     )
 
 
 def _vision_from_hf(architecture: str, vision: Mapping) -> VisionConfig:
     if architecture == "qwen2_vl":
-        width = _need(vision, "embed_dim")
-        own = {"hidden_size": width, "mlp_size": int(width * vision.get("mlp_ratio", 4))}
+        width = whole(vision, "embed_dim")
+        own = {"hidden_size": width, "mlp_size": int(width * number(vision, "mlp_ratio"))}
     else:
         own = {
-            "hidden_size": _need(vision, "hidden_size"),
-            "mlp_size": _need(vision, "intermediate_size"),
+            "hidden_size": whole(vision, "hidden_size"),
+            "mlp_size": whole(vision, "intermediate_size"),
         }
     if architecture == "qwen2_5_vl":
-        own["window_size"] = _need(vision, "window_size")
-        own["full_attention_layers"] = tuple(_need(vision, "fullatt_block_indexes"))
+        own["window_size"] = whole(vision, "window_size")
+        own["full_attention_layers"] = wholes(vision, "fullatt_block_indexes")
     if architecture == "qwen3_vl":
-        own["num_positions"] = _need(vision, "num_position_embeddings")
-        own["deepstack_layers"] = tuple(_need(vision, "deepstack_visual_indexes"))
+        own["num_positions"] = whole(vision, "num_position_embeddings")
+        own["deepstack_layers"] = wholes(vision, "deepstack_visual_indexes")
     return VisionConfig(
-        num_layers=_need(vision, "depth"),
-        num_heads=_need(vision, "num_heads"),
-        patch_size=_need(vision, "patch_size"),
-        merge_size=vision.get("spatial_merge_size", 2),
-        temporal_patch_size=vision.get("temporal_patch_size", 2),
-        in_channels=vision.get("in_channels", vision.get("in_chans", 3)),
+        num_layers=whole(vision, "depth"),
+        num_heads=whole(vision, "num_heads"),
+        patch_size=whole(vision, "patch_size"),
+        merge_size=whole(vision, "spatial_merge_size"),
+        temporal_patch_size=whole(vision, "temporal_patch_size"),
+        in_channels=whole(vision, "in_channels"),
         **own,
         **FAMILIES[architecture][0],
     )
@@ -346,13 +408,13 @@ def _check_supported(architecture: str, text: Mapping, vision: Mapping, rope: Ma
     own_vision, own_text = FAMILIES[architecture]
     activation = _ACTIVATIONS[own_vision.get("activation", "quick_gelu")]
     interleaved = own_text.get("mrope_interleaved", False)
-    out = vision.get("hidden_size" if architecture == "qwen2_vl" else "out_hidden_size")
+    out = vision["hidden_size" if architecture == "qwen2_vl" else "out_hidden_size"]
     found = {
         "hidden_act": (text.get("hidden_act", "silu"), {"silu"}),
         "vision_config.hidden_act": (vision.get("hidden_act", activation), {activation}),
-        "vision_config's output width": (out, {None, text.get("hidden_size")}),
+        "vision_config's output width": (out, {whole(text, "hidden_size")}),
         "use_sliding_window": (bool(text.get("use_sliding_window")), {False}),
-        "rope_scaling.type": (rope.get("rope_type") or rope.get("type"), {"mrope", "default"}),
+        "rope_scaling.type": (rope["rope_type"], {"default"}),
         "rope_scaling.mrope_interleaved": (
             rope.get("mrope_interleaved", interleaved),
             {interleaved},
@@ -362,21 +424,18 @@ def _check_supported(architecture: str, text: Mapping, vision: Mapping, rope: Ma
             {own_text.get("attention_bias", True)},
         ),
     }
+    if architecture != "qwen3_vl" and text.get("head_dim") is not None:
+        even = whole(text, "hidden_size") // whole(text, "num_attention_heads")
+        found["head_dim"] = (text["head_dim"], {even})
+    other = (kind for kind in text.get("layer_types") or () if kind != "full_attention")
+    found["layer_types"] = (next(other, "full_attention"), {"full_attention"})
     for name, (value, supported) in found.items():
-        if value not in supported:
-            expected = " or ".join(repr(one) for one in sorted(supported - {None}))
+        if not isinstance(value, str | int | float) or value not in supported:
+            expected = " or ".join(repr(one) for one in sorted(supported))
             raise UserError(
                 f"config.json: {name} is {value!r}, and this model computes only {expected}; "
-                f"use a plain {architecture} checkpoint"
+                f"use a plain {architecture} checkpoint with the config.json that belongs to it"
             )
-
-
-def _need(config: Mapping[str, Any], name: str) -> Any:
-    if config.get(name) is None:
-        raise UserError(
-            f"config.json: no {name}; expected the config.json of a Qwen-VL checkpoint, whole"
-        )
-    return config[name]
 
 
 def listed(value: Any) -> list[Any]:

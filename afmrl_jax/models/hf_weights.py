@@ -9,6 +9,7 @@ mapped, each device takes what its shard needs of a tensor, and its pages are gi
 import contextlib
 import functools
 import json
+import logging
 import math
 import os
 import re
@@ -25,7 +26,10 @@ from jax.typing import DTypeLike
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.models.config import QwenVLConfig
+from afmrl_jax.models.rope import text_frequencies, vision_frequencies
 from afmrl_jax.models.safetensors_file import Tensor, read_header, write_file
+
+log = logging.getLogger(__name__)
 
 # Our modules -> theirs; {} is the number of a layer, or of a DeepStack merger.
 MODULES = {
@@ -88,10 +92,11 @@ PREFIXES = {
 }
 PREFIX = re.compile(r"^(model\.)?(language_model\.)?")
 
-# Of a checkpoint's tensors the model may leave these, and no others: the head of a model that has
-# none of its own (an embedder, or one that shares the embedding table), and the rotary frequencies
-# that old versions stored although they follow from the configuration.
-SPARE = re.compile(r"lm_head\.weight|.*rotary\w*\.inv_freq")
+# Of a checkpoint's tensors the model may leave these, and no others: the head where the model has
+# none of its own (an embedder, or one that shares the embedding table, which the head must equal),
+# and the rotary frequencies that old versions stored, which must be those of the configuration.
+TABLE, HEAD = "embed_tokens.weight", "lm_head.weight"
+FREQUENCIES = re.compile(r".*rotary\w*\.inv_freq")
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5 * 10**9  # transformers' own limit
@@ -177,6 +182,42 @@ def resolve(path_or_id: str | Path) -> Path:
         ) from None
 
 
+def with_head_of(directory: Path, config: QwenVLConfig) -> QwenVLConfig:
+    """The configuration, its head untied where the weights hold one that is not the embedding
+    table, as transformers 5 does: a file that says both means the numbers.
+
+    directory: as in `load`, or without weights. Raises UserError where the weights are damaged.
+    """
+    if not any((directory / name).exists() for name in (SINGLE, INDEX)):
+        return config
+    if not config.tie_embeddings or not _differs(_open(directory)):
+        return config
+    log.warning(
+        "%s: config.json says that the head is the embedding table (tie_word_embeddings), and the "
+        "weights hold a head of other numbers, which is used, as transformers does; set "
+        "tie_word_embeddings to false there",
+        directory,
+    )
+    return config.replace(tie_embeddings=False)
+
+
+def _differs(tensors: dict[str, Tensor]) -> bool:
+    """Whether there is a head, and it holds other numbers than the embedding table."""
+    if TABLE not in tensors or HEAD not in tensors:
+        return False
+    head, table = tensors[HEAD], tensors[TABLE]
+    if head.shape != table.shape:
+        return True
+    rows = range(0, head.shape[0], 4096)
+    differs = any(
+        (head.view()[start : start + 4096] != table.view()[start : start + 4096]).any()
+        for start in rows
+    )
+    head.release()
+    table.release()
+    return bool(differs)
+
+
 def load(directory: Path, params: Any, config: QwenVLConfig) -> Any:
     """A checkpoint's weights in the shape, dtype and sharding of `params`.
 
@@ -184,13 +225,16 @@ def load(directory: Path, params: Any, config: QwenVLConfig) -> Any:
     params: nnx.State of a QwenVL or Embedder, its leaves ShapeDtypeStructs (their shardings
     NamedSharding, or the first device takes all) or arrays. Returns the same tree of arrays.
     Raises UserError that tells every file that is damaged, or else every tensor missing, unexpected
-    or of another shape (SPARE tells which may be left).
+    or of another shape, or of other numbers than the model computes with in its place.
     """
     directory = Path(directory)
     tensors = _open(directory)
     leaves, tree = jax.tree.flatten(params)
     plan = targets(params, config)
+    if config.tie_embeddings and TABLE not in tensors and HEAD in tensors:
+        tensors[TABLE] = tensors[HEAD]  # some writers keep one name of two that share their numbers
     _check(directory, tensors, plan)
+    _check_spare(directory, tensors, config)
     for target in plan:
         leaf = leaves[target.index]
         sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
@@ -327,7 +371,7 @@ def _check(directory: Path, tensors: dict[str, Tensor], plan: list[Target]) -> N
         "unexpected": sorted(
             tensor.name
             for name, tensor in tensors.items()
-            if name not in expected and not SPARE.fullmatch(name)
+            if name not in expected and name != HEAD and not FREQUENCIES.fullmatch(name)
         ),
         "of another shape": [
             f"{tensors[name].name} {list(tensors[name].shape)} instead of {list(shape)}"
@@ -335,13 +379,40 @@ def _check(directory: Path, tensors: dict[str, Tensor], plan: list[Target]) -> N
             if name in tensors and tensors[name].shape != shape
         ],
     }
-    if problems := [
-        f"{len(names)} {kind} ({_some(names)})" for kind, names in told.items() if names
-    ]:
-        raise UserError(
-            f"{directory}: the weights do not fit the model, {'; '.join(problems)}; "
-            "use the config.json that belongs to them"
+    if not any(told.values()):
+        return
+    problems = [f"{len(names)} {kind} ({_some(names)})" for kind, names in told.items() if names]
+    cure = "use the config.json that belongs to them"
+    if told["missing"] == [HEAD]:
+        cure = (
+            "an embedder has no language head: name a model that has one, or, where the head is "
+            "the embedding table, set tie_word_embeddings to true in config.json"
         )
+    elif any("lora_" in name for name in told["unexpected"]):
+        cure = "LoRA's matrices stand apart in them: merge them first (PEFT's merge_and_unload)"
+    raise UserError(f"{directory}: the weights do not fit the model, {'; '.join(problems)}; {cure}")
+
+
+def _check_spare(directory: Path, tensors: dict[str, Tensor], config: QwenVLConfig) -> None:
+    """Raises UserError where a tensor that the model leaves is not what it has in its place."""
+    if config.tie_embeddings and _differs(tensors):
+        raise UserError(
+            f"{directory}: {tensors[HEAD].name} is not the embedding table, which the model has in "
+            "its place; set tie_word_embeddings to false in config.json"
+        )
+    tower = vision_frequencies(config.vision)[1][: config.vision.head_dim // 4]
+    text = text_frequencies(config.text)[1]
+    for name in filter(FREQUENCIES.fullmatch, tensors):
+        stored, computed = tensors[name].view(), tower if name.startswith("visual.") else text
+        # Half precision rounds them; another rope_theta or head size is far off.
+        if stored.shape != computed.shape or not np.allclose(
+            stored.astype(np.float32), computed, rtol=1e-2, atol=1e-6
+        ):
+            raise UserError(
+                f"{directory}: {tensors[name].name} holds other rotary frequencies than those of "
+                "config.json, with which the model computes; use the config.json that belongs to "
+                "the weights"
+            )
 
 
 def _some(names: list[str]) -> str:

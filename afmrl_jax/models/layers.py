@@ -38,7 +38,8 @@ UNROLLED_LAYERS = 4  # up to so many a loop copies more activations than it spar
 class Linear(nnx.Module):
     """x W + b, the matrix product in `dtype`, parameters in `param_dtype`.
 
-    With an adapter (`models.lora`) x W + b + s (x A) B, where A and B are narrow and float32.
+    With an adapter (`models.lora`) x W + b + s (x A) B, where A and B are narrow and float32; with
+    those of the model that it stands on, frozen, as much again.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(init(rngs.params(), (inputs, *outputs), param_dtype))
         self.bias = nnx.Param(jnp.zeros(outputs, param_dtype)) if bias else None
         self.lora_a, self.lora_b = nnx.data(None), nnx.data(None)
+        self.base_a, self.base_b = nnx.data(None), nnx.data(None)
         self.dtype, self.outputs = dtype, outputs
 
     def adapt(self, rank: int, scale: float, key: jax.Array) -> None:
@@ -67,6 +69,12 @@ class Linear(nnx.Module):
         self.lora_a = nnx.Param(noise * inputs**-0.5)
         self.lora_b = nnx.Param(jnp.zeros((*stack, rank, *self.outputs), jnp.float32))
         self.lora_scale = scale
+
+    def hold(self, rank: int) -> None:
+        """Makes room for a frozen adapter of this rank, whose scale is within B."""
+        *stack, inputs = self.kernel.shape[: -len(self.outputs)]
+        self.base_a = nnx.Param(jnp.zeros((*stack, inputs, rank), jnp.float32))
+        self.base_b = nnx.Param(jnp.zeros((*stack, rank, *self.outputs), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x: [..., D]. Returns dtype[..., *outputs]."""
@@ -91,6 +99,8 @@ class Linear(nnx.Module):
         if self.lora_a is not None:
             low = self._product(tokens, self.lora_a[...]) * self.lora_scale
             y = y + self._product(low, part(self.lora_b[...]))
+        if self.base_a is not None:
+            y = y + self._product(self._product(tokens, self.base_a[...]), part(self.base_b[...]))
         return y.reshape(*x.shape[:-1], *y.shape[1:])
 
     def _product(self, x: jax.Array, matrix: jax.Array) -> jax.Array:

@@ -1,7 +1,9 @@
 """LoRA: a narrow pair of matrices beside each frozen kernel, the only ones that are trained.
 
 y = x W + alpha / r (x A) B (Hu et al. 2021, https://arxiv.org/abs/2106.09685), computed by
-`layers.Linear`; here are which kernels get one, the parameters taken apart, and the merge.
+`layers.Linear`; here are which kernels get one, the parameters taken apart, and the merge. A model
+whose parameters were trained so already keeps those adapters, frozen, when new ones are trained: in
+bfloat16 W + A B is often W again.
 Parameters are nested dicts; in those of a model without adapters all are trained, none is frozen.
 Axes: D inputs · r rank · O outputs, of one or two axes; stacked layers have their axis before.
 """
@@ -9,7 +11,7 @@ Axes: D inputs · r rank · O outputs, of one or two axes; stacked layers have t
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.models.layers import Linear
 
 ADAPTER = ("lora_a", "lora_b")  # A [D, r] and B [r, *O], float32
+BASE = ("base_a", "base_b")  # the same of the base's adapters, frozen, their scale within B
 
 
 @dataclass(frozen=True)
@@ -52,18 +55,29 @@ def adapt(model: nnx.Module, lora: LoRA, rngs: nnx.Rngs) -> None:
 
     Raises UserError where none does, naming the paths that there are.
     """
-    paths, fitting = [], 0
-    for parts, module in nnx.iter_modules(model):
-        if isinstance(module, Linear):
-            path = ".".join(map(str, (*parts, "kernel"))).removeprefix("backbone.")
-            paths.append(path)
-            if re.search(lora.targets, path):
-                module.adapt(lora.rank, lora.scale, rngs.params())
-                fitting += 1
+    linears = _linears(model)
+    fitting = [module for path, module in linears if re.search(lora.targets, path)]
+    for module in fitting:
+        module.adapt(lora.rank, lora.scale, rngs.params())
     if not fitting:
-        raise UserError(
-            f"lora_targets {lora.targets!r} fits no kernel; the model has {', '.join(paths)}"
-        )
+        paths = ", ".join(path for path, _ in linears)
+        raise UserError(f"lora_targets {lora.targets!r} fits no kernel; the model has {paths}")
+
+
+def hold(model: nnx.Module, adapters: Sequence[LoRA]) -> None:
+    """Makes room in each Linear for the adapters that the base was trained with (`apart`)."""
+    for path, module in _linears(model):
+        if rank := sum(lora.rank for lora in adapters if re.search(lora.targets, path)):
+            module.hold(rank)
+
+
+def _linears(model: nnx.Module) -> list[tuple[str, Linear]]:
+    """Each Linear with its kernel's path."""
+    return [
+        (".".join(map(str, (*parts, "kernel"))).removeprefix("backbone."), module)
+        for parts, module in nnx.iter_modules(model)
+        if isinstance(module, Linear)
+    ]
 
 
 def split(params: Any) -> tuple[Any, Any]:
@@ -81,7 +95,7 @@ def join(trained: Any, frozen: Any) -> Any:
 
 
 def without(params: Any) -> Any:
-    """The parameters as if the adapters were not there: what training began with.
+    """The parameters as if the trained adapters were not there: what training began with.
 
     They fit a model made without adapters; nothing is copied.
     """
@@ -95,15 +109,51 @@ def merge(params: Any, scale: float, dtype: DTypeLike) -> Any:
     """
     if not isinstance(params, dict):
         return params.astype(dtype)
-    merged = {n: merge(part, scale, dtype) for n, part in params.items() if n not in ADAPTER}
-    if "lora_a" in params:
-        a, b, kernel = params["lora_a"], params["lora_b"], params["kernel"]
-        low_rank = jnp.matmul(
-            a, b.reshape(*a.shape[:-2], a.shape[-1], -1), precision=jax.lax.Precision.HIGHEST
-        )
-        total = kernel.astype(jnp.float32) + scale * low_rank.reshape(kernel.shape)
+    merged = {n: merge(part, scale, dtype) for n, part in _others(params).items()}
+    if pairs := _pairs(params, scale):
+        total = params["kernel"].astype(jnp.float32)
+        for a, b, s in pairs:
+            low_rank = jnp.matmul(
+                a, b.reshape(*a.shape[:-2], a.shape[-1], -1), precision=jax.lax.Precision.HIGHEST
+            )
+            total = total + s * low_rank.reshape(total.shape)
         merged["kernel"] = total.astype(dtype)
     return merged
+
+
+def apart(params: Any, scale: float, dtype: DTypeLike) -> Any:
+    """The parameters of an equal model that holds all adapters as its base's (`hold`).
+
+    scale: LoRA's. What is no adapter becomes `dtype`; nothing is added to it.
+    """
+    if not isinstance(params, dict):
+        return params.astype(dtype)
+    held = {n: apart(part, scale, dtype) for n, part in _others(params).items()}
+    if pairs := _pairs(params, scale):
+        ranks = pairs[0][0].ndim - 2  # the axis of B
+        held["base_a"] = jnp.concatenate([a for a, _, _ in pairs], axis=-1)
+        held["base_b"] = jnp.concatenate([s * b for _, b, s in pairs], axis=ranks)
+    return held
+
+
+def plain(params: Any) -> Any:
+    """The parameters without any adapter; nothing is added to them."""
+    return _pick(params, lambda name: name not in (*BASE, *ADAPTER))
+
+
+def is_apart(params: Any) -> bool:
+    """Whether a model holds its base's adapters."""
+    return bool(_pick(params, lambda name: name in BASE))
+
+
+def _others(params: dict[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in params.items() if name not in (*BASE, *ADAPTER)}
+
+
+def _pairs(params: dict[str, Any], scale: float) -> list[tuple[jax.Array, jax.Array, float]]:
+    """A, B and the scale of each adapter of one kernel, the base's first."""
+    both = ((BASE, 1.0), (ADAPTER, scale))
+    return [(params[a], params[b], s) for (a, b), s in both if a in params]
 
 
 def fingerprint(params: Any) -> str:

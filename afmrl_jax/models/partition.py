@@ -16,7 +16,7 @@ from afmrl_jax.core.mesh import BATCH_AXES
 
 P = PartitionSpec
 
-MATRIX = re.compile(r"\b(kernel|lora_[ab]|embed\.embedding)\b")  # what is cast at each use
+MATRIX = re.compile(r"\b(kernel|(lora|base)_[ab]|embed\.embedding)\b")  # what is cast at each use
 
 # Searched in order; the specification names the axes after the stacked one, which stays whole.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
@@ -32,11 +32,11 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"\b(out|down)\.bias\b", P(None)),
     (r"norm\.(scale|bias)\b", P(None)),
     # An adapter's rank stays whole; its outer sides are cut as its kernel's.
-    (r"\b(query|key|value|gate|up|patch_embed|qkv|lm_head)\.lora_a\b", P("fsdp", None)),
-    (r"\b(query|key|value|gate|up|patch_embed|lm_head)\.lora_b\b", P(None, "tensor")),
-    (r"\bqkv\.lora_b\b", P(None, None, "tensor")),
-    (r"\b(out|down)\.lora_a\b", P("tensor", None)),
-    (r"\b(out|down)\.lora_b\b", P(None, "fsdp")),
+    (r"\b(query|key|value|gate|up|patch_embed|qkv|lm_head)\.(lora|base)_a\b", P("fsdp", None)),
+    (r"\b(query|key|value|gate|up|patch_embed|lm_head)\.(lora|base)_b\b", P(None, "tensor")),
+    (r"\bqkv\.(lora|base)_b\b", P(None, None, "tensor")),
+    (r"\b(out|down)\.(lora|base)_a\b", P("tensor", None)),
+    (r"\b(out|down)\.(lora|base)_b\b", P(None, "fsdp")),
 )
 
 

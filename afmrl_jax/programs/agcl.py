@@ -485,8 +485,7 @@ def _encoder(
         enc = encoder.from_record(config, saved)
     elif config.init_from:
         source = find_pretrained(config.init_from)
-        source.tell_system_words(config)
-        enc = dataclasses.replace(source.enc, settings=config)
+        return source.trained(config), source
     else:
         texts = [config.data.instruction]
         for index in catalog.indices("train")[:TOKENIZER_LISTINGS]:

@@ -351,8 +351,8 @@ def _generator(config: ConfigDict, saved: dict[str, str] | None) -> tuple[Genera
         own = ConfigDict(with_limits(json.loads(saved["config"])))
     elif config.generator:
         source = find_pretrained(config.generator, Generator)
-        generator, base = source.model(config), Base(source.path)
-        own = generator.settings
+        generator, base = source.trained(config), Base(source.path)
+        own = source.model(config).settings
     else:
         raise UserError("say which generator to train, as --config.generator=runs/sft")
     settings = ConfigDict(config.to_dict())

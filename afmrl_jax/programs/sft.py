@@ -412,7 +412,7 @@ def _generator(
         generator = from_record(config, saved, Generator)
     elif config.init_from:
         source = find_pretrained(config.init_from, Generator, begin=True)
-        generator = dataclasses.replace(source.enc, settings=config)
+        return source.trained(config), source
     else:
         generator = from_preset(config, _tokenizer_texts(config, catalog), Generator)
     return dataclasses.replace(generator, lora=lora_of(config)), source

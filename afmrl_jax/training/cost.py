@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from afmrl_jax.models.config import QwenVLConfig
-from afmrl_jax.models.lora import ADAPTER
+from afmrl_jax.models.lora import ADAPTER, BASE
 
 
 def work(config: QwenVLConfig, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -72,7 +72,7 @@ def step_flops(
         jax.tree_util.keystr(path, simple=True, separator="."): float(leaf.size)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         # Tables are looked up, not multiplied, but as the head, which is told apart.
-        if path[-1].key in ("kernel", *ADAPTER) and path[0].key != "lm_head"
+        if path[-1].key in ("kernel", *ADAPTER, *BASE) and path[0].key != "lm_head"
     }
     adapters = [name for name in names if name.endswith(ADAPTER)]
     # Gradients pass through a part, as its inputs', if anything in it or before it is trained.

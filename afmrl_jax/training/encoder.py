@@ -5,6 +5,7 @@ encoder is here, the generator in generator.py.
 """
 
 import abc
+import dataclasses
 import functools
 import json
 import logging
@@ -42,7 +43,8 @@ from afmrl_jax.data.tokenizer import (
 )
 from afmrl_jax.models.config import QwenVLConfig, from_hf
 from afmrl_jax.models.embedder import Embedder
-from afmrl_jax.models.lora import LoRA, adapt
+from afmrl_jax.models.hf_weights import with_head_of
+from afmrl_jax.models.lora import LoRA, adapt, hold
 from afmrl_jax.models.partition import param_shardings
 from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
@@ -65,6 +67,7 @@ class Assembly(abc.ABC):
     tokenizer: Tokenizer | None  # None where only shapes matter
     chat_template: str = CHATML  # Jinja; "" where the model's folder has none
     lora: LoRA | None = None  # in training; a checkpoint's adapters are merged when it is read
+    base_lora: tuple[LoRA, ...] = ()  # or kept apart, frozen, by a run that trains others
 
     @abc.abstractmethod
     def assemble(self, **options: Any) -> Embedder | QwenVL:
@@ -79,6 +82,7 @@ class Assembly(abc.ABC):
         # What no optimizer adds small steps to is kept as it is multiplied.
         param_dtype = dtype if self.lora else jnp.float32
         model = self.assemble(rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=settings.remat)
+        hold(model, self.base_lora)
         if self.lora:
             adapt(model, self.lora, rngs)
         return model
@@ -140,6 +144,7 @@ class Assembly(abc.ABC):
             "model": json.dumps(self.model_config.to_hf()),
             "tokenizer": self.tokenizer.to_str(),
             "chat_template": self.chat_template,
+            "base_lora": json.dumps([dataclasses.asdict(lora) for lora in self.base_lora]),
         }
 
 
@@ -191,7 +196,9 @@ def from_record(
     tokenizer, template = Tokenizer.from_str(record["tokenizer"]), record["chat_template"]
     described = json.loads(record["model"])
     ends = functools.partial(_ends, described, tokenizer, template)
-    return kind(settings, from_hf(described, ends), tokenizer, template)
+    # Of runs from before they were kept apart it is missing: those rounded them into kernels.
+    base_lora = tuple(LoRA(**lora) for lora in json.loads(record.get("base_lora", "[]")))
+    return kind(settings, from_hf(described, ends), tokenizer, template, base_lora=base_lora)
 
 
 def from_preset(
@@ -210,8 +217,8 @@ def from_folder(
 ) -> AnyAssembly:
     """The model and tokenizer of a Hugging Face folder; its weights are read apart.
 
-    Raises UserError where the folder has no config.json or it is not JSON, and where its files
-    belong to different models.
+    Raises UserError where the folder has no config.json or it is not JSON, where its files belong
+    to different models, or weights are damaged.
     """
     path = folder / "config.json"
     try:
@@ -233,6 +240,7 @@ def from_folder(
     except UserError as error:
         place = "" if str(folder) in str(error) else f"{folder}: "
         raise UserError(f"{place}{error}") from None
+    config = with_head_of(folder, config)
     check_preprocessor(folder, config)
     return kind(settings, config, tokenizer, template)
 

@@ -1,13 +1,16 @@
 """A model that exists already, wherever it lies: a run's workdir, one of its checkpoints, a Hugging
-Face folder, or a name on the hub. Evaluation, export and `init_from` all find it here.
+Face folder, an adapter's of PEFT, or a name on the hub. Evaluation, export and `init_from` all find
+it here.
 
-A checkpoint under LoRA holds adapters alone. They stand on a base, whose place and fingerprint the
-run's record tells; the two are merged when the model is read.
+A checkpoint under LoRA, and PEFT's folder, hold adapters alone. They stand on a base, whose place
+(and a run's fingerprint) is said beside them. The two are merged when the model is read, but where
+other adapters are to be trained: then they stay apart, as part of the base.
 """
 
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +22,9 @@ from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import with_limits
-from afmrl_jax.data.prompts import tell_system_words
-from afmrl_jax.models import hf_weights, lora
+from afmrl_jax.data.prompts import chat_template, tell_system_words
+from afmrl_jax.models import hf_weights, lora, peft_adapter
+from afmrl_jax.models.lora import LoRA
 from afmrl_jax.models.presets import PRESETS, preset
 from afmrl_jax.training.checkpoint import Checkpoints, find_checkpoints
 from afmrl_jax.training.encoder import (
@@ -34,6 +38,8 @@ from afmrl_jax.training.encoder import (
 )
 from afmrl_jax.training.generator import Generator
 from afmrl_jax.training.integrity import is_bucket
+
+log = logging.getLogger(__name__)
 
 # What an exported folder holds of its run: {"kind": encoder | generator, "config": the run's,
 # "step": .., "evaluation": ..}.
@@ -50,6 +56,7 @@ class Pretrained(Generic[AnyAssembly]):
     evaluation: dict | None  # its run's evaluation.json, where that judged this step
     told: str  # how a report names it
     path: str  # where it is found again, though a workdir has got newer checkpoints
+    lora: tuple[LoRA, ...] = ()  # the adapters among its parameters, from the first trained on
 
     def model(self, otherwise: ConfigDict) -> AnyAssembly:
         """The model used as its run did; where it has none, as `otherwise` says, a configuration
@@ -67,6 +74,13 @@ class Pretrained(Generic[AnyAssembly]):
             data = settings.data
             tell_system_words(self.path, data.prompt, self.enc.chat_template, data.instruction)
 
+    def trained(self, settings: ConfigDict) -> AnyAssembly:
+        """The model as a run of this configuration trains it, from these parameters on."""
+        self.tell_system_words(settings)
+        lora = lora_of(settings)
+        base = self.lora if lora else ()
+        return dataclasses.replace(self.enc, settings=settings, lora=lora, base_lora=base)
+
 
 def find_pretrained(
     path: str, kind: type[AnyAssembly] = Encoder, *, best: bool | None = False, begin: bool = False
@@ -78,6 +92,8 @@ def find_pretrained(
     Raises UserError, naming the file, where there is none or a part of it is missing or broken.
     """
     folder = _resolve(path)
+    if not is_bucket(folder) and peft_adapter.is_adapter(folder):
+        return _of_adapter(folder, path, kind)
     if _is_exported(folder):
         return _of_folder(folder, path, kind)
     checkpoints, step = find_checkpoints(path, best=best)
@@ -85,6 +101,8 @@ def find_pretrained(
     found = record.get("kind", Encoder.kind)  # the oldest records are all encoders'
     settings = ConfigDict(with_limits(json.loads(record["config"])))
     enc = from_record(settings, record, kind)
+    adapters = (*enc.base_lora, *filter(None, [lora_of(settings)]))
+    enc = dataclasses.replace(enc, base_lora=())
     load = functools.partial(_load_run, checkpoints, step, record)
     if found == kind.kind:
         load = functools.partial(load, kind)
@@ -99,6 +117,7 @@ def find_pretrained(
         _evaluation(folder, step, settings),
         f"{path}, step {step}",
         str(checkpoints.folder / str(step)),
+        adapters,
     )
 
 
@@ -110,10 +129,12 @@ def planned(settings: ConfigDict, name: str, kind: type[AnyAssembly] = Encoder) 
     """
     if name in PRESETS:
         found = kind(settings, preset(name), None)
-    elif (Path(name) / "config.json").exists() and not (Path(name) / "checkpoints").exists():
+    elif (Path(name) / "config.json").exists() and not any(
+        (Path(name) / other).exists() for other in ("checkpoints", peft_adapter.CONFIG)
+    ):
         found = from_folder(settings, Path(name), kind)
     else:
-        found = find_pretrained(name, kind).enc
+        return find_pretrained(name, kind).trained(settings)
     return dataclasses.replace(found, settings=settings, lora=lora_of(settings))
 
 
@@ -142,7 +163,10 @@ def _resolve(path: str) -> Path | epath.Path:
 
 
 def _is_exported(folder: Path | epath.Path) -> bool:
-    return not is_bucket(folder) and any(folder.glob("*.safetensors*"))
+    """Whether it holds a model, or PEFT's adapter, instead of a run's checkpoints."""
+    return not is_bucket(folder) and (
+        any(folder.glob("*.safetensors*")) or peft_adapter.is_adapter(folder)
+    )
 
 
 def _record_of(folder: Path) -> dict[str, Any] | None:
@@ -176,6 +200,42 @@ def _of_folder(folder: Path, path: str, kind: type[AnyAssembly]) -> Pretrained[A
         evaluation,
         str(folder),
         path,
+    )
+
+
+def _of_adapter(folder: Path, path: str, kind: type[AnyAssembly]) -> Pretrained[AnyAssembly]:
+    """PEFT's folder on the model that it names; its own chat template counts, if it has one."""
+    adapter = peft_adapter.read_adapter(folder)
+    try:
+        base = hf_weights.resolve(adapter.base)
+        if peft_adapter.is_adapter(base):
+            raise UserError(f"{base} is an adapter itself")
+        enc = from_folder(None, base, kind)
+    except UserError as error:
+        raise UserError(
+            f"{folder} is a PEFT adapter, and the model that it stands on cannot be read. {error}. "
+            f"Name that model, not quantised, as base_model_name_or_path in {peft_adapter.CONFIG}"
+        ) from None
+    enc = dataclasses.replace(enc, chat_template=chat_template(folder) or enc.chat_template)
+    own = adapter.lora(enc.model_config)
+    log.info("%s: a PEFT adapter of %d matrices on %s", folder, len(adapter.tensors), base)
+
+    def load(abstract: Any) -> Any:
+        plain = lora.plain(abstract)
+        adapters = adapter.read(plain, enc.model_config)
+        params = hf_weights.load(base, plain, enc.model_config)
+        return _combined(lora.join(adapters, params), own.scale, abstract)
+
+    return Pretrained(enc, load, None, None, str(folder), path, (own,))
+
+
+def _combined(params: Any, scale: float, abstract: Any) -> Any:
+    """Parameters with adapters as `abstract` says: merged in float32, or apart."""
+    example = jax.tree.leaves(abstract)[0]
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    combine = lora.apart if lora.is_apart(abstract) else lora.merge
+    return jax.jit(lambda params: combine(params, scale, example.dtype), out_shardings=shardings)(
+        params
     )
 
 
@@ -213,7 +273,7 @@ def read_base(enc: Assembly, frozen: Any, base: Base) -> tuple[Any, Base]:
     """
     if base.path:
         try:
-            params = find_pretrained(base.path, type(enc)).load(frozen)
+            params = find_pretrained(base.path, type(enc), begin=True).load(frozen)
         except UserError as error:
             raise UserError(
                 f"the model that this run stands on cannot be read. {error}. Bring {base.path} "
@@ -236,7 +296,7 @@ def read_base(enc: Assembly, frozen: Any, base: Base) -> tuple[Any, Base]:
 def _load_run(
     checkpoints: Checkpoints, step: int, record: dict[str, str], kind: type[Assembly], abstract: Any
 ) -> Any:
-    """A checkpoint's parameters as `abstract` says; adapters are merged in float32."""
+    """A checkpoint's parameters as `abstract` says; adapters are merged in float32, or apart."""
     settings = ConfigDict(with_limits(json.loads(record["config"])))
     adapted = lora_of(settings)
     if not adapted:
@@ -245,8 +305,5 @@ def _load_run(
     example = jax.tree.leaves(abstract)[0]
     trained, frozen = lora.split(abstract_params(enc, example.sharding.mesh))
     frozen, _ = read_base(enc, frozen, Base.of_record(record))
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    merge = jax.jit(
-        lambda params: lora.merge(params, adapted.scale, example.dtype), out_shardings=shardings
-    )
-    return merge(lora.join(checkpoints.restore_params(step, trained), frozen))
+    params = lora.join(checkpoints.restore_params(step, trained), frozen)
+    return _combined(params, adapted.scale, abstract)

@@ -203,7 +203,7 @@ def test_a_word_that_serves_as_key_stays_in_the_answers(server):
 
 
 def test_what_the_defaults_wait_for_outlasts_a_quota_of_minutes():
-    from configs.annotate import get_config
+    from afmrl_jax.configs.annotate import get_config
 
     api = get_config().api
     model = endpoint("http://localhost/v1", timeout=api.timeout, retries=api.retries)

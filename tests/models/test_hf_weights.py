@@ -229,19 +229,51 @@ def test_every_misfit_is_told_in_one_error(tensors, tmp_path):
         assert told in str(error.value)
 
 
-def test_only_a_head_that_the_model_lacks_and_rotary_buffers_are_passed_over(tensors, tmp_path):
-    spare = {
-        "lm_head.weight": np.zeros((64, 192), np.float32),
-        "visual.rotary_pos_emb.inv_freq": np.zeros(8, np.float32),
-        "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(8, np.float32),
+def test_what_the_model_leaves_of_a_file_is_what_it_has_in_its_place(tensors, tmp_path):
+    def load(spare, config=CONFIG, **options):
+        save_file({**tensors, **spare}, tmp_path / "model.safetensors")
+        return hf_weights.load(tmp_path, abstract_state(config, **options), config)
+
+    table = tensors["model.embed_tokens.weight"]
+    tower = 1e4 ** -(np.arange(0, 16, 2, dtype=np.float32) / 16)  # heads of 32, two axes
+    text = 1e4 ** -(np.arange(0, 32, 2, dtype=np.float32) / 32)
+    equal = {
+        "lm_head.weight": table,
+        "visual.rotary_pos_emb.inv_freq": tower.astype(ml_dtypes.bfloat16),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": text,
     }
-    save_file({**tensors, **spare}, tmp_path / "model.safetensors")
-    hf_weights.load(tmp_path, abstract_state(CONFIG), CONFIG)
-    save_file(tensors, tmp_path / "model.safetensors")
+    load(equal)
+    for name, other, told in (
+        ("lm_head.weight", table + (np.arange(64) == 63)[:, None], "not the embedding table"),
+        ("lm_head.weight", np.zeros((65, 128), np.float32), "not the embedding table"),
+        ("visual.rotary_pos_emb.inv_freq", tower[:4], "other rotary frequencies"),
+        ("model.rotary_emb.inv_freq", 1e6 ** -(np.arange(16) / 16), "other rotary frequencies"),
+    ):
+        with pytest.raises(UserError, match=f"{name} .*{told}"):
+            load({name: other})
     untied = CONFIG.replace(tie_embeddings=False)
-    hf_weights.load(tmp_path, abstract_state(untied, head=False), untied)
-    with pytest.raises(UserError, match=r"1 missing \(lm_head.weight\)"):
-        hf_weights.load(tmp_path, abstract_state(untied), untied)
+    load({"lm_head.weight": table + 1}, untied, head=False)  # an embedder has no use for it
+    with pytest.raises(UserError, match=r"1 missing \(lm_head.weight\); an embedder has no"):
+        load({}, untied)
+    with pytest.raises(UserError, match=r"unexpected .*merge_and_unload"):
+        load({"model.layers.0.self_attn.q_proj.lora_A.weight": np.zeros((2, 128), np.float32)})
+
+
+def test_a_head_of_other_numbers_unties_the_model_and_alone_is_the_table(tensors, tmp_path):
+    file, head = tmp_path / "model.safetensors", "lm_head.weight"
+    assert hf_weights.with_head_of(tmp_path, CONFIG) == CONFIG  # no weights yet
+    table = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, head: table}, file)
+    assert hf_weights.with_head_of(tmp_path, CONFIG) == CONFIG
+    save_file({**tensors, head: table[::-1].copy()}, file)
+    untied = hf_weights.with_head_of(tmp_path, CONFIG)
+    assert untied == CONFIG.replace(tie_embeddings=False)
+    assert hf_weights.with_head_of(tmp_path, untied) == untied
+    alone = {name: x for name, x in tensors.items() if name != "model.embed_tokens.weight"}
+    save_file({**alone, head: table}, file)
+    assert hf_weights.with_head_of(tmp_path, CONFIG) == CONFIG
+    state = hf_weights.load(tmp_path, abstract_state(CONFIG), CONFIG)
+    assert same_bits(dict(hf_weights.to_hf(state, CONFIG)), tensors)
 
 
 def test_a_tensor_under_two_names_is_refused(tensors, tmp_path):

@@ -89,6 +89,32 @@ def test_a_merged_kernel_is_the_float32_sum_rounded_once(outputs):
     np.testing.assert_array_equal(merged["kernel"], wanted)
 
 
+@pytest.mark.parametrize("outputs", [(12,), (3, 8)])
+def test_adapters_held_apart_are_the_same_change(outputs):
+    random = np.random.default_rng(0)
+
+    def pair(rank):
+        a, b = random.normal(size=(2, 16, rank)), random.normal(size=(2, rank, *outputs))
+        return jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+
+    kernel = jnp.asarray(random.normal(size=(2, 16, *outputs)), jnp.bfloat16)
+    (base_a, base_b), (lora_a, lora_b) = pair(3), pair(2)
+    layer = {"kernel": kernel, "lora_a": lora_a, "lora_b": lora_b}
+    both = {"layer": {**layer, "base_a": base_a, "base_b": base_b}}
+    assert lora.is_apart(both) and not lora.is_apart({"layer": layer})
+    assert lora.split(both)[0] == {"layer": {"lora_a": lora_a, "lora_b": lora_b}}
+    held = lora.apart(both, 0.7, jnp.bfloat16)["layer"]
+    assert held.keys() == {"kernel", "base_a", "base_b"} and held["base_a"].shape == (2, 16, 5)
+    np.testing.assert_array_equal(held["kernel"], kernel)
+    exact = np.asarray(kernel, np.float64)
+    for a, b, scale in ((base_a, base_b, 1.0), (lora_a, lora_b, 0.7)):
+        exact = exact + scale * np.einsum("lir,lr...->li...", *(np.asarray(x) for x in (a, b)))
+    for params, scale in ((both["layer"], 0.7), (held, 1.0)):
+        merged = lora.merge(params, scale, jnp.float32)
+        assert merged.keys() == {"kernel"}
+        np.testing.assert_allclose(merged["kernel"], exact, rtol=1e-5, atol=1e-5)
+
+
 def test_targets_choose_the_decoder_the_tower_or_single_projections():
     chosen = names(lora.split(abstract(lora.LoRA(4, 8, DECODER)))[0])
     projections = ("attention.query", "attention.key", "attention.value", "attention.out")

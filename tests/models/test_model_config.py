@@ -73,7 +73,10 @@ def test_the_newer_nested_layout_reads_as_the_flat_one():
         key: flat.pop(key)
         for key in (
             "hidden_size",
+            "intermediate_size",
             "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
             "vocab_size",
             "eos_token_id",
             "rms_norm_eps",
@@ -86,6 +89,23 @@ def test_the_newer_nested_layout_reads_as_the_flat_one():
     }
     nested = {**flat, "text_config": {**moved, "rope_parameters": rope}}
     assert from_hf(nested) == preset("qwen2_vl_2b")
+    stray = {**nested, "hidden_size": moved.pop("hidden_size")}
+    with pytest.raises(UserError, match="hidden_size stands beside text_config"):
+        from_hf({**stray, "text_config": {**moved, "rope_parameters": rope}})
+    with pytest.raises(UserError, match="rope_theta stands beside text_config"):
+        from_hf({**nested, "rope_theta": 1e4, "text_config": {**moved, "hidden_size": 1536}})
+
+
+def test_a_flat_config_of_sizes_alone_is_read_whole():
+    """All that transformers 4.45 wrote of Qwen2-VL-2B's tower was the decoder's width."""
+    config = preset("qwen2_vl_2b").to_hf()
+    config["vision_config"] = {"hidden_size": 1536, "in_chans": 3}
+    config["rope_scaling"] = {"type": "mrope"}
+    for name in ("image_token_id", "vision_start_token_id", "rope_theta", "hidden_act"):
+        del config[name]
+    assert from_hf(config) == preset("qwen2_vl_2b")
+    del config["rms_norm_eps"]
+    assert from_hf(config).text.norm_epsilon == 1e-5  # transformers' value, not the published
 
 
 def test_a_mistyped_preset_is_told_the_nearest_name():
@@ -99,8 +119,14 @@ def test_a_mistyped_preset_is_told_the_nearest_name():
         ({"model_type": "llava"}, "model_type 'llava' is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
-        ({"num_hidden_layers": None}, "no num_hidden_layers"),
+        ({"num_hidden_layers": None}, "num_hidden_layers is None; expected a whole"),
         ({"num_key_value_heads": 5}, "cannot share 5"),
+        ({"hidden_size": "1536"}, "hidden_size is '1536'; expected a whole number"),
+        ({"head_dim": 64}, "head_dim is 64, and this model computes only 128"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types is 'sliding_attention'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling.type is 'yarn'"),
+        ({"vision_config": []}, r"vision_config is \[\]; expected an object"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised .quantization_config, fp8"),
         (
             {"rope_scaling": {"type": "mrope", "mrope_section": [16, 16, 16]}},
             "half the head size, 64",
@@ -117,13 +143,14 @@ def test_a_config_that_this_model_cannot_compute_is_refused(change, told):
     ("name", "part", "change", "told"),
     [
         ("qwen3_vl_2b", "text_config", {"attention_bias": True}, "attention_bias is True"),
-        ("qwen3_vl_2b", "text_config", {"rope_theta": None}, "no rope_theta"),
+        ("qwen3_vl_2b", "text_config", {"rope_theta": None}, "rope_theta is None"),
         ("qwen3_vl_2b", "vision_config", {"hidden_act": "gelu"}, "computes only 'gelu_pytorch"),
         ("qwen3_vl_2b", "vision_config", {"out_hidden_size": 9}, "output width is 9"),
         ("qwen3_vl_2b", "vision_config", {"num_position_embeddings": 2300}, "no square table"),
         ("qwen3_vl_2b", "vision_config", {"deepstack_visual_indexes": [5, 24]}, "0 to 23"),
         ("qwen2_5_vl_3b", "vision_config", {"window_size": 27}, "smaller than one merged token"),
-        ("qwen2_5_vl_3b", "vision_config", {"fullatt_block_indexes": None}, "no fullatt_block"),
+        ("qwen2_5_vl_3b", "vision_config", {"fullatt_block_indexes": None}, "a list of whole"),
+        ("qwen2_5_vl_3b", "vision_config", {"patch_size": [14, 14]}, "patch_size is .14, 14."),
     ],
 )
 def test_a_family_that_departs_from_what_it_publishes_is_refused(name, part, change, told):

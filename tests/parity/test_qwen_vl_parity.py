@@ -4,14 +4,17 @@ What is compared, and how, stands in qwen_cases. Limits are far below what a wro
 without windows or DeepStack, or with positions of one axis, hidden states differ by more than .01.
 """
 
+import copy
 import json
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import transformers
 from flax import nnx
 from qwen_cases import (
     CASES,
@@ -26,12 +29,18 @@ from qwen_cases import (
     their_image_processor,
     worst,
 )
+from safetensors.numpy import load_file, save_file
 
+from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.models import hf_weights
-from afmrl_jax.models.config import from_hf
+from afmrl_jax.models.config import QwenVLConfig, from_hf
+from afmrl_jax.models.presets import preset
+from afmrl_jax.models.qwen_vl import QwenVL
 
+SAVED = Path(__file__).resolve().parents[2] / ".." / "shared" / "cases"
+SMALL = [name for name in CASES if name.endswith("small")]
 DEEP = [name for name in CASES if name.endswith("deep")]
 
 
@@ -177,3 +186,77 @@ def test_our_file_is_a_checkpoint_for_transformers(case, tmp_path):
 def test_the_config_that_transformers_saved_is_read_back_equal(case):
     saved = json.loads((case.directory / "config.json").read_text())
     assert from_hf(saved) == case.config
+
+
+def as_transformers_reads(config: dict) -> dict:
+    """The same configuration with every field that transformers takes for one left out."""
+    return transformers.AutoConfig.for_model(**copy.deepcopy(config)).to_dict()
+
+
+def reading(config: dict) -> QwenVLConfig | str:
+    try:
+        return from_hf(config)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl_2b", "qwen2_5_vl_3b"])
+def test_a_config_that_transformers_4_saved_is_the_published_model(name):
+    if not SAVED.exists():
+        pytest.skip("the saved configs are not beside this checkout")
+    config = json.loads((SAVED / f"{name}_saved_by_transformers_4.49.json").read_text())
+    assert from_hf(config) == preset(name)
+    assert from_hf(as_transformers_reads(config)) == preset(name)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl_2b", "qwen2_5_vl_3b", "qwen3_vl_2b"])
+def test_a_field_that_is_left_out_is_what_transformers_takes(name):
+    whole = preset(name).to_hf() | {"eos_token_id": 151645, "pad_token_id": 151643}
+    nested = name.startswith("qwen3")
+    tokens = ("eos_token_id", "pad_token_id", "bos_token_id", "model_type", "architectures")
+    parts = ("text_config", "vision_config") if nested else ("vision_config",)
+    left_out = [(part, field) for part in parts for field in whole[part]]
+    left_out += [("", field) for field in whole if field not in ("text_config", *tokens)]
+    left_out = [place for place in left_out if place[1] not in tokens]
+    read = 0
+    for part, field in left_out:
+        config = copy.deepcopy(whole)
+        del (config[part] if part else config)[field]
+        ours = reading(config)
+        assert ours == reading(as_transformers_reads(config)), field
+        read += isinstance(ours, QwenVLConfig)
+    assert read > 20  # and the others are refused in one sentence
+
+
+@pytest.mark.parametrize(
+    ("ties", "head"), [((True, None), "other"), ((False, True), "other"), ((False, True), "none")]
+)
+@pytest.mark.parametrize("case", SMALL, indirect=True)
+def test_the_file_decides_with_its_config_whether_there_is_a_head(case, ties, head, tmp_path):
+    """ties: tie_word_embeddings of the whole and within text_config. Where transformers would draw
+    a head at random we refuse."""
+    described = json.loads((case.directory / "config.json").read_text())
+    described["tie_word_embeddings"], described["text_config"]["tie_word_embeddings"] = ties
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    tensors = load_file(case.directory / "model.safetensors")
+    if head == "other":
+        table = next(x for name, x in tensors.items() if name.endswith("embed_tokens.weight"))
+        tensors["lm_head.weight"] = np.random.default_rng(0).permutation(table)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs, report = type(case.theirs).from_pretrained(tmp_path, output_loading_info=True)
+    config = hf_weights.with_head_of(tmp_path, from_hf(described))
+    graph, abstract = nnx.split(
+        nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0), dtype=jnp.float32))
+    )
+    if report["missing_keys"]:
+        assert (case.config.architecture, head) == ("qwen3_vl", "none")
+        with pytest.raises(UserError, match="embedder has no language head"):
+            hf_weights.load(tmp_path, abstract, config)
+        return
+    model = nnx.merge(graph, hf_weights.load(tmp_path, abstract, config))
+    hidden = case.expected["hidden"][case.mask]
+    with torch.no_grad():
+        expected = theirs.lm_head(torch.from_numpy(hidden)).numpy()
+    assert worst(model.logits(jnp.asarray(hidden)), expected) <= 1e-4
+    changed = worst(expected, case.expected["logits"][case.mask])
+    assert (changed > 1) == (head == "other")
