@@ -5,19 +5,27 @@ Axes: A micro-batches · C rows of one (this process's) · S tokens · P patches
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
-from afmrl_jax.attributes.text import format_attributes, normalise
+from afmrl_jax.attributes.text import (
+    MAX_CHARACTERS,
+    MAX_PAIRS,
+    format_attributes,
+    normalise,
+)
 from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.catalog import Catalog
+from afmrl_jax.data.fitting import fitting
 from afmrl_jax.data.pipeline import Batch
 from afmrl_jax.data.processor import Processor, Row
-from afmrl_jax.data.views import evaluation_row
+from afmrl_jax.data.tokenizer import encode_text
+from afmrl_jax.data.views import SEPARATOR, attribute_pairs, evaluation_row
 
 WINDOW = 16  # steps whose rows are sorted by their length; more would save little padding
 SAMPLED = 1024  # rows whose lengths tell which to pad to
@@ -31,22 +39,64 @@ def question(
     return evaluation_row(catalog, index, view, max_images=max_images, draw=draw)
 
 
+class Learnable(NamedTuple):
+    """Of a listing's attributes what an answer can say.
+
+    pairs: as many, "name: value" each, as `parse` reads and max_answer holds; left_out: how many
+    are not among them; needed: the max_answer that holds all that `parse` reads.
+    """
+
+    pairs: list[str]
+    left_out: int
+    needed: int
+
+    @property
+    def answer(self) -> str | None:
+        """None where no pair is left: an empty answer would teach silence."""
+        return SEPARATOR.join(self.pairs) or None
+
+
+def learnable(attributes: Mapping[str, str], processor: Processor) -> Learnable:
+    """The whole, valid answer to be learned; pairs that do not fit are left out, each in its turn.
+
+    processor: whose max_answer is the answer's room, the end token included.
+    """
+    pairs = attribute_pairs(attributes)
+    readable, room = [], MAX_CHARACTERS
+    for pair in pairs:
+        if len(readable) < MAX_PAIRS and len(pair) <= room:
+            readable.append(pair)
+            room -= len(pair) + len(SEPARATOR)
+
+    def count(text: str) -> int:
+        return len(encode_text(processor.tokenizer, text))
+
+    kept, needed = readable, count(SEPARATOR.join(readable)) + 1
+    if needed > processor.max_answer:
+        room = processor.max_answer - 1
+        kept = fitting(readable, SEPARATOR, room, count, SEPARATOR.join)
+    return Learnable(kept, len(pairs) - len(kept), needed)
+
+
 def question_and_answer(
     catalog: Catalog,
     index: int,
-    max_images: int,
+    processor: Processor,
     draw: int = 0,
     left_out: Callable[[], bool] = lambda: False,
     view: str = "image+text",
 ) -> Row:
-    """The question, and the listing's attributes in their format as what to answer.
+    """The question, and the listing's attributes in their format as what to answer, as far as they
+    are `learnable`.
 
-    left_out: asked of each attribute; one stays in any case. view: "text" opens no image.
+    processor: with room for answers. left_out: asked of each attribute; one stays in any case.
+    view: "text" opens no image.
     """
     given = normalise(catalog.listing(index, draw).attributes)
     kept = {name: value for name, value in given.items() if not left_out()}
-    answer = format_attributes(kept or dict(list(given.items())[:1]))
-    return dataclasses.replace(question(catalog, index, max_images, draw, view), answer=answer)
+    answer = learnable(kept or dict(list(given.items())[:1]), processor).answer
+    shown = question(catalog, index, processor.max_images, draw, view)
+    return dataclasses.replace(shown, answer=answer)
 
 
 def described(catalog: Catalog, split: str, cache: Path) -> np.ndarray:
@@ -139,7 +189,7 @@ class AnswerBatches:
         rng = np.random.default_rng((self.seed, example))
         draw = 1 + int(rng.integers(2**31 - 1))
         return question_and_answer(
-            *(self.catalog, self._listing(example), self.processor.max_images, draw),
+            *(self.catalog, self._listing(example), self.processor, draw),
             left_out=lambda: rng.random() < self.dropout,
             view=view,
         )

@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from afmrl_jax.data.answers import question
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.data.pipeline import Stream
+from afmrl_jax.data.views import sampled_cuts
 from afmrl_jax.models import lora
 from afmrl_jax.models.partition import MATRIX
 from afmrl_jax.models.sampler import Samples
@@ -47,7 +49,7 @@ from afmrl_jax.rl.held_out import HeldOut, Said, comparison_table
 from afmrl_jax.rl.judging import Judge
 from afmrl_jax.rl.rewards import Options as RewardOptions
 from afmrl_jax.rl.rewards import bounded_k
-from afmrl_jax.rl.rollout import Query, QueryBatches, QueryEmbedder
+from afmrl_jax.rl.rollout import Query, QueryBatches, QueryEmbedder, none_is_read
 from afmrl_jax.rl.watch import Limits, stopped, watch
 from afmrl_jax.training.checkpoint import Checkpoints, checkpoint_folder
 from afmrl_jax.training.describer import describe
@@ -67,6 +69,8 @@ from afmrl_jax.training.pretrained import Base, find_pretrained, planned, read_b
 from afmrl_jax.training.state import TrainState
 from afmrl_jax.training.tracing import traced_steps
 from afmrl_jax.training.unchanged import MAY_CHANGE, check_catalogue, check_unchanged
+
+log = logging.getLogger(__name__)
 
 ROWS = ("instruction", "max_tokens", "max_answer", "max_patches", "min_pixels", "max_pixels")
 RANGES = {  # field -> lowest and highest
@@ -229,6 +233,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         if saved:
             check_catalogue(saved, catalog.fingerprint, config.data.path, workdir)
         embedder, encoder_base, version = _encoder(config, saved, catalog, mesh)
+        _check_attributes_are_read(config, catalog, embedder)
 
         # ---- galleries
         options = RewardOptions(**_fields(RewardOptions, config.reward))
@@ -388,6 +393,18 @@ def _encoder(
     )
 
 
+def _check_attributes_are_read(
+    config: ConfigDict, catalog: Catalog, embedder: QueryEmbedder
+) -> None:
+    """Warns where the encoder's rows are too short for true attributes of some training listings;
+    raises UserError where it reads none of them."""
+    cuts = sampled_cuts(catalog, "train", embedder.processor, embedder.processor.max_images)
+    if cuts.none_is_read:
+        raise none_is_read(cuts, f"true attributes, as {config.encoder} reads them")
+    if cuts.losing:
+        log.warning("true attributes, as %s reads them: %s", config.encoder, cuts)
+
+
 def _as_multiplied(params: Any, dtype: Any) -> Any:
     """A copy with the matrices as products round them: half the memory, and the same numbers."""
 
@@ -417,7 +434,8 @@ def _gallery(
     if split != "train" and len(np.unique(catalog.products[listings])) == 1:
         return None
     attributes = config.reward.gallery_attributes
-    parts = [version, catalog.fingerprint, str(attributes), listings.tobytes().hex()]
+    texts = f"{attributes}, kept whole" if attributes else str(attributes)
+    parts = [version, catalog.fingerprint, texts, listings.tobytes().hex()]
     shards = batch_shards(mesh)
     mine = local_rows(mesh, shards, "the mesh")
 
@@ -428,7 +446,10 @@ def _gallery(
 
     def embed(listings: np.ndarray) -> np.ndarray:
         shown = (catalog.listing(int(i)).attributes if attributes else {} for i in listings)
-        return embedder([Query(int(i), 0, own) for i, own in zip(listings, shown)])
+        vectors, cuts = embedder([Query(int(i), 0, own) for i, own in zip(listings, shown)])
+        if cuts.losing:
+            log.warning("the gallery: %s", cuts)
+        return vectors
 
     return listings, open_gallery(
         workdir / "gallery",

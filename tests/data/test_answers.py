@@ -146,7 +146,7 @@ def test_rows_are_padded_to_the_lengths_that_waste_least():
 
 def test_the_answer_is_the_attributes_and_the_question_has_none_of_them(catalog, processor):
     listing = catalog.listing(5)
-    shown, learned = question(catalog, 5, 1), question_and_answer(catalog, 5, 1)
+    shown, learned = question(catalog, 5, 1), question_and_answer(catalog, 5, processor)
     assert shown.text == learned.text == listing_text(listing)
     assert shown.answer is None and learned.answer == format_attributes(listing.attributes)
     row = processor([learned])
@@ -155,14 +155,14 @@ def test_the_answer_is_the_attributes_and_the_question_has_none_of_them(catalog,
     assert processor.tokenizer.decode(said[:-1].tolist()) == learned.answer
 
 
-def test_an_answer_leaves_attributes_out_but_never_all_of_them(catalog):
+def test_an_answer_leaves_attributes_out_but_never_all_of_them(catalog, processor):
     true = catalog.listing(5).attributes
     first = next(iter(true))
     for left_out, told in (
         (iter([True, *[False] * len(true)]).__next__, dict(list(true.items())[1:])),
         (lambda: True, {first: true[first]}),
     ):
-        row = question_and_answer(catalog, 5, 1, left_out=left_out)
+        row = question_and_answer(catalog, 5, processor, left_out=left_out)
         assert row.answer == format_attributes(told)
 
 

@@ -49,7 +49,7 @@ def test_rewards_are_those_worked_by_hand(gallery):
 
 
 def test_the_query_listing_never_counts(gallery):
-    plain = EMBEDDER([Query(0)])
+    plain = EMBEDDER([Query(0)]).vectors
     found = gallery.find(plain, np.array([0]), k=1)
     assert found.ids[0, 0] == 0 and found.own[0] == 0  # it lies nearest to itself
     # What is left has listing 1 and 2 at one distance, so that the right one is never alone first.
