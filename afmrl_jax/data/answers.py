@@ -42,40 +42,40 @@ def question(
 class Learnable(NamedTuple):
     """Of a listing's attributes what an answer can say.
 
-    pairs: as many, "name: value" each, as `parse` reads and max_answer holds; left_out: how many
-    are not among them; needed: the max_answer that holds all that `parse` reads.
+    answer: whole pairs, as many as `parse` reads and max_answer holds; None where that is no pair,
+    because an empty answer would teach silence. pairs: how many; left_out: how many are not in it;
+    needed: the max_answer that holds all that `parse` reads.
     """
 
-    pairs: list[str]
+    answer: str | None
+    pairs: int
     left_out: int
     needed: int
-
-    @property
-    def answer(self) -> str | None:
-        """None where no pair is left: an empty answer would teach silence."""
-        return SEPARATOR.join(self.pairs) or None
 
 
 def learnable(attributes: Mapping[str, str], processor: Processor) -> Learnable:
     """The whole, valid answer to be learned; pairs that do not fit are left out, each in its turn.
 
-    processor: whose max_answer is the answer's room, the end token included.
+    attributes: normalised. processor: whose max_answer is the room, the end token included.
     """
-    pairs = attribute_pairs(attributes)
-    readable, room = [], MAX_CHARACTERS
-    for pair in pairs:
-        if len(readable) < MAX_PAIRS and len(pair) <= room:
-            readable.append(pair)
-            room -= len(pair) + len(SEPARATOR)
 
     def count(text: str) -> int:
         return len(encode_text(processor.tokenizer, text))
 
-    kept, needed = readable, count(SEPARATOR.join(readable)) + 1
-    if needed > processor.max_answer:
-        room = processor.max_answer - 1
-        kept = fitting(readable, SEPARATOR, room, count, SEPARATOR.join)
-    return Learnable(kept, len(pairs) - len(kept), needed)
+    answer = format_attributes(attributes)
+    if len(attributes) <= MAX_PAIRS and len(answer) <= MAX_CHARACTERS:
+        needed = count(answer) + 1
+        if needed <= processor.max_answer:
+            return Learnable(answer or None, len(attributes), 0, needed)
+    readable, room = [], MAX_CHARACTERS
+    for pair in attribute_pairs(attributes):
+        if len(readable) < MAX_PAIRS and len(pair) <= room:
+            readable.append(pair)
+            room -= len(pair) + len(SEPARATOR)
+    kept = fitting(readable, SEPARATOR, processor.max_answer - 1, count, SEPARATOR.join)
+    needed = count(SEPARATOR.join(readable)) + 1
+    left_out = len(attributes) - len(kept)
+    return Learnable(SEPARATOR.join(kept) or None, len(kept), left_out, needed)
 
 
 def question_and_answer(

@@ -422,7 +422,9 @@ def _check_answers_fit(catalog: Catalog, listings: np.ndarray, processor: Proces
     """Warns where some of the listings have more attributes than an answer holds; raises UserError
     where no attribute fits."""
     sample = np.random.default_rng(0).permutation(listings)[:SAMPLED].tolist()
-    answers = [learnable(catalog.listing(index).attributes, processor) for index in sample]
+    answers = [
+        learnable(normalise(catalog.listing(index).attributes), processor) for index in sample
+    ]
     shorter = [answer for answer in answers if answer.left_out]
     if not shorter:
         return
@@ -440,7 +442,7 @@ def _check_answers_fit(catalog: Catalog, listings: np.ndarray, processor: Proces
         "attributes are not learned, and count as missed in F1%s",
         *(len(shorter), len(answers), processor.max_answer, MAX_PAIRS, MAX_CHARACTERS),
         sum(answer.left_out for answer in shorter),
-        sum(answer.left_out + len(answer.pairs) for answer in shorter),
+        sum(answer.left_out + answer.pairs for answer in shorter),
         advice if needed > processor.max_answer else "",
     )
     if silent := sum(not answer.pairs for answer in answers):
