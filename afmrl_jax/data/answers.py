@@ -56,8 +56,11 @@ class Learnable(NamedTuple):
 def learnable(attributes: Mapping[str, str], processor: Processor) -> Learnable:
     """The whole, valid answer to be learned; pairs that do not fit are left out, each in its turn.
 
-    attributes: normalised. processor: whose max_answer is the room, the end token included.
+    attributes: normalised. processor: whose max_answer is the room, the end token included; raises
+    ValueError where it has none.
     """
+    if not processor.max_answer:
+        raise ValueError("max_answer=0 leaves no room for an answer: make rows that have some")
 
     def count(text: str) -> int:
         return len(encode_text(processor.tokenizer, text))

@@ -237,10 +237,12 @@ class Processor:
         _, (text, attributes) = self._fitted(row, room)
         if attributes == len(row.attributes):
             return Shown(text, attributes, self.max_tokens)
-        more = len(self._tokens(row.text[: row.attributes[-1][1]], len(grids))) - room
-        # In longer rows the images that these squeeze are larger as well.
-        windows = self.max_patches // self.merge_size**2 - self._most_windows(len(grids))
-        return Shown(text, attributes, self.max_tokens + max(more, 1) + (windows if grids else 0))
+        frame, _ = self._frame(len(grids))
+        ahead = row.text[: row.attributes[-1][1]]
+        needed = self.max_tokens - room + len(encode_text(self.tokenizer, frame.piece(ahead)))
+        if grids:  # in longer rows those that are squeezed by these are larger as well
+            needed += self.max_patches // self.merge_size**2 - self._most_windows(len(grids))
+        return Shown(text, attributes, max(needed, -(-len(ahead) // _CHARACTERS_PER_TOKEN)))
 
     def _fitted(self, row: Row, room: int) -> tuple[list[int], tuple[str, int]]:
         """The tokens of the row's text, as many as there is room for; the text that they are of,

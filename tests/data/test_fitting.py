@@ -1,5 +1,7 @@
 """Texts with attributes that are too long for their rows."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -131,7 +133,8 @@ def test_attributes_that_are_too_many_lose_whole_pairs_and_leave_the_title_a_qua
 
 def test_rows_as_long_as_is_told_hold_all():
     made, too_short = processor(34), 0
-    for listing, row in random_rows():
+    many = dataclasses.replace(LONG, attributes={f"name{i}": "soft " * i for i in range(40)})
+    for listing, row in [(many, listing_row(many, (PHOTO,), many.attributes)), *random_rows()]:
         shown = made.shown(row)
         if shown.attributes < len(row.attributes):
             too_short += 1
