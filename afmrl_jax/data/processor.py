@@ -58,7 +58,7 @@ class Shown(NamedTuple):
 
     text: a plain row of it gives the same tokens (its end, behind the attributes, may be cut);
     attributes: how many of the row's it holds, each whole; needed: tokens of a row that holds all
-    of them and what stands before them, max_tokens where this one does.
+    of them and what stands before them, whole too; max_tokens where this one does.
     """
 
     text: str
@@ -235,7 +235,7 @@ class Processor:
         grids = self._window_grids(row.images)
         room = self._room(grids)
         _, (text, attributes) = self._fitted(row, room)
-        if attributes == len(row.attributes):
+        if text == row.text:
             return Shown(text, attributes, self.max_tokens)
         frame, _ = self._frame(len(grids))
         ahead = row.text[: row.attributes[-1][1]]

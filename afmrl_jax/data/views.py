@@ -5,6 +5,7 @@ attributes join it only when asked.
 """
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,8 @@ from afmrl_jax.data.processor import Processor, Row
 
 VIEWS = ("image+text", "image", "text")
 SEPARATOR = "; "  # of attributes, as `format_attributes` writes them
+log = logging.getLogger(__name__)
+
 SAMPLED = 200  # listings that are looked at to tell whether attributes fit
 
 
@@ -177,15 +180,15 @@ def _augmented(image: Image.Image, rng: np.random.Generator, options: Augmentati
 
 
 class AttributeCuts:
-    """Counts rows that were given more attributes than the model reads.
+    """Counts rows that were given more attributes than the model reads, or titles that make room.
 
-    enriched: rows with attributes; losing: those that lose any; bare: those that lose all; needed:
-    tokens of a row that holds all that were seen.
+    enriched: rows with attributes; losing: those that lose any; bare: those that lose all; shorter:
+    those that lose the end of title and category; needed: tokens of a row that holds all of them.
     """
 
     def __init__(self, processor: Processor):
         self._processor = processor
-        self.enriched = self.losing = self.bare = 0
+        self.enriched = self.losing = self.bare = self.shorter = 0
         self.needed = processor.max_tokens
 
     def made(self, numbers: np.ndarray, row: Callable[[int], Row]) -> list[Row]:
@@ -198,6 +201,7 @@ class AttributeCuts:
                 self.enriched += 1
                 self.losing += shown.attributes < len(each.attributes)
                 self.bare += not shown.attributes
+                self.shorter += bool(shown.attributes) and shown.text != each.text
                 self.needed = max(self.needed, shown.needed)
         return [rows[number] for number in numbers.tolist()]
 
@@ -213,9 +217,15 @@ class AttributeCuts:
     def __str__(self) -> str:
         return (
             f"{self.losing} of {self.enriched} texts lose attributes ({self.bare} of them all), "
-            f"because the encoder's rows end at data.max_tokens={self._processor.max_tokens}, "
-            f"images included; trained with {self.needed} it would read all of theirs"
+            f"{self.shorter} the end of their title, because the encoder's rows end at "
+            f"data.max_tokens={self._processor.max_tokens}, images included; trained with "
+            f"{self.needed} it would read all of theirs"
         )
+
+    def tell(self, where: str) -> None:
+        """Logs what is lost: a warning where it is an attribute. where: in whose texts."""
+        if self.losing or self.shorter:
+            log.log(logging.WARNING if self.losing else logging.INFO, "%s: %s", where, self)
 
 
 def sampled_cuts(

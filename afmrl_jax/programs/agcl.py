@@ -434,8 +434,7 @@ def _tell_of_cut_attributes(data: ConfigDict, catalog: Catalog, processor: Proce
     """Warns where texts of training listings do not hold the attributes that they are to carry."""
     if data.attribute_share and "text" in data.query_views + data.target_views:
         cuts = sampled_cuts(catalog, "train", processor, max_images=1)
-        if cuts.losing:
-            log.warning("training texts with all their attributes: %s", cuts)
+        cuts.tell("training texts with all their attributes")
 
 
 def _open_stream(

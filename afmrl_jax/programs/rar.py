@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -69,8 +68,6 @@ from afmrl_jax.training.pretrained import Base, find_pretrained, planned, read_b
 from afmrl_jax.training.state import TrainState
 from afmrl_jax.training.tracing import traced_steps
 from afmrl_jax.training.unchanged import MAY_CHANGE, check_catalogue, check_unchanged
-
-log = logging.getLogger(__name__)
 
 ROWS = ("instruction", "max_tokens", "max_answer", "max_patches", "min_pixels", "max_pixels")
 RANGES = {  # field -> lowest and highest
@@ -401,8 +398,7 @@ def _check_attributes_are_read(
     cuts = sampled_cuts(catalog, "train", embedder.processor, embedder.processor.max_images)
     if cuts.none_is_read:
         raise none_is_read(cuts, f"true attributes, as {config.encoder} reads them")
-    if cuts.losing:
-        log.warning("true attributes, as %s reads them: %s", config.encoder, cuts)
+    cuts.tell(f"true attributes, as {config.encoder} reads them")
 
 
 def _as_multiplied(params: Any, dtype: Any) -> Any:
@@ -434,8 +430,9 @@ def _gallery(
     if split != "train" and len(np.unique(catalog.products[listings])) == 1:
         return None
     attributes = config.reward.gallery_attributes
-    texts = f"{attributes}, kept whole" if attributes else str(attributes)
-    parts = [version, catalog.fingerprint, texts, listings.tobytes().hex()]
+    parts = [version, catalog.fingerprint, str(attributes), listings.tobytes().hex()]
+    if attributes:
+        parts.append("kept whole")  # as texts with attributes are since titles are cut before them
     shards = batch_shards(mesh)
     mine = local_rows(mesh, shards, "the mesh")
 
@@ -447,8 +444,7 @@ def _gallery(
     def embed(listings: np.ndarray) -> np.ndarray:
         shown = (catalog.listing(int(i)).attributes if attributes else {} for i in listings)
         vectors, cuts = embedder([Query(int(i), 0, own) for i, own in zip(listings, shown)])
-        if cuts.losing:
-            log.warning("the gallery: %s", cuts)
+        cuts.tell("the gallery")
         return vectors
 
     return listings, open_gallery(

@@ -105,8 +105,7 @@ class Judge:
             return self._processor(cuts.made(batch[self._local], row), buckets)
 
         vectors = embed_listings(self._embed, rows, new, self._batch)
-        if cuts.losing:
-            log.warning("%s: %s", view, cuts)
+        cuts.tell(view)
         return vectors
 
     def scores(

@@ -187,8 +187,7 @@ def _check_read(cuts: AttributeCuts, split: str) -> None:
     worth the same."""
     if first_says(cuts.none_is_read):
         raise none_is_read(cuts, f"{split} queries")
-    if cuts.losing:
-        log.warning("%s queries: %s", split, cuts)
+    cuts.tell(f"{split} queries")
 
 
 def _tell(arms: Mapping[str, Measures]) -> None:

@@ -142,7 +142,7 @@ def test_rows_as_long_as_is_told_hold_all():
             assert longer.shown(row).attributes == len(row.attributes)
             assert listing.title in read(longer, row)
         else:
-            assert shown.needed == 34
+            assert shown.needed == 34 or (shown.text != row.text and listing.title in row.text)
     assert too_short > 5
 
 
@@ -196,6 +196,7 @@ def test_cut_attributes_are_counted_once_a_listing():
     cuts = AttributeCuts(tight)
     assert len(cuts.made(np.array([0, 1, 2, 2, 2]), row)) == 5
     assert (cuts.enriched, cuts.losing, cuts.bare, cuts.none_is_read) == (3, 2, 0, False)
+    assert cuts.shorter == 3  # titles
     # No room but for the photo, of whose 16 windows, its marks and the end the 19 tokens are.
     bare = sampled_cuts(catalog, "train", processor(19), max_images=1)
     assert (bare.enriched, bare.bare, bare.none_is_read) == (3, 3, True)

@@ -135,7 +135,7 @@ def test_texts_that_lose_attributes_are_told(catalog, caplog):
     # "MUG new", "mug", "color: red; type: mug" are 7 words; the odd listings' are as many.
     words.max_tokens = 7
     listings = catalog.indices("all")[:8]
-    with caplog.at_level("WARNING", "afmrl_jax.retrieval.tasks"):
+    with caplog.at_level("WARNING", "afmrl_jax.data.views"):
         judge.vectors("text", listings, judge.enriched.queries)
         assert not caplog.records  # of "A fine thing." anything may be cut
         words.max_tokens = 6
