@@ -58,7 +58,9 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.data.timeout = 600.0  # seconds that a batch may take; then the run ends, saying where
     config.data.prompt = "plain"  # plain | chat: the model's chat template, as Qwen3-VL-Embedding's
     config.data.instruction = ""  # before each text; with chat, as the system ("" = its folder's)
-    config.data.max_tokens = 96  # a row's tokens, images included
+    # a row's tokens, images included. Of too long a text the description goes first, then the end
+    # of title and category, down to a quarter of the text's room, then attributes
+    config.data.max_tokens = 96
     config.data.max_patches = 64  # a row's patches, over all its images
     config.data.min_pixels = 3136  # an image is enlarged to this area
     config.data.max_pixels = 4096  # and reduced to this one

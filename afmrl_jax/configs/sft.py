@@ -58,7 +58,7 @@ def get_config() -> ConfigDict:
     # said as the system of the model's chat template; "" = the template's own words
     config.data.instruction = "List the product's key attributes."
     config.data.max_tokens = 96  # a question's tokens, images included
-    config.data.max_answer = 52  # an answer's
+    config.data.max_answer = 52  # an answer's; pairs that it does not hold are not learned
     # how many lengths batches, of rows of like length, are padded to; a compilation each. Texts
     # that differ more than the built-in catalogue's take 4; 1 = all rows padded to the longest
     config.data.buckets = 2

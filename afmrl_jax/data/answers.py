@@ -6,20 +6,28 @@ Axes: A micro-batches · C rows of one (this process's) · S tokens · P patches
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from afmrl_jax.attributes.comparison import VERSION
-from afmrl_jax.attributes.text import format_attributes, normalise
+from afmrl_jax.attributes.text import (
+    MAX_CHARACTERS,
+    MAX_PAIRS,
+    format_attributes,
+    normalise,
+)
 from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.catalog import Catalog
+from afmrl_jax.data.fitting import fitting
 from afmrl_jax.data.pipeline import Batch
 from afmrl_jax.data.processor import Processor, Row
-from afmrl_jax.data.views import evaluation_row
+from afmrl_jax.data.tokenizer import encode_text
+from afmrl_jax.data.views import SEPARATOR, attribute_pairs, evaluation_row
 
 log = logging.getLogger(__name__)
 
@@ -35,22 +43,67 @@ def question(
     return evaluation_row(catalog, index, view, max_images=max_images, draw=draw)
 
 
+class Learnable(NamedTuple):
+    """Of a listing's attributes what an answer can say.
+
+    answer: whole pairs, as many as `parse` reads and max_answer holds; None where that is no pair,
+    because an empty answer would teach silence. pairs: how many; left_out: how many are not in it;
+    needed: the max_answer that holds all that `parse` reads.
+    """
+
+    answer: str | None
+    pairs: int
+    left_out: int
+    needed: int
+
+
+def learnable(attributes: Mapping[str, str], processor: Processor) -> Learnable:
+    """The whole, valid answer to be learned; pairs that do not fit are left out, each in its turn.
+
+    attributes: normalised. processor: whose max_answer is the room, the end token included; raises
+    ValueError where it has none.
+    """
+    if not processor.max_answer:
+        raise ValueError("max_answer=0 leaves no room for an answer: make rows that have some")
+
+    def count(text: str) -> int:
+        return len(encode_text(processor.tokenizer, text))
+
+    answer = format_attributes(attributes)
+    if len(attributes) <= MAX_PAIRS and len(answer) <= MAX_CHARACTERS:
+        needed = count(answer) + 1
+        if needed <= processor.max_answer:
+            return Learnable(answer or None, len(attributes), 0, needed)
+    readable, room = [], MAX_CHARACTERS
+    for pair in attribute_pairs(attributes):
+        if len(readable) < MAX_PAIRS and len(pair) <= room:
+            readable.append(pair)
+            room -= len(pair) + len(SEPARATOR)
+    kept = fitting(readable, SEPARATOR, processor.max_answer - 1, count, SEPARATOR.join)
+    needed = count(SEPARATOR.join(readable)) + 1
+    left_out = len(attributes) - len(kept)
+    return Learnable(SEPARATOR.join(kept) or None, len(kept), left_out, needed)
+
+
 def question_and_answer(
     catalog: Catalog,
     index: int,
-    max_images: int,
+    processor: Processor,
     draw: int = 0,
     left_out: Callable[[], bool] = lambda: False,
     view: str = "image+text",
 ) -> Row:
-    """The question, and the listing's attributes in their format as what to answer.
+    """The question, and the listing's attributes in their format as what to answer, as far as they
+    are `learnable`.
 
-    left_out: asked of each attribute; one stays in any case. view: "text" opens no image.
+    processor: with room for answers. left_out: asked of each attribute; one stays in any case.
+    view: "text" opens no image.
     """
     given = normalise(catalog.listing(index, draw).attributes)
     kept = {name: value for name, value in given.items() if not left_out()}
-    answer = format_attributes(kept or dict(list(given.items())[:1]))
-    return dataclasses.replace(question(catalog, index, max_images, draw, view), answer=answer)
+    answer = learnable(kept or dict(list(given.items())[:1]), processor).answer
+    shown = question(catalog, index, processor.max_images, draw, view)
+    return dataclasses.replace(shown, answer=answer)
 
 
 def described(catalog: Catalog, split: str, cache: Path) -> np.ndarray:
@@ -151,7 +204,7 @@ class AnswerBatches:
         rng = np.random.default_rng((self.seed, example))
         draw = 1 + int(rng.integers(2**31 - 1))
         return question_and_answer(
-            *(self.catalog, self._listing(example), self.processor.max_images, draw),
+            *(self.catalog, self._listing(example), self.processor, draw),
             left_out=lambda: rng.random() < self.dropout,
             view=view,
         )

@@ -19,6 +19,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.data.fitting import fit_attributes
 from afmrl_jax.data.prompts import Frame, PlainPrompt, Prompt
 from afmrl_jax.data.tokenizer import encode_text, read_json, special_token_ids, text_tokenizer
 from afmrl_jax.models.config import QwenVLConfig
@@ -40,11 +41,29 @@ _CHARACTERS_PER_TOKEN = 32
 
 @dataclass(frozen=True)
 class Row:
-    """A text (may be empty) and RGB images (may be none), and what to learn to answer to them."""
+    """A text (may be empty) and RGB images (may be none), and what to learn to answer to them.
+
+    attributes: where in the text each of them stands, (its first character, behind its last), in
+    order: too long a text is cut around them (`fit_attributes`).
+    """
 
     text: str
     images: tuple[Image.Image, ...] = ()
     answer: str | None = None
+    attributes: tuple[tuple[int, int], ...] = ()
+
+
+class Shown(NamedTuple):
+    """What the model reads of a row's text.
+
+    text: a plain row of it gives the same tokens (its end, behind the attributes, may be cut);
+    attributes: how many of the row's it holds, each whole; needed: tokens of a row that holds all
+    of them and what stands before them, whole too; max_tokens where this one does.
+    """
+
+    text: str
+    attributes: int
+    needed: int
 
 
 class _Line(NamedTuple):
@@ -60,7 +79,8 @@ class Processor:
     """Rows to arrays of fixed shapes; pure, picklable, without JAX or torch.
 
     max_tokens, max_patches: the size of every prompt. Images that do not fit are resized until all
-    of a row's do, sharing the budget fairly; the text is cut from its end.
+    of a row's do, sharing the budget fairly; the text is cut from its end, and attributes in it
+    only where they are too many beside the first words of what stands before them.
     min_pixels, max_pixels: bounds on a resized image's area, as in Qwen2-VL's processor.
     prompt: what stands around images and text; by default nothing but the marks of a plain row.
     max_answer: room behind each prompt for a row's answer, which ends with the config's
@@ -136,7 +156,7 @@ class Processor:
         processes see different rows of one batch: they must offer one bucket, for what they know of
         all rows, as `text_bucket`.
         Raises UserError for a row with more than max_images images, ValueError where no bucket
-        holds the rows.
+        holds the rows, or max_answer not an answer: cut, it would be learned as if it were whole.
         """
         lines = [self._line(row) for row in rows]
         n, (s, p) = len(rows), self._bucket(lines, buckets)
@@ -192,9 +212,9 @@ class Processor:
     def _line(self, row: Row) -> _Line:
         grids = self._window_grids(row.images)
         frame, _ = self._frame(len(row.images))
-        text, room = self._text(row, grids)
+        text, _ = self._fitted(row, self._room(grids))
         answer = self._answer(row)
-        ids = np.array([*frame.head, *text[:room], *frame.tail, *answer], np.int32)
+        ids = np.array([*frame.head, *text, *frame.tail, *answer], np.int32)
         return _Line(*_expanded(ids, self.ids["image_token_id"], grids), len(answer), grids)
 
     def _answer(self, row: Row) -> list[int]:
@@ -202,22 +222,65 @@ class Processor:
             return []
         if not self.max_answer:
             raise ValueError("a row has an answer, and max_answer=0 leaves no room for it")
-        answer = encode_text(self.tokenizer, row.answer[: _CHARACTERS_PER_TOKEN * self.max_answer])
-        return [*answer, self.ids["eos_token_id"]][: self.max_answer]
+        answer = [*encode_text(self.tokenizer, row.answer), self.ids["eos_token_id"]]
+        if len(answer) > self.max_answer:
+            raise ValueError(
+                f"an answer takes {len(answer)} tokens, max_answer={self.max_answer}: "
+                "leave attributes out of it (`answers.learnable`)"
+            )
+        return answer
 
-    def _text(self, row: Row, grids: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
-        """The text's tokens, and for how many of them its images leave room."""
-        windows = sum(map(math.prod, grids))
-        text, others = self._text_and_others(row, len(grids), windows)
-        return text, self.max_tokens - others
+    def shown(self, row: Row) -> Shown:
+        """What of the row's text stands in its tokens, beside its images."""
+        grids = self._window_grids(row.images)
+        room = self._room(grids)
+        _, (text, attributes) = self._fitted(row, room)
+        if text == row.text:
+            return Shown(text, attributes, self.max_tokens)
+        frame, _ = self._frame(len(grids))
+        ahead = row.text[: row.attributes[-1][1]]
+        needed = self.max_tokens - room + len(encode_text(self.tokenizer, frame.piece(ahead)))
+        if grids:  # in longer rows those that are squeezed by these are larger as well
+            needed += self.max_patches // self.merge_size**2 - self._most_windows(len(grids))
+        return Shown(text, attributes, max(needed, -(-len(ahead) // _CHARACTERS_PER_TOKEN)))
 
-    def _text_and_others(self, row: Row, n_images: int, windows: int) -> tuple[list[int], int]:
-        """The text's tokens, uncut, and how many stand around them with so many images, of so many
-        windows together."""
+    def _fitted(self, row: Row, room: int) -> tuple[list[int], tuple[str, int]]:
+        """The tokens of the row's text, as many as there is room for; the text that they are of,
+        and how many of the row's attributes it holds."""
+        n_images, longest = len(row.images), self._longest_text
+        text, kept = row.text, len(row.attributes)
+        tokens = self._tokens(text, n_images)
+
+        def count(text: str) -> int:
+            if len(text) > longest:  # not looked at: no language has tokens that long
+                return len(text)
+            return len(self._tokens(text, n_images))
+
+        end = row.attributes[-1][1] if kept else 0
+        is_long = kept and (len(tokens) > room or end > longest)
+        if is_long and count(text[:end]) > room:
+            text, kept = fit_attributes(text, row.attributes, room, count)
+            tokens = self._tokens(text, n_images)
+        return tokens[:room], (text, kept)
+
+    @property
+    def _longest_text(self) -> int:
+        return _CHARACTERS_PER_TOKEN * self.max_tokens
+
+    def _tokens(self, text: str, n_images: int) -> list[int]:
+        """The tokens between the frame's head and tail, uncut."""
         frame, _ = self._frame(n_images)
-        text = frame.piece(row.text[: _CHARACTERS_PER_TOKEN * self.max_tokens])
-        others = len(frame.head) - n_images + windows + len(frame.tail)
-        return encode_text(self.tokenizer, text), others
+        return encode_text(self.tokenizer, frame.piece(text[: self._longest_text]))
+
+    def _room(self, grids: Sequence[tuple[int, int]]) -> int:
+        """For how many tokens of text its images leave room in a row."""
+        return self.max_tokens - self._around(len(grids), sum(map(math.prod, grids)))
+
+    def _around(self, n_images: int, windows: int) -> int:
+        """How many tokens stand around the text with so many images, of so many windows
+        together."""
+        frame, _ = self._frame(n_images)
+        return len(frame.head) - n_images + windows + len(frame.tail)
 
     def _most_windows(self, n_images: int) -> int:
         """How many merge windows a row's images may take together."""
@@ -231,13 +294,8 @@ class Processor:
         """
         n_images = min(n_images, self.max_images)
         windows = self._most_windows(n_images) if n_images else 0
-        text, others = self._text_and_others(row, n_images, windows)
-        return min(others + len(text), self.max_tokens) + len(self._answer(row))
-
-    def holds(self, row: Row) -> bool:
-        """Whether all of the row's text fits beside its images."""
-        text, room = self._text(row, self._window_grids(row.images))
-        return len(text) <= room
+        tokens = self._around(n_images, windows) + len(self._tokens(row.text, n_images))
+        return min(tokens, self.max_tokens) + len(self._answer(row))
 
     def _window_grids(self, images: Sequence[Image.Image]) -> list[tuple[int, int]]:
         """Rows and columns of merge windows of each image of a row, so that all fit together."""

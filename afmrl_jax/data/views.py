@@ -4,18 +4,24 @@ A view is "image", "text" or "image+text". Text is the title, category and descr
 attributes join it only when asked.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
 
-from afmrl_jax.attributes.text import format_attributes
+from afmrl_jax.attributes.text import format_attributes, normalise
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.catalog import Catalog, Listing
-from afmrl_jax.data.processor import Row
+from afmrl_jax.data.processor import Processor, Row
 
 VIEWS = ("image+text", "image", "text")
+SEPARATOR = "; "  # of attributes, as `format_attributes` writes them
+log = logging.getLogger(__name__)
+
+SAMPLED = 200  # listings that are looked at to tell whether attributes fit
 
 
 def parse_mixture(text: str, field: str) -> tuple[tuple[str, ...], np.ndarray]:
@@ -51,10 +57,33 @@ class Augmentation:
     others: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)
 
 
+def attribute_pairs(attributes: Mapping[str, str]) -> list[str]:
+    """ "name: value" of each: `format_attributes` is these, SEPARATOR between them."""
+    return [format_attributes({name: value}) for name, value in normalise(attributes).items()]
+
+
+def listing_row(
+    listing: Listing,
+    images: Sequence[Image.Image] = (),
+    attributes: Mapping[str, str] | None = None,
+) -> Row:
+    """Title, category, attributes where given, description: what matters most stands first.
+
+    Every text with attributes is made here, so that training, evaluation and rewards see the same.
+    """
+    lines = [line for line in (listing.title, listing.category) if line]
+    pairs, places = attribute_pairs(attributes or {}), []
+    start = sum(len(line) + 1 for line in lines)
+    for pair in pairs:
+        places.append((start, start + len(pair)))
+        start += len(pair) + len(SEPARATOR)
+    lines += [line for line in (SEPARATOR.join(pairs), listing.description) if line]
+    return Row("\n".join(lines), tuple(images), attributes=tuple(places))
+
+
 def listing_text(listing: Listing, attributes: Mapping[str, str] | None = None) -> str:
-    """Title, category, attributes where given, description: what matters most stands first."""
-    parts = [listing.title, listing.category, format_attributes(attributes or {})]
-    return "\n".join(part for part in [*parts, listing.description] if part)
+    """The text of `listing_row`."""
+    return listing_row(listing, (), attributes).text
 
 
 def evaluation_row(
@@ -75,8 +104,8 @@ def evaluation_row(
     if "image" in view:
         shown = range(min(listing.n_images, max_images))
         images = [catalog.image(index, which, draw) for which in shown]
-    text = listing_text(listing, attributes) if "text" in view else ""
-    return Row(text, tuple(image for image in images if image is not None))
+    images = [image for image in images if image is not None]
+    return listing_row(listing, images, attributes) if "text" in view else Row("", tuple(images))
 
 
 def training_row(
@@ -98,17 +127,32 @@ def training_row(
     image = None
     if listing.n_images and ("image" in view or not listing_text(listing)):
         image = catalog.image(index, int(rng.integers(listing.n_images)), draw)
-    text = ""
+    row = Row("")
     if "text" in view or image is None:
         attributes = None
         if rng.random() < options.attribute_share:
             attributes = _corrupted(listing, rng, options)
-        text = listing_text(listing, attributes)
+        row = listing_row(listing, (), attributes)
         if shorten:
-            words = text.split()
-            kept = np.sort(rng.permutation(len(words))[: max(1, len(words) // 2)])
-            text = " ".join(words[i] for i in kept)
-    return Row(text, () if image is None else (_augmented(image, rng, options),))
+            row = _shortened(row, rng)
+    images = () if image is None else (_augmented(image, rng, options),)
+    return dataclasses.replace(row, images=images)
+
+
+def _shortened(row: Row, rng: np.random.Generator) -> Row:
+    """A random half of the text's words; those of attributes stand for attributes."""
+    words = row.text.split()
+    kept = np.sort(rng.permutation(len(words))[: max(1, len(words) // 2)])
+    first = last = 0  # of the words, those of attributes
+    if row.attributes:
+        first = len(row.text[: row.attributes[0][0]].split())
+        last = len(row.text[: row.attributes[-1][1]].split())
+    places, start = [], 0
+    for i in kept:
+        if first <= i < last:
+            places.append((start, start + len(words[i])))
+        start += len(words[i]) + 1
+    return Row(" ".join(words[i] for i in kept), attributes=tuple(places))
 
 
 def _corrupted(listing: Listing, rng: np.random.Generator, options: Augmentation) -> dict[str, str]:
@@ -133,3 +177,67 @@ def _augmented(image: Image.Image, rng: np.random.Generator, options: Augmentati
     if (width, height) != image.size:
         image = image.crop((left, top, left + width, top + height))
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+
+
+class AttributeCuts:
+    """Counts rows that were given more attributes than the model reads, or titles that make room.
+
+    enriched: rows with attributes; losing: those that lose any; bare: those that lose all; shorter:
+    those that lose the end of title and category; needed: tokens of a row that holds all of them.
+    """
+
+    def __init__(self, processor: Processor):
+        self._processor = processor
+        self.enriched = self.losing = self.bare = self.shorter = 0
+        self.needed = processor.max_tokens
+
+    def made(self, numbers: np.ndarray, row: Callable[[int], Row]) -> list[Row]:
+        """The rows of some numbers, int[N]; each is made, and counted, once a call: a batch is
+        filled up with what it holds already."""
+        rows = {number: row(number) for number in dict.fromkeys(numbers.tolist())}
+        for each in rows.values():
+            if each.attributes:
+                shown = self._processor.shown(each)
+                self.enriched += 1
+                self.losing += shown.attributes < len(each.attributes)
+                self.bare += not shown.attributes
+                self.shorter += bool(shown.attributes) and shown.text != each.text
+                self.needed = max(self.needed, shown.needed)
+        return [rows[number] for number in numbers.tolist()]
+
+    @property
+    def share(self) -> float:
+        """Of the rows with attributes, those that lose any; 0 without such rows."""
+        return self.losing / max(self.enriched, 1)
+
+    @property
+    def none_is_read(self) -> bool:
+        return 0 < self.enriched == self.bare
+
+    def __str__(self) -> str:
+        return (
+            f"{self.losing} of {self.enriched} texts lose attributes ({self.bare} of them all), "
+            f"{self.shorter} the end of their title, because the encoder's rows end at "
+            f"data.max_tokens={self._processor.max_tokens}, images included; trained with "
+            f"{self.needed} it would read all of theirs"
+        )
+
+    def tell(self, where: str) -> None:
+        """Logs what is lost: a warning where it is an attribute. where: in whose texts."""
+        if self.losing or self.shorter:
+            log.log(logging.WARNING if self.losing else logging.INFO, "%s: %s", where, self)
+
+
+def sampled_cuts(
+    catalog: Catalog, split: str, processor: Processor, max_images: int
+) -> AttributeCuts:
+    """What becomes of the attributes of some listings of a split, beside title and photos."""
+    cuts = AttributeCuts(processor)
+
+    def row(index: int) -> Row:
+        attributes = catalog.listing(index).attributes
+        view = "image+text" if attributes else "text"  # without attributes no photo matters
+        return evaluation_row(catalog, index, view, max_images=max_images, attributes=attributes)
+
+    cuts.made(np.random.default_rng(0).permutation(catalog.indices(split))[:SAMPLED], row)
+    return cuts

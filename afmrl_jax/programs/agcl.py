@@ -49,7 +49,7 @@ from afmrl_jax.data.opening import cache_folder, open_catalogue
 from afmrl_jax.data.pairs import Composition, PairSampler
 from afmrl_jax.data.pipeline import PairBatches, Stream
 from afmrl_jax.data.processor import Processor
-from afmrl_jax.data.views import Augmentation, listing_text, parse_mixture
+from afmrl_jax.data.views import Augmentation, listing_text, parse_mixture, sampled_cuts
 from afmrl_jax.losses.contrastive import Options, contrastive_loss
 from afmrl_jax.losses.labels import Labels, frequent_labels, label_loss
 from afmrl_jax.models import lora
@@ -311,6 +311,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             check_terms(saved["statistics"], workdir, labels=bool(config.loss.head_weight))
         enc, source = _encoder(config, catalog, saved)
         processor = enc.processor()
+        _tell_of_cut_attributes(config.data, catalog, processor)
         record = enc.record() | {
             "config": to_json(config),
             "statistics": statistics.to_json(),
@@ -438,6 +439,13 @@ def _tell_of_cut_labels(catalog: Catalog, statistics: CorpusStatistics, most: in
             "--config.data.max_terms=%d keeps all of theirs",
             *(cut, len(sizes), most, max(sizes)),
         )
+
+
+def _tell_of_cut_attributes(data: ConfigDict, catalog: Catalog, processor: Processor) -> None:
+    """Warns where texts of training listings do not hold the attributes that they are to carry."""
+    if data.attribute_share and "text" in data.query_views + data.target_views:
+        cuts = sampled_cuts(catalog, "train", processor, max_images=1)
+        cuts.tell("training texts with all their attributes")
 
 
 def _open_stream(

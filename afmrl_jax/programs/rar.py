@@ -39,6 +39,7 @@ from afmrl_jax.data.answers import question
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.data.pipeline import Stream
+from afmrl_jax.data.views import sampled_cuts
 from afmrl_jax.models import lora
 from afmrl_jax.models.partition import MATRIX
 from afmrl_jax.models.sampler import Samples
@@ -48,7 +49,7 @@ from afmrl_jax.rl.held_out import HeldOut, Said, comparison_table
 from afmrl_jax.rl.judging import Judge
 from afmrl_jax.rl.rewards import Options as RewardOptions
 from afmrl_jax.rl.rewards import bounded_k
-from afmrl_jax.rl.rollout import Query, QueryBatches, QueryEmbedder
+from afmrl_jax.rl.rollout import Query, QueryBatches, QueryEmbedder, none_is_read
 from afmrl_jax.rl.watch import Limits, stopped, watch
 from afmrl_jax.training.checkpoint import Checkpoints, checkpoint_folder
 from afmrl_jax.training.describer import describe
@@ -230,6 +231,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         if saved:
             check_catalogue(saved, catalog.fingerprint, config.data.path, workdir)
         embedder, encoder_base, version = _encoder(config, saved, catalog, mesh)
+        _check_attributes_are_read(config, catalog, embedder)
 
         # ---- galleries
         options = RewardOptions(**_fields(RewardOptions, config.reward))
@@ -389,6 +391,17 @@ def _encoder(
     )
 
 
+def _check_attributes_are_read(
+    config: ConfigDict, catalog: Catalog, embedder: QueryEmbedder
+) -> None:
+    """Warns where the encoder's rows are too short for true attributes of some training listings;
+    raises UserError where it reads none of them."""
+    cuts = sampled_cuts(catalog, "train", embedder.processor, embedder.processor.max_images)
+    if cuts.none_is_read:
+        raise none_is_read(cuts, f"true attributes, as {config.encoder} reads them")
+    cuts.tell(f"true attributes, as {config.encoder} reads them")
+
+
 def _as_multiplied(params: Any, dtype: Any) -> Any:
     """A copy with the matrices as products round them: half the memory, and the same numbers."""
 
@@ -419,8 +432,8 @@ def _gallery(
         return None
     attributes = config.reward.gallery_attributes
     parts = [version, catalog.fingerprint, str(attributes), listings.tobytes().hex()]
-    if attributes:  # of which only those that say something stand in a text
-        parts.append(str(comparison.VERSION))
+    if attributes:  # as texts with attributes are since titles are cut before them; of attributes
+        parts += ["kept whole", str(comparison.VERSION)]  # those stand there that say something
     shards = batch_shards(mesh)
     mine = local_rows(mesh, shards, "the mesh")
 
@@ -431,7 +444,9 @@ def _gallery(
 
     def embed(listings: np.ndarray) -> np.ndarray:
         shown = (catalog.listing(int(i)).attributes if attributes else {} for i in listings)
-        return embedder([Query(int(i), 0, own) for i, own in zip(listings, shown)])
+        vectors, cuts = embedder([Query(int(i), 0, own) for i, own in zip(listings, shown)])
+        cuts.tell("the gallery")
+        return vectors
 
     return listings, open_gallery(
         workdir / "gallery",

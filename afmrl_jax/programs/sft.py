@@ -30,16 +30,31 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from afmrl_jax.attributes.agreement import Majority, agreement, agreement_by_name
-from afmrl_jax.attributes.text import Verdict, format_attributes, normalise, parse
+from afmrl_jax.attributes.text import (
+    MAX_CHARACTERS,
+    MAX_PAIRS,
+    Verdict,
+    format_attributes,
+    normalise,
+    parse,
+)
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, put_batch, replicated
 from afmrl_jax.core.processes import first_says
 from afmrl_jax.core.writer import cut_back, write_atomically
-from afmrl_jax.data.answers import AnswerBatches, described, question, question_and_answer
+from afmrl_jax.data.answers import (
+    SAMPLED,
+    AnswerBatches,
+    described,
+    learnable,
+    question,
+    question_and_answer,
+)
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.opening import cache_folder, open_catalogue
 from afmrl_jax.data.pipeline import Stream
+from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.views import listing_text
 from afmrl_jax.models import lora
 from afmrl_jax.training import accumulate, cost
@@ -126,11 +141,9 @@ def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
         (value, count), gradients = gradient(state.params, rows)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         norm, change = optax.global_norm(gradients), optax.global_norm(updates)
-        ended = (rows["answer_mask"] & (rows["tokens"] == model.eos_token_id)).any(-1)
         metrics = {
             "loss": value,
             "answer_tokens": count,
-            "cut_share": 1 - jnp.mean(ended, dtype=jnp.float32),  # of answers, by data.max_answer
             "gradient_norm": norm,
             "finite": jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(change),
             "host": batch["host"],
@@ -198,6 +211,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             check_catalogue(saved, catalog.fingerprint, config.data.path, workdir)
         listings = _listings(config, catalog)
         generator, source = _generator(config, catalog, saved)
+        processor = generator.processor(answers=True)
+        _check_answers_fit(catalog, listings["train"], processor)
         record = generator.record() | {"config": to_json(config), "catalogue": catalog.fingerprint}
         if first_process:
             write_atomically(workdir / "config.json", to_json(config, indent=2))
@@ -208,7 +223,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         batches = AnswerBatches(
             catalog,
             listings["train"],
-            generator.processor(answers=True),
+            processor,
             batch=config.batch,
             chunks=config.chunks,
             rows=local,
@@ -347,7 +362,7 @@ class Judge:
         sums = np.zeros(2)
         for batch, real in batches_of(indices, self._config.eval.batch):
             shown = [
-                question_and_answer(self._catalog, int(index), self._processor.max_images)
+                question_and_answer(self._catalog, int(index), self._processor)
                 for index in batch[self._local]
             ]
             rows = self._processor(shown)
@@ -401,6 +416,37 @@ def _listings(config: ConfigDict, catalog: Catalog) -> dict[str, np.ndarray]:
     if not len(splits["validation"]):
         log.warning("%s has no validation listings to judge by: the last is the best", catalog.name)
     return splits
+
+
+def _check_answers_fit(catalog: Catalog, listings: np.ndarray, processor: Processor) -> None:
+    """Warns where some of the listings have more attributes than an answer holds; raises UserError
+    where no attribute fits."""
+    sample = np.random.default_rng(0).permutation(listings)[:SAMPLED].tolist()
+    answers = [
+        learnable(normalise(catalog.listing(index).attributes), processor) for index in sample
+    ]
+    shorter = [answer for answer in answers if answer.left_out]
+    if not shorter:
+        return
+    needed = max(answer.needed for answer in shorter)
+    longer = f"--config.data.max_answer={needed}"
+    if not any(answer.pairs for answer in answers):
+        raise UserError(
+            f"no attribute of {len(answers)} training listings fits into an answer of "
+            f"data.max_answer={processor.max_answer} tokens: {longer} holds theirs"
+        )
+    advice = f"; {longer} holds all of theirs that can be valid"
+    log.warning(
+        "%d of %d training listings have more attributes than an answer holds, by "
+        "data.max_answer=%d tokens and the format's %d pairs and %d characters: %d of their %d "
+        "attributes are not learned, and count as missed in F1%s",
+        *(len(shorter), len(answers), processor.max_answer, MAX_PAIRS, MAX_CHARACTERS),
+        sum(answer.left_out for answer in shorter),
+        sum(answer.left_out + answer.pairs for answer in shorter),
+        advice if needed > processor.max_answer else "",
+    )
+    if silent := sum(not answer.pairs for answer in answers):
+        log.warning("%d of them teach nothing: no single attribute fits", silent)
 
 
 def _generator(

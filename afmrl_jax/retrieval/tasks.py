@@ -3,7 +3,6 @@
 Axes: Q queries · N gallery listings · E embedding.
 """
 
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from afmrl_jax.core.fields import check_choice
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.corpus import listings_by_product
 from afmrl_jax.data.processor import Processor, Row
-from afmrl_jax.data.views import evaluation_row, listing_text
+from afmrl_jax.data.views import AttributeCuts, evaluation_row, listing_text
 from afmrl_jax.retrieval.evaluation import Results, Scores, Task, embed_listings, rank_and_score
 
 Attributes = Callable[[int], Mapping[str, str]]  # of a listing, by its index
@@ -92,37 +91,22 @@ class Judge:
     def _embedded(self, view: str, attributes: Attributes | None, new: np.ndarray) -> np.ndarray:
         # Decided by the view and not by the rows, so that all processes agree.
         buckets = [self._processor.text_bucket] if view == "text" else []
-        whole: list[bool] = []  # of the texts that were given attributes: whether all of them fit
+        cuts = AttributeCuts(self._processor)
 
         def row(index: int) -> Row:
-            given = attributes(index) if attributes else {}
-            shown = evaluation_row(
+            return evaluation_row(
                 self._catalog,
                 index,
                 view,
                 max_images=self._processor.max_images,
-                attributes=given,
+                attributes=attributes(index) if attributes else {},
             )
-            if given:
-                # The description stands behind the attributes: of it alone anything may be cut.
-                listing = dataclasses.replace(self._catalog.listing(index), description="")
-                text = listing_text(listing, given)
-                whole.append(self._processor.holds(dataclasses.replace(shown, text=text)))
-            return shown
 
         def rows(batch: np.ndarray) -> dict[str, np.ndarray]:
-            return self._processor([row(int(index)) for index in batch[self._local]], buckets)
+            return self._processor(cuts.made(batch[self._local], row), buckets)
 
         vectors = embed_listings(self._embed, rows, new, self._batch)
-        if not all(whole):
-            log.warning(
-                "%s: %d of %d texts lose attributes, because the encoder's rows end at "
-                "data.max_tokens=%d; train it with more",
-                view,
-                whole.count(False),
-                len(whole),
-                self._processor.max_tokens,
-            )
+        cuts.tell(view)
         return vectors
 
     def scores(

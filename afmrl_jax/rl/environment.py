@@ -41,7 +41,7 @@ class Laps:
 class Judged:
     """The answers of a step and what they are worth.
 
-    rewards: float32[Q, G]. parts: float32[B] each, `rl.rewards`' and what else was measured.
+    rewards: float32[Q, G]. parts: float32[B] each, `rl.rewards`', or [1], what else was measured.
     """
 
     rollouts: list[Rollout]
@@ -57,9 +57,18 @@ class Judged:
             "reward": float(self.rewards.mean()),
             "reward_std": float(self.advantages.std.mean()),  # within a group
             "zero_variance": float(self.advantages.zero_variance.mean()),  # share of the groups
+            "valid_zero_variance": self._valid_zero_variance(),
             **{name: float(part.mean()) for name, part in self.parts.items()},
             **{f"verdict_{v.value}": shares[v] / len(self.verdicts) for v in Verdict},
         }
+
+    def _valid_zero_variance(self) -> float:
+        """The share of the groups whose valid answers are all worth the same: from such a group the
+        format can be learned, and nothing of attributes."""
+        valid = self.parts["valid"].reshape(self.rewards.shape) > 0
+        most = np.where(valid, self.rewards, -np.inf).max(axis=1)
+        least = np.where(valid, self.rewards, np.inf).min(axis=1)
+        return float(np.mean(most <= least))
 
     def groups(self) -> list[dict[str, Any]]:
         """Each query with its answers, as rollouts.jsonl tells of it."""
@@ -125,9 +134,11 @@ class Environment:
         for q, (listing, draw) in enumerate(zip(listings.tolist(), draws.tolist())):
             own = given[q * self.samples : (q + 1) * self.samples]
             asked += [Query(listing, draw, attributes) for attributes in [{}, *own]]
-        vectors = self.embedder(asked).reshape(len(listings), self.samples + 1, -1)
+        vectors, cuts = self.embedder(asked)
+        vectors = vectors.reshape(len(listings), self.samples + 1, -1)
         laps("embed")
         values, parts = self._search(listings, vectors, parsed, lengths)
+        parts["attributes_cut"] = np.array([cuts.share])  # of the answers that have any
         laps("search")
         rollouts = []
         for i, text in enumerate(texts):

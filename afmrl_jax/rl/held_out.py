@@ -13,6 +13,7 @@ import numpy as np
 
 from afmrl_jax.attributes.agreement import agreement
 from afmrl_jax.data.catalog import Catalog
+from afmrl_jax.data.views import AttributeCuts
 from afmrl_jax.retrieval.metrics import interval95, normal95, paired
 from afmrl_jax.rl.gallery import Gallery, askers
 from afmrl_jax.rl.rewards import Options, bounded_k, measures
@@ -33,7 +34,8 @@ class Said(NamedTuple):
 @dataclass(frozen=True)
 class Outcome:
     """What queries found with a generator's answers. answers: f1 with the true attributes, share of
-    valid ones, their mean number of pairs."""
+    valid ones, their mean number of pairs, share of those whose pairs the encoder does not all
+    read."""
 
     measures: Measures
     answers: dict[str, float]
@@ -67,8 +69,9 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self.queries)
 
-    def find(self, arms: Sequence[Given]) -> list[Measures]:
-        """What the queries find with each arm's attributes in their texts; {} asks plain.
+    def find(self, arms: Sequence[Given]) -> tuple[list[Measures], AttributeCuts]:
+        """What the queries find with each arm's attributes in their texts; {} asks plain. And which
+        attributes the encoder does not read.
 
         What several arms ask alike is embedded and searched for once.
         """
@@ -76,24 +79,25 @@ class HeldOut:
         # Those of one query side by side: its photos are prepared once.
         distinct = sorted(dict.fromkeys(itertools.chain(*asked)), key=lambda one: one[0])
         listings = self.queries[[q for q, _ in distinct]]
-        vectors = self._embedder(
+        vectors, cuts = self._embedder(
             [Query(int(i), 0, dict(own)) for i, (_, own) in zip(listings, distinct)]
         )
         found = measures(self._gallery.find(vectors, listings, self.k), self.k)
         row = {one: n for n, one in enumerate(distinct)}
         rows = [[row[one] for one in given] for given in asked]
-        return [{name: x[of_arm] for name, x in found.items()} for of_arm in rows]
+        return [{name: x[of_arm] for name, x in found.items()} for of_arm in rows], cuts
 
     def judge(self, said: Sequence[Said]) -> Outcome:
         """said: of each query."""
         given = [one.sure(0.0) for one in said]
-        (found,) = self.find([given])
+        (found,), cuts = self.find([given])
         return Outcome(
             found,
             {
                 "f1": agreement(given, self.true)["f1"],
                 "valid": float(np.mean([bool(one) for one in given])),
                 "pairs": float(np.mean([len(one) for one in given])),
+                "attributes_cut": cuts.share,
             },
             [
                 Rollout(

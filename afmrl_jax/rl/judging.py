@@ -23,7 +23,9 @@ import numpy as np
 
 from afmrl_jax.core.processes import first_says
 from afmrl_jax.core.writer import write_atomically
+from afmrl_jax.data.views import AttributeCuts
 from afmrl_jax.rl.held_out import HeldOut, Measures, Said, compare
+from afmrl_jax.rl.rollout import none_is_read
 from afmrl_jax.rl.watch import Limits, stopped, watch
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ def choose_confidence(where: HeldOut, said: Sequence[Said]) -> float:
 
     said: of each of the queries.
     """
-    found = where.find([[one.sure(least) for one in said] for least in CONFIDENCES])
+    found, _ = where.find([[one.sure(least) for one in said] for least in CONFIDENCES])
     scores = [(float(x["recall@1"].mean()), float(x["mrr"].mean())) for x in found]
     told = (f"{least:g}: {recall:.3f}" for least, (recall, _) in zip(CONFIDENCES, scores))
     log.info("R@1 on %s by least confidence: %s", where.split, ", ".join(told))
@@ -78,7 +80,8 @@ class Judge:
 
     def begin(self, trained: Any) -> None:
         """Writes evaluation_before.json: what every query finds in each arm that needs no training,
-        so that later arms can be paired with it."""
+        so that later arms can be paired with it. Raises UserError where the encoder does not read
+        what the generator says."""
         self.path.unlink(missing_ok=True)  # of a run that never saved
         least, arms = None, {}
         for where in (self._validation, self._last):
@@ -97,7 +100,9 @@ class Judge:
             }
             if least is not None:
                 given["sft_sure"] = [one.sure(least) for one in said]
-            arms[where.split] = dict(zip(given, where.find(list(given.values()))))
+            found, cuts = where.find(list(given.values()))
+            _check_read(cuts, where.split)
+            arms[where.split] = dict(zip(given, found))
             _tell(arms[where.split])
         if jax.process_index() == 0:
             write_atomically(self._before, _to_json({"sft_sure": least}, arms))
@@ -144,7 +149,7 @@ class Judge:
             on_validation = self._validation
             asked = said if where is on_validation else self._say(trained, on_validation.queries)
             least = choose_confidence(on_validation, asked)
-            (arms["rar_sure"],) = where.find([[one.sure(least) for one in said]])
+            (arms["rar_sure"],), _ = where.find([[one.sure(least) for one in said]])
             confidence["rar_sure"] = least
         arms["oracle"] = before["oracle"]
         results = compare(arms, DIFFERENCES) | {
@@ -175,6 +180,14 @@ def _to_json(confidence: Mapping[str, float | None], arms: Mapping[str, Mapping]
     }
     chosen = {arm: least for arm, least in confidence.items() if least is not None}
     return json.dumps({"least_confidence": chosen, "arms": plain})
+
+
+def _check_read(cuts: AttributeCuts, split: str) -> None:
+    """Raises UserError where the encoder reads no attribute of any query: then all answers would be
+    worth the same."""
+    if first_says(cuts.none_is_read):
+        raise none_is_read(cuts, f"{split} queries")
+    cuts.tell(f"{split} queries")
 
 
 def _tell(arms: Mapping[str, Measures]) -> None:

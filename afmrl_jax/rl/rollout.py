@@ -3,20 +3,22 @@
 Axes: A micro-batches · C queries of one (this process's) · n queries to embed · E embedding.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import grain
 import jax
 import numpy as np
+from PIL import Image
 
+from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.answers import question
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.pipeline import Batch
 from afmrl_jax.data.processor import Processor, Row
-from afmrl_jax.data.views import listing_text
+from afmrl_jax.data.views import AttributeCuts, listing_row
 from afmrl_jax.retrieval.evaluation import embed_listings
 
 REMEMBERED = 64  # queries whose photos are kept while their answers are embedded one after another
@@ -77,6 +79,13 @@ class Query:
     attributes: Mapping[str, str] = field(default_factory=dict)
 
 
+class Embedded(NamedTuple):
+    """vectors: float32[n, E], the same on every process. cuts: of the rows that this one made."""
+
+    vectors: np.ndarray
+    cuts: AttributeCuts
+
+
 @dataclass(frozen=True)
 class QueryEmbedder:
     """The frozen encoder: queries to vectors, the same on every process.
@@ -91,20 +100,29 @@ class QueryEmbedder:
     batch: int
     local: np.ndarray
 
-    def __call__(self, queries: Sequence[Query]) -> np.ndarray:
-        """float32[n, E]: image and text of each query, its attributes where `listing_text` has
-        them."""
+    def __call__(self, queries: Sequence[Query]) -> Embedded:
+        """Image and text of each query, its attributes where `listing_row` has them."""
+        cuts = AttributeCuts(self.processor)
 
         @functools.lru_cache(REMEMBERED)
-        def shown(listing: int, draw: int) -> Row:
-            return question(self.catalog, listing, self.processor.max_images, draw)
+        def photos(listing: int, draw: int) -> tuple[Image.Image, ...]:
+            return question(self.catalog, listing, self.processor.max_images, draw).images
 
-        def row(query: Query) -> Row:
+        def row(number: int) -> Row:
+            query = queries[number]
             listing = self.catalog.listing(query.listing, query.draw)
-            text = listing_text(listing, query.attributes)
-            return dataclasses.replace(shown(query.listing, query.draw), text=text)
+            return listing_row(listing, photos(query.listing, query.draw), query.attributes)
 
         def rows(numbers: np.ndarray) -> dict[str, np.ndarray]:
-            return self.processor([row(queries[i]) for i in numbers[self.local]])
+            return self.processor(cuts.made(numbers[self.local], row))
 
-        return embed_listings(self.embed, rows, np.arange(len(queries)), self.batch)
+        vectors = embed_listings(self.embed, rows, np.arange(len(queries)), self.batch)
+        return Embedded(vectors, cuts)
+
+
+def none_is_read(cuts: AttributeCuts, where: str) -> UserError:
+    """The error that ends a run whose encoder reads no attribute. where: in whose texts."""
+    return UserError(
+        f"{where}: {cuts}. Every answer would be worth the same: train the encoder with "
+        f"--config.data.max_tokens={cuts.needed}, or with a smaller data.max_patches"
+    )

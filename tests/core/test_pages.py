@@ -42,9 +42,7 @@ def test_a_page_works_as_a_copy_and_beside_other_packages_of_its_folders_name(fo
 def test_a_file_of_the_current_folder_goes_before_the_packages_and_imports_its_neighbours(folder):
     (folder / "configs").mkdir()
     shutil.copy(PACKAGED / "sft.py", folder / "configs" / "begin_here.py")
-    (folder / "configs" / "agcl.py").write_text(
-        "from afmrl_jax.configs.begin_here import get_config\n"
-    )
+    (folder / "configs" / "agcl.py").write_text("from configs.begin_here import get_config\n")
     assert load_page("configs/agcl.py").program == "sft"
 
 
@@ -53,7 +51,7 @@ def test_a_file_of_the_current_folder_goes_before_the_packages_and_imports_its_n
     [
         ("x = 1\ndef get_config(:\n", "", r"page\.py line 2: invalid syntax"),
         ("\nimport nosuch", "", r"page\.py line 2: ModuleNotFoundError: No module named 'nosuch'"),
-        ("from afmrl_jax.configs.no import x", "", r"write `from afmrl_jax\.configs import NAME`"),
+        ("from configs.no import x", "", r"write `from afmrl_jax\.configs import NAME`"),
         ("x = 1", "", r"page\.py has no function get_config"),
         ("def get_config(): pass", "", "returned a NoneType, expected a ConfigDict"),
         ("def get_config(): pass", ":tiny", r"page\.py has no arms: leave out :tiny"),

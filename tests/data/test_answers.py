@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from afmrl_jax.attributes.text import format_attributes
+from afmrl_jax.attributes.text import MAX_PAIRS, Verdict, format_attributes, parse
 from afmrl_jax.data.answers import (
     WINDOW,
     AnswerBatches,
     described,
+    learnable,
     padded_lengths,
     question,
     question_and_answer,
@@ -47,6 +48,15 @@ def processor(catalog):
         max_answer=120,
         pad_left=True,
     )
+
+
+def processor_of(processor, **sizes):
+    """Another one with the same tokenizer."""
+    config = preset("tiny").replace(
+        vocab_size=processor.tokenizer.get_vocab_size(), **processor.ids
+    )
+    usual = {"max_tokens": 64, "max_patches": 64, "min_pixels": 256, "max_pixels": 4096}
+    return Processor(processor.tokenizer, config, **usual | sizes)
 
 
 def batches(catalog, processor, rows=(0, 1, 2, 3), chunks=2, buckets=1):
@@ -114,15 +124,7 @@ def test_batches_of_like_rows_are_the_same_rows_with_less_padding(catalog, proce
 
 def test_a_row_never_takes_more_tokens_than_was_told_without_its_images(catalog, processor):
     prompt, answer = 64, 12
-    tight = Processor(
-        processor.tokenizer,
-        preset("tiny").replace(vocab_size=processor.tokenizer.get_vocab_size(), **processor.ids),
-        max_tokens=prompt,
-        max_patches=64,
-        min_pixels=256,
-        max_pixels=4096,
-        max_answer=answer,
-    )
+    tight = processor_of(processor, max_tokens=prompt, max_answer=answer)
     rng = np.random.default_rng(0)
     told = []
     for _ in range(60):
@@ -146,7 +148,7 @@ def test_rows_are_padded_to_the_lengths_that_waste_least():
 
 def test_the_answer_is_the_attributes_and_the_question_has_none_of_them(catalog, processor):
     listing = catalog.listing(5)
-    shown, learned = question(catalog, 5, 1), question_and_answer(catalog, 5, 1)
+    shown, learned = question(catalog, 5, 1), question_and_answer(catalog, 5, processor)
     assert shown.text == learned.text == listing_text(listing)
     assert shown.answer is None and learned.answer == format_attributes(listing.attributes)
     row = processor([learned])
@@ -155,15 +157,62 @@ def test_the_answer_is_the_attributes_and_the_question_has_none_of_them(catalog,
     assert processor.tokenizer.decode(said[:-1].tolist()) == learned.answer
 
 
-def test_an_answer_leaves_attributes_out_but_never_all_of_them(catalog):
+def test_an_answer_leaves_attributes_out_but_never_all_of_them(catalog, processor):
     true = catalog.listing(5).attributes
     first = next(iter(true))
     for left_out, told in (
         (iter([True, *[False] * len(true)]).__next__, dict(list(true.items())[1:])),
         (lambda: True, {first: true[first]}),
     ):
-        row = question_and_answer(catalog, 5, 1, left_out=left_out)
+        row = question_and_answer(catalog, 5, processor, left_out=left_out)
         assert row.answer == format_attributes(told)
+
+
+def taught(processor, attributes):
+    """What a row of these attributes teaches: the answer's text, and whether it ends."""
+    answer = learnable(attributes, processor).answer
+    row = processor([Row("mug", answer=answer)])
+    said = row["tokens"][row["answer_mask"]].tolist()
+    ends = said[-1:] == [processor.ids["eos_token_id"]]
+    return processor.tokenizer.decode(said[:-1]), ends
+
+
+def test_an_answer_that_is_too_long_leaves_out_whole_pairs_and_ends(processor):
+    pairs = {f"name{i}": f"value{i}" for i in range(60)}
+    pairs["name1"] = "long " * 199 + "long"  # longer than any answer: it alone is left out
+    answer, ends = taught(processor, pairs)
+    kept, expected = parse(answer), [name for name in pairs if name != "name1"]
+    assert ends and kept.verdict is Verdict.VALID
+    assert list(kept.attributes) == expected[: len(kept.attributes)]
+    found = learnable(pairs, processor)
+    assert found.left_out == 60 - len(kept.attributes) > 30
+    assert len(processor.tokenizer.encode(answer).ids) + 1 <= processor.max_answer == 120
+    whole = dict(list(pairs.items())[2:5])
+    told = format_attributes(whole)
+    tokens = len(processor.tokenizer.encode(told).ids) + 1
+    assert learnable(whole, processor) == (told, 3, 0, tokens)
+    exact = processor_of(processor, max_answer=tokens)
+    assert learnable(whole, exact).left_out == 0
+    assert learnable(whole, processor_of(processor, max_answer=tokens - 1)).left_out == 1
+
+
+def test_no_answer_to_learn_from_is_one_that_the_format_refuses(processor):
+    many = {f"n{i}": "v" for i in range(MAX_PAIRS + 10)}
+    long = {f"n{i}": "v" * 190 for i in range(20)}
+    roomy = processor_of(processor, max_answer=4000)
+    for attributes in (many, long):
+        assert parse(format_attributes(attributes)).verdict is Verdict.TOO_LONG
+        answer, ends = taught(roomy, attributes)
+        assert ends and parse(answer).verdict is Verdict.VALID
+    assert learnable(many, roomy).left_out == 10
+    assert learnable(long, roomy).left_out == 10  # of 2,000 characters, 190 + 6 or 7 each
+
+
+def test_a_listing_of_which_no_attribute_fits_teaches_nothing(processor):
+    row = processor([Row("mug", answer=learnable({"a": "long " * 200}, processor).answer)])
+    assert not row["answer_mask"].any()
+    with pytest.raises(ValueError, match="max_answer=120: leave attributes out"):
+        processor([Row("mug", answer="long " * 200)])
 
 
 def test_only_listings_with_attributes_are_learned_from(catalogue_folder, tmp_path):

@@ -108,13 +108,15 @@ def test_a_long_text_is_cut_from_its_end_and_keeps_the_end_token():
     assert batch["tokens"][0, 63] == IDS["pad_token_id"] and batch["token_mask"].all()
 
 
-def test_a_row_holds_its_text_until_its_last_token_is_cut():
+def test_a_row_holds_an_attribute_until_its_last_token_is_cut():
     image = _image(64, 64)
     for images in ((), (image,)):
         for words in range(1, 60):
-            row = Row("navy " * words, images)
+            text = "navy " * words
+            row = Row(text, images, attributes=((0, len(text)),))
             whole = _processor(max_tokens=512)([row])["token_mask"].sum()
-            assert _processor().holds(row) == (whole <= 64)
+            shown = _processor().shown(row)
+            assert shown.attributes == (whole <= 64) and shown.needed == max(64, whole)
 
 
 def test_rows_are_put_into_the_first_bucket_that_holds_them_and_stay_the_same():

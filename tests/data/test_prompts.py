@@ -257,13 +257,17 @@ def test_an_answer_follows_the_same_prompt_and_ends_its_turn():
     assert "answer_mask" not in bare(rows[1:])
 
 
-def test_a_long_answer_is_cut_and_does_not_seem_to_end():
-    processor = Processor(SMALL, CONFIG, prompt=ChatPrompt(CHATML), max_answer=5, **SIZE)
-    batch = processor([Row("navy", (), "navy blue dress " * 9)])
+def test_an_answer_that_does_not_fit_is_refused_and_never_cut():
+    """What answers may hold is decided where they are made, by whole attributes."""
+    answer = "navy blue dress " * 9
+    length = len(SMALL.encode(answer).ids) + 1  # its end too
+    row = Row("navy", (), answer)
+    for room, told in ((0, "max_answer=0"), (length - 1, f"takes {length} tokens")):
+        with pytest.raises(ValueError, match=told):
+            Processor(SMALL, CONFIG, prompt=ChatPrompt(CHATML), max_answer=room, **SIZE)([row])
+    batch = Processor(SMALL, CONFIG, prompt=ChatPrompt(CHATML), max_answer=length, **SIZE)([row])
     kept = batch["tokens"][0][batch["answer_mask"][0]].tolist()
-    assert kept == SMALL.encode("navy blue dress navy blue dress").ids[:5]
-    with pytest.raises(ValueError, match="max_answer=0"):
-        Processor(SMALL, CONFIG, prompt=ChatPrompt(CHATML), **SIZE)([Row("", (), "blue")])
+    assert kept == [*SMALL.encode(answer).ids, CONFIG.eos_token_id]
 
 
 def test_padding_left_only_moves_the_tokens():

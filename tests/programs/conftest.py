@@ -85,8 +85,9 @@ def taught(catalogue_folder, cache_dir, tmp_path_factory):
     generator = Generator(settings, tiny.replace(**one_layer, **ids), tokenizer)
     workdir = tmp_path_factory.mktemp("taught")
     catalog = open_catalogue(settings.data.path, settings.data, workdir)
-    shown = [question_and_answer(catalog, int(i), 1) for i in catalog.indices("train")]
-    rows, loss = generator.processor(answers=True)(shown), generator.answer_loss(64)
+    processor, loss = generator.processor(answers=True), generator.answer_loss(64)
+    shown = [question_and_answer(catalog, int(i), processor) for i in catalog.indices("train")]
+    rows = processor(shown)
     mesh, adam = make_mesh(dict(settings.mesh)), optax.adam(4e-3)
     abstract = abstract_state(abstract_params(generator, mesh), adam, mesh)
     state = init_state(lambda: generator.init_params(0), adam, abstract)

@@ -50,11 +50,9 @@ def write_checkpoint(folder, made, params):
 def half_learned(generator):
     """Parameters that know the format and the kinds, and guess at colours."""
     catalog = open_catalogue(generator.settings.data.path, generator.settings.data, Path())
-    shown = [question_and_answer(catalog, int(i), 1) for i in catalog.indices("train")]
-    rows, graph, adam = (
-        generator.processor(answers=True)(shown),
-        generator.graph(),
-        optax.adam(3e-3),
+    processor, graph, adam = generator.processor(answers=True), generator.graph(), optax.adam(3e-3)
+    rows = processor(
+        [question_and_answer(catalog, int(i), processor) for i in catalog.indices("train")]
     )
 
     def loss(params):

@@ -7,7 +7,7 @@ from flax import nnx
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.catalog import Overlay, open_catalog
-from afmrl_jax.data.processor import Processor
+from afmrl_jax.data.processor import Processor, Shown
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.data.views import evaluation_row
 from afmrl_jax.models.embedder import Embedder
@@ -91,8 +91,10 @@ class Words:
         self.texts += [row.text for row in rows]
         return {"x": np.array([[len(row.text), 1] for row in rows], np.float32)}
 
-    def holds(self, row):
-        return len(row.text.split()) <= self.max_tokens
+    def shown(self, row):
+        ahead = len(row.text[: row.attributes[-1][1]].split())
+        fits = ahead <= self.max_tokens
+        return Shown(row.text, len(row.attributes) if fits else 0, max(ahead, self.max_tokens))
 
 
 def enriched_judge(catalog, side):
@@ -137,12 +139,13 @@ def test_texts_that_lose_attributes_are_told(catalog, caplog):
     # "MUG new", "mug", "color: red; type: mug" are 7 words; the odd listings' are as many.
     words.max_tokens = 7
     listings = catalog.indices("all")[:8]
-    with caplog.at_level("WARNING", "afmrl_jax.retrieval.tasks"):
+    with caplog.at_level("WARNING", "afmrl_jax.data.views"):
         judge.vectors("text", listings, judge.enriched.queries)
         assert not caplog.records  # of "A fine thing." anything may be cut
         words.max_tokens = 6
         judge.vectors("text", listings + 8, judge.enriched.queries)
     assert "8 of 8 texts lose attributes" in caplog.text
+    assert "data.max_tokens=6, images included; trained with 7 it" in caplog.text
 
 
 class Partial(Overlay):

@@ -45,7 +45,7 @@ def test_arms_are_found_as_by_hand_and_what_they_ask_alike_once(held_out, monkey
     monkeypatch.setattr(
         where, "_embedder", lambda queries: asked.append(len(queries)) or EMBEDDER(queries)
     )
-    plain, oracle, again = where.find([[{}] * 2, where.true, [{}, where.true[1]]])
+    (plain, oracle, again), _ = where.find([[{}] * 2, where.true, [{}, where.true[1]]])
     assert asked == [4]
     # "mug" finds "red mug" and "green mug" by .71; "mug red" its own by 1, "green mug" by .5.
     assert plain["margin"][0] == pytest.approx(0, abs=5e-3)

@@ -48,8 +48,18 @@ def test_rewards_are_those_worked_by_hand(gallery):
     assert group["title"] == "mug" and [a["answer"] for a in group["answers"]] == ANSWERS
 
 
+def test_groups_that_differ_in_their_format_alone_are_told(gallery):
+    """Their rewards do differ, so that `zero_variance` says nothing of them."""
+    environment = Environment(CATALOG, EMBEDDER, gallery, Options(k=1, kind="margin"), 2, False)
+    texts = ["color: red", "red", "color: red", "color: green"]
+    found = environment.judge(
+        np.array([0, 0]), np.zeros(2, int), texts, [True] * 4, np.arange(4), Laps()
+    ).metrics()
+    assert found["zero_variance"] == 0 and found["valid_zero_variance"] == 0.5
+
+
 def test_the_query_listing_never_counts(gallery):
-    plain = EMBEDDER([Query(0)])
+    plain = EMBEDDER([Query(0)]).vectors
     found = gallery.find(plain, np.array([0]), k=1)
     assert found.ids[0, 0] == 0 and found.own[0] == 0  # it lies nearest to itself
     # What is left has listing 1 and 2 at one distance, so that the right one is never alone first.

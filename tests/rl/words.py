@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from afmrl_jax.data.catalog import Listing
+from afmrl_jax.data.processor import Shown
 from afmrl_jax.rl.gallery import open_gallery
 from afmrl_jax.rl.rollout import Query, QueryEmbedder
 
@@ -36,7 +37,10 @@ class Words:
 class Counting:
     """Stands for the encoder's processor and for the encoder: rows to unit vectors."""
 
-    max_images = 1
+    max_images = max_tokens = 1
+
+    def shown(self, row):
+        return Shown(row.text, len(row.attributes), self.max_tokens)
 
     def __call__(self, rows):
         counts = [[row.text.split().count(word) for word in WORDS] for row in rows]
@@ -48,7 +52,9 @@ CATALOG = Words()
 EMBEDDER = QueryEmbedder(lambda rows: rows["vectors"], Counting(), CATALOG, 3, np.arange(3))
 
 
-def gallery_in(folder, embed=lambda listings: EMBEDDER([Query(int(i)) for i in listings]), **how):
+def gallery_in(
+    folder, embed=lambda listings: EMBEDDER([Query(int(i)) for i in listings])[0], **how
+):
     listings = np.arange(len(CATALOG))
     always = {"version": "1", "agreed": bool, "write": True}
     return open_gallery(folder, CATALOG, listings, embed, **always, **how)
