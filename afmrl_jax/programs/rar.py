@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_ranges, flatten, to_json, with_limits
+from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.mesh import batch_shards, local_rows, put_batch, replicated
 from afmrl_jax.core.writer import cut_back, write_atomically
 from afmrl_jax.data.answers import question
@@ -66,7 +66,7 @@ from afmrl_jax.training.policy import Built, build, parts
 from afmrl_jax.training.pretrained import Base, find_pretrained, planned, read_base
 from afmrl_jax.training.state import TrainState
 from afmrl_jax.training.tracing import traced_steps
-from afmrl_jax.training.unchanged import MAY_CHANGE, check_catalogue, check_unchanged
+from afmrl_jax.training.unchanged import MAY_CHANGE, check_catalogue, check_unchanged, recorded
 
 ROWS = ("instruction", "max_tokens", "max_answer", "max_patches", "min_pixels", "max_pixels")
 RANGES = {  # field -> lowest and highest
@@ -347,7 +347,7 @@ def _generator(config: ConfigDict, saved: dict[str, str] | None) -> tuple[Genera
     the parameters that it begins with, which are also those to stay near."""
     if saved:
         generator, base = from_record(config, saved, Generator), Base.of_record(saved)
-        own = ConfigDict(with_limits(json.loads(saved["config"])))
+        own = recorded(saved["config"])
     elif config.generator:
         source = find_pretrained(config.generator, Generator)
         generator, base = source.model(config), Base(source.path)

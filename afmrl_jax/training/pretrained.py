@@ -18,7 +18,6 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import with_limits
 from afmrl_jax.models import hf_weights, lora
 from afmrl_jax.models.presets import PRESETS, preset
 from afmrl_jax.training.checkpoint import Checkpoints, find_checkpoints
@@ -33,6 +32,7 @@ from afmrl_jax.training.encoder import (
 )
 from afmrl_jax.training.generator import Generator
 from afmrl_jax.training.integrity import is_bucket
+from afmrl_jax.training.unchanged import recorded
 
 # What an exported folder holds of its run: {"kind": encoder | generator, "config": the run's,
 # "step": .., "evaluation": ..}.
@@ -75,7 +75,7 @@ def find_pretrained(
     checkpoints, step = find_checkpoints(path, best=best)
     record = checkpoints.record(step)
     found = record.get("kind", Encoder.kind)  # the oldest records are all encoders'
-    settings = ConfigDict(with_limits(json.loads(record["config"])))
+    settings = recorded(record["config"])
     enc = from_record(settings, record, kind)
     load = functools.partial(_load_run, checkpoints, step, record)
     if found == kind.kind:
@@ -158,7 +158,7 @@ def _of_folder(folder: Path, path: str, kind: type[AnyAssembly]) -> Pretrained[A
     record = _record_of(folder)
     settings, step, evaluation = None, None, None
     if record and record["kind"] == kind.kind:
-        settings = ConfigDict(with_limits(record["config"]))
+        settings = recorded(record["config"])
         step, evaluation = record["step"], record["evaluation"]
     enc = from_folder(settings, folder, kind)
     return Pretrained(
@@ -229,7 +229,7 @@ def _load_run(
     checkpoints: Checkpoints, step: int, record: dict[str, str], kind: type[Assembly], abstract: Any
 ) -> Any:
     """A checkpoint's parameters as `abstract` says; adapters are merged in float32."""
-    settings = ConfigDict(with_limits(json.loads(record["config"])))
+    settings = recorded(record["config"])
     adapted = lora_of(settings)
     if not adapted:
         return checkpoints.restore_params(step, abstract)
