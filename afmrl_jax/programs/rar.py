@@ -61,6 +61,7 @@ from afmrl_jax.training.encoder import (
 from afmrl_jax.training.generator import Answerer, Generator
 from afmrl_jax.training.goodput import Clock
 from afmrl_jax.training.loop import Training, fit
+from afmrl_jax.training.optimizer import RANGES as OPTIMIZER_RANGES
 from afmrl_jax.training.planning import Part, check_fits
 from afmrl_jax.training.policy import Built, build, parts
 from afmrl_jax.training.pretrained import Base, find_pretrained, planned, read_base
@@ -70,6 +71,7 @@ from afmrl_jax.training.unchanged import MAY_CHANGE, check_catalogue, check_unch
 
 ROWS = ("instruction", "max_tokens", "max_answer", "max_patches", "min_pixels", "max_pixels")
 RANGES = {  # field -> lowest and highest
+    **OPTIMIZER_RANGES,
     "seed": (0, 2**31 - 1),
     "log_every": (1, math.inf),
     "eval_every": (0, math.inf),
@@ -84,8 +86,9 @@ RANGES = {  # field -> lowest and highest
     "reward.gallery": (2, math.inf),
     "reward.batch": (1, math.inf),
     "model.lora_rank": (0, math.inf),
+    "model.lora_alpha": (1e-6, 10_000),
     "data.workers": (0, math.inf),
-    "data.timeout": (1, math.inf),
+    "data.timeout": (1, 1_000_000),
     "eval.batch": (1, math.inf),
     "eval.validation_listings": (1, math.inf),
     "eval.listings": (1, math.inf),

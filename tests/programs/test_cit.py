@@ -262,4 +262,7 @@ def test_a_field_out_of_its_range_ends_the_run_before_the_first_stage(config, tm
     config.again.batch = 0
     with pytest.raises(UserError, match=r"again.batch is 0: give 1 or more"):
         main.run(config, tmp_path / "run")
+    config.again.batch, config.rar.optimizer.b1 = 8, 1.0
+    with pytest.raises(UserError, match=r"rar.optimizer.b1 is 1.0: give 0 to 0.999999"):
+        main.run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "agcl").exists()
