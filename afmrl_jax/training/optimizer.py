@@ -13,7 +13,7 @@ from afmrl_jax.models.lora import ADAPTER
 
 RANGES = {  # field -> lowest and highest
     "steps": (1, math.inf),
-    "optimizer.learning_rate": (0, 1000),  # a step goes so far
+    "optimizer.learning_rate": (0, 1e38),  # what float32 holds
     "optimizer.warmup_share": (0, 0.99),
     "optimizer.final_share": (0, 1),
     "optimizer.weight_decay": (0, 1000),
