@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 from afmrl_jax.core.errors import TryAgain, UserError
 from afmrl_jax.core.fields import flatten
-from afmrl_jax.core.pages import check_page, find_page, load_page
+from afmrl_jax.core.pages import check_page, check_program, find_page, load_page
 
 # transformers only reads tokenizers and images here: that it finds no torch is as it should be.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -59,7 +59,7 @@ def run(config: ConfigDict, workdir: Path, plan: str | None = None) -> None:
             f"--workdir={workdir}: logs need a file system, as NFS or a bucket mounted by gcsfuse; "
             "for checkpoints alone give --config.checkpoint_dir=gs://BUCKET/FOLDER"
         )
-    check_page(config)
+    check_program(config)
     if plan:
         from afmrl_jax.programs import plan as planner  # it sets what JAX reads when it is loaded
 
@@ -146,6 +146,8 @@ def cli(argv: list[str]) -> int:
     wants_help = any(a in ("--help", "-help", "-h") for a in argv)
     try:
         rest = flags.FLAGS([a for a in argv if a not in ("--help", "-help", "-h")])[1:]
+        if _CONFIG.value is not None:
+            check_page(_CONFIG.value)
     except UserError as error:
         print(f"afmrl_jax: {error}", file=sys.stderr)
         return 2

@@ -78,7 +78,7 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.0  # matrices only
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98
-    config.optimizer.clip_norm = 1.0
+    config.optimizer.clip_norm = 1.0  # of the gradient; inf = not clipped
 
     config.data.workers = 0  # processes that prepare queries; 0 = in the training process
     config.data.timeout = 600.0  # seconds that a batch may take; then the run ends, saying where

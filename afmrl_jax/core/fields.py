@@ -39,12 +39,22 @@ def _replaced(values: Any, one: float | None, other: float | None) -> Any:
     return other if values == one else values
 
 
-def check_ranges(values: Mapping[str, float], ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Raises UserError for the first field outside its (lowest, highest), both allowed."""
+def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Raises UserError for the first field outside its (lowest, highest), both allowed; and for any
+    that is nan, which has no place in a record."""
     for field, (low, high) in ranges.items():
         if not low <= values[field] <= high:
-            allowed = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
-            raise UserError(f"{field} is {values[field]!r}: give {allowed}")
+            raise UserError(f"{field} is {values[field]!r}: give {_allowed(low, high)}")
+    for field, value in values.items():
+        if value != value:
+            raise UserError(f"{field} is {value!r}: give a number")
+
+
+def _allowed(low: float, high: float) -> str:
+    most = str(high) if isinstance(high, int) else f"{high:g}"
+    if 0 < low < 1e-5:  # stands for more than 0
+        return "more than 0" if high == math.inf else f"more than 0, at most {most}"
+    return f"{low:g} or more" if high == math.inf else f"{low:g} to {most}"
 
 
 def check_choice(field: str, value: object, allowed: Sequence[str]) -> None:

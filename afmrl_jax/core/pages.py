@@ -91,17 +91,29 @@ def _run(page: Path, do: Callable[[], Any]) -> Any:
         raise UserError(f"{where}: {' '.join(what.split())}") from None
 
 
+def program_fields(program: str) -> dict[str, Any]:
+    """Dotted field -> value of the program's own page; no program, no fields."""
+    if program not in PROGRAMS:
+        return {}
+    return flatten(importlib.import_module(f"afmrl_jax.configs.{program}").get_config())
+
+
+def check_program(config: ConfigDict) -> None:
+    """Raises UserError where the configuration names no program that there is."""
+    program = config.get("program")
+    if program not in PROGRAMS:
+        found = "names no program" if program is None else f"names the program {program!r}"
+        raise UserError(f"the configuration {found}: `program` is one of {', '.join(PROGRAMS)}")
+
+
 def check_page(config: ConfigDict) -> None:
     """Raises UserError where the fields are not those of the program's own page, or of their types.
 
     A field that no program reads would be ignored in silence, as a misspelt name.
     """
-    program = config.get("program")
-    if program not in PROGRAMS:
-        found = "names no program" if program is None else f"names the program {program!r}"
-        raise UserError(f"the configuration {found}: `program` is one of {', '.join(PROGRAMS)}")
-    default = flatten(importlib.import_module(f"afmrl_jax.configs.{program}").get_config())
-    fields, page = flatten(config), f"configs/{program}.py"
+    check_program(config)
+    program = config.program
+    default, fields, page = program_fields(program), flatten(config), f"configs/{program}.py"
     for name in fields.keys() - default.keys():
         close = difflib.get_close_matches(name, default, n=1)
         hint = f": did you mean {close[0]!r}?" if close else ""

@@ -84,7 +84,7 @@ class Processor:
     min_pixels, max_pixels: bounds on a resized image's area, as in Qwen2-VL's processor.
     prompt: what stands around images and text; by default nothing but the marks of a plain row.
     max_answer: room behind each prompt for a row's answer, which ends with the config's
-    eos_token_id or is cut; a prompt is the same with and without its answer.
+    eos_token_id; a longer one is refused. A prompt is the same with and without its answer.
     pad_left: whether padding stands before the rows, for a sampler that goes on from them.
     Raises UserError where these leave no room for an image or do not fit the tokenizer.
     """

@@ -50,7 +50,7 @@ from afmrl_jax.data.pairs import Composition, PairSampler
 from afmrl_jax.data.pipeline import PairBatches, Stream
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.views import Augmentation, listing_text, parse_mixture, sampled_cuts
-from afmrl_jax.losses.contrastive import Options, contrastive_loss
+from afmrl_jax.losses.contrastive import CAN_BE_OFF, Options, contrastive_loss
 from afmrl_jax.losses.labels import Labels, frequent_labels, label_loss
 from afmrl_jax.models import lora
 from afmrl_jax.retrieval.evaluation import Task, parse_task, results_table, write_evaluation
@@ -66,6 +66,7 @@ from afmrl_jax.training import cost, encoder, gradcache
 from afmrl_jax.training.checkpoint import Checkpoints, checkpoint_folder
 from afmrl_jax.training.goodput import Clock, abstract_host
 from afmrl_jax.training.loop import Training, fit
+from afmrl_jax.training.optimizer import RANGES as OPTIMIZER_RANGES
 from afmrl_jax.training.optimizer import make_optimizer
 from afmrl_jax.training.planning import Part, check_fits, step_part
 from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, planned, read_base
@@ -83,6 +84,7 @@ EVALUATIONS = {"before": "evaluation_before.json", "after": "evaluation.json"}
 TOKENIZER_LISTINGS = 20_000  # whose texts a preset's tokenizer is trained on
 VALIDATION_LISTINGS = 600
 RANGES = {  # field -> lowest and highest
+    **OPTIMIZER_RANGES,
     "seed": (0, 2**31 - 1),
     "log_every": (1, math.inf),
     "eval_every": (0, math.inf),
@@ -92,8 +94,9 @@ RANGES = {  # field -> lowest and highest
     "eval.batch": (1, math.inf),
     "model.embedding_dim": (0, math.inf),
     "model.lora_rank": (0, math.inf),
+    "model.lora_alpha": (1e-6, 10_000),
     "data.workers": (0, math.inf),
-    "data.timeout": (1, math.inf),
+    "data.timeout": (1, 1_000_000),
     "data.neighbours": (1, math.inf),
     "data.hard_negatives": (0, math.inf),
     "data.max_terms": (1, math.inf),
@@ -102,7 +105,7 @@ RANGES = {  # field -> lowest and highest
     "data.attribute_share": (0, 1),
     "data.attribute_dropout": (0, 1),
     "data.attribute_noise": (0, 1),
-    "loss.head_weight": (0, math.inf),
+    "loss.head_weight": (0, 1000),
     "loss.head_labels": (1, math.inf),
 }
 
@@ -227,7 +230,9 @@ def _objective(
     """`_loss` of (trained, embeddings, batch), and the head's abstract parameters; {} without."""
     asked = {name: config.loss[name] for name in Options.__annotations__}
     # A flag can't say None, so a threshold that nothing passes turns a mask off.
-    options = Options(**{k: None if v == math.inf else v for k, v in asked.items()})
+    options = Options(
+        **{k: None if v == math.inf and k in CAN_BE_OFF else v for k, v in asked.items()}
+    )
     weight, labels, head = config.loss.head_weight, None, {}
     if weight:
         labels = frequent_labels(statistics, config.loss.head_labels)

@@ -19,7 +19,7 @@ import hashlib
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -31,11 +31,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_ranges, flatten, to_json
+from afmrl_jax.core.fields import check_ranges, flatten, to_json, with_limits
 from afmrl_jax.core.writer import duration, write_atomically
 from afmrl_jax.programs import agcl, annotate, evaluate, rar, sft
 from afmrl_jax.retrieval.evaluation import paired, results_table
-from afmrl_jax.training.unchanged import MAY_CHANGE, check_unchanged
+from afmrl_jax.training.unchanged import MAY_CHANGE, check_unchanged, recorded
 
 SECTIONS = {  # of the configuration -> the program, and its fields that a run may change
     "agcl": (agcl, MAY_CHANGE),
@@ -122,6 +122,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     _check_ranges(config, stages)
     manifest = Manifest(workdir, config, stages)
     _meet("begin")  # nobody writes before all have read
+    manifest.write()  # first: its digests are compared with those of config.json
     if first_process:
         write_atomically(workdir / "config.json", to_json(config, indent=2))
 
@@ -196,9 +197,10 @@ class Manifest:
             stage.name: found.get(stage.name, {"stage": stage.name} | waiting) for stage in stages
         }
         begun = [stage for stage in stages if self._lines[stage.name]["state"] != "waiting"]
-        changed = {s.section for s in begun if found[s.name]["configuration"] != digests[s.name]}
+        changed = [s for s in begun if found[s.name]["configuration"] != digests[s.name]]
         if changed:
-            _refuse(workdir, config, changed)
+            known = [found[stage.name]["configuration"] for stage in changed]
+            _check_changed(workdir, config, changed, known)
         self._check_order(workdir, stages)
         for name, line in self._lines.items():
             line["configuration"] = digests[name]
@@ -229,14 +231,14 @@ class Manifest:
         """Notes that the stage begins, and that it is done where nothing is raised."""
         line, started = self._lines[stage.name], time.monotonic()
         line.update(state="begun", began=line["began"] or _now(), running=time.time())
-        self._write()
+        self.write()
         try:
             yield
             line["state"] = "done"
         finally:
             seconds = line["seconds"] + time.monotonic() - started
             line.update(ended=_now(), seconds=round(seconds, 1), running=None)
-            self._write()
+            self.write()
 
     def told(self) -> str:
         """How long each stage took, the evaluations together."""
@@ -246,7 +248,8 @@ class Manifest:
             seconds[name] = seconds.get(name, 0) + line["seconds"]
         return ", ".join(f"{name} {duration(took)}" for name, took in seconds.items())
 
-    def _write(self) -> None:
+    def write(self) -> None:
+        """By the first process alone."""
         if jax.process_index() == 0:
             lines = json.dumps({"stages": list(self._lines.values())}, indent=2)
             write_atomically(self._path, lines + "\n")
@@ -261,23 +264,31 @@ def _belongs(field: str, section: str) -> bool:
     return owner == section and not field.removeprefix(f"{section}.").startswith(may_change)
 
 
-def _digest(config: ConfigDict, stage: Stage) -> str:
+def _digest(config: Mapping[str, Any], stage: Stage) -> str:
     fields = {k: v for k, v in flatten(config).items() if _belongs(k, stage.section)}
     text = json.dumps(fields, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _refuse(workdir: Path, config: ConfigDict, changed: set[str]) -> None:
-    """Raises UserError, naming the fields in which the sections `changed` differ from before."""
+def _check_changed(
+    workdir: Path, config: ConfigDict, changed: list[Stage], known: list[str]
+) -> None:
+    """Raises UserError, naming the fields in which the stages `changed` differ from before; but for
+    fields that are newer than the record, and compute what was computed then.
+
+    known: the stages' digests in the manifest.
+    """
     saved = (workdir / "config.json").read_text(encoding="utf-8")
-    names = flatten(config).keys() | flatten(json.loads(saved)).keys()
-    free = {name for name in names if not any(_belongs(name, section) for section in changed)}
+    names = flatten(config).keys() | flatten(recorded(saved)).keys()
+    free = {name for name in names if not any(_belongs(name, s.section) for s in changed)}
     check_unchanged(saved, config, workdir, tuple(free))
-    raise UserError(
-        f"{workdir / 'manifest.json'} tells of stages with another configuration than "
-        f"{workdir / 'config.json'}: bring the two back as they were, or start anew with another "
-        "--workdir"
-    )
+    before = with_limits(json.loads(saved))
+    if [_digest(before, stage) for stage in changed] != known:
+        raise UserError(
+            f"{workdir / 'manifest.json'} tells of stages with another configuration than "
+            f"{workdir / 'config.json'}: bring the two back as they were, or start anew with "
+            "another --workdir"
+        )
 
 
 def _check_ranges(config: ConfigDict, stages: list[Stage]) -> None:

@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 
 from afmrl_jax.attributes import comparison
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_ranges, flatten, to_json, with_limits
+from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.mesh import batch_shards, local_rows, put_batch, replicated
 from afmrl_jax.core.writer import cut_back, write_atomically
 from afmrl_jax.data.answers import question
@@ -63,15 +63,17 @@ from afmrl_jax.training.encoder import (
 from afmrl_jax.training.generator import Answerer, Generator
 from afmrl_jax.training.goodput import Clock
 from afmrl_jax.training.loop import Training, fit
+from afmrl_jax.training.optimizer import RANGES as OPTIMIZER_RANGES
 from afmrl_jax.training.planning import Part, check_fits
 from afmrl_jax.training.policy import Built, build, parts
 from afmrl_jax.training.pretrained import Base, find_pretrained, planned, read_base
 from afmrl_jax.training.state import TrainState
 from afmrl_jax.training.tracing import traced_steps
-from afmrl_jax.training.unchanged import MAY_CHANGE, check_catalogue, check_unchanged
+from afmrl_jax.training.unchanged import MAY_CHANGE, check_catalogue, check_unchanged, recorded
 
 ROWS = ("instruction", "max_tokens", "max_answer", "max_patches", "min_pixels", "max_pixels")
 RANGES = {  # field -> lowest and highest
+    **OPTIMIZER_RANGES,
     "seed": (0, 2**31 - 1),
     "log_every": (1, math.inf),
     "eval_every": (0, math.inf),
@@ -86,8 +88,9 @@ RANGES = {  # field -> lowest and highest
     "reward.gallery": (2, math.inf),
     "reward.batch": (1, math.inf),
     "model.lora_rank": (0, math.inf),
+    "model.lora_alpha": (1e-6, 10_000),
     "data.workers": (0, math.inf),
-    "data.timeout": (1, math.inf),
+    "data.timeout": (1, 1_000_000),
     "eval.batch": (1, math.inf),
     "eval.validation_listings": (1, math.inf),
     "eval.listings": (1, math.inf),
@@ -350,7 +353,7 @@ def _generator(config: ConfigDict, saved: dict[str, str] | None) -> tuple[Genera
     the parameters that it begins with, which are also those to stay near."""
     if saved:
         generator, base = from_record(config, saved, Generator), Base.of_record(saved)
-        own = ConfigDict(with_limits(json.loads(saved["config"])))
+        own = recorded(saved["config"])
     elif config.generator:
         source = find_pretrained(config.generator, Generator)
         generator, base = source.trained(config), Base(source.path)

@@ -63,6 +63,7 @@ from afmrl_jax.training.encoder import abstract_params, from_preset, from_record
 from afmrl_jax.training.generator import Answerer, Generator, batches_of
 from afmrl_jax.training.goodput import Clock, abstract_host
 from afmrl_jax.training.loop import Training, fit
+from afmrl_jax.training.optimizer import RANGES as OPTIMIZER_RANGES
 from afmrl_jax.training.optimizer import make_optimizer
 from afmrl_jax.training.planning import Part, check_fits, step_part
 from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, planned, read_base
@@ -79,6 +80,7 @@ ROWS = (
 TOKENIZER_LISTINGS = 20_000  # whose texts a preset's tokenizer is trained on
 MAJORITY_LISTINGS = 20_000  # of the training split, from which the guesses are learned
 RANGES = {  # field -> lowest and highest
+    **OPTIMIZER_RANGES,
     "seed": (0, 2**31 - 1),
     "log_every": (1, math.inf),
     "eval_every": (0, math.inf),
@@ -87,8 +89,9 @@ RANGES = {  # field -> lowest and highest
     "chunks": (1, math.inf),
     "vocabulary_chunk": (1, math.inf),
     "model.lora_rank": (0, math.inf),
+    "model.lora_alpha": (1e-6, 10_000),
     "data.workers": (0, math.inf),
-    "data.timeout": (1, math.inf),
+    "data.timeout": (1, 1_000_000),
     "data.max_answer": (2, math.inf),
     "data.buckets": (1, math.inf),
     "data.answer_dropout": (0, 1),

@@ -9,7 +9,9 @@ Axes: D devices · P processes · K numbers that a process tells of a step (HOST
 import collections
 import contextlib
 import json
+import queue
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +33,7 @@ REMEMBERED = 32  # checkpoints whose time is known, of which a restart may go on
 NAME_BYTES = 64  # of a machine's name
 
 # Of a step, in seconds but for the first: whether the process was asked to stop; the step before;
-# its wait for the batch, and its other work between two steps, where the device had nothing to do.
+# its wait for the batch, and its other work between two steps, while the device had nothing to do.
 HOST = ("stop", "step", "input", "other")
 SLOW = 2.0  # times the median
 SLOW_SHARE = 0.1  # of a step: by less than that nobody is held up
@@ -168,6 +170,44 @@ def abstract_host(mesh: Mesh) -> jax.ShapeDtypeStruct:
     """What a step finds as `host` in its batch, and returns whole in its metrics: float32[D, K]."""
     sharding = NamedSharding(mesh, PartitionSpec(AXES))
     return jax.ShapeDtypeStruct((mesh.size, len(HOST)), np.float32, sharding=sharding)
+
+
+class Device:
+    """Since when this process's devices have had nothing to do: a thread waits for each step's
+    result and notes the time, so that the loop itself need not wait."""
+
+    def __init__(self) -> None:
+        self._steps: queue.SimpleQueue = queue.SimpleQueue()  # (number, result); None: no more
+        self._given, self._done = 0, (0, time.monotonic())  # steps; the last one done, and when
+        threading.Thread(target=self._watch, name="device", daemon=True).start()
+
+    def _watch(self) -> None:
+        while (step := self._steps.get()) is not None:
+            number, result = step
+            with contextlib.suppress(Exception):  # the loop meets it too, and says it
+                jax.block_until_ready(result)
+            self._done = number, time.monotonic()
+            del step, result  # they would be held until the next one
+
+    def dispatched(self, result: jax.Array) -> None:
+        """The devices have got one more step, with this among its results."""
+        self._given += 1
+        self._steps.put((self._given, result))
+
+    def idle_since(self) -> float | None:
+        """By time.monotonic(); None while they are busy."""
+        number, ended = self._done
+        return ended if number == self._given else None
+
+    def close(self) -> None:
+        self._steps.put(None)
+
+
+def held_up(idle: float, asked: float, got: float, now: float) -> tuple[float, float]:
+    """For how long the device had nothing to do until `now`, while a batch was waited for and for
+    other reasons. idle: since when. asked, got: when that wait began and ended."""
+    waited = max(0.0, got - max(asked, idle))
+    return waited, max(0.0, now - idle) - waited
 
 
 class HostNumbers:

@@ -22,7 +22,15 @@ from afmrl_jax.core.writer import RunWriter
 from afmrl_jax.data.pipeline import Batch, Stream
 from afmrl_jax.training.checkpoint import Checkpoints
 from afmrl_jax.training.chips import chip_of
-from afmrl_jax.training.goodput import HOST, Clock, HostNumbers, Processes, machine_names
+from afmrl_jax.training.goodput import (
+    HOST,
+    Clock,
+    Device,
+    HostNumbers,
+    Processes,
+    held_up,
+    machine_names,
+)
 from afmrl_jax.training.preemption import Preemption
 from afmrl_jax.training.state import TrainState
 from afmrl_jax.training.tracing import Tracer, traced_steps
@@ -99,8 +107,11 @@ def fit(
     )
     tracer = Tracer(traced_steps(config.profile, config.steps), workdir / "profile", writer.say)
     with contextlib.closing(writer), Preemption() as preemption, tracer:
-        with contextlib.closing(training.open_stream(first)) as stream:
-            run = _Run(training, checkpoints, clock, config, mesh, writer, preemption)
+        with (
+            contextlib.closing(training.open_stream(first)) as stream,
+            contextlib.closing(Device()) as device,
+        ):
+            run = _Run(training, checkpoints, clock, config, mesh, writer, preemption, device)
             run.begin(first)
             for number in range(first + 1, config.steps + 1):
                 if tracer.begins(number):
@@ -144,9 +155,10 @@ class _Run:
         mesh: Mesh,
         writer: RunWriter,
         preemption: Preemption,
+        device: Device,
     ):
         self.stop = False  # whether any process was told to, as all of them know it
-        self._preemption = preemption
+        self._preemption, self._device = preemption, device
         self._training, self._checkpoints, self._config = training, checkpoints, config
         self._mesh, self._writer, self._clock = mesh, writer, clock
         self._host, self._processes = HostNumbers(mesh), Processes(machine_names())
@@ -164,14 +176,15 @@ class _Run:
         """Dispatches one step, then looks at the one before."""
         if self._training.waits:
             self.catch_up()
-        began = time.monotonic()
+        asked = time.monotonic()
         batch = next(stream)
-        waited = time.monotonic() - began
+        got = time.monotonic()
         listings = batch["listing"]
-        device_batch = self._put(batch, number, waited)
+        device_batch = self._put(batch, number, asked, got)
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             state, metrics = self._training.step(state, device_batch)
         self._free_at = time.monotonic()  # what a step itself waits for, as to compile, is no delay
+        self._device.dispatched(metrics["loss"])
         self._unseen.append((number, listings, metrics))
         if len(self._unseen) > 1:
             self._look()
@@ -179,8 +192,9 @@ class _Run:
         self.stop |= self._preemption.asked and jax.process_count() == 1
         return state
 
-    def _put(self, batch: Batch, number: int, waited: float) -> dict[str, jax.Array]:
-        """The batch on the devices, with what this process has to tell, of a wait for it too."""
+    def _put(self, batch: Batch, number: int, asked: float, got: float) -> dict[str, jax.Array]:
+        """The batch on the devices, with what this process has to tell, of a wait for it too: it
+        was asked for and got at these times."""
         wanted = {k: v for k, v in batch.items() if k not in HOST_ONLY}
         shapes = tuple((k, v.shape, str(v.dtype)) for k, v in sorted(wanted.items()))
         if shapes not in self._shapes and len(self._shapes) == self._training.shapes:
@@ -192,10 +206,11 @@ class _Run:
             )
         self._shapes.add(shapes)
         arrays = put_batch(wanted, self._mesh, axis=1, rows=self._training.chunk)
-        other = time.monotonic() - self._free_at - waited
         # While the device is still busy with the step before, all of that costs nothing.
-        if self._unseen and not self._unseen[-1][2]["loss"].is_ready():
-            waited = other = 0.0
+        idle = self._device.idle_since() if self._unseen else self._free_at
+        waited, other = 0.0, 0.0
+        if idle is not None:
+            waited, other = held_up(max(idle, self._free_at), asked, got, time.monotonic())
         told = {"step": self._step_seconds, "waited": waited, "other": other}
         return arrays | {"host": self._host.put(stop=self._preemption.asked, **told)}
 

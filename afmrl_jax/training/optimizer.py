@@ -12,22 +12,26 @@ from afmrl_jax.core.fields import check_choice, check_ranges
 from afmrl_jax.models.lora import ADAPTER
 
 RANGES = {  # field -> lowest and highest
-    "optimizer.learning_rate": (0, math.inf),
+    "steps": (1, math.inf),
+    "optimizer.learning_rate": (0, 1e38),  # what float32 holds
     "optimizer.warmup_share": (0, 0.99),
     "optimizer.final_share": (0, 1),
-    "optimizer.weight_decay": (0, math.inf),
-    "optimizer.b1": (0, 1),
-    "optimizer.b2": (0, 1),
+    "optimizer.weight_decay": (0, 1000),
+    "optimizer.b1": (0, 0.999999),  # 1 would remember no gradient, and divide by 0
+    "optimizer.b2": (0, 0.999999),
     "optimizer.clip_norm": (1e-12, math.inf),
 }
 
 
 def learning_rate(config: ConfigDict, steps: int) -> optax.Schedule:
-    """Linear warm-up to `learning_rate`, then a cosine to `final_share` of it at `steps`."""
+    """Linear warm-up to `learning_rate`, then a cosine to `final_share` of it at `steps`.
+
+    The last step at the latest is warm: a share may round to all of a short run's steps.
+    """
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.learning_rate,
-        warmup_steps=round(config.warmup_share * steps),
+        warmup_steps=min(round(config.warmup_share * steps), steps - 1),
         decay_steps=steps,
         end_value=config.learning_rate * config.final_share,
     )
@@ -67,8 +71,8 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
     learning rate and decay serve both; what it leaves is AdamW's, with Nesterov's momentum.
     Raises UserError for a number out of its range, or a name that does not exist.
     """
-    check_ranges({"steps": steps}, {"steps": (1, math.inf)})
-    check_ranges({f"optimizer.{field}": value for field, value in config.items()}, RANGES)
+    fields = {f"optimizer.{field}": value for field, value in config.items()}
+    check_ranges(fields | {"steps": steps}, RANGES)
     check_choice("optimizer.name", config.name, ("adamw", "muon"))
     rate, decay = learning_rate(config, steps), config.weight_decay
     if config.name == "adamw":

@@ -21,7 +21,6 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import with_limits
 from afmrl_jax.data.prompts import chat_template, tell_system_words
 from afmrl_jax.models import hf_weights, lora, peft_adapter
 from afmrl_jax.models.lora import LoRA
@@ -38,6 +37,7 @@ from afmrl_jax.training.encoder import (
 )
 from afmrl_jax.training.generator import Generator
 from afmrl_jax.training.integrity import is_bucket
+from afmrl_jax.training.unchanged import recorded
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def find_pretrained(
     checkpoints, step = find_checkpoints(path, best=best)
     record = checkpoints.record(step)
     found = record.get("kind", Encoder.kind)  # the oldest records are all encoders'
-    settings = ConfigDict(with_limits(json.loads(record["config"])))
+    settings = recorded(record["config"])
     enc = from_record(settings, record, kind)
     adapters = (*enc.base_lora, *filter(None, [lora_of(settings)]))
     enc = dataclasses.replace(enc, base_lora=())
@@ -190,7 +190,7 @@ def _of_folder(folder: Path, path: str, kind: type[AnyAssembly]) -> Pretrained[A
     record = _record_of(folder)
     settings, step, evaluation = None, None, None
     if record and record["kind"] == kind.kind:
-        settings = ConfigDict(with_limits(record["config"]))
+        settings = recorded(record["config"])
         step, evaluation = record["step"], record["evaluation"]
     enc = from_folder(settings, folder, kind)
     return Pretrained(
@@ -297,7 +297,7 @@ def _load_run(
     checkpoints: Checkpoints, step: int, record: dict[str, str], kind: type[Assembly], abstract: Any
 ) -> Any:
     """A checkpoint's parameters as `abstract` says; adapters are merged in float32, or apart."""
-    settings = ConfigDict(with_limits(json.loads(record["config"])))
+    settings = recorded(record["config"])
     adapted = lora_of(settings)
     if not adapted:
         return checkpoints.restore_params(step, abstract)

@@ -1,8 +1,12 @@
 """Whether a run that goes on is still the one that began: its configuration, its catalogue."""
 
+import functools
 import json
 import logging
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -10,6 +14,7 @@ from afmrl_jax.attributes import comparison
 from afmrl_jax.attributes.bm25 import version_of
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import flatten, to_json, with_limits
+from afmrl_jax.core.pages import program_fields
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +24,45 @@ MAY_CHANGE = (
     "data.workers", "data.timeout", "data.cache_dir", "profile",
 )  # fmt: skip
 
+# Fields that the first records lack, with the value that computes what was computed without them. A
+# new field that MAY_CHANGE does not name belongs here.
+BEFORE = {
+    "data.answer_dropout": 0.0,
+    "data.attributes": "",
+    "data.buckets": 1,
+    "data.described_only": False,
+    "data.prompt": "plain",
+    "data.shared_ids": True,
+    "eval.enrich": "both",
+    "generator": "",
+    "loss.head_labels": 2048,
+    "loss.head_weight": 0.0,
+    "model.lora_alpha": 32.0,
+    "model.lora_rank": 0,
+    "model.lora_targets": r"^layers\.",
+    "optimizer.name": "adamw",
+    "share": 1.0,
+}
+
+
+def recorded(saved: str | Mapping[str, Any]) -> ConfigDict:
+    """A run's configuration, from its record; fields that are newer have BEFORE's values.
+
+    saved: as `to_json` wrote it, or what JSON makes of that. Raises UserError where it is neither.
+    """
+    try:
+        config = with_limits(json.loads(saved) if isinstance(saved, str) else saved)
+        program, fields = config.get("program"), flatten(config)
+    except (ValueError, AttributeError):
+        raise UserError("the record of a run holds no configuration") from None
+    for name in program_fields(program).keys() - fields.keys():
+        key = name.partition(".")[2] if program == "cit" else name
+        if key in BEFORE:
+            *sections, field = name.split(".")
+            inner = functools.reduce(lambda part, key: part.setdefault(key, {}), sections, config)
+            inner[field] = BEFORE[key]
+    return ConfigDict(config)
+
 
 def check_unchanged(
     saved: str, config: ConfigDict, workdir: Path, may_change: tuple[str, ...] = MAY_CHANGE
@@ -27,16 +71,39 @@ def check_unchanged(
 
     saved: the JSON of that configuration. may_change: beginnings of fields that may differ.
     """
-    before, now = (flatten(with_limits(json.loads(text))) for text in (saved, to_json(config)))
-    changed = [
-        f"{name} was {before.get(name, 'absent')!r} and is now {now.get(name, 'absent')!r}"
+    try:
+        before = flatten(recorded(saved))
+    except UserError as error:
+        raise UserError(
+            f"{workdir}: {error}; bring it back, or start anew with another --workdir"
+        ) from None
+    now, older = flatten(with_limits(json.loads(to_json(config)))), flatten(json.loads(saved))
+    if before.get("program") != now["program"]:
+        raise UserError(
+            f"{workdir} holds a run of {before.get('program')}: give {now['program']} another "
+            "--workdir"
+        )
+    differ = [
+        name
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name) and not name.startswith(may_change)
     ]
-    if changed:
+    if alone := [name for name in differ if name not in before or name not in now]:
+        fields = [f"{name} is {'gone' if name in before else 'new'} since" for name in alone]
+        raise UserError(
+            f"{workdir} holds a run of another version of {now['program']}: {', '.join(fields)}; "
+            "go on with that version, or start anew with another --workdir"
+        )
+    if differ:
+        changed = [
+            f"{name} was {before[name]!r}{'' if name in older else ' (the run is older than it)'} "
+            f"and is now {now[name]!r}"
+            for name in differ
+        ]
+        flag = f"--config.{differ[0]}={shlex.quote(str(before[differ[0]]))}"
         raise UserError(
             f"{workdir} holds a run of another configuration: {'; '.join(changed)}. Give the old "
-            "values to resume it, or another --workdir to start anew"
+            f"values to resume it, as {flag}, or another --workdir to start anew"
         )
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
@@ -29,6 +30,12 @@ def test_the_packages_pages_are_found_from_any_folder(folder):
         check_page(config)
         assert config.program == program and config.is_locked
     assert load_page("configs/agcl.py:head").loss.head_weight == 0.3
+
+
+def test_a_checkout_has_links_to_all_pages_where_commands_name_them():
+    links = Path(__file__).parents[2] / "configs"
+    assert {page.resolve() for page in links.glob("*.py")} == set(PACKAGED.glob("[a-z]*.py"))
+    assert not (links / "__init__.py").exists()  # it would hide a user's own folder of that name
 
 
 def test_a_page_works_as_a_copy_and_beside_other_packages_of_its_folders_name(folder):

@@ -14,9 +14,10 @@ import pytest
 
 from afmrl_jax import main
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import with_limits
 from afmrl_jax.data.corpus import TrainedOn
 from afmrl_jax.data.opening import open_catalogue
-from afmrl_jax.programs.cit import Manifest, stages_of
+from afmrl_jax.programs.cit import Manifest, _digest, stages_of
 from afmrl_jax.training.checkpoint import find_checkpoints
 
 QUICK = True
@@ -225,6 +226,30 @@ def test_what_the_cycle_sets_itself_is_not_offered(config, field):
         setattr(config, last, "x")
 
 
+def test_a_cycle_from_before_a_field_goes_on_where_its_value_computes_the_same(config, tmp_path):
+    older = json.loads(config.to_json())
+    del older["agcl"]["loss"]["head_weight"]
+    stages = stages_of(config, tmp_path)
+    (tmp_path / "agcl").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    begun = {"stage": "agcl", "state": "begun", "began": "", "ended": "", "seconds": 1.0}
+    digest = _digest(with_limits(older), stages[0])
+    text = json.dumps({"stages": [begun | {"running": None, "configuration": digest}]})
+    (tmp_path / "manifest.json").write_text(text)
+    config.agcl.loss.head_weight = 0.3
+    with pytest.raises(
+        UserError, match=r"agcl\.loss\.head_weight was 0\.0 \(the run is older than"
+    ):
+        Manifest(tmp_path, config, stages)
+    config.agcl.loss.head_weight = 0.0
+    Manifest(tmp_path, config, stages).write()
+    assert manifest_of(tmp_path)["agcl"]["configuration"] != digest
+    (tmp_path / "config.json").write_text(config.to_json())  # no more that of the manifest below
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="bring the two back as they were"):
+        Manifest(tmp_path, config, stages)
+
+
 def test_a_stage_may_begin_with_the_first_encoder(config, tmp_path):
     config.sft.init_from = "agcl"
     config.again.init_from = "elsewhere"
@@ -236,5 +261,8 @@ def test_a_stage_may_begin_with_the_first_encoder(config, tmp_path):
 def test_a_field_out_of_its_range_ends_the_run_before_the_first_stage(config, tmp_path):
     config.again.batch = 0
     with pytest.raises(UserError, match=r"again.batch is 0: give 1 or more"):
+        main.run(config, tmp_path / "run")
+    config.again.batch, config.rar.optimizer.b1 = 8, 1.0
+    with pytest.raises(UserError, match=r"rar.optimizer.b1 is 1.0: give 0 to 0.999999"):
         main.run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "agcl").exists()

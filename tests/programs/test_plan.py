@@ -64,6 +64,12 @@ def test_only_programs_that_train_are_planned(config, tmp_path):
         plan.main(config, tmp_path, "local")
 
 
+def test_a_field_out_of_its_range_is_refused_before_anything_is_compiled(config, tmp_path):
+    config.chunks, config.mesh.fsdp = 0, 1
+    with pytest.raises(UserError, match="chunks is 0: give 1 or more"):
+        plan.main(config, tmp_path, "local")
+
+
 def test_a_run_that_cannot_fit_is_refused_with_the_table_before_anything_is_made(config):
     config.mesh.fsdp = 1
     config.model.preset = "qwen2_vl_7b"

@@ -1,4 +1,5 @@
 import json
+import threading
 import time
 
 import jax
@@ -6,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from afmrl_jax.training.goodput import LOST, SLOW_PAUSE, Clock, Processes, _Compilation
+from afmrl_jax.training.goodput import (
+    LOST,
+    SLOW_PAUSE,
+    Clock,
+    Device,
+    Processes,
+    _Compilation,
+    held_up,
+)
 
 
 def begun(path, step=0):
@@ -115,3 +124,56 @@ def test_the_spread_and_the_table_tell_of_each_process():
     assert [line.split()[:2] for line in lines[1:3]] == [["2", "(c)"], ["3", "(d)"]]
     assert lines[2].split()[2:] == ["1.000", "2.000", "0.010"]
     assert lines[3] == "and 2 faster ones"
+
+
+@pytest.mark.parametrize(
+    "idle, waited, other",
+    [
+        (10.0, 2.0, 1.5),  # before the batch was asked for: all of the wait, and what was around it
+        (11.0, 2.0, 0.5),
+        (12.9, 0.1, 0.5),  # the step ended just before the batch came
+        (13.1, 0.0, 0.4),  # and just after
+        (14.0, 0.0, 0.0),  # the device had no pause
+    ],
+)
+def test_a_wait_counts_from_the_moment_that_the_device_had_nothing_to_do(idle, waited, other):
+    assert held_up(idle, asked=11.0, got=13.0, now=13.5) == pytest.approx((waited, other))
+
+
+class Result:
+    """A step's, which is there when it is set."""
+
+    def __init__(self):
+        self.ready = threading.Event()
+
+    def block_until_ready(self):
+        assert self.ready.wait(10)
+        return self
+
+
+def idle_since(device):
+    """As soon as it is known."""
+    deadline = time.monotonic() + 10
+    while device.idle_since() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return device.idle_since()
+
+
+def test_the_device_is_idle_from_the_end_of_the_last_step_that_it_was_given():
+    device = Device()
+    first, second = Result(), Result()
+    for result in (first, second):
+        device.dispatched(result)
+    first.ready.set()
+    time.sleep(0.01)
+    assert device.idle_since() is None  # the second runs
+    began = time.monotonic()
+    second.ready.set()
+    ended = idle_since(device)
+    assert began <= ended <= time.monotonic()
+    time.sleep(0.01)
+    assert device.idle_since() == ended
+    device.dispatched(failed := Result())
+    failed.block_until_ready = lambda: 1 / 0
+    assert idle_since(device) > ended  # the loop tells of it, not this thread
+    device.close()

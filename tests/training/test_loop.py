@@ -53,8 +53,9 @@ class Numbers:
         return {"listing": np.full((1, self.rows), step, np.int32), "x": np.ones(shape)}
 
 
-def trained(workdir, numbers=Numbers(), validate=None, **fields):
-    """Runs, or resumes, as the programs do; the configuration's defaults but for `fields`."""
+def trained(workdir, numbers=Numbers(), validate=None, step=None, **fields):
+    """Runs, or resumes, as the programs do; the configuration's defaults but for `fields`, and
+    another `step` than that of the model."""
     config = ConfigDict(
         {"steps": 8, "log_every": 2, "eval_every": 0, "checkpoint_every": 2, "profile": ""}
     )
@@ -66,7 +67,7 @@ def trained(workdir, numbers=Numbers(), validate=None, **fields):
     abstract = abstract_state({"w": number}, optimizer, mesh)
 
     @jax.jit
-    def step(state, batch):
+    def update(state, batch):
         loss, gradient = jax.value_and_grad(lambda p: jnp.mean((p["w"] - batch["x"]) ** 2))(
             state.params
         )
@@ -82,7 +83,7 @@ def trained(workdir, numbers=Numbers(), validate=None, **fields):
         else:
             state = init_state(lambda: {"w": jnp.float32(0)}, optimizer, abstract)
         training = Training(
-            step=step,
+            step=step or update,
             open_stream=lambda first: Stream(numbers, first, 0, 100),
             examples=ROWS,
             unit="rows",
@@ -117,6 +118,47 @@ def test_the_logs_and_a_closing_table_tell_where_the_time_went(tmp_path, capsys)
     table = told[told.index("Time since the first start") :]
     assert [line.split()[0] for line in table.splitlines()[2 : 2 + len(LOST)]] == list(LOST)
     assert f"0 ({socket.gethostname()})" in table
+
+
+class Later(float):
+    """A step's number, known when the step has ended; `ended` by time.monotonic()."""
+
+    ended = 0.0
+
+    def block_until_ready(self):
+        time.sleep(max(0.0, self.ended - time.monotonic()))
+        return self
+
+    def __bool__(self):
+        return bool(float(self.block_until_ready()))
+
+
+class Steps:
+    """Of a device that takes exactly so long for each; `idle` in seconds, before each of them."""
+
+    def __init__(self, seconds):
+        self._seconds, self._ended, self.idle = seconds, None, []
+
+    def __call__(self, state, batch):
+        now = time.monotonic()
+        began = max(now, self._ended or now)
+        self.idle.append(began - (self._ended or now))
+        self._ended = began + self._seconds
+        metrics = {"loss": Later(1.0), "finite": Later(1.0), "flops": 1.0}
+        for name in ("loss", "finite"):
+            metrics[name].ended = self._ended
+        return state, metrics | {"host": batch["host"]}
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.03])  # a batch takes; a step 0.02
+def test_no_more_of_a_wait_is_told_than_the_device_had_no_batch(tmp_path, seconds):
+    steps = Steps(0.02)
+    trained(tmp_path, Numbers(seconds=seconds), step=steps, log_every=1, checkpoint_every=0)
+    rows = rows_of(tmp_path)
+    waited = rows[-1]["lost_input_seconds"] - rows[0]["lost_input_seconds"]
+    # Each wait is longer than that by what was left of the step before.
+    assert waited <= sum(steps.idle[1:]) + 0.001
+    assert waited > 0 or seconds < 0.02
 
 
 def test_a_batch_of_a_further_shape_is_told_before_it_is_compiled(tmp_path):

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,12 +47,35 @@ def test_decay_reaches_matrices_and_nothing_else(name):
     assert not updates["layer"]["bias"].any() and not updates["layer"]["scale"].any()
 
 
+def test_the_last_step_of_a_short_run_is_warm_where_the_share_rounds_to_all_of_it():
+    rate = learning_rate(config(warmup_share=0.99), 50)  # 49.5 steps, that is 50
+    np.testing.assert_allclose([rate(0), rate(7), rate(49)], [0, 0.1 * 7 / 49, 0.1], rtol=1e-5)
+    np.testing.assert_allclose(learning_rate(config(warmup_share=0.6), 1)(0), 0.1, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
-    "steps, changes, told", [(0, {}, "steps is 0"), (5, {"warmup_share": 1.0}, "warmup_share is 1")]
+    "steps, changes, told",
+    [
+        (0, {}, "steps is 0"),
+        (5, {"warmup_share": 1.0}, "warmup_share is 1"),
+        (5, {"b1": 1.0}, "b1 is 1.0: give 0 to 0.999999"),
+        (5, {"b2": 1.0}, "b2 is 1.0: give 0 to 0.999999"),
+        (5, {"b2": math.nan}, "b2 is nan"),
+        (5, {"learning_rate": math.inf}, "learning_rate is inf: give 0 to 1e.38"),
+        (5, {"weight_decay": math.inf}, "weight_decay is inf: give 0 to 1000"),
+        (5, {"clip_norm": 0.0}, "clip_norm is 0.0: give more than 0"),
+    ],
 )
 def test_a_schedule_that_cannot_be_is_refused(steps, changes, told):
     with pytest.raises(UserError, match=told):
         make_optimizer(config(**changes), steps)
+
+
+@pytest.mark.parametrize("changes", [{"b1": 0.999999, "b2": 0.0}, {"b1": 0.0, "b2": 0.999999}])
+def test_momenta_at_their_borders_give_finite_updates(changes):
+    params = {"kernel": jnp.ones((2, 2))}
+    update = first_update(params, params, **changes)["kernel"]
+    assert np.isfinite(update).all() and (update < 0).all()
 
 
 PARAMS = {
