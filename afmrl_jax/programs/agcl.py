@@ -56,11 +56,10 @@ from afmrl_jax.models import lora
 from afmrl_jax.retrieval.evaluation import Task, parse_task, results_table, write_evaluation
 from afmrl_jax.retrieval.tasks import (
     Judge,
-    can_be_run,
     choose_tasks,
     enrichment,
     own_attributes,
-    validation_sample,
+    validation_task,
 )
 from afmrl_jax.training import cost, encoder, gradcache
 from afmrl_jax.training.checkpoint import Checkpoints, checkpoint_folder
@@ -72,7 +71,12 @@ from afmrl_jax.training.planning import Part, check_fits, step_part
 from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, planned, read_base
 from afmrl_jax.training.state import TrainState, abstract_state, init_state, zeros
 from afmrl_jax.training.tracing import traced_steps
-from afmrl_jax.training.unchanged import check_catalogue, check_terms, check_unchanged
+from afmrl_jax.training.unchanged import (
+    catalogue_record,
+    check_catalogue,
+    check_terms,
+    check_unchanged,
+)
 
 log = logging.getLogger(__name__)
 
@@ -310,7 +314,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         split = "test" if len(listings) else "validation"
         listings = catalog.indices(split)
         judged = choose_tasks(tasks, catalog, listings)
-        validated = _validation(catalog, tasks)
+        validated = validation_task(catalog, tasks, VALIDATION_LISTINGS)
         statistics, sampler = _sampler(config, catalog)
         if saved:
             check_terms(saved["statistics"], workdir, labels=bool(config.loss.head_weight))
@@ -320,7 +324,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         record = enc.record() | {
             "config": to_json(config),
             "statistics": statistics.to_json(),
-            "catalogue": catalog.fingerprint,
+            **catalogue_record(catalog.fingerprint),
         }
         if first_process:
             write_atomically(workdir / "config.json", to_json(config, indent=2))
@@ -390,23 +394,6 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         }
         print(f"{catalog.name}, {split} split, before and after {config.steps} steps:")
         print(results_table(found), flush=True)
-
-
-def _validation(catalog: Catalog, tasks: list[Task]) -> tuple[Task, np.ndarray] | None:
-    """The task by which the best checkpoint is chosen, and validation listings, int64[N]: the first
-    that has something to find among them."""
-    listings = validation_sample(catalog, tasks, VALIDATION_LISTINGS)
-    task = next((t for t in tasks if can_be_run(t, catalog, listings)), None)
-    if task is None:
-        log.warning("%s has no validation listings to judge by: the last is the best", catalog.name)
-        return None
-    if task != tasks[0]:
-        log.warning(
-            "%s cannot be judged on the validation listings of %s: the best checkpoint is chosen "
-            "by %s",
-            *(tasks[0].name, catalog.name, task.name),
-        )
-    return task, listings
 
 
 def _validate(

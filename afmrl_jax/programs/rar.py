@@ -69,7 +69,13 @@ from afmrl_jax.training.policy import Built, build, parts
 from afmrl_jax.training.pretrained import Base, find_pretrained, planned, read_base
 from afmrl_jax.training.state import TrainState
 from afmrl_jax.training.tracing import traced_steps
-from afmrl_jax.training.unchanged import MAY_CHANGE, check_catalogue, check_unchanged, recorded
+from afmrl_jax.training.unchanged import (
+    MAY_CHANGE,
+    catalogue_record,
+    check_catalogue,
+    check_unchanged,
+    recorded,
+)
 
 ROWS = ("instruction", "max_tokens", "max_answer", "max_patches", "min_pixels", "max_pixels")
 RANGES = {  # field -> lowest and highest
@@ -317,7 +323,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 record=generator.record()
                 | base.record()
                 | {"encoder": json.dumps(dataclasses.asdict(encoder_base))}
-                | {"config": to_json(config), "catalogue": catalog.fingerprint},
+                | {"config": to_json(config), **catalogue_record(catalog.fingerprint)},
                 waits=True,
             )
             state = fit(training, state, checkpoints, clock, config, workdir, mesh)

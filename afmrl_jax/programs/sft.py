@@ -69,7 +69,7 @@ from afmrl_jax.training.planning import Part, check_fits, step_part
 from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, planned, read_base
 from afmrl_jax.training.state import TrainState, abstract_state, init_state
 from afmrl_jax.training.tracing import traced_steps
-from afmrl_jax.training.unchanged import check_catalogue, check_unchanged
+from afmrl_jax.training.unchanged import catalogue_record, check_catalogue, check_unchanged
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +216,10 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         generator, source = _generator(config, catalog, saved)
         processor = generator.processor(answers=True)
         _check_answers_fit(catalog, listings["train"], processor)
-        record = generator.record() | {"config": to_json(config), "catalogue": catalog.fingerprint}
+        record = generator.record() | {
+            "config": to_json(config),
+            **catalogue_record(catalog.fingerprint),
+        }
         if first_process:
             write_atomically(workdir / "config.json", to_json(config, indent=2))
             write_atomically(workdir / "tokenizer.json", record["tokenizer"])

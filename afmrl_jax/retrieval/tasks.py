@@ -218,6 +218,26 @@ def _finds_any(task: Task, catalog: Catalog, queries: np.ndarray, gallery: np.nd
     return bool((found > 0).any())
 
 
+def validation_task(
+    catalog: Catalog, tasks: Sequence[Task], limit: int
+) -> tuple[Task, np.ndarray] | None:
+    """The task by which the best checkpoint is chosen, the first that has something to find among
+    some validation listings, and these, int64[N]; None where there is none. Tells so, and where it
+    is not the first of all. limit: as in `validation_sample`."""
+    listings = validation_sample(catalog, tasks, limit)
+    task = next((t for t in tasks if can_be_run(t, catalog, listings)), None)
+    if task is None:
+        log.warning("%s has no validation listings to judge by: the last is the best", catalog.name)
+        return None
+    if task != tasks[0]:
+        log.warning(
+            "%s cannot be judged on the validation listings of %s: the best checkpoint is chosen "
+            "by %s",
+            *(tasks[0].name, catalog.name, task.name),
+        )
+    return task, listings
+
+
 def validation_sample(catalog: Catalog, tasks: Sequence[Task], limit: int) -> np.ndarray:
     """Some `limit` listings of the validation split, whole products, the same at each call.
 

@@ -18,6 +18,9 @@ from afmrl_jax.core.pages import program_fields
 
 log = logging.getLogger(__name__)
 
+# The kind of fingerprint that records have; without it, one of texts and of images' sizes.
+FINGERPRINTS = "bytes"
+
 # Fields that change how a run is watched or where it runs, never what it computes.
 MAY_CHANGE = (
     "log_every", "eval_every", "checkpoint_every", "checkpoint_dir", "mesh.", "eval.batch",
@@ -107,16 +110,30 @@ def check_unchanged(
         )
 
 
+def catalogue_record(fingerprint: str) -> dict[str, str]:
+    """What a run's record says of its catalogue."""
+    return {"catalogue": fingerprint, "fingerprints": FINGERPRINTS}
+
+
 def check_catalogue(saved: dict[str, str], fingerprint: str, path: str, workdir: Path) -> None:
     """Raises UserError where the catalogue at `path` is not the one that a run began with.
 
-    saved: the run's record. fingerprint: of the catalogue as it is now.
+    saved: the run's record. fingerprint: of the catalogue as it is now. Where the record's is of an
+    older kind, which cannot be compared, only warns.
     """
-    if saved["catalogue"] != fingerprint:
+    if saved["catalogue"] == fingerprint:
+        return
+    if saved.get("fingerprints") == FINGERPRINTS:
         raise UserError(
             f"the catalogue {path} is not the one that {workdir} began with: bring "
             "that one back, or start anew with another --workdir"
         )
+    log.warning(
+        "%s began with a version that knew photos by their size alone: it goes on with %s, and "
+        "whether that is still its catalogue cannot be told",
+        workdir,
+        path,
+    )
 
 
 def check_terms(statistics: str, workdir: Path, *, labels: bool) -> None:

@@ -14,6 +14,7 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.programs import agcl
 from afmrl_jax.retrieval.evaluation import parse_task
+from afmrl_jax.retrieval.tasks import validation_task
 from afmrl_jax.training.checkpoint import find_checkpoints
 
 QUICK = True
@@ -149,7 +150,7 @@ def test_a_catalogue_without_images_is_judged_by_its_texts_or_refused_before_com
     agcl_config.data.path = str(tmp_path)
     catalog = open_catalogue(str(tmp_path), agcl_config.data, tmp_path / "w")
     images, texts = parse_task("image->image"), parse_task("text->text")
-    task, listings = agcl._validation(catalog, [images, texts])
+    task, listings = validation_task(catalog, [images, texts], agcl.VALIDATION_LISTINGS)
     assert task == texts and listings.tolist() == [4, 5, 6, 7]
     assert "the best checkpoint is chosen by text->text" in caplog.text
     agcl_config.eval.tasks = "image->image, text->image"

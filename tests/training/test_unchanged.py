@@ -12,7 +12,14 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import flatten
 from afmrl_jax.core.pages import program_fields
 from afmrl_jax.training.encoder import lora_of
-from afmrl_jax.training.unchanged import MAY_CHANGE, check_terms, check_unchanged, recorded
+from afmrl_jax.training.unchanged import (
+    MAY_CHANGE,
+    catalogue_record,
+    check_catalogue,
+    check_terms,
+    check_unchanged,
+    recorded,
+)
 
 FIRST = json.loads((Path(__file__).parent / "first_records.json").read_text())
 RUN = Path("runs/sft")
@@ -90,3 +97,12 @@ def test_a_run_that_began_with_other_terms_goes_on_with_a_word_unless_they_are_i
     assert "run began with a program that compares attributes otherwise (version 1" in caplog.text
     with pytest.raises(UserError, match="head's labels"):
         check_terms(before, Path("run"), labels=True)
+
+
+def test_a_run_from_before_fingerprints_saw_bytes_goes_on_with_a_word(caplog):
+    check_catalogue(catalogue_record("now"), "now", "shop", RUN)
+    assert not caplog.text
+    with pytest.raises(UserError, match="is not the one that runs/sft began with"):
+        check_catalogue(catalogue_record("other"), "now", "shop", RUN)
+    check_catalogue({"catalogue": "of sizes"}, "now", "shop", RUN)
+    assert "runs/sft began with a version that knew photos by their size alone" in caplog.text
