@@ -5,8 +5,10 @@ behind: read where pairs of name and value stand, refused where none do. A gener
 taught here answers as it was taught: `text.parse` reads that, strictly.
 """
 
+import itertools
 import re
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from afmrl_jax.attributes.comparison import fold, is_empty, words
 from afmrl_jax.attributes.json_text import read_json
@@ -76,9 +78,11 @@ def read_answer(text: str, closed: bool = True) -> Parsed:
 
 _SPEAKING = re.compile(
     r"(?:i|i'm|we|you|here|here's|this|that|these|those|there|sorry|unfortunately|apologies|please|"
-    r"sure|certainly|of course|okay|based|as an ai|let me|in the|from the|looking at|lo siento|"
-    r"es tut mir|leider|hier sind|désolé|je|voici|mi dispiace|desculpe|aquí|estos son|к сожалению|"
-    r"извините|вот)(?![\w-])|(?:the|a|an|my|it|its)\s|抱歉|对不起|對不起|很抱歉|以下|根据|申し訳|죄송"
+    r"sure|certainly|of course|okay|based on (?:the|this|your|what)|as an ai|let me|looking at|"
+    r"(?:in|from) (?:the|this) (?:image|photo|picture|listing|text|title|description|provided)|"
+    r"lo siento|es tut mir|leider|hier sind|désolé|je|voici|bien sûr|mi dispiace|desculpe|aquí|"
+    r"claro|por supuesto|estos son|gerne|natürlich|certo|к сожалению|извините|вот|конечно)(?![\w/-])"
+    r"|(?:the|a|an|my|it|its)\s|抱歉|对不起|對不起|很抱歉|以下|根据|好的|当然|申し訳|죄송"
 )
 _SENTENCE = re.compile(  # how a value begins that is a sentence
     r"(?:i (?:can|cannot|can't|am|don't|do not|could|would|will)|i'm|sorry|unfortunately|as an ai"
@@ -87,10 +91,13 @@ _SENTENCE = re.compile(  # how a value begins that is a sentence
 )
 _REMARK = re.compile(
     r"explanation|reasoning|disclaimer|summary|conclusion|error|refusal|message|warning|answer|"
-    r"final answer|output|response|result|please note"
+    r"final answer|response|result|please note"
 )
-_NOTE = re.compile(r"notes?|nota|remark|comment|hinweis|注|备注|説明|说明")  # where much follows
-_MARKS_OF_CODE = re.compile(r"[{}\[\]<>\"]|[.!?]\s")
+# Where much follows; a charger has an output.
+_NOTE = re.compile(r"notes?|nota|remark|comment|hinweis|output|注|备注|説明|说明")
+_SHORT = "max|min|no|nr|approx|avg|temp|ref|art|dim|qty|vol|est|incl|ca"  # "max. load", "no. of"
+_SHORT_WORD = re.compile(rf"(?:{_SHORT})", re.IGNORECASE)
+_MARKS_OF_CODE = re.compile(rf"[{{}}\[\]<>\"]|[!?]\s|(?<!\w)(?!(?:{_SHORT})\.)\w*\.\s")
 _SENTENCE_ENDS = re.compile(r"[.!?]\s+\w")
 
 
@@ -104,7 +111,8 @@ def _is_attribute(name: str, value: str) -> bool:
         len(name) <= LONGEST_NAME
         and any(map(str.isalpha, folded))
         and (len(folded.split()) <= MOST_WORDS and len(named) <= MOST_LETTERS)
-        and not (is_remark or _SPEAKING.match(folded) or _MARKS_OF_CODE.search(name))
+        and name.count("(") == name.count(")")
+        and not (is_remark or _SPEAKING.match(folded) or _MARKS_OF_CODE.search(folded))
         and len(value) <= LONGEST_VALUE
         and not value.startswith(("{", "["))
         and not _SENTENCE.match(fold(value))
@@ -185,31 +193,55 @@ def _cells(row: str) -> list[str]:
     return [_bare(cell) for cell in _MARKUP.sub("", row).split("|")]
 
 
+# What stands before attributes; not a pair's name where another pair follows.
+_OF_ATTRIBUTES = re.compile(
+    r"attribut|atribut|eigenschaft|caracter[ií]sti|caractéristi|характеристик|атрибут|属性|속성"
+    r"|(?:如下|以下の通り(?:です)?|以下のとおり(?:です)?|다음과 같습니다)$"
+)
+
+
 # ---- lines: lists, and pairs one behind another
 
-_BULLET = re.compile(r"\s*(?:(?:[*•·●▪◦‣–—+-]|\(?\d{1,3}[.)、]|\(?[a-z]\))\s+|[•●▪]|[-*](?=\*\*))+")
+_BULLET = re.compile(
+    r"\s*(?:(?:[*•·●▪◦‣–—+-]|\(?\d{1,3}[.)、]|\(?[a-z]\))\s+|[•●▪・･■□◆◇▶►➤]|[-*](?=\*\*))+"
+)
+# Signs before a name, as an emoji or the dash of an item that stands on one line with others.
+_ORNAMENT = re.compile(r"(?:[^\w\s\\(\[{<\"'“„«‘「『$€£@#%&+]|[\d#]\ufe0f?\u20e3|\s)+")
 _HEADING = re.compile(r"^\s*(?:#{1,6}|>)\s+")
 _MARKUP = re.compile(r"\*\*|__|`")
 _ITALIC = re.compile(r"(?<![\w*])\*([^*\n]{1,100})\*(?!\w)")
 _GREETING = re.compile(
-    r"^\s*(?:sure|certainly|of course|okay|ok|great|absolutely)\b[^:：;；]{0,80}?[!.,]\s+",
+    r"^\s*(?:sure|certainly|of course|okay|ok|great|absolutely|bien sûr|claro|por supuesto|gerne"
+    r"|natürlich|certo|конечно)\b[^:：;；]{0,80}?[!.,]\s+",
     re.IGNORECASE,
 )
 # Behind a comma, a bar, a full stop another pair begins, where a name and a colon follow.
 _NEXT_PAIR = re.compile(
-    r"[,，、|.。]\s*(?=[^:：\n]{0,50}[^\W\d_])"
-    rf"(?=[^\s:：;,，、|.。][^:：;,，、|.。\n]{{0,{LONGEST_NAME}}}(?::\s|：))"
+    r"[,，、،|.。]\s*(?=[^:：\n]{0,50}[^\W\d_])"
+    rf"(?=(?:(?i:{_SHORT})\.\s)?[^\s:：;,，、،|.。][^:：;,，、،|.。\n]{{0,{LONGEST_NAME}}}(?::\s|：))"
 )
 # What our format escapes is no separator here either.
-_PIECE = re.compile(r"(?:\\[\\;:]|[^;；])++")
+_PIECE = re.compile(r"(?:\\[\\;:]|[^;；؛])++")
+_SIMPLE_PAIR = re.compile(rf"[^:：,，、،.。]{{1,{LONGEST_NAME}}}[:：]")
 _PAIR = re.compile(r"((?:\\[\\;:]|[^:：])*+)[:：](.*)", re.DOTALL)
 _ESCAPED = re.compile(r"\\([\\;:])")
+
+
+class _Piece(NamedTuple):
+    """What may be a pair. indent: of its line; is_item: of a list's; alone: on its line;
+    is_closed: a semicolon follows, so that a dot at its end belongs to the value."""
+
+    text: str
+    indent: int
+    is_item: bool
+    alone: bool
+    is_closed: bool
 
 
 def _read_lines(body: str, closed: bool) -> _Read:
     """Lists, and pairs behind one another on one line or more."""
     read = _Read("plain")
-    pieces: list[tuple[str, bool, bool]] = []  # text; whether of a list's item; alone on its line
+    pieces: list[_Piece] = []
     for line in body.splitlines():
         line = _HEADING.sub("", line, 1)
         bullet = _BULLET.match(line)
@@ -217,55 +249,80 @@ def _read_lines(body: str, closed: bool) -> _Read:
         if bullet or text != line:
             read.form = "list"
         parts = [part for part in _PIECE.findall(_GREETING.sub("", text, 1)) if _bare(part)]
-        split = [piece for part in parts for piece in _NEXT_PAIR.split(part)]
+        within = [_pairs_in(part) for part in parts]
+        # Where semicolons part pairs, a comma or a full stop is of a value ("Alien, Part 1: x").
+        are_pairs = len(parts) > 1 and all(map(_SIMPLE_PAIR.match, parts))
+        are_pairs = are_pairs and all(len(pairs) < 3 for pairs in within)
+        split = parts if are_pairs else list(itertools.chain(*within))
         if len(split) > len(parts) and read.form == "plain":
             read.form = "commas"
         if len(split) > 1 and not _PAIR.match(split[0]) and _SPEAKING.match(fold(split[0])):
             split = split[1:]
-        pieces += [(piece, bullet is not None, len(split) == 1) for piece in split]
+        indent = len(line) - len(line.lstrip())
+        for n, piece in enumerate(split, 1):
+            is_closed = are_pairs and n < len(split)
+            pieces.append(_Piece(piece, indent, bullet is not None, len(split) == 1, is_closed))
     heading = None  # the place of a pair whose values stand in the items below it
-    for text, is_item, alone in pieces if closed else pieces[:-1]:
-        name, value = _pair(text)
+    pieces = pieces if closed else pieces[:-1]
+    for piece, below in itertools.zip_longest(pieces, pieces[1:]):
+        name, value = _pair(piece.text, piece.is_closed)
         if name and _is_attribute(name, value[:LONGEST_VALUE]):
             heading = None if value else len(read.pairs)
             read.pairs.append((name, value))
-        elif is_item and not name and heading is not None:
+        elif piece.is_item and not name and heading is not None:
             name, values = read.pairs[heading]
             read.pairs[heading] = name, f"{values}, {value}" if values else value
-        elif is_item or not alone:
+        elif piece.is_item and not name and below and below.is_item:
+            # A heading, where items below stand further in.
+            read.broken |= below.indent <= piece.indent
+        elif piece.is_item or not piece.alone:
             read.broken = True
     return read
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _pairs_in(part: str) -> list[str]:
+    """The pairs behind one another in a part of a line; "max. load" is one name."""
+    split: list[str] = []
+    for piece in reversed(_NEXT_PAIR.split(part)):
+        if split and _SHORT_WORD.fullmatch(piece.strip()):
+            split[-1] = f"{piece}. {split[-1]}"
+        else:
+            split.append(piece)
+    return split[::-1]
+
+
+def _pair(text: str, is_closed: bool = False) -> tuple[str, str]:
     """Name and value of a piece; the name is "" where there is none."""
     for _ in range(2):
         pair = _PAIR.match(text)
         if not pair:
             return "", _bare(text)
-        name, text = _bare(pair[1]), pair[2]
+        ornament = _ORNAMENT.match(pair[1])
+        name, text = _bare(pair[1][ornament.end() if ornament else 0 :]), pair[2]
         folded = fold(name)
         # "Here are the attributes: color: navy"
-        is_heading = any(p.fullmatch(folded) for p in (_COLUMN, _REMARK)) or _SPEAKING.match(folded)
+        is_heading = any(p.fullmatch(folded) for p in (_COLUMN, _REMARK, _NOTE))
+        is_heading = is_heading or _SPEAKING.match(folded) or _OF_ATTRIBUTES.search(folded)
         if not is_heading or not _PAIR.match(text):
             break
-    return _ESCAPED.sub(r"\1", name), _ESCAPED.sub(r"\1", _bare(text))
+    return _ESCAPED.sub(r"\1", name), _ESCAPED.sub(r"\1", _bare(text, is_closed))
 
 
 _QUOTES = {'"': '"', "'": "'", "“": "”", "„": "“", "«": "»", "‘": "’", "「": "」", "『": "』"}
 _ABBREVIATION = re.compile(
-    r"[^\W\d_]|.*\..*|inc|ltd|corp|co|approx|max|min|lbs|oz|in|ft|pcs|etc|usa|tbsp|no",
+    r"[^\W\d_]|.*\..*|inc|ltd|corp|co|approx|max|min|lbs|oz|in|ft|pcs|etc|usa|tbsp"
+    r"|mr|mrs|ms|dr|st|jr|sr|assn|bros|mfg|intl",
     re.IGNORECASE,
 )
 
 
-def _bare(text: str) -> str:
-    """Without quotes around it, a comma or a full stop behind it."""
+def _bare(text: str, keeps_stop: bool = False) -> str:
+    """Without quotes around it, a comma or, unless told, a full stop behind it."""
     text = text.strip().rstrip(",，").rstrip()
     for _ in range(2):
-        if text.endswith((".", "。")) and not text.endswith(".."):
+        if not keeps_stop and text.endswith((".", "。")) and not text.endswith(".."):
             last = text[:-1].split()[-1:] or [""]
-            if not _ABBREVIATION.fullmatch(last[0]):
+            if text[-1] == "。" or not _ABBREVIATION.fullmatch(last[0]):
                 text = text[:-1].rstrip()
         if len(text) > 1 and _QUOTES.get(text[0]) == text[-1] and text[0] not in text[1:-1]:
             text = text[1:-1].strip()

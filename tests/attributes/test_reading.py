@@ -47,6 +47,16 @@ ANSWERS = [  # each says NAVY
     ("json", "{'color': 'navy', 'sleeve': 'long',}"),
     ("json", '{"color": "navy"}\n{"sleeve": "long"}'),
     ("json", '["color: navy", "sleeve: long"]'),
+    ("plain", "🔹 color: navy\n✅ sleeve: long\n\n✨ Hope this helps!"),
+    ("list", "以下が商品の属性です。\n・color：navy\n・sleeve：long"),
+    ("list", "- **Look**\n  - Color: navy\n- **Cut**\n  - Sleeve: long"),
+    ("list", "- color: navy; - sleeve: long"),
+    ("commas", "根据图片，该商品的属性如下：color：navy；sleeve：long"),
+    ("plain", "Extracted attributes: color: navy; sleeve: long"),
+    ("plain", "color: navy؛ sleeve: long"),  # Arabic
+    ("commas", "color: navy، sleeve: long"),
+    ("plain", "color: navy\nsleeve: long\n(Word count: 4)"),
+    ("plain", "Claro, aquí tienes: color: navy; sleeve: long"),
 ]  # fmt: skip
 
 
@@ -70,6 +80,17 @@ def test_what_a_model_says_is_read_in_whatever_form_it_says_it(form, answer):
             | {"colors primary": "navy"},
         ),
         ("color: navy; Color: Navy", {"color": "navy"}),
+        (
+            "title: Star Wars, Part IV: A New Hope; brand: U.S. Polo Assn.; zip: no.",
+            {"title": "Star Wars, Part IV: A New Hope", "brand": "U.S. Polo Assn.", "zip": "no"},
+        ),
+        (
+            "In the box: charger. Max. load: 5 kg. No. of parts: 6; I/O ports: 2; output: 5 V",
+            {"in the box": "charger", "max. load": "5 kg", "no. of parts": "6"}
+            | {"i/o ports": "2", "output": "5 V"},
+        ),
+        ('{"Max. load": "5 kg"}', {"max. load": "5 kg"}),
+        ("颜色：蓝，材质：棉。", {"颜色": "蓝", "材质": "棉"}),
         (r"size\: eu: 40\; 41", {"size: eu": "40; 41"}),
     ],
 )
