@@ -23,6 +23,7 @@ LONGEST_EMPTY = 100  # characters of a value that says nothing
 # Fillers and selectors that no one sees, though their category is a letter's or a mark's; the
 # tatweel (U+0640) only makes an Arabic word longer.
 _UNSEEN = {0x34F, 0x640, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x3164}
+_UNSEEN |= {0xAE, 0x2122, 0x2120}  # ® ™ ℠: "Lycra®" is "Lycra", and NFKC makes "tm" of ™
 _UNSEEN |= {0xFFA0, *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
 
 
@@ -65,8 +66,8 @@ def fold(text: str) -> str:
 
     Case folded (ß is ss, a final sigma a sigma), NFKC (full-width letters, ligatures, composed and
     decomposed accents), digits of all writings as 0-9, signs that no one sees left out (joiners,
-    zero-width blanks, soft hyphens, direction marks), typographic quotes, dashes and × as on a
-    keyboard, runs of blanks and control characters as one blank. Accents count.
+    zero-width blanks, soft hyphens, direction marks) and ®, ™ too, typographic quotes, dashes and ×
+    as on a keyboard, runs of blanks and control characters as one blank. Accents count.
     """
     if text.isascii():
         if not text.isprintable():

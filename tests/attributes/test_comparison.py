@@ -30,6 +30,7 @@ SAME = [
     ("10×20 – men’s", "10x20 - men's"),
     ("5½", "5 1/2"),
     ("a\0b\tc", "a b c"),
+    ("CoolTech™, Lycra®", "cooltech, lycra"),
 ]
 
 
