@@ -24,10 +24,14 @@ _NAMED = re.compile(
 )
 _URL = re.compile(r"(?:\w+://|www\.)\S+")
 _LONG_WORD = re.compile(r"[^\W\d_]{3,}")  # of letters alone
-# Prices, sizes and the like ("12,5 cm", "10x20", "$ 9.99"): few products may all differ in one.
+# Prices, sizes and the like ("12,5 cm", "67\"w x 20\"d", "rs. 999"): few products may all differ in
+# one. A dimension may stand before its number ("w 20 h 30").
+_NUMBER = r"\d{1,5}(?:[.,]\d{1,4})*"
+_UNIT = r"(?: ?(?:[\"'°]{1,2}[a-z]?|[^\W\d_]{1,4}\d?|[%€£$¥₹]))?\.?"
 _AMOUNT = re.compile(
-    r"[$€£¥<>~+-]? ?\d{1,5}(?:[.,]\d{1,3})*(?:[ x/*-]{1,3}\d{1,5}(?:[.,]\d{1,3})*){0,5}"
-    r" ?(?:[^\W\d_]{0,4}\d?|[%\"'°€£$])\.?"
+    r"(?:(?:us|ca|au|hk|nz|s|r)?[$€£¥₹₽<>~+-]|(?:rs|inr|usd|eur|gbp|chf|kr|ca|approx)\.?|[約约])? ?"
+    rf"(?:{_NUMBER}{_UNIT}(?:[ x/*,-]{{1,3}}{_NUMBER}{_UNIT}){{0,5}}"
+    rf"|[a-zø]:? ?{_NUMBER}{_UNIT}(?:[ x/*,-]{{1,3}}[a-zø]:? ?{_NUMBER}{_UNIT}){{1,5}})"
 )
 
 

@@ -29,6 +29,12 @@ def test_codes_that_nearly_every_product_has_alone_are_identifiers_whatever_thei
         [f"{i * 0.37:.2f} kg" for i in range(200)],
         [f"{i}x{i + 7} cm" for i in range(200)],
         [f"{(i * i * 37) % 90001}" for i in range(200)],  # grams
+        [f"rs. {(i * i * 37) % 90001}" for i in range(200)],
+        [f"us${i * 0.37:.2f}" for i in range(200)],
+        [f'{i}"w x {i + 7}"d x 30"h' for i in range(200)],
+        [f"{i} cm x {i + 7} cm x 3 cm" for i in range(200)],
+        [f"l{i} w{i + 7} h30" for i in range(200)],
+        [f"{i % 28 + 1}.3.{1800 + i}" for i in range(200)],
         ["a", "b"] * 100,
     ],
 )
