@@ -171,6 +171,7 @@ _WHERE = "image|images|photo|photos|picture|pictures|text|title|description|list
 _NOT_SAID = re.compile(
     rf"(?:(?:it |this )?(?:is )?(?:not|none)(?: clearly| explicitly)? (?:{_SEEN})|unknown|unclear"
     rf"|unspecified|no (?:information|info|data|details)(?: (?:{_SEEN}))?"
+    rf"|no visible brand(?: name)?|no brand(?: name)? (?:{_SEEN})"
     r"|(?:cannot|can not|can t|could not) (?:be )?(?:determined?|identified|identify|seen?|tell)"
     r"|unable to (?:determine|identify|tell|see))"
     rf"(?:(?: (?:in|from|on|by|or|and|the|this|provided|given|product|seller s|alone))*"

@@ -25,7 +25,7 @@ _NAMES = frozenset(
     {"name", "attribute", "attribute name", "key", "property", "field", "feature", "label"}
 )
 _VALUES = frozenset({"value", "values", "attribute value", "val"})
-_WRAPPERS = frozenset(
+WRAPPERS = frozenset(
     {"attributes", "key attributes", "product attributes", "properties", "product", "item", "items"}
     | {"result", "results", "data", "answer", "output", "response", "features", "specifications"}
 )
@@ -57,7 +57,8 @@ def read_json(text: str) -> tuple[Pairs, bool] | None:
         pairs, end, whole = [], start.start(), True
         while whole and _START.match(text, end):  # objects one after another, too
             node, whole, end = _Reader(text, end).read()
-            pairs += _pairs(node)
+            # A list of two names stands in another: ["S", "M"] alone is a value.
+            pairs += () if _is_pair(node) else _pairs(node)
             end = _BETWEEN.match(text, end).end()
         if pairs:
             return pairs, whole
@@ -138,14 +139,19 @@ def _pairs(node: Object | Array | str, outer: str = "") -> Iterator[tuple[str, s
         name, colon, value = node.partition(":")
         yield from [(name, value)] if colon else ()
     elif isinstance(node, Array):
-        is_pair = len(node) == 2 and node.whole and all(isinstance(part, str) for part in node)
-        if is_pair and ":" not in node[0]:
+        if _is_pair(node):
             yield node[0], node[1]
             return
         for part in node:
             yield from _pairs(part, outer)
     else:
         yield from _of_object(node, outer)
+
+
+def _is_pair(node: Object | Array) -> bool:
+    """Whether it is ["color", "navy"]."""
+    is_two = isinstance(node, Array) and len(node) == 2 and node.whole
+    return is_two and all(isinstance(part, str) for part in node) and ":" not in node[0]
 
 
 def _of_object(node: Object, outer: str) -> Iterator[tuple[str, str]]:
@@ -158,7 +164,7 @@ def _of_object(node: Object, outer: str) -> Iterator[tuple[str, str]]:
         if text is not None:
             yield name if isinstance(name, str) else outer, f"{text} {unit}".strip()
         return
-    wrapped = [k for k, child in keys.items() if k in _WRAPPERS and not isinstance(child, str)]
+    wrapped = [k for k, child in keys.items() if k in WRAPPERS and not isinstance(child, str)]
     if len(wrapped) == 1 and "attributes" in wrapped[0]:  # the rest tells of the product
         yield from _pairs(keys[wrapped[0]], outer)
         return
@@ -167,7 +173,7 @@ def _of_object(node: Object, outer: str) -> Iterator[tuple[str, str]]:
         if text is not None:
             yield f"{outer} {key}".strip(), text
         elif isinstance(child, Object) or any(not isinstance(part, str) for part in child):
-            is_wrapper = len(node) == 1 or fold(key).replace("_", " ") in _WRAPPERS
+            is_wrapper = len(node) == 1 or fold(key).replace("_", " ") in WRAPPERS
             is_value = isinstance(child, Object) and any(fold(k) in _VALUES for k, _ in child)
             inner = f"{outer} {key}".strip() if is_value or not is_wrapper else outer
             yield from _pairs(child, inner)

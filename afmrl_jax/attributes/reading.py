@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from afmrl_jax.attributes.comparison import fold, is_empty, words
-from afmrl_jax.attributes.json_text import read_json
+from afmrl_jax.attributes.json_text import WRAPPERS, read_json
 from afmrl_jax.attributes.text import MAX_CHARACTERS, MAX_PAIRS, Parsed, Verdict, normalise
 
 # How an answer was written; "prose" where no pair could be read.
@@ -81,8 +81,8 @@ _SPEAKING = re.compile(
     r"sure|certainly|of course|okay|based on (?:the|this|your|what)|as an ai|let me|looking at|"
     r"(?:in|from) (?:the|this) (?:image|photo|picture|listing|text|title|description|provided)|"
     r"lo siento|es tut mir|leider|hier sind|désolé|je|voici|bien sûr|mi dispiace|desculpe|aquí|"
-    r"claro|por supuesto|estos son|gerne|natürlich|certo|к сожалению|извините|вот|конечно)(?![\w/-])"
-    r"|(?:the|a|an|my|it|its)\s|抱歉|对不起|對不起|很抱歉|以下|根据|好的|当然|申し訳|죄송"
+    r"claro|por supuesto|estos son|gerne|natürlich|certo|к сожалению|извините|вот|конечно)"
+    r"(?![\w/-])|(?:the|a|an|my|it|its)\s|抱歉|对不起|對不起|很抱歉|以下|根据|好的|当然|申し訳|죄송"
 )
 _SENTENCE = re.compile(  # how a value begins that is a sentence
     r"(?:i (?:can|cannot|can't|am|don't|do not|could|would|will)|i'm|sorry|unfortunately|as an ai"
@@ -115,6 +115,7 @@ def _is_attribute(name: str, value: str) -> bool:
         and not (is_remark or _SPEAKING.match(folded) or _MARKS_OF_CODE.search(folded))
         and len(value) <= LONGEST_VALUE
         and not value.startswith(("{", "["))
+        and value.count("{") == value.count("}")  # the end of JSON that could not be read
         and not _SENTENCE.match(fold(value))
         and not (n_words > 2 * MOST_WORDS and _SENTENCE_ENDS.search(value))
     )
@@ -151,6 +152,9 @@ def _read(body: str, closed: bool) -> _Read:
         if (found := read_json(block)) is not None:
             pairs, whole = found
             pairs = [(name.replace("_", " "), value) for name, value in pairs]
+            if len(pairs) == 1 and _wraps(*pairs[0]):
+                pairs = (read := _read_lines(pairs[0][1], closed and whole)).pairs
+                whole = whole and not read.broken
             return _Read("json", pairs, broken=not whole)
         read = _read_table(block, closed) or _read_lines(block, closed)
         if read.pairs:
@@ -158,9 +162,15 @@ def _read(body: str, closed: bool) -> _Read:
     return read
 
 
+def _wraps(name: str, value: str) -> bool:
+    """Whether a pair holds all others as text: {"attributes": "color: navy; sleeve: long"}."""
+    return fold(name) in WRAPPERS and _SIMPLE_PAIR.match(value) is not None
+
+
 # ---- tables
 
 _TABLE_RULE = re.compile(r"[ \t]*\|?(?:[ \t]*:?-{2,}:?[ \t]*\|?)+[ \t]*")
+_BAR = re.compile(r"(?<!\\)\|")
 _COLUMN = re.compile(
     r"(?:key |product )?attributes?|(?:attribute )?name|property|key|field|feature|specification|"
     r"detail|属性名?|特征|名称"
@@ -190,7 +200,7 @@ def _read_table(body: str, closed: bool) -> _Read | None:
 
 def _cells(row: str) -> list[str]:
     row = row.strip().removeprefix("|").removesuffix("|")
-    return [_bare(cell) for cell in _MARKUP.sub("", row).split("|")]
+    return [_bare(cell.replace("\\|", "|")) for cell in _BAR.split(_MARKUP.sub("", row))]
 
 
 # What stands before attributes; not a pair's name where another pair follows.
@@ -215,15 +225,17 @@ _GREETING = re.compile(
     r"|natürlich|certo|конечно)\b[^:：;；]{0,80}?[!.,]\s+",
     re.IGNORECASE,
 )
-# Behind a comma, a bar, a full stop another pair begins, where a name and a colon follow.
+# Behind a comma, a bar, a full stop, a dash, a number another pair begins, where a name and a colon
+# follow.
 _NEXT_PAIR = re.compile(
-    r"[,，、،|.。]\s*(?=[^:：\n]{0,50}[^\W\d_])"
+    r"(?:[,，、،|.。]|(?<=\S)(?:\t|\s+(?:[-–—•·/]|\(?\d{1,2}[.)])\s))\s*(?=[^:：\n]{0,50}[^\W\d_])"
     rf"(?=(?:(?i:{_SHORT})\.\s)?[^\s:：;,，、،|.。][^:：;,，、،|.。\n]{{0,{LONGEST_NAME}}}(?::\s|：))"
 )
 # What our format escapes is no separator here either.
 _PIECE = re.compile(r"(?:\\[\\;:]|[^;；؛])++")
 _SIMPLE_PAIR = re.compile(rf"[^:：,，、،.。]{{1,{LONGEST_NAME}}}[:：]")
 _PAIR = re.compile(r"((?:\\[\\;:]|[^:：])*+)[:：](.*)", re.DOTALL)
+_LIST = re.compile(r"\[([^\[\]{}]*)\]")  # of values
 _ESCAPED = re.compile(r"\\([\\;:])")
 
 
@@ -305,7 +317,10 @@ def _pair(text: str, is_closed: bool = False) -> tuple[str, str]:
         is_heading = is_heading or _SPEAKING.match(folded) or _OF_ATTRIBUTES.search(folded)
         if not is_heading or not _PAIR.match(text):
             break
-    return _ESCAPED.sub(r"\1", name), _ESCAPED.sub(r"\1", _bare(text, is_closed))
+    value = _bare(text, is_closed)
+    if listed := _LIST.fullmatch(value):
+        value = ", ".join(map(_bare, listed[1].split(",")))
+    return _ESCAPED.sub(r"\1", name), _ESCAPED.sub(r"\1", value)
 
 
 _QUOTES = {'"': '"', "'": "'", "“": "”", "„": "“", "«": "»", "‘": "’", "「": "」", "『": "』"}

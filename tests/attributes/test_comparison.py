@@ -71,7 +71,7 @@ def test_words_keep_their_marks_and_unspaced_writings_give_pairs_of_letters():
 EMPTY = """unknown|Unknown.|N/A|n.a.|(not specified)|-|—|?|…|none given|NULL|nan|Does Not Apply
 keine Angabe|k. A.|不明|未知|inconnu|Desconocido|нет данных|알 수 없음|ไม่ระบุ|غير محدد|अज्ञात|\u200b
 not visible in the photo|cannot be determined from the provided image|No information available
-unknown (no label is seen)|it is not clearly visible"""
+unknown (no label is seen)|No visible brand|it is not clearly visible"""
 
 
 @pytest.mark.parametrize("value", re.split(r"[|\n]", EMPTY))

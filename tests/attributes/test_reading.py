@@ -56,6 +56,11 @@ ANSWERS = [  # each says NAVY
     ("plain", "color: navy؛ sleeve: long"),  # Arabic
     ("commas", "color: navy، sleeve: long"),
     ("plain", "color: navy\nsleeve: long\n(Word count: 4)"),
+    ("json", '{"attributes": "color: navy; sleeve: long"}'),
+    ("plain", "color: [navy]; sleeve: long"),
+    ("commas", "Color: navy - Sleeve: long"),
+    ("list", "1) color: navy 2) sleeve: long"),
+    ("commas", "color: navy\tsleeve: long"),
     ("plain", "Claro, aquí tienes: color: navy; sleeve: long"),
 ]  # fmt: skip
 
@@ -90,6 +95,8 @@ def test_what_a_model_says_is_read_in_whatever_form_it_says_it(form, answer):
             | {"i/o ports": "2", "output": "5 V"},
         ),
         ('{"Max. load": "5 kg"}', {"max. load": "5 kg"}),
+        ('size: ["S", "M"]; color: red', {"size": "S, M", "color": "red"}),
+        ("| Name | Value |\n|---|---|\n| color | red \\| blue |", {"color": "red | blue"}),
         ("颜色：蓝，材质：棉。", {"颜色": "蓝", "材质": "棉"}),
         (r"size\: eu: 40\; 41", {"size: eu": "40; 41"}),
     ],
@@ -113,6 +120,8 @@ def test_values_are_read_as_they_were_meant(answer, attributes):
         "This product is best described as follows: a navy dress",
         "A fine mug.",
         '{"color": "navy" "sleeve": "long"}',
+        '{"color": "navy"\n "sleeve": "long"}',
+        '{"error": "status: 404"}',
         "[" * 5000,
     ],
 )
@@ -173,7 +182,8 @@ def test_any_text_is_read_without_an_error_into_normal_attributes(text, closed):
 @pytest.mark.parametrize(
     "unit",
     ["{", '{"a":', '["a: b",', '"', "' ", "\\\"", "|", "|---|\n", "*a*", "```", "<think>", "- ",
-     "\t", ", a", "a, ", ":", ";", "a:a:", "<|", "sure, ", "1. ", "e\u0344"],
+     "\t", ", a", "a, ", ":", ";", "a:a:", "<|", "sure, ", "1. ", " - ", " 1) ", "\t\t", "a. ", "・",
+     "e\u0344"],
 )  # fmt: skip
 def test_hostile_answers_take_time_in_proportion_to_their_length(unit):
     """Some hundredths of a second each; squared they would take minutes."""
