@@ -16,10 +16,10 @@ from typing import Any
 # What servers call the end of an answer (`finish_reason`; OpenAI, vLLM, SGLang, TGI, Ollama,
 # llama.cpp, Gemini, Anthropic, Cohere, Mistral and the proxies before them).
 ENDED = {"stop", "eos", "eos_token", "stop_sequence", "end_turn", "complete"}
-CUT = {"length", "max_tokens", "model_length"}
+CUT = {"length", "max_tokens", "model_length", "model_context_window_exceeded"}
 BROKEN = {
     "abort", "aborted", "cancelled", "canceled", "error", "load", "unload",
-    "insufficient_system_resource",
+    "insufficient_system_resource", "network_error", "timeout",
 }  # fmt: skip
 AWAY = {429, 502, 503, 521, 522, 523, 529}  # of the server as a whole; 52x are Cloudflare's
 OUT_OF_CREDIT = (

@@ -22,7 +22,7 @@ def test_an_answer_that_ended_by_itself_is_whole(end):
     assert read.kind is Kind.ANSWERED and read.closed and read.text == PLAIN["content"]
 
 
-@pytest.mark.parametrize("end", ["length", "max_tokens", "MAX_TOKENS", "model_length"])
+@pytest.mark.parametrize("end", ["length", "MAX_TOKENS", "model_context_window_exceeded"])
 def test_an_answer_that_met_the_limit_is_cut(end):
     read = completion(finish_reason=end)
     assert read.kind is Kind.ANSWERED and not read.closed
@@ -37,7 +37,7 @@ def test_what_a_filter_a_tool_or_an_unknown_cause_stopped_is_no_answer(end):
     assert completion().kind is Kind.STOPPED  # where the field is absent too
 
 
-@pytest.mark.parametrize("end", ["abort", "error", "load", "insufficient_system_resource"])
+@pytest.mark.parametrize("end", ["abort", "error", "load", "network_error", "timeout"])
 def test_what_the_server_broke_off_may_be_asked_again(end):
     assert completion(finish_reason=end).kind is Kind.FAILED
 
