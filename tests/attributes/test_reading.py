@@ -182,8 +182,8 @@ def test_any_text_is_read_without_an_error_into_normal_attributes(text, closed):
 @pytest.mark.parametrize(
     "unit",
     ["{", '{"a":', '["a: b",', '"', "' ", "\\\"", "|", "|---|\n", "*a*", "```", "<think>", "- ",
-     "\t", ", a", "a, ", ":", ";", "a:a:", "<|", "sure, ", "1. ", " - ", " 1) ", "\t\t", "a. ", "・",
-     "e\u0344"],
+     "\t", ", a", "a, ", ":", ";", "a:a:", "<|", "sure, ", "1. ", " - ", " 1) ", "\t\t", "a. ",
+     "・", "e\u0344"],
 )  # fmt: skip
 def test_hostile_answers_take_time_in_proportion_to_their_length(unit):
     """Some hundredths of a second each; squared they would take minutes."""
