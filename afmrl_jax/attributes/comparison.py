@@ -168,9 +168,11 @@ _EMPTY_VALUES = frozenset(
 _SEEN = "specified|mentioned|stated|given|provided|listed|visible|available|known|shown|identified"
 _SEEN += "|found|indicated|disclosed|determined|applicable|clear|determinable|discernible|legible"
 _WHERE = "image|images|photo|photos|picture|pictures|text|title|description|listing|information"
+_WHAT = "brand|brand name|manufacturer|model|material|colou?r|size|information|info|details|data"
 _NOT_SAID = re.compile(
-    rf"(?:(?:it |this )?(?:is )?(?:not|none)(?: clearly| explicitly)? (?:{_SEEN})|unknown|unclear"
-    rf"|unspecified|no (?:information|info|data|details)(?: (?:{_SEEN}))?"
+    rf"(?:(?:(?:it|this|{_WHAT}) )?(?:is )?(?:not|none)(?: clearly| explicitly)? (?:{_SEEN})"
+    rf"|(?:unknown|unclear|unspecified)(?: (?:{_WHAT}))?"
+    rf"|no (?:information|info|data|details)(?: (?:{_SEEN}))?"
     rf"|no visible brand(?: name)?|no brand(?: name)? (?:{_SEEN})"
     r"|(?:cannot|can not|can t|could not) (?:be )?(?:determined?|identified|identify|seen?|tell)"
     r"|unable to (?:determine|identify|tell|see))"
@@ -182,6 +184,7 @@ _NOT_SAID = re.compile(
 # How a value that says nothing begins, to tell nearly all others at once.
 _STARTS = {value[:3] for value in _EMPTY_VALUES}
 _STARTS |= {"it", "thi", "is", "not", "non", "no", "can", "cou", "una"}
+_STARTS |= {what[:3] for what in _WHAT.split("|")}
 
 
 def is_empty(value: str) -> bool:

@@ -71,7 +71,8 @@ def test_words_keep_their_marks_and_unspaced_writings_give_pairs_of_letters():
 EMPTY = """unknown|Unknown.|N/A|n.a.|(not specified)|-|—|?|…|none given|NULL|nan|Does Not Apply
 keine Angabe|k. A.|不明|未知|inconnu|Desconocido|нет данных|알 수 없음|ไม่ระบุ|غير محدد|अज्ञात|\u200b
 not visible in the photo|cannot be determined from the provided image|No information available
-unknown (no label is seen)|No visible brand|it is not clearly visible"""
+unknown (no label is seen)|No visible brand|Brand not specified|unknown brand
+it is not clearly visible"""
 
 
 @pytest.mark.parametrize("value", re.split(r"[|\n]", EMPTY))
@@ -83,7 +84,8 @@ def test_a_value_that_says_nothing_is_no_attribute_anywhere(value):
 
 
 @pytest.mark.parametrize(
-    "value", ["none", "No", "ND", "0", "$$", "A+", "Unknown Pleasures", "navy"]
+    "value",
+    ["none", "No", "ND", "0", "$$", "A+", "Unknown Pleasures", "brand new", "size 0", "color"],
 )
 def test_a_value_that_says_little_is_one(value):
     assert not is_empty(value)
