@@ -39,10 +39,15 @@ def _replaced(values: Any, one: float | None, other: float | None) -> Any:
     return other if values == one else values
 
 
-def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, tuple[float, float]]) -> None:
-    """Raises UserError for the first field outside its (lowest, highest), both allowed; and for any
-    that is nan, which has no place in a record."""
-    for field, (low, high) in ranges.items():
+def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, tuple]) -> None:
+    """Raises UserError for the first field outside its (lowest, highest), both allowed, or, where
+    its range is words, that is none of them; and for any that is nan, which has no place in a
+    record."""
+    for field, allowed in ranges.items():
+        if isinstance(allowed[0], str):
+            check_choice(field, values[field], allowed)
+            continue
+        low, high = allowed
         if not low <= values[field] <= high:
             raise UserError(f"{field} is {values[field]!r}: give {_allowed(low, high)}")
     for field, value in values.items():

@@ -7,6 +7,7 @@ import difflib
 import importlib.machinery
 import importlib.util
 import inspect
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,9 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import flatten
 
 PACKAGED = Path(__file__).parents[1] / "configs"
+# What ml_collections says of a field that a locked configuration has not.
+NO_FIELD = re.compile(r'Key "(\w+)" does not exist and cannot be added')
+NEAR = re.compile(r'Did you mean "(\w+)" instead of')
 PROGRAMS = sorted(p.stem for p in PACKAGED.glob("[a-z]*.py") if p.stem != "common")
 
 
@@ -67,6 +71,7 @@ def _module(page: Path) -> ModuleType:
     sys.path.append(str(page.absolute().parent.parent))
     loader = importlib.machinery.SourceFileLoader("config_page", str(page))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("config_page", loader))
+    sys.modules["config_page"] = module  # where dataclasses and pickle look for a class's module
     loader.exec_module(module)
     return module
 
@@ -86,6 +91,10 @@ def _run(page: Path, do: Callable[[], Any]) -> Any:
             where, what = f"{error.filename} line {error.lineno}", error.msg
         elif isinstance(error, ValueError):  # as of an arm that a page has not
             what = str(error)
+        elif missing := NO_FIELD.search(str(error)):  # behind it stands the whole configuration
+            near = NEAR.search(str(error))
+            hint = f": did you mean {near[1]!r}?" if near else ""
+            what = f"the configuration has no field {missing[1]!r}{hint}"
         elif isinstance(error, ImportError) and (error.name or "").split(".")[0] == "configs":
             what += "; write `from afmrl_jax.configs import NAME` for a page of the package"
         raise UserError(f"{where}: {' '.join(what.split())}") from None

@@ -256,8 +256,9 @@ def chat_template(folder: Path) -> str:
         content = read_json(path) if path.is_file() else {}
         found = content.get("chat_template") if isinstance(content, Mapping) else None
         if isinstance(found, list):  # several, by name
-            found = {entry["name"]: entry["template"] for entry in found}.get("default")
-        if found:
+            entries = [entry for entry in found if isinstance(entry, Mapping)]
+            found = {str(e.get("name")): e.get("template") for e in entries}.get("default")
+        if found and isinstance(found, str):
             return found
     return ""
 
@@ -273,9 +274,9 @@ def embedder_template(folder: Path, template: str) -> str:
     prompts = content.get("prompts") if isinstance(content, Mapping) else None
     if not isinstance(prompts, Mapping):
         return template
-    words = prompts.get(content.get("default_prompt_name"))
+    words = prompts.get(str(content.get("default_prompt_name")))
     if not words and not system_words(template):
-        several = {text for text in prompts.values() if text}
+        several = {text for text in prompts.values() if text and isinstance(text, str)}
         words = several.pop() if len(several) == 1 else ""
         if several:
             log.warning(

@@ -9,6 +9,7 @@ negatives a query · E embedding · T attribute terms.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
@@ -45,6 +46,11 @@ RANGES = {  # field -> (lowest, highest), both allowed
 }
 SWITCHES = ("boost_positive", "symmetric")
 CAN_BE_OFF = ("mask_target_similarity", "mask_margin", "mask_attributes")
+# The same of a configuration's fields, where inf turns a mask off.
+FIELDS = {f"loss.{name}": words for name, words in CHOICES.items()} | {
+    f"loss.{name}": (low, math.inf if name in CAN_BE_OFF else high)
+    for name, (low, high) in RANGES.items()
+}
 
 
 @dataclass(frozen=True)

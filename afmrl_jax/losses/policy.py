@@ -19,10 +19,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from afmrl_jax.core.fields import check_choice, check_ranges
+from afmrl_jax.core.fields import check_ranges
 
 OBJECTIVES = ("grpo", "dr_grpo")
-RANGES = {"policy option clip": (0.0, 1.0), "policy option kl": (0.0, 100.0)}
+RANGES = {  # field -> lowest and highest, or its words
+    "policy.objective": OBJECTIVES,
+    "policy.clip": (0.0, 1.0),
+    "policy.kl": (0.0, 100.0),
+}
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,7 @@ class Options:
     mask_truncated: bool = False
 
     def __post_init__(self):
-        check_choice("policy option objective", self.objective, OBJECTIVES)
-        values = {"policy option clip": self.clip, "policy option kl": self.kl}
-        check_ranges(values, RANGES)
+        check_ranges(dict(zip(RANGES, (self.objective, self.clip, self.kl))), RANGES)
 
 
 def policy_loss(

@@ -280,7 +280,7 @@ def from_hf(
     checkpoint asks for something that this model does not compute.
     """
     architecture = config.get("model_type")
-    if architecture not in FAMILIES:
+    if architecture not in list(FAMILIES):  # it may be anything that JSON holds
         raise UserError(
             f"config.json: model_type {architecture!r} is not supported; use a checkpoint of "
             f"{', '.join(FAMILIES)}"
@@ -316,7 +316,7 @@ def from_hf(
         vision_start_token_id=whole(config, "vision_start_token_id", 151652, least=0),
         vision_end_token_id=whole(config, "vision_end_token_id", 151653, least=0),
         tie_embeddings=any(ties),
-        initializer_range=decoder.get("initializer_range", 0.02),
+        initializer_range=number({"initializer_range": 0.02, **decoder}, "initializer_range"),
         architecture=architecture,
         **(ends() if ends else _ends_from_hf(text)),
     )

@@ -32,7 +32,7 @@ from ml_collections import ConfigDict
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_choice, check_ranges, flatten, to_json
+from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, replicated
 from afmrl_jax.core.processes import first_says
 from afmrl_jax.core.writer import write_atomically
@@ -51,6 +51,7 @@ from afmrl_jax.data.pipeline import PairBatches, Stream
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.views import Augmentation, listing_text, parse_mixture, sampled_cuts
 from afmrl_jax.losses.contrastive import CAN_BE_OFF, Options, contrastive_loss
+from afmrl_jax.losses.contrastive import FIELDS as LOSS_FIELDS
 from afmrl_jax.losses.labels import Labels, frequent_labels, label_loss
 from afmrl_jax.models import lora
 from afmrl_jax.retrieval.evaluation import Task, parse_task, results_table, write_evaluation
@@ -87,8 +88,11 @@ HEAD = "head"  # the name of its parameters beside the encoder's
 EVALUATIONS = {"before": "evaluation_before.json", "after": "evaluation.json"}
 TOKENIZER_LISTINGS = 20_000  # whose texts a preset's tokenizer is trained on
 VALIDATION_LISTINGS = 600
-RANGES = {  # field -> lowest and highest
+RANGES = {  # field -> lowest and highest, or its words
     **OPTIMIZER_RANGES,
+    **encoder.RANGES,
+    **LOSS_FIELDS,
+    "eval.attributes": ("none", "oracle"),
     "seed": (0, 2**31 - 1),
     "log_every": (1, math.inf),
     "eval_every": (0, math.inf),
@@ -97,8 +101,6 @@ RANGES = {  # field -> lowest and highest
     "chunks": (1, math.inf),
     "eval.batch": (1, math.inf),
     "model.embedding_dim": (0, math.inf),
-    "model.lora_rank": (0, math.inf),
-    "model.lora_alpha": (1e-6, 10_000),
     "data.workers": (0, math.inf),
     "data.timeout": (1, 1_000_000),
     "data.neighbours": (1, math.inf),
@@ -294,7 +296,6 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     first_process = jax.process_index() == 0
     check_ranges(flatten(config), RANGES)
     traced_steps(config.profile, config.steps)
-    check_choice("eval.attributes", config.eval.attributes, ("none", "oracle"))
     tasks = [parse_task(name) for name in config.eval.tasks.split(",")]
     local = local_rows(mesh, config.batch // config.chunks, "batch / chunks")
     with Checkpoints(checkpoint_folder(config, workdir), writable=True) as checkpoints:

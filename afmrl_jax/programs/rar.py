@@ -40,6 +40,7 @@ from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.data.pipeline import Stream
 from afmrl_jax.data.views import sampled_cuts
+from afmrl_jax.losses.policy import RANGES as POLICY_RANGES
 from afmrl_jax.models import lora
 from afmrl_jax.models.partition import MATRIX
 from afmrl_jax.models.sampler import Samples
@@ -47,9 +48,11 @@ from afmrl_jax.rl.environment import Environment, Judged, Laps, append_groups
 from afmrl_jax.rl.gallery import Gallery, askers, gallery_listings, open_gallery
 from afmrl_jax.rl.held_out import HeldOut, Said, comparison_table
 from afmrl_jax.rl.judging import Judge
+from afmrl_jax.rl.rewards import RANGES as REWARD_RANGES
 from afmrl_jax.rl.rewards import Options as RewardOptions
 from afmrl_jax.rl.rewards import bounded_k
 from afmrl_jax.rl.rollout import Query, QueryBatches, QueryEmbedder, none_is_read
+from afmrl_jax.rl.watch import RANGES as WATCH_RANGES
 from afmrl_jax.rl.watch import Limits, stopped, watch
 from afmrl_jax.training.checkpoint import Checkpoints, checkpoint_folder
 from afmrl_jax.training.describer import describe
@@ -60,6 +63,7 @@ from afmrl_jax.training.encoder import (
     host_embedder,
     lora_of,
 )
+from afmrl_jax.training.encoder import RANGES as MODEL_RANGES
 from afmrl_jax.training.generator import Answerer, Generator
 from afmrl_jax.training.goodput import Clock
 from afmrl_jax.training.loop import Training, fit
@@ -78,8 +82,12 @@ from afmrl_jax.training.unchanged import (
 )
 
 ROWS = ("instruction", "max_tokens", "max_answer", "max_patches", "min_pixels", "max_pixels")
-RANGES = {  # field -> lowest and highest
+RANGES = {  # field -> lowest and highest, or its words
     **OPTIMIZER_RANGES,
+    **REWARD_RANGES,
+    **POLICY_RANGES,
+    **WATCH_RANGES,
+    **MODEL_RANGES,
     "seed": (0, 2**31 - 1),
     "log_every": (1, math.inf),
     "eval_every": (0, math.inf),
@@ -93,8 +101,6 @@ RANGES = {  # field -> lowest and highest
     "rollouts_every": (0, math.inf),
     "reward.gallery": (2, math.inf),
     "reward.batch": (1, math.inf),
-    "model.lora_rank": (0, math.inf),
-    "model.lora_alpha": (1e-6, 10_000),
     "data.workers": (0, math.inf),
     "data.timeout": (1, 1_000_000),
     "eval.batch": (1, math.inf),

@@ -59,6 +59,7 @@ from afmrl_jax.data.views import listing_text
 from afmrl_jax.models import lora
 from afmrl_jax.training import accumulate, cost
 from afmrl_jax.training.checkpoint import Checkpoints, checkpoint_folder
+from afmrl_jax.training.encoder import RANGES as MODEL_RANGES
 from afmrl_jax.training.encoder import abstract_params, from_preset, from_record, lora_of
 from afmrl_jax.training.generator import Answerer, Generator, batches_of
 from afmrl_jax.training.goodput import Clock, abstract_host
@@ -79,8 +80,9 @@ ROWS = (
 )
 TOKENIZER_LISTINGS = 20_000  # whose texts a preset's tokenizer is trained on
 MAJORITY_LISTINGS = 20_000  # of the training split, from which the guesses are learned
-RANGES = {  # field -> lowest and highest
+RANGES = {  # field -> lowest and highest, or its words
     **OPTIMIZER_RANGES,
+    **MODEL_RANGES,
     "seed": (0, 2**31 - 1),
     "log_every": (1, math.inf),
     "eval_every": (0, math.inf),
@@ -88,8 +90,6 @@ RANGES = {  # field -> lowest and highest
     "batch": (1, math.inf),
     "chunks": (1, math.inf),
     "vocabulary_chunk": (1, math.inf),
-    "model.lora_rank": (0, math.inf),
-    "model.lora_alpha": (1e-6, 10_000),
     "data.workers": (0, math.inf),
     "data.timeout": (1, 1_000_000),
     "data.max_answer": (2, math.inf),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from afmrl_jax.core.fields import check_choice, check_ranges
+from afmrl_jax.core.fields import check_ranges
 from afmrl_jax.retrieval.metrics import (
     ndcg_at_k,
     places_of,
@@ -20,10 +20,11 @@ from afmrl_jax.retrieval.metrics import (
 )
 
 KINDS = ("recall", "mrr", "ndcg", "margin")
-RANGES = {
-    "reward option k": (1, 1_000_000),
-    "reward option invalid": (-100.0, 0.0),
-    "reward option length_cost": (0.0, 100.0),
+RANGES = {  # field -> lowest and highest, or its words
+    "reward.kind": KINDS,
+    "reward.k": (1, 1_000_000),
+    "reward.invalid": (-100.0, 0.0),
+    "reward.length_cost": (0.0, 100.0),
 }
 GALLERY_SHARE = 20  # k is at most a 20th of the gallery
 
@@ -39,8 +40,7 @@ class Options:
     length_cost: float = 0.0  # a token
 
     def __post_init__(self):
-        check_choice("reward option kind", self.kind, KINDS)
-        values = (self.k, self.invalid, self.length_cost)
+        values = (self.kind, self.k, self.invalid, self.length_cost)
         check_ranges(dict(zip(RANGES, values)), RANGES)
 
     @property

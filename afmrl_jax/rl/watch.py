@@ -28,6 +28,7 @@ TOLD = {
     " training where these lose",
 }
 AT_MOST = ("copied", "leaked")  # the others are limits from below
+RANGES = {f"watch.{name}": (0.0, 1.0) for name in TOLD} | {"watch.held_out_gain": (-2.0, 2.0)}
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,7 @@ class Limits:
     held_out_gain: float = -0.1  # at least: in units of the reward's measure
 
     def __post_init__(self):
-        bounds = dict.fromkeys(TOLD, (0.0, 1.0)) | {"held_out_gain": (-2.0, 2.0)}
-        for name, (low, high) in bounds.items():
-            field = f"watch limit {name}"
-            check_ranges({field: getattr(self, name)}, {field: (low, high)})
+        check_ranges({f"watch.{name}": getattr(self, name) for name in TOLD}, RANGES)
 
 
 @dataclass(frozen=True)

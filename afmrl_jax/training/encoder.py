@@ -44,6 +44,7 @@ from afmrl_jax.data.tokenizer import (
 from afmrl_jax.models.config import QwenVLConfig, from_hf
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.hf_weights import with_head_of
+from afmrl_jax.models.layers import REMATS
 from afmrl_jax.models.lora import LoRA, adapt, hold
 from afmrl_jax.models.partition import param_shardings
 from afmrl_jax.models.presets import preset
@@ -52,6 +53,12 @@ from afmrl_jax.models.qwen_vl import QwenVL
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+RANGES = {  # field -> lowest and highest, or its words
+    "model.dtype": tuple(DTYPES),
+    "model.remat": REMATS,
+    "model.lora_rank": (0, math.inf),
+    "model.lora_alpha": (1e-6, 10_000),
+}
 
 
 @dataclass(frozen=True)

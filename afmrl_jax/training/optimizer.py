@@ -8,11 +8,12 @@ import optax
 from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
 
-from afmrl_jax.core.fields import check_choice, check_ranges
+from afmrl_jax.core.fields import check_ranges
 from afmrl_jax.models.lora import ADAPTER
 
-RANGES = {  # field -> lowest and highest
+RANGES = {  # field -> lowest and highest, or its words
     "steps": (1, math.inf),
+    "optimizer.name": ("adamw", "muon"),
     "optimizer.learning_rate": (0, 1e38),  # what float32 holds
     "optimizer.warmup_share": (0, 0.99),
     "optimizer.final_share": (0, 1),
@@ -73,7 +74,6 @@ def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformati
     """
     fields = {f"optimizer.{field}": value for field, value in config.items()}
     check_ranges(fields | {"steps": steps}, RANGES)
-    check_choice("optimizer.name", config.name, ("adamw", "muon"))
     rate, decay = learning_rate(config, steps), config.weight_decay
     if config.name == "adamw":
         update = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=decay, mask=is_matrix)

@@ -77,6 +77,26 @@ def test_a_page_that_is_not_there_ends_with_the_nearest(folder):
         load_page("configs/agc.py")
 
 
+def test_a_page_that_sets_a_field_that_is_not_there_is_told_the_nearest_and_nothing_else(folder):
+    page = "from afmrl_jax.configs import agcl\ndef get_config():\n    c = agcl.get_config()\n"
+    (folder / "page.py").write_text(page + "    c.stepz = 5\n")
+    with pytest.raises(UserError) as error:
+        load_page("page.py")
+    told = "page.py line 4: the configuration has no field 'stepz': did you mean 'steps'?"
+    assert str(error.value) == told
+
+
+def test_a_page_may_define_a_dataclass(folder):
+    (folder / "page.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from afmrl_jax.configs import agcl\n"
+        "@dataclass\nclass Size:\n    steps: int = 3\n"
+        "def get_config():\n    c = agcl.get_config()\n    c.steps = Size().steps\n    return c\n"
+    )
+    assert load_page("page.py").steps == 3
+
+
 @pytest.mark.parametrize(
     "changes, sentence",
     [

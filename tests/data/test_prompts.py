@@ -319,6 +319,8 @@ def test_a_template_is_found_where_transformers_looks(tmp_path):
         (tmp_path / name).write_text(content)
         assert chat_template(tmp_path) == found
     (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.json").write_text('{"chat_template": [{"name": "default"}, 5]}')
+    assert chat_template(tmp_path) == "named"  # what holds no template does not count
     (tmp_path / "chat_template.json").write_text("{")
     with pytest.raises(UserError, match=r"chat_template\.json is not JSON"):
         chat_template(tmp_path)
@@ -345,6 +347,7 @@ def test_a_chat_template_s_own_system_words_are_read_from_it():
         (CHATML, {"query": "", "document": WORDS}, None, "You are a helpful assistant."),
         (SILENT, {"query": "Find it.", "document": WORDS}, None, ""),
         (SILENT, None, None, ""),
+        (SILENT, {"query": ["no text"], "document": WORDS}, ["no name"], WORDS),
     ],
 )
 def test_what_a_folder_has_sentence_transformers_say_is_said_as_the_system(

@@ -267,7 +267,7 @@ def test_a_constant_reward_moves_no_parameter():
     [
         ({"objective": "dr-grpo"}, 'did you mean "dr_grpo"'),
         ({"clip": 2.0}, "give 0 to 1"),
-        ({"kl": float("nan")}, "policy option kl is nan"),
+        ({"kl": float("nan")}, "policy.kl is nan"),
     ],
 )
 def test_a_wrong_policy_option_is_named_with_what_was_expected(wrong, says):

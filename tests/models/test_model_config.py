@@ -132,6 +132,8 @@ def test_a_mistyped_preset_is_told_the_nearest_name():
             "half the head size, 64",
         ),
         ({"vocab_size": 1000}, "image_token_id 151655 is outside the vocabulary of 1000"),
+        ({"initializer_range": None}, "initializer_range is None; expected a number above 0"),
+        ({"model_type": []}, "model_type .. is not supported"),
     ],
 )
 def test_a_config_that_this_model_cannot_compute_is_refused(change, told):

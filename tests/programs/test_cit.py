@@ -265,4 +265,10 @@ def test_a_field_out_of_its_range_ends_the_run_before_the_first_stage(config, tm
     config.again.batch, config.rar.optimizer.b1 = 8, 1.0
     with pytest.raises(UserError, match=r"rar.optimizer.b1 is 1.0: give 0 to 0.999999"):
         main.run(config, tmp_path / "run")
+    config.rar.optimizer.b1, config.rar.policy.clip = 0.9, 2.0
+    with pytest.raises(UserError, match=r"rar.policy.clip is 2.0: give 0 to 1"):
+        main.run(config, tmp_path / "run")
+    config.rar.policy.clip, config.rar.reward.kind = 0.2, "ndgc"
+    with pytest.raises(UserError, match=r"rar.reward.kind is 'ndgc', .* did you mean \"ndcg\""):
+        main.run(config, tmp_path / "run")
     assert not (tmp_path / "run" / "agcl").exists()

@@ -129,7 +129,7 @@ def test_a_query_whose_product_has_no_other_listing_is_refused():
     ("wrong", "says"),
     [
         ({"kind": "recal"}, 'did you mean "recall"'),
-        ({"k": 0}, "option k is 0"),
+        ({"k": 0}, r"reward\.k is 0"),
         ({"invalid": 0.1}, "give -100 to 0"),
         ({"length_cost": -1.0}, "length_cost is -1.0"),
     ],

@@ -88,5 +88,5 @@ def test_answers_that_do_not_help_held_out_queries_are_suspected():
 
 
 def test_a_limit_outside_its_range_is_refused():
-    with pytest.raises(UserError, match="watch limit copied is 90"):
+    with pytest.raises(UserError, match=r"watch\.copied is 90"):
         Limits(copied=90)
