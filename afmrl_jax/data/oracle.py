@@ -67,7 +67,7 @@ def open_attributes(
             _convert(catalog, source, temporary)
     summary = json.loads((folder / "summary.json").read_text())
     if summary["bad"]:
-        report = report_bad(source, [folder], summary["bad"], summary["lines"])
+        report = report_bad(source, [folder], Counter(summary["bad"]), summary["lines"])
         if on_bad_listing == "error":
             raise UserError(report)
         if report_dir:

@@ -123,6 +123,14 @@ def test_a_bad_line_is_told_by_its_number_or_left_out(bad, told, catalog, opened
     assert json.loads((tmp_path / "w/bad_listings.jsonl").read_text())["line"] == 2
 
 
+def test_several_bad_lines_are_told_with_their_counts(catalog, opened, caplog):
+    lines = [line(catalog.listing(0).listing_id, a="1"), "?", "!", '{"listing_id": "x"}']
+    with pytest.raises(UserError, match=r"2 x bad JSON, 1 x missing field\. Mend them"):
+        opened(*lines)
+    assert opened(*lines, on_bad_listing="skip").listing(0).attributes == {"a": "1"}
+    assert "3 of 4 listings can't be used" in caplog.text
+
+
 def test_two_lines_of_one_listing_are_refused(catalog, opened):
     first = catalog.listing(0).listing_id
     with pytest.raises(UserError, match=r"line 3: .* stands already in line 1; keep one"):
