@@ -2,6 +2,8 @@
 
 Two listings are the same where their listing_id and product_id are equal and they share a photo, or
 their text where one of them has no photo: a query of one catalogue must not find itself in another.
+Two that are the same as a third are one as well.
+
 Equal ids alone are not enough. One id may have been given to two listings, and one listing may be
 shown by a customer's photo here and by a studio's there, which is a query worth asking.
 
@@ -91,20 +93,15 @@ def identify_listings(catalogs: Sequence[Listed]) -> Identities:
         for row in rows:
             which = int(np.searchsorted(starts, row, side="right")) - 1
             contents.append(catalogs[which].content(int(row - starts[which])))
-        kinds = set()
-        for place, row in enumerate(rows):
-            for earlier, content in zip(rows[:place], contents):
-                if not _same_content(contents[place], content):
-                    kinds.add("apart")
-                elif products[row] != products[earlier]:
-                    kinds.add("disputed")
-                else:
-                    listings[row] = listings[earlier]
-                    kinds.add("merged")
-                    break
-        for kind, found in (("merged", merged), ("apart", apart), ("disputed", disputed)):
-            if kind in kinds:
-                found.append(listing_id)
+        groups = _alike(contents)
+        for group in groups:
+            listings[rows[group]] = rows[group[0]]
+        if any(len(group) > 1 for group in groups):
+            merged.append(listing_id)
+        if any(len(set(products[rows[group]])) > 1 for group in groups):
+            disputed.append(listing_id)
+        if len(groups) > 1:
+            apart.append(listing_id)
     return Identities(listings, products, merged, apart, disputed, shared_products)
 
 
@@ -114,6 +111,21 @@ def keep_apart(catalogs: Sequence[Listed]) -> Identities:
     parts = [catalog.products + start for catalog, start in zip(catalogs, np.cumsum([0, *counts]))]
     products = np.concatenate(parts).astype(np.int32)
     return Identities(np.arange(len(products), dtype=np.int32), products, [], [], [], [])
+
+
+def _alike(contents: Sequence[Content]) -> list[list[int]]:
+    """Which of the contents are of one listing: groups of their numbers, ascending, the first one's
+    first. Whatever two have in common with a third makes them one too, in whichever order."""
+    groups: list[list[int]] = []
+    for place, content in enumerate(contents):
+        apart, joined = [], [place]
+        for group in groups:
+            if any(_same_content(contents[other], content) for other in group):
+                joined += group
+            else:
+                apart.append(group)
+        groups = sorted([*apart, sorted(joined)])
+    return groups
 
 
 def _same_content(one: Content, other: Content) -> bool:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.catalog import Catalog, open_catalog
 from afmrl_jax.data.concat import ConcatCatalog
 from afmrl_jax.data.oracle import open_attributes
@@ -18,6 +19,11 @@ def cache_folder(config: ConfigDict) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "afmrl_jax"
 
 
+def catalogue_names(text: str) -> list[str]:
+    """The catalogues that a field of the configuration names, joined by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 def open_listings(path: str, config: ConfigDict, report_dir: Path) -> Catalog:
     """One catalogue, or several joined by commas: "builtin", a folder, a Parquet file, tfds:NAME.
 
@@ -25,16 +31,19 @@ def open_listings(path: str, config: ConfigDict, report_dir: Path) -> Catalog:
     Raises UserError as `open_catalog` does.
     """
     cache = cache_folder(config)
+    names = catalogue_names(path)
+    if not names:
+        raise UserError('no catalogue is named: set data.path to "builtin", a folder or a file')
     catalogues = [
         SyntheticCatalog(cache_dir=cache)
-        if name.strip() == "builtin"
+        if name == "builtin"
         else open_catalog(
-            name.strip(),
+            name,
             cache_dir=cache,
             on_bad_listing=config.on_bad_listing,
             report_dir=report_dir,
         )
-        for name in path.split(",")
+        for name in names
     ]
     return catalogues[0] if len(catalogues) == 1 else ConcatCatalog(catalogues, config.shared_ids)
 

@@ -23,12 +23,15 @@ import pyarrow as pa
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.catalog import Catalog, Listing, Overlay, append_new, report_bad
+from afmrl_jax.data.checking import text_hash
 from afmrl_jax.data.conversion import BATCH_ROWS, BadListings, new_folder, open_columns
 from afmrl_jax.data.sources import Source, line_source
 from afmrl_jax.data.validation import BadListing, check_annotation, identify, quote
 
-FORMAT = 2  # of what the cache holds; raise it with any change of `_convert`
+FORMAT = 3  # of what the cache holds; raise it with any change of `_convert`
 COLUMNS = pa.schema([("attributes", pa.large_string())])
+# What stands in a `Content.key` for no text and for no photos: nothing is alike in these.
+NO_TEXT, NO_PHOTOS = f"{text_hash('', '', ''):016x}", "0" * 16
 log = logging.getLogger(__name__)
 
 
@@ -44,11 +47,12 @@ def open_attributes(
 
     A listing without a line has no attributes: its own would pass for the writer's. A line that
     names a content goes to the listing of that id and content; where only one listing has the id,
-    its text or its photos must still be those of the line. Lines of no listing, and of what a
-    listing was before it changed, are counted and told. Bad lines, and second ones of one listing
-    and content, follow on_bad_listing as in `open_catalog`. The file is read once for each of its
-    contents and kept in the cache. Raises UserError, with a report of the bad lines, where no line
-    is of this catalogue, or where a line without content has an id of several listings.
+    its text or its photos, whichever it has, must still be those of the line. Lines of no listing,
+    and of what a listing was before it changed, are counted and told. Bad lines, and second ones of
+    one listing and content, follow on_bad_listing as in `open_catalog`. The file is read once for
+    each of its contents and kept in the cache. Raises UserError, with a report of the bad lines,
+    where no line is of this catalogue, or where a line without content has an id of several
+    listings.
     """
     source = line_source(path, "data.attributes")
     with source.path.open("rb") as file:
@@ -63,7 +67,7 @@ def open_attributes(
             _convert(catalog, source, temporary)
     summary = json.loads((folder / "summary.json").read_text())
     if summary["bad"]:
-        report = report_bad(source, [folder], summary["bad"], summary["lines"])
+        report = report_bad(source, [folder], Counter(summary["bad"]), summary["lines"])
         if on_bad_listing == "error":
             raise UserError(report)
         if report_dir:
@@ -206,9 +210,8 @@ def _match(written: str, now: str) -> Literal["whole", "part", "none"]:
     if written == now:
         return "whole"
     half = len(now) // 2
-    no_photos = "0" * half
-    same_text = written[:half] == now[:half]
-    same_photos = written[half:] == now[half:] != no_photos
+    same_text = written[:half] == now[:half] != NO_TEXT
+    same_photos = written[half:] == now[half:] != NO_PHOTOS
     return "part" if same_text or same_photos else "none"
 
 

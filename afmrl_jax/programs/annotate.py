@@ -174,17 +174,26 @@ def chosen_listings(catalog: Catalog, split: str, share: float) -> np.ndarray:
 
 def done_of(catalog: Catalog, listings: np.ndarray, answers: "AnswerFiles | None") -> np.ndarray:
     """bool[N]: which of the listings, int[N], are answered as they are now; none where no file is
-    known. Tells how many have changed since their answer."""
+    known. Tells how many have changed since their answer, and of how many that is not known."""
     done = np.zeros(len(listings), bool)
     if not answers or not answers.keys:
         return done
     ids = {listing_id for listing_id, _ in answers.keys}
-    changed = 0
+    changed = untold = 0
     for place, index in enumerate(listings):
         listing_id = catalog.listing(int(index)).listing_id
-        keys = {(listing_id, catalog.content(int(index)).key), (listing_id, NO_CONTENT)}
-        done[place] = bool(keys & answers.keys)
+        current = (listing_id, catalog.content(int(index)).key) in answers.keys
+        older = not current and (listing_id, NO_CONTENT) in answers.keys
+        done[place] = current or older
+        untold += older
         changed += listing_id in ids and not done[place]
+    if untold:
+        log.warning(
+            "%d listings are answered in %s by lines of an older version, which do not say what "
+            "the model was shown: whether they have changed since cannot be told; delete a line "
+            "to have its listing asked again",
+            *(untold, answers.workdir),
+        )
     if changed:
         log.warning(
             "%d listings have other texts or photos than those of their listing_id that are "

@@ -24,7 +24,7 @@ from afmrl_jax.core.fields import check_choice, check_ranges, flatten, to_json
 from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.concat import ConcatCatalog
-from afmrl_jax.data.opening import open_listings, with_attributes
+from afmrl_jax.data.opening import catalogue_names, open_listings, with_attributes
 from afmrl_jax.retrieval.downstream import CategoryTask, Unlabelled
 from afmrl_jax.retrieval.evaluation import (
     parse_task,
@@ -133,8 +133,9 @@ class _Listings(NamedTuple):
 
 
 def _listings(config: ConfigDict, workdir: Path) -> _Listings:
-    queries = _names(config.eval.queries) or [config.data.path]
-    gallery = _names(config.eval.gallery) or queries
+    # Each by itself: a catalogue of data.path that is searched as well must be known as the same.
+    queries = catalogue_names(config.eval.queries or config.data.path) or [""]
+    gallery = catalogue_names(config.eval.gallery) or queries
     opened = {
         name: open_listings(name, config.data, workdir) for name in dict.fromkeys(queries + gallery)
     }
@@ -159,10 +160,6 @@ def _listings(config: ConfigDict, workdir: Path) -> _Listings:
         judged = np.isin(catalog.identities[training], catalog.identities[asked])
         training = training[~judged]
     return _Listings(catalog, asked, searched, training)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _indices(catalog: Catalog, split: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Which listings of two catalogues are the same one, and what is said of it."""
 
 import io
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -85,11 +86,16 @@ def test_listings_are_the_same_by_id_and_by_what_they_show(other, same, together
 def test_three_catalogues_hold_a_listing_once_in_the_first_one_s_split(together):
     many = together(
         [row(0, (1,), split="train")],
-        [row(0, (2,), split="train"), row(2, (4,), split="train")],
+        [row(0, (3,), split="train"), row(2, (4,), split="train")],
         [row(0, (2, 1), split="test"), row(2, (4,), split="test")],
     )
     assert many.identities.tolist() == [0, 1, 2, 0, 2]
     assert [many.indices(split).tolist() for split in ("train", "test")] == [[0, 1, 2], []]
+
+
+@pytest.mark.parametrize("order", itertools.permutations([(1,), (2,), (1, 2)]))
+def test_two_listings_that_are_a_third_one_are_one_in_any_order(order, together):
+    assert together(*([row(0, photos)] for photos in order)).identities.tolist() == [0, 0, 0]
 
 
 def test_what_is_shared_merged_or_kept_apart_is_told_with_its_count(together, caplog):
@@ -152,22 +158,41 @@ def test_a_rendered_catalogue_is_the_same_as_itself_and_as_no_other():
     assert both.listing_ids.to_pylist() == ids
 
 
-def test_no_query_finds_itself_in_another_catalogue(shop, tmp_path):
+@pytest.fixture
+def evaluated(tmp_path):
+    """A function: fields of data and of eval -> the listings that `evaluate` judges."""
+
+    def listings(data=None, **chosen):
+        config = ConfigDict(
+            {
+                "data": {
+                    "path": "",
+                    "cache_dir": str(tmp_path / "cache"),
+                    "on_bad_listing": "error",
+                    "attributes": "",
+                    "shared_ids": True,
+                },
+                "eval": {
+                    "queries": "",
+                    "gallery": "",
+                    "query_split": "all",
+                    "gallery_split": "all",
+                    "downstream": False,
+                },
+            }
+        )
+        config.data.update(data or {})
+        config.eval.update(chosen)
+        return _listings(config, tmp_path)
+
+    return listings
+
+
+def test_no_query_finds_itself_in_another_catalogue(shop, evaluated):
     whole = [row(i, (i,), split="test" if i < 4 else "train") for i in range(8)]
     paths = [shop("whole", *whole), shop("part", *whole[2:6])]
-    config = ConfigDict(
-        {
-            "data": {
-                "cache_dir": str(tmp_path / "cache"),
-                "on_bad_listing": "error",
-                "attributes": "",
-                "shared_ids": True,
-            },
-            "eval": {"query_split": "all", "gallery_split": "all", "downstream": True},
-        }
-    )
-    config.eval.update(queries=str(paths[1]), gallery=",".join(map(str, paths)))
-    listed = _listings(config, tmp_path)
+    both = ",".join(map(str, paths))
+    listed = evaluated(queries=str(paths[1]), gallery=both, downstream=True)
     catalog = listed.catalog
     names = SimpleNamespace(
         **{
@@ -181,3 +206,18 @@ def test_no_query_finds_itself_in_another_catalogue(shop, tmp_path):
     equal_ids = np.array(names.queries)[:, None] == np.array(names.gallery)
     np.testing.assert_array_equal(itself, equal_ids)
     assert not len(listed.training)  # all of the queries' training listings are judged
+
+
+def test_one_of_the_queries_catalogues_is_the_same_in_the_gallery_where_ids_are_not_shared(
+    shop, evaluated
+):
+    paths = [str(shop(name, row(0, (1,)), row(1, (n,)))) for n, name in ((2, "one"), (3, "two"))]
+    listed = evaluated({"path": ",".join(paths), "shared_ids": False}, gallery=paths[1])
+    assert len(listed.catalog) == 4
+    assert listed.queries.tolist() == [0, 1, 2, 3] and listed.gallery.tolist() == [2, 3]
+
+
+def test_a_comma_too_many_names_no_catalogue_and_none_at_all_is_told(shop, evaluated):
+    assert len(evaluated({"path": f"{shop('one', row(0))}, "}).catalog) == 1
+    with pytest.raises(UserError, match="no catalogue is named"):
+        evaluated({"path": " "})

@@ -1,5 +1,6 @@
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -122,6 +123,14 @@ def test_a_bad_line_is_told_by_its_number_or_left_out(bad, told, catalog, opened
     assert json.loads((tmp_path / "w/bad_listings.jsonl").read_text())["line"] == 2
 
 
+def test_several_bad_lines_are_told_with_their_counts(catalog, opened, caplog):
+    lines = [line(catalog.listing(0).listing_id, a="1"), "?", "!", '{"listing_id": "x"}']
+    with pytest.raises(UserError, match=r"2 x bad JSON, 1 x missing field\. Mend them"):
+        opened(*lines)
+    assert opened(*lines, on_bad_listing="skip").listing(0).attributes == {"a": "1"}
+    assert "3 of 4 listings can't be used" in caplog.text
+
+
 def test_two_lines_of_one_listing_are_refused(catalog, opened):
     first = catalog.listing(0).listing_id
     with pytest.raises(UserError, match=r"line 3: .* stands already in line 1; keep one"):
@@ -176,6 +185,21 @@ def test_a_listing_with_a_new_text_or_new_photos_keeps_its_attributes_and_is_tol
     other = opened(line_for(catalog, 0, content, color="red"))
     assert other.listing(0).attributes == {"color": "red"}
     assert "1 listings have other photos, or another text" in caplog.text
+
+
+def test_listings_without_text_are_not_the_same_by_that(tmp_path, catalogue_folder):
+    photos = [f"images/{name}-0.png" for name in ("mug-red", "hat-blue")]
+    for folder, photo in zip(("ours", "theirs"), photos):
+        (tmp_path / folder / "images").mkdir(parents=True)
+        shutil.copy(catalogue_folder / photo, tmp_path / folder / photo)
+        row = {"listing_id": "0", "product_id": "0", "images": [photo]}
+        (tmp_path / folder / "products.jsonl").write_text(json.dumps(row) + "\n")
+    ours, theirs = (open_catalog(tmp_path / f, cache_dir=tmp_path) for f in ("ours", "theirs"))
+    path = tmp_path / "attributes.jsonl"
+    path.write_text(line_for(ours, 0, type="mug"))
+    assert open_attributes(ours, path, cache_dir=tmp_path).listing(0).attributes == {"type": "mug"}
+    with pytest.raises(UserError, match="1 lines have their ids, but were written for others"):
+        open_attributes(theirs, path, cache_dir=tmp_path)
 
 
 def test_of_several_answers_the_one_for_what_the_listing_is_now_counts(catalog, opened):
