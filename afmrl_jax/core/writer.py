@@ -2,28 +2,15 @@
 
 import json
 import math
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-
-def write_atomically(path: Path, content: str | np.ndarray) -> None:
-    """Writes a text, or an array as .npy, that is never seen half written: to a temporary name,
-    then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Not named by process id: containers that share a folder share those too.
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        if isinstance(content, str):
-            file.write(content.encode())
-        else:
-            np.save(file, content)
-    Path(file.name).replace(path)
+from afmrl_jax.core.files import write_atomically
 
 
 def cut_back(path: Path, step: int) -> None:

@@ -21,7 +21,7 @@ from afmrl_jax.attributes.text import (
     format_attributes,
     normalise,
 )
-from afmrl_jax.core.writer import write_atomically
+from afmrl_jax.core.files import write_atomically
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.fitting import fitting
 from afmrl_jax.data.pipeline import Batch

@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shutil
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
@@ -25,13 +24,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from afmrl_jax.core.writer import write_atomically
+from afmrl_jax.core.files import write_atomically
 from afmrl_jax.data.conversion import (
     FORMAT,
     WATCHED_IMAGES,
     BadListings,
     FileState,
     file_state,
+    hash_bytes,
     new_folder,
     open_columns,
 )
@@ -141,14 +141,6 @@ def _stat(root: Path, name: str) -> FileState:
         return -1, -1, -1, -1
 
 
-def text_hash(title: str, description: str, category: str) -> int:
-    """64 bits of what a listing says, in whichever form of Unicode and with whichever blanks."""
-    texts = (
-        " ".join(unicodedata.normalize("NFC", t).split()) for t in (title, description, category)
-    )
-    return _hash("\0".join(texts).encode())
-
-
 def _in_chunks(
     pool: Executor, function: Callable[[X], Y], items: list[X], size: int = 64
 ) -> list[Y]:
@@ -181,7 +173,7 @@ def _check_into(folder: Path, source: Source, converted: Path, pool: Executor) -
         "kept": kept,
         "products": products,
         "splits": splits,
-        "texts": _texts(table, kept),
+        "texts": np.load(converted / "texts.npy")[kept],
         "photos": photos,
         "photo_starts": photo_starts,
     }
@@ -201,14 +193,6 @@ def _check_into(folder: Path, source: Source, converted: Path, pool: Executor) -
         "one_coloured": [len(one_coloured), [_origin(table, row)[0] for row in one_coloured[:1]]],
     }
     (folder / "summary.json").write_text(json.dumps(summary))
-
-
-def _texts(table: pa.Table, kept: np.ndarray) -> np.ndarray:
-    """uint64[N]: the `text_hash` of each good listing."""
-    hashes: list[int] = []
-    for batch in table.select(["title", "description", "category"]).to_batches():
-        hashes += map(text_hash, *(column.to_pylist() for column in batch.columns))
-    return np.array(hashes, np.uint64)[kept]
 
 
 def _origin(table: pa.Table, row: int) -> tuple[str, int, int]:
@@ -337,9 +321,9 @@ class _ImageCheck:
         try:
             if data is None:
                 path, status = self._folder.locate(name)
-                key = _hash(json.dumps([name, file_state(status)]).encode())
+                key = hash_bytes(json.dumps([name, file_state(status)]).encode())
             else:
-                path, key = data, _hash(data)
+                path, key = data, hash_bytes(data)
             photo = None if data is None else key
             decode = (key >> 2) % self._decode_each == 0
             key &= ~3
@@ -356,10 +340,6 @@ class _ImageCheck:
         keys = self._known[:, 0]
         place = np.searchsorted(keys, np.uint64(key))
         return int(self._known[place, 1]) if place < len(keys) and int(keys[place]) == key else None
-
-
-def _hash(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())
 
 
 def _hash_of_file(path: str) -> int:

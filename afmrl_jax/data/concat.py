@@ -53,10 +53,20 @@ class ConcatCatalog:
             log.log(
                 logging.WARNING if who.apart else logging.INFO, f"{self.name}: {report}; {cure}"
             )
-        listings = {split: self.indices(split) for split in SPLITS}
-        if who.shared_products and (shared := shared_products(self.products, listings)):
+        self._tell_of_shared_products()
+
+    def _tell_of_shared_products(self) -> None:
+        """Warns of products in two splits that several of the catalogues have: each one has told of
+        its own."""
+        codes = [np.unique(part) for part in np.split(self.products, self._starts[1:-1])]
+        several = np.bincount(np.concatenate(codes)) > 1
+        listings = {}
+        for split in SPLITS:
+            inside = self.indices(split)
+            listings[split] = inside[several[self.products[inside]]]
+        if shared := shared_products(self.products, listings):
             log.warning(
-                "%s: %s",
+                "%s: of the products that several of them have, %s",
                 self.name,
                 describe_shared(shared, lambda index: self.listing(index).product_id),
             )

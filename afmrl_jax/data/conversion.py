@@ -1,16 +1,17 @@
 """Turns a catalogue's source into memory-mapped Arrow columns, once.
 
 The cache holds, for each catalogue, CATALOGUE/CONTENT/ with the listings as Arrow IPC (and the
-image bytes, where the source stores them), the records that are no listings, and a summary. CONTENT
-is a hash of every byte of the source: a changed source leads to another folder, and folders are
-only ever added, whole, by renaming, so that several processes may convert at once. The cache may be
-deleted whenever no program runs.
+image bytes, where the source stores them), a hash of each one's text, the records that are no
+listings, and a summary. CONTENT is a hash of every byte of the source: a changed source leads to
+another folder, and folders are only ever added, whole, by renaming, so that several processes may
+convert at once. The cache may be deleted whenever no program runs.
 
 Bytes are hashed again only where a file's inode, size or times differ (`file_state`). Its time of
 change (ctime) is among them: tar, rsync and image layers keep size and modification time of what
 they replace, but no program can set the time of change.
 """
 
+import array
 import contextlib
 import hashlib
 import json
@@ -18,15 +19,17 @@ import logging
 import os
 import shutil
 import tempfile
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.writer import write_atomically
+from afmrl_jax.core.files import write_atomically
 from afmrl_jax.data.names import FIELD_NAMES, LONGEST
 from afmrl_jax.data.sources import Source
 from afmrl_jax.data.validation import (
@@ -199,18 +202,33 @@ def convert(source: Source, cache_dir: Path) -> Path:
     return folder
 
 
+def hash_bytes(data: bytes) -> int:
+    """64 bits of BLAKE2b."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())
+
+
+def text_hash(title: str, description: str, category: str) -> int:
+    """64 bits of what a listing says, in whichever form of Unicode and with whichever blanks."""
+    texts = (
+        " ".join(unicodedata.normalize("NFC", t).split()) for t in (title, description, category)
+    )
+    return hash_bytes("\0".join(texts).encode())
+
+
 def _convert_into(folder: Path, source: Source) -> None:
     bad, readings = BadListings(folder / "bad.jsonl", source), Readings()
     content = hashlib.blake2b(digest_size=16)
-    n_images = 0
+    n_images, texts = 0, array.array("Q")
     with contextlib.closing(bad), _Writer(folder, source.stores_images) as writer:
         for listing, part, number in _good_records(source, bad, readings):
             text = "\0".join([*listing[:6], listing.split or "", *listing.image_names])
             content.update(text.encode() + b"\n")
             n_images += len(listing.image_names)
+            texts.append(text_hash(listing.title, listing.description, listing.category))
             writer.add(listing, part, number)
             if writer.rows % 500_000 == 0:
                 log.info("%s: %d listings read", source.name, writer.rows)
+    np.save(folder / "texts.npy", np.array(texts, np.uint64))
     summary = {
         "content": content.hexdigest(),
         "n_rows": writer.rows,

@@ -23,8 +23,7 @@ import pyarrow as pa
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.catalog import Catalog, Listing, Overlay, append_new, report_bad
-from afmrl_jax.data.checking import text_hash
-from afmrl_jax.data.conversion import BATCH_ROWS, BadListings, new_folder, open_columns
+from afmrl_jax.data.conversion import BATCH_ROWS, BadListings, new_folder, open_columns, text_hash
 from afmrl_jax.data.sources import Source, line_source
 from afmrl_jax.data.validation import BadListing, check_annotation, identify, quote
 

@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from afmrl_jax.core.writer import write_atomically
+from afmrl_jax.core.files import write_atomically
 from afmrl_jax.data import builtin
 from afmrl_jax.data.builtin.photo import photograph
 from afmrl_jax.data.builtin.sellers import write

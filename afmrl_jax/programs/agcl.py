@@ -33,9 +33,9 @@ from ml_collections import ConfigDict
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten, to_json
+from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, replicated
 from afmrl_jax.core.processes import first_says
-from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.answers import described
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.corpus import (

@@ -33,7 +33,8 @@ from afmrl_jax.attributes.summary import describe_answers
 from afmrl_jax.attributes.text import Parsed, Verdict
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten, to_json
-from afmrl_jax.core.writer import RunWriter, write_atomically
+from afmrl_jax.core.files import write_atomically
+from afmrl_jax.core.writer import RunWriter
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.opening import open_listings
 from afmrl_jax.data.processor import Row

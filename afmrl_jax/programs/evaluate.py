@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_choice, check_ranges, flatten, to_json
-from afmrl_jax.core.writer import write_atomically
+from afmrl_jax.core.files import write_atomically
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.concat import ConcatCatalog
 from afmrl_jax.data.opening import catalogue_names, open_listings, with_attributes

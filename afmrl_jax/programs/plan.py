@@ -97,7 +97,7 @@ def main(config: ConfigDict, workdir: Path, topology: str) -> None:
         "reports": [dataclasses.asdict(report) for report in reports],
         "tried": [dataclasses.asdict(one) for one in tried],
     }
-    from afmrl_jax.core.writer import write_atomically
+    from afmrl_jax.core.files import write_atomically
 
     workdir.mkdir(parents=True, exist_ok=True)
     write_atomically(workdir / "plan.json", json.dumps(result, indent=2))

@@ -33,8 +33,9 @@ from ml_collections import ConfigDict
 from afmrl_jax.attributes import comparison
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten, to_json
+from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.mesh import batch_shards, local_rows, put_batch, replicated
-from afmrl_jax.core.writer import cut_back, write_atomically
+from afmrl_jax.core.writer import cut_back
 from afmrl_jax.data.answers import question
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.opening import open_catalogue

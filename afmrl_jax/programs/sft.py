@@ -40,9 +40,10 @@ from afmrl_jax.attributes.text import (
 )
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten, to_json
+from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, put_batch, replicated
 from afmrl_jax.core.processes import first_says
-from afmrl_jax.core.writer import cut_back, write_atomically
+from afmrl_jax.core.writer import cut_back
 from afmrl_jax.data.answers import (
     SAMPLED,
     AnswerBatches,

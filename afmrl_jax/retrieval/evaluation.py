@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.writer import write_atomically
+from afmrl_jax.core.files import write_atomically
 from afmrl_jax.data.views import VIEWS
 from afmrl_jax.retrieval import metrics
 from afmrl_jax.retrieval.index import (

@@ -227,7 +227,10 @@ def validation_task(
     listings = validation_sample(catalog, tasks, limit)
     task = next((t for t in tasks if can_be_run(t, catalog, listings)), None)
     if task is None:
-        log.warning("%s has no validation listings to judge by: the last is the best", catalog.name)
+        log.warning(
+            "no task can be judged on validation listings of %s: the last checkpoint is the best",
+            catalog.name,
+        )
         return None
     if task != tasks[0]:
         log.warning(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.writer import write_atomically
+from afmrl_jax.core.files import write_atomically
 from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.corpus import listings_by_product
 from afmrl_jax.retrieval.index import EXACT_BELOW, ExactIndex, Index, ScannIndex

@@ -21,8 +21,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.processes import first_says
-from afmrl_jax.core.writer import write_atomically
 from afmrl_jax.data.views import AttributeCuts
 from afmrl_jax.rl.held_out import HeldOut, Measures, Said, compare
 from afmrl_jax.rl.rollout import none_is_read

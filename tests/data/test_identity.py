@@ -109,7 +109,7 @@ def test_what_is_shared_merged_or_kept_apart_is_told_with_its_count(together, ca
 
 def test_a_product_in_train_of_one_catalogue_and_in_test_of_another_is_told(together, caplog):
     together([row(0, split="train")], [row(1, split="test"), row(2, split="test")])
-    assert "1 of the 2 products of test are in train as well" in caplog.text
+    assert "of the products that several of them have, 1 of the 1 products of test" in caplog.text
 
 
 def test_catalogues_that_share_nothing_have_nothing_to_tell(together, caplog):
