@@ -165,9 +165,9 @@ def _source_state(source: Source) -> str:
     return _hash_of([FORMAT, states])
 
 
-def _source_content(source: Source, home: Path) -> str:
+def _source_content(source: Source, home: Path, state: str) -> str:
     """A hash of the source files' names and bytes; remembered in `home` for the state they have."""
-    remembered = home / f"{_source_state(source)}.content"
+    remembered = home / f"{state}.content"
     if not remembered.exists():
         parts = [FORMAT]
         for path in source.files:
@@ -191,10 +191,10 @@ def convert(source: Source, cache_dir: Path) -> Path:
         raise UserError(
             f"the cache {cache_dir} can't be written ({error.strerror}); name another folder"
         ) from None
-    folder = home / _source_content(source, home)
+    state = _source_state(source)
+    folder = home / _source_content(source, home, state)
     if not folder.exists():
         log.info("%s: converting %s", source.name, source.path)
-        state = _source_state(source)
         with new_folder(folder) as temporary:
             _convert_into(temporary, source)
             if _source_state(source) != state:

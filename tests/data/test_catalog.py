@@ -423,6 +423,24 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch
     expect(open_catalog(folder, cache_dir=tmp_path / "cache"), rows(6))
 
 
+def test_a_source_that_changes_behind_its_hash_is_refused(tmp_path, monkeypatch):
+    """Else the new listings would lie under the old ones' name, and be served for these."""
+    folder = write_folder(tmp_path / "a", rows(4))
+    hash_content = conversion._source_content
+
+    def hash_and_change(*arguments):
+        content = hash_content(*arguments)
+        write_folder(folder, rows(6))
+        return content
+
+    monkeypatch.setattr(conversion, "_source_content", hash_and_change)
+    with pytest.raises(UserError, match="changed while it was read"):
+        open_catalog(folder, cache_dir=tmp_path / "cache")
+    monkeypatch.undo()
+    write_folder(folder, rows(4))
+    expect(open_catalog(folder, cache_dir=tmp_path / "cache"), rows(4))
+
+
 def bmp(color) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 6), color).save(buffer, "BMP")
