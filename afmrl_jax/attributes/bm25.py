@@ -133,9 +133,10 @@ class CorpusStatistics:
     def from_json(cls, text: str) -> "CorpusStatistics":
         """The statistics that `to_json` wrote. Raises ValueError where another version of the
         comparison made their terms: with those of today they can't be compared."""
-        if (version := version_of(text)) != VERSION:
+        fields = json.loads(text)
+        if (version := fields.get("version", 1)) != VERSION:
             raise ValueError(f"the statistics' terms are of version {version}, these of {VERSION}")
-        return cls(**json.loads(text))
+        return cls(**fields)
 
     def encode(
         self, documents: Sequence[Mapping[str, str]], max_terms: int

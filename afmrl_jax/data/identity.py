@@ -12,10 +12,13 @@ Axes: N listings of all catalogues · P products of all catalogues.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+
+if TYPE_CHECKING:
+    from afmrl_jax.data.catalog import Catalog  # which knows a listing by its Content
 
 EXAMPLES = 3  # ids that a report quotes
 
@@ -33,23 +36,6 @@ class Content(NamedTuple):
         for photo in self.photos:
             photos ^= photo
         return f"{self.text:016x}{photos:016x}"
-
-
-class Listed(Protocol):
-    """What is asked of a catalogue here."""
-
-    name: str
-    products: np.ndarray
-
-    def __len__(self) -> int: ...
-
-    def content(self, index: int) -> Content: ...
-
-    @property
-    def listing_ids(self) -> pa.Array: ...
-
-    @property
-    def product_ids(self) -> pa.Array: ...
 
 
 @dataclass(frozen=True)
@@ -81,7 +67,7 @@ class Identities:
         )
 
 
-def identify_listings(catalogs: Sequence[Listed]) -> Identities:
+def identify_listings(catalogs: Sequence["Catalog"]) -> Identities:
     """Who is who where equal ids of the catalogues mean the same."""
     starts = np.cumsum([0, *map(len, catalogs)])
     products, shared_products = _products(catalogs)
@@ -105,7 +91,7 @@ def identify_listings(catalogs: Sequence[Listed]) -> Identities:
     return Identities(listings, products, merged, apart, disputed, shared_products)
 
 
-def keep_apart(catalogs: Sequence[Listed]) -> Identities:
+def keep_apart(catalogs: Sequence["Catalog"]) -> Identities:
     """Who is who where each catalogue numbers its own: nobody is in two of them."""
     counts = [len(catalog.product_ids) for catalog in catalogs]
     parts = [catalog.products + start for catalog, start in zip(catalogs, np.cumsum([0, *counts]))]
@@ -134,7 +120,7 @@ def _same_content(one: Content, other: Content) -> bool:
     return one.text == other.text
 
 
-def _products(catalogs: Sequence[Listed]) -> tuple[np.ndarray, list[str]]:
+def _products(catalogs: Sequence["Catalog"]) -> tuple[np.ndarray, list[str]]:
     """int32[N], the code of each listing's product, and the product_ids that several have."""
     ids = pa.chunked_array([catalog.product_ids for catalog in catalogs], pa.large_string())
     codes = _codes(ids)
