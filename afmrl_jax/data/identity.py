@@ -12,14 +12,18 @@ Axes: N listings of all catalogues · P products of all catalogues.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from afmrl_jax.data.conversion import text_hash
+
 if TYPE_CHECKING:
     from afmrl_jax.data.catalog import Catalog  # which knows a listing by its Content
 
+# What stands in a key for no text and for no photos: nothing is alike in these.
+NO_TEXT, NO_PHOTOS = f"{text_hash('', '', ''):016x}", "0" * 16
 EXAMPLES = 3  # ids that a report quotes
 
 
@@ -36,6 +40,19 @@ class Content(NamedTuple):
         for photo in self.photos:
             photos ^= photo
         return f"{self.text:016x}{photos:016x}"
+
+
+def match_keys(written: str, now: str) -> Literal["whole", "part", "none"]:
+    """How much of a listing is still as it was: its text and photos, one of them, or none.
+
+    written, now: its `Content.key` at two times.
+    """
+    if written == now:
+        return "whole"
+    half = len(now) // 2
+    same_text = written[:half] == now[:half] != NO_TEXT
+    same_photos = written[half:] == now[half:] != NO_PHOTOS
+    return "part" if same_text or same_photos else "none"
 
 
 @dataclass(frozen=True)

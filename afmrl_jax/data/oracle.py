@@ -23,14 +23,13 @@ import pyarrow as pa
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.catalog import Catalog, Listing, Overlay, append_new, report_bad
-from afmrl_jax.data.conversion import BATCH_ROWS, BadListings, new_folder, open_columns, text_hash
+from afmrl_jax.data.conversion import BATCH_ROWS, BadListings, new_folder, open_columns
+from afmrl_jax.data.identity import match_keys
 from afmrl_jax.data.sources import Source, line_source
 from afmrl_jax.data.validation import BadListing, check_annotation, identify, quote
 
 FORMAT = 3  # of what the cache holds; raise it with any change of `_convert`
 COLUMNS = pa.schema([("attributes", pa.large_string())])
-# What stands in a `Content.key` for no text and for no photos: nothing is alike in these.
-NO_TEXT, NO_PHOTOS = f"{text_hash('', '', ''):016x}", "0" * 16
 log = logging.getLogger(__name__)
 
 
@@ -188,7 +187,7 @@ def _assign(catalog: Catalog, lines: dict[str, list[_Line]]) -> tuple[np.ndarray
                     ambiguous[listing_id] = None
                 rows[index] = line.row
                 break
-            match = _match(line.content, catalog.content(index).key)
+            match = match_keys(line.content, catalog.content(index).key)
             if match == "whole" or (alone and match == "part"):
                 rows[index] = line.row
                 changed += match == "part"
@@ -202,16 +201,6 @@ def _assign(catalog: Catalog, lines: dict[str, list[_Line]]) -> tuple[np.ndarray
         "unknown": sum(len(of_id) for i, of_id in lines.items() if i not in listings_of),
         "ambiguous": list(ambiguous),
     }
-
-
-def _match(written: str, now: str) -> Literal["whole", "part", "none"]:
-    """How much of a listing, text or photos, is still as when its line was written."""
-    if written == now:
-        return "whole"
-    half = len(now) // 2
-    same_text = written[:half] == now[:half] != NO_TEXT
-    same_photos = written[half:] == now[half:] != NO_PHOTOS
-    return "part" if same_text or same_photos else "none"
 
 
 def _good_lines(source: Source, bad: BadListings) -> Iterator[tuple[str, str, str]]:
