@@ -66,10 +66,10 @@ def run(config: ConfigDict, workdir: Path, plan: str | None = None) -> None:
         return planner.main(config, workdir, plan)
     import jax  # only now: --help and a mistyped field must not wait for it
 
+    from afmrl_jax.catalog.opening import cache_folder
+    from afmrl_jax.checkpoints.integrity import is_bucket
     from afmrl_jax.core.mesh import make_mesh
     from afmrl_jax.core.processes import check_shared, initialize_distributed
-    from afmrl_jax.data.opening import cache_folder
-    from afmrl_jax.training.integrity import is_bucket
 
     initialize_distributed()
     program = importlib.import_module(f"afmrl_jax.programs.{config.program}")

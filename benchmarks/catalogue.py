@@ -47,7 +47,7 @@ def resident_bytes() -> int:
 
 def measure_open(folder: Path, cache: Path) -> dict[str, float]:
     """Seconds to open, bytes that it adds, and the same after reading TOUCHED listings."""
-    from afmrl_jax.data.catalog import open_catalog
+    from afmrl_jax.catalog.listings import open_catalog
 
     before, start = resident_bytes(), time.perf_counter()
     catalog = open_catalog(folder, cache_dir=cache)

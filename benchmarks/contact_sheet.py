@@ -7,7 +7,7 @@ import argparse
 
 from PIL import Image
 
-from afmrl_jax.data.synthetic import SyntheticCatalog
+from afmrl_jax.catalog.synthetic import SyntheticCatalog
 
 
 def main() -> None:

@@ -29,11 +29,12 @@ import numpy as np
 from flax import nnx
 from running import write
 
-from afmrl_jax.models import hf_weights, sampler
+from afmrl_jax.models import sampler
 from afmrl_jax.models.config import QwenVLConfig
 from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
 from afmrl_jax.models.sampler import Sampling
+from afmrl_jax.weights import hf_weights
 
 Rows = dict[str, np.ndarray]
 

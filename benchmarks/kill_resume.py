@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from running import ROOT, command, train, write
 
-from afmrl_jax.training.checkpoint import find_checkpoints
+from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 
 AGCL = {
     "batch": 16,

@@ -26,10 +26,10 @@ from flax import nnx
 from running import write
 from safetensors import safe_open
 
-from afmrl_jax.models import hf_weights
 from afmrl_jax.models.config import QwenVLConfig
 from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
+from afmrl_jax.weights import hf_weights
 
 GB = 1e9
 ALLOWED = 2 * 10**9  # above the parameters and one shard

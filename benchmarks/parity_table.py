@@ -15,13 +15,7 @@ import transformers
 from running import ROOT, write
 
 sys.path.insert(0, str(ROOT / "tests" / "parity"))
-from qwen_cases import (
-    CASES,
-    CHECKS,
-    bfloat16_embeddings,
-    make_case,
-    torch_bfloat16_embeddings,
-)
+from qwen_cases import CASES, CHECKS, bfloat16_embeddings, make_case, torch_bfloat16_embeddings
 
 
 def measure(name: str) -> dict[str, float]:

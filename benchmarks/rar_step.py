@@ -36,21 +36,21 @@ from PIL import Image
 from running import train, write
 
 from afmrl_jax.attributes.text import Verdict, format_attributes, parse
+from afmrl_jax.core.chips import CHIPS, chip_of
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.losses.policy import Options, policy_loss
-from afmrl_jax.losses.scoring import score_answers
 from afmrl_jax.models import lora, sampler
 from afmrl_jax.models.config import QwenVLConfig
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
-from afmrl_jax.retrieval.index import ExactIndex
+from afmrl_jax.retrieval.exact import ExactIndex
 from afmrl_jax.rl.advantages import group_advantages
 from afmrl_jax.rl.rewards import Found, rewards
 from afmrl_jax.rl.rewards import Options as RewardOptions
+from afmrl_jax.rl.scoring import score_answers
 from afmrl_jax.training import accumulate
-from afmrl_jax.training.chips import CHIPS, chip_of
 
 PARTS = ("rollout", "parse", "embed", "search", "update")
 UNTIMED = 2  # first steps, which compile

@@ -35,15 +35,17 @@ import optax
 from flax import nnx
 from PIL import Image
 
+from afmrl_jax.core.chips import chip_of
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.losses.contrastive import Options, contrastive_loss
-from afmrl_jax.models import hf_weights, lora
+from afmrl_jax.models import lora
 from afmrl_jax.models.config import QwenVLConfig
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.presets import preset
-from afmrl_jax.training import cost, gradcache
-from afmrl_jax.training.chips import chip_of
+from afmrl_jax.planning import cost
+from afmrl_jax.training import gradcache
+from afmrl_jax.weights import hf_weights
 
 Rows = dict[str, np.ndarray]
 Step = Callable[[], float]  # one training step; returns its loss

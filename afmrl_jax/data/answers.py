@@ -15,17 +15,12 @@ import grain
 import numpy as np
 
 from afmrl_jax.attributes.comparison import VERSION
-from afmrl_jax.attributes.text import (
-    MAX_CHARACTERS,
-    MAX_PAIRS,
-    format_attributes,
-    normalise,
-)
+from afmrl_jax.attributes.text import MAX_CHARACTERS, MAX_PAIRS, format_attributes, normalise
+from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.files import write_atomically
-from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.fitting import fitting
-from afmrl_jax.data.pipeline import Batch
 from afmrl_jax.data.processor import Processor, Row
+from afmrl_jax.data.stream import Batch
 from afmrl_jax.data.tokenizer import encode_text
 from afmrl_jax.data.views import SEPARATOR, attribute_pairs, evaluation_row
 

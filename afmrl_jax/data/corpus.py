@@ -17,9 +17,9 @@ import numpy as np
 from afmrl_jax.attributes import comparison
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.attributes.comparison import is_empty
+from afmrl_jax.catalog.listings import Catalog, Listing, Overlay
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.data import mining
-from afmrl_jax.data.catalog import Catalog, Listing, Overlay
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 import grain
 import numpy as np
 
+from afmrl_jax.attributes.bm25 import CorpusStatistics
+from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.corpus import listings_by_product
+from afmrl_jax.data.processor import Processor, Row
+from afmrl_jax.data.stream import Batch
+from afmrl_jax.data.views import Augmentation, listing_text, training_row
 
 
 @dataclass(frozen=True)
@@ -116,3 +120,74 @@ class PairSampler:
         first = rng.integers(len(own))
         second = (first + 1 + rng.integers(len(own) - 1)) % len(own)
         return own[[first, second]]
+
+
+@dataclass(frozen=True)
+class PairBatches:
+    """step -> batch, by indexing. Picklable: worker processes hold a copy."""
+
+    catalog: Catalog
+    sampler: PairSampler
+    processor: Processor
+    statistics: CorpusStatistics
+    augmentation: Augmentation
+    query_views: tuple[tuple[str, ...], np.ndarray]
+    target_views: tuple[tuple[str, ...], np.ndarray]
+    max_terms: int
+    chunks: int
+    rows: np.ndarray  # of each chunk's C examples, this process's
+    seed: int
+    steps: int
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __repr__(self) -> str:  # Grain compares it when it restores a stream
+        return f"PairBatches({self.catalog.fingerprint}, seed={self.seed}, steps={self.steps})"
+
+    def __getitem__(self, step: int) -> Batch:
+        """The batch of a step: the processor's arrays as [A, C, V, ...], and of each listing
+        `listing` int32 (its index), `product` int32, and BM25's `terms`, `query_weights` and
+        `document_weights` [A, C, V, T].
+        """
+        listings = self.sampler.draw(step)
+        examples = np.arange(len(listings)).reshape(self.chunks, -1)[:, self.rows]
+        rows, attributes = [], []
+        for example in examples.flat:
+            rows += self._rows(step, int(example), listings[example])
+            attributes += [self.catalog.listing(int(i)).attributes for i in listings[example]]
+        drawn = listings[examples]
+        flat = self.processor(rows) | self.statistics.encode(attributes, self.max_terms)
+        batch = {k: v.reshape(*drawn.shape, *v.shape[1:]) for k, v in flat.items()}
+        batch["listing"] = drawn.astype(np.int32)
+        batch["product"] = self.catalog.products[drawn]
+        return batch
+
+    def _rows(self, step: int, example: int, listings: np.ndarray) -> list[Row]:
+        """One example's views: query, target, negatives, each rendered and cropped anew."""
+        rng = np.random.default_rng((self.seed, step, 1, example))
+        views, shares = self.target_views
+        chosen = [str(rng.choice(views, p=shares)) for _ in listings]
+        views, shares = self.query_views
+        chosen[0] = str(rng.choice(views, p=shares))
+        draws = 1 + rng.integers(2**31 - 1, size=len(listings))
+        shorten = False
+        if listings[0] == listings[1]:  # one listing stands for both sides
+            listing = self.catalog.listing(int(listings[0]))
+            if listing.n_images and listing_text(listing) and rng.random() < 0.5:
+                # ... so they share no modality
+                chosen[:2] = ["image", "text"] if rng.random() < 0.5 else ["text", "image"]
+            else:  # ... or differ in crop and kept text
+                shorten = True
+        return [
+            training_row(
+                self.catalog,
+                int(listing),
+                int(draw),
+                view,
+                rng,
+                self.augmentation,
+                shorten=shorten and column < 2,
+            )
+            for column, (listing, draw, view) in enumerate(zip(listings, draws, chosen))
+        ]

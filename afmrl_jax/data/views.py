@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 
 from afmrl_jax.attributes.text import format_attributes, normalise
+from afmrl_jax.catalog.listings import Catalog, Listing
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.catalog import Catalog, Listing
 from afmrl_jax.data.processor import Processor, Row
 
 VIEWS = ("image+text", "image", "text")

@@ -13,14 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.models.hf_fields import (
-    TEXT_DEFAULTS,
-    VISION_DEFAULTS,
-    number,
-    part,
-    whole,
-    wholes,
-)
+from afmrl_jax.models.hf_fields import TEXT_DEFAULTS, VISION_DEFAULTS, number, part, whole, wholes
 
 VISION_TOKEN = re.compile(r"<\|(vision|image|video)_\w+\|>")  # as Qwen's tokenizers name them
 

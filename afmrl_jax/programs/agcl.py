@@ -30,14 +30,26 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from afmrl_jax.assembly import model
+from afmrl_jax.assembly.encoder import Encoder, host_embedder
+from afmrl_jax.assembly.pretrained import Base, Pretrained, find_pretrained, planned, read_base
 from afmrl_jax.attributes.bm25 import CorpusStatistics
+from afmrl_jax.catalog.listings import Catalog
+from afmrl_jax.catalog.opening import cache_folder, open_catalogue
+from afmrl_jax.checkpoints.checkpoint import Checkpoints, checkpoint_folder
+from afmrl_jax.checkpoints.record import (
+    catalogue_record,
+    check_catalogue,
+    check_terms,
+    check_unchanged,
+)
+from afmrl_jax.checkpoints.state import TrainState, abstract_state, init_state, zeros
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, replicated
 from afmrl_jax.core.processes import first_says
 from afmrl_jax.data.answers import described
-from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.corpus import (
     TrainedOn,
     attributes_by_category,
@@ -45,15 +57,16 @@ from afmrl_jax.data.corpus import (
     example_listings,
     look_alikes,
 )
-from afmrl_jax.data.opening import cache_folder, open_catalogue
-from afmrl_jax.data.pairs import Composition, PairSampler
-from afmrl_jax.data.pipeline import PairBatches, Stream
+from afmrl_jax.data.pairs import Composition, PairBatches, PairSampler
 from afmrl_jax.data.processor import Processor
+from afmrl_jax.data.stream import Stream
 from afmrl_jax.data.views import Augmentation, listing_text, parse_mixture, sampled_cuts
 from afmrl_jax.losses.contrastive import CAN_BE_OFF, Options, contrastive_loss
 from afmrl_jax.losses.contrastive import FIELDS as LOSS_FIELDS
 from afmrl_jax.losses.labels import Labels, frequent_labels, label_loss
 from afmrl_jax.models import lora
+from afmrl_jax.planning import cost
+from afmrl_jax.planning.report import Part, check_fits, step_part
 from afmrl_jax.retrieval.evaluation import Task, parse_task, results_table, write_evaluation
 from afmrl_jax.retrieval.tasks import (
     Judge,
@@ -62,22 +75,12 @@ from afmrl_jax.retrieval.tasks import (
     own_attributes,
     validation_task,
 )
-from afmrl_jax.training import cost, encoder, gradcache
-from afmrl_jax.training.checkpoint import Checkpoints, checkpoint_folder
+from afmrl_jax.training import gradcache
 from afmrl_jax.training.goodput import Clock, abstract_host
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import RANGES as OPTIMIZER_RANGES
 from afmrl_jax.training.optimizer import make_optimizer
-from afmrl_jax.training.planning import Part, check_fits, step_part
-from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, planned, read_base
-from afmrl_jax.training.state import TrainState, abstract_state, init_state, zeros
 from afmrl_jax.training.tracing import traced_steps
-from afmrl_jax.training.unchanged import (
-    catalogue_record,
-    check_catalogue,
-    check_terms,
-    check_unchanged,
-)
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +93,7 @@ TOKENIZER_LISTINGS = 20_000  # whose texts a preset's tokenizer is trained on
 VALIDATION_LISTINGS = 600
 RANGES = {  # field -> lowest and highest, or its words
     **OPTIMIZER_RANGES,
-    **encoder.RANGES,
+    **model.RANGES,
     **LOSS_FIELDS,
     "eval.attributes": ("none", "oracle"),
     "seed": (0, 2**31 - 1),
@@ -129,7 +132,7 @@ class Built:
 
 
 def build(
-    config: ConfigDict, mesh: Mesh, enc: encoder.Encoder, statistics: CorpusStatistics | None
+    config: ConfigDict, mesh: Mesh, enc: Encoder, statistics: CorpusStatistics | None
 ) -> Built:
     """The train step of a configuration, jitted for a mesh; nothing is computed yet.
 
@@ -144,7 +147,7 @@ def build(
             f"chunks is {config.chunks}, which does not divide the batch of {config.batch}"
         )
     optimizer = make_optimizer(config.optimizer, config.steps)
-    params = encoder.abstract_params(enc, mesh)
+    params = model.abstract_params(enc, mesh)
     trained, frozen = lora.split(params)
     loss, head = _objective(config, enc, statistics, mesh)
     abstract = abstract_state(trained | head, optimizer, mesh)
@@ -185,13 +188,13 @@ def build(
     return Built(
         lambda given: init_state(given | zeros(head) if given else fresh, optimizer, abstract),
         step,
-        *encoder.host_embedder(embed, mesh, config.eval.batch),
+        *host_embedder(embed, mesh, config.eval.batch),
         abstract,
         frozen,
     )
 
 
-def part(config: ConfigDict, mesh: Mesh, enc: encoder.Encoder, built: Built) -> Part:
+def part(config: ConfigDict, mesh: Mesh, enc: Encoder, built: Built) -> Part:
     """The train step as planning compiles it, its rows full."""
     chunks, data = config.chunks, config.data
     leading = chunks, config.batch // chunks, 2 + data.hard_negatives
@@ -231,7 +234,7 @@ def encoder_params(trained: Any, frozen: Any) -> Any:
 
 
 def _objective(
-    config: ConfigDict, enc: encoder.Encoder, statistics: CorpusStatistics, mesh: Mesh
+    config: ConfigDict, enc: Encoder, statistics: CorpusStatistics, mesh: Mesh
 ) -> tuple[Callable[..., tuple[jax.Array, dict[str, jax.Array]]], Any]:
     """`_loss` of (trained, embeddings, batch), and the head's abstract parameters; {} without."""
     asked = {name: config.loss[name] for name in Options.__annotations__}
@@ -244,7 +247,7 @@ def _objective(
         labels = frequent_labels(statistics, config.loss.head_labels)
         log.info("the head tells %d values of %d attributes", len(labels.terms), labels.n_names)
         width = config.model.embedding_dim or enc.model_config.text.hidden_size
-        head = encoder.placed({HEAD: labels.abstract_head(width)}, mesh)
+        head = model.placed({HEAD: labels.abstract_head(width)}, mesh)
     loss = functools.partial(_loss, options=options, labels=labels, head_weight=weight, mesh=mesh)
     return loss, head
 
@@ -479,11 +482,11 @@ def _open_stream(
 
 def _encoder(
     config: ConfigDict, catalog: Catalog, saved: dict[str, str] | None
-) -> tuple[encoder.Encoder, Pretrained | None]:
+) -> tuple[Encoder, Pretrained | None]:
     """The encoder, and the model that a new run begins with; None: from scratch, or resumed."""
     source = None
     if saved:
-        enc = encoder.from_record(config, saved)
+        enc = Encoder.from_record(config, saved)
     elif config.init_from:
         source = find_pretrained(config.init_from)
         return source.trained(config), source
@@ -492,5 +495,5 @@ def _encoder(
         for index in catalog.indices("train")[:TOKENIZER_LISTINGS]:
             listing = catalog.listing(int(index))
             texts.append(listing_text(listing, listing.attributes))
-        enc = encoder.from_preset(config, texts)
-    return dataclasses.replace(enc, lora=encoder.lora_of(config)), source
+        enc = Encoder.from_preset(config, texts)
+    return dataclasses.replace(enc, lora=model.lora_of(config)), source

@@ -30,13 +30,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from afmrl_jax.checkpoints.record import MAY_CHANGE, check_unchanged, recorded
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten, to_json, with_limits
 from afmrl_jax.core.files import write_atomically
-from afmrl_jax.core.writer import duration
+from afmrl_jax.core.logs import duration
 from afmrl_jax.programs import agcl, annotate, evaluate, rar, sft
 from afmrl_jax.retrieval.evaluation import paired, results_table
-from afmrl_jax.training.unchanged import MAY_CHANGE, check_unchanged, recorded
 
 SECTIONS = {  # of the configuration -> the program, and its fields that a run may change
     "agcl": (agcl, MAY_CHANGE),

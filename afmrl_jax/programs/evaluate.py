@@ -19,12 +19,16 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from afmrl_jax.assembly.describer import Describer
+from afmrl_jax.assembly.encoder import host_embedder
+from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.assembly.pretrained import find_pretrained
+from afmrl_jax.catalog.concat import ConcatCatalog
+from afmrl_jax.catalog.listings import Catalog
+from afmrl_jax.catalog.opening import catalogue_names, open_listings, with_attributes
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_choice, check_ranges, flatten, to_json
 from afmrl_jax.core.files import write_atomically
-from afmrl_jax.data.catalog import Catalog
-from afmrl_jax.data.concat import ConcatCatalog
-from afmrl_jax.data.opening import catalogue_names, open_listings, with_attributes
 from afmrl_jax.retrieval.downstream import CategoryTask, Unlabelled
 from afmrl_jax.retrieval.evaluation import (
     parse_task,
@@ -41,9 +45,6 @@ from afmrl_jax.retrieval.tasks import (
     enrichment,
     own_attributes,
 )
-from afmrl_jax.training.describer import Describer
-from afmrl_jax.training.encoder import abstract_params, host_embedder
-from afmrl_jax.training.pretrained import find_pretrained
 
 log = logging.getLogger(__name__)
 

@@ -6,131 +6,21 @@
 3. Put the folder in its place, whole.
 """
 
-import dataclasses
-import importlib.util
 import json
-import re
-import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from afmrl_jax.assembly.encoder import Encoder
+from afmrl_jax.assembly.folder import check_processor, write_folder
+from afmrl_jax.assembly.generator import Generator
+from afmrl_jax.assembly.model import DTYPES, abstract_params
+from afmrl_jax.assembly.pretrained import RECORD, Pretrained, find_pretrained, kind_of
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import to_json
-from afmrl_jax.data.processor import IMAGE_STATISTICS, Processor
-from afmrl_jax.data.prompts import CHATML
-from afmrl_jax.data.tokenizer import END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS
-from afmrl_jax.models import hf_weights
 from afmrl_jax.retrieval.evaluation import results_table
-from afmrl_jax.training.encoder import DTYPES, Encoder, abstract_params
-from afmrl_jax.training.generator import Generator
-from afmrl_jax.training.pretrained import RECORD, Pretrained, find_pretrained, kind_of
-
-CARD = """\
----
-library_name: sentence-transformers
-pipeline_tag: feature-extraction
-tags: [sentence-transformers, feature-extraction, image-text, product-retrieval, {architecture}]
----
-
-# Product embeddings
-
-A {architecture} model trained by afmrl_jax so that listings of the identical product lie close
-together: text, images or both become {size} numbers of length one, compared by their cosine.
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("FOLDER", trust_remote_code=True)  # runs its .py files
-model.encode([{{"text": "Navy dress", "image": "photo.jpg"}}, "red mug", {{"image": "photo.jpg"}}])
-```
-
-Several images a row are a list. {use}
-
-## Evaluation
-
-{evaluation}
-
-## Training configuration
-
-{fence}json
-{config}
-{fence}
-"""
-GENERATOR_CARD = """\
----
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags: [image-text-to-text, product-attributes, {architecture}]
----
-
-# Product attributes
-
-A {architecture} model trained by afmrl_jax to answer a listing's photos and text with its key
-attributes, as "name: value; name: value".
-
-```python
-from transformers import AutoModelForImageTextToText
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-rows = get_class_from_dynamic_module("listing_rows.ListingRows", "FOLDER").load("FOLDER")
-model = AutoModelForImageTextToText.from_pretrained("FOLDER")
-listing = {{"text": "Title\\nCategory\\nDescription", "image": ["front.jpg", "back.jpg"]}}
-inputs = rows.inputs([listing])  # runs listing_rows.py of the folder
-answers = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
-print(rows.tokenizer.decode_batch(answers.tolist(), skip_special_tokens=True))
-```
-
-So asked, a listing looks as it did in training. It takes at most {max_tokens} tokens: its photos
-share {windows} squares of {side} x {side} pixels, each a token, none of them over {max_pixels}
-pixels; what a small one leaves the larger ones divide. The chat's turns come next, and the text has
-the rest: a longer one loses its end. An answer has at most {max_answer} tokens.
-
-transformers' own processor, and what stands on it (vLLM, pipelines), makes a row of the same sizes
-of *one* photo and a text that fits. To several photos it gives {windows} squares *each*, and it
-cuts no text: the model has seen no such rows.
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-processor = AutoProcessor.from_pretrained("FOLDER")  # needs torchvision, for videos
-model = AutoModelForImageTextToText.from_pretrained("FOLDER")
-text = "Title\\nCategory\\nDescription"
-content = [{{"type": "image", "path": "photo.jpg"}}, {{"type": "text", "text": text}}]
-chat = [{{"role": "user", "content": content}}]
-{system}inputs = processor.apply_chat_template(
-    chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-)
-answer = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
-print(processor.batch_decode(answer, skip_special_tokens=True)[0])
-```
-
-afmrl_jax reads the answers (`afmrl_jax.attributes.text.parse`), or has the folder write those of a
-catalogue: `--config=configs/annotate.py --config.generator=FOLDER`.
-
-## Evaluation
-
-{evaluation}
-
-## Training configuration
-
-{fence}json
-{config}
-{fence}
-"""
-SYSTEM = """\
-instruction = {instruction}
-chat.insert(0, {{"role": "system", "content": [{{"type": "text", "text": instruction}}]}})
-"""
-HEAD = "`transformers.AutoModelForImageTextToText.from_pretrained` loads the whole model."
-NO_HEAD = (
-    "The model has no language head, which an embedder neither trains nor uses: load it with "
-    "`transformers.AutoModel.from_pretrained`."
-)
 
 
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
@@ -150,14 +40,15 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     kind = kind_of(config.checkpoint, best=config.best)
     source = find_pretrained(config.checkpoint, kind, best=config.best)
     enc = source.model(config)
-    _processor(enc)  # tells of settings that do not fit the model before its weights are read
+    check_processor(enc)  # tells of settings that do not fit the model before its weights are read
     params = source.load(abstract_params(enc, mesh))
 
     # ---- folder
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         folder = Path(temporary) / "export"
-        write_folder(folder, enc, params, source, config.dtype)
+        evaluation = _evaluation(source, kind)
+        write_folder(folder, enc, params, source, dtype=config.dtype, evaluation=evaluation)
         old = Path(temporary) / "old"
         if out.exists():
             out.rename(old)
@@ -176,213 +67,10 @@ def check_place(out: Path) -> None:
         )
 
 
-def write_folder(
-    folder: Path, enc: Encoder | Generator, params: Any, source: Pretrained, dtype: str = "float32"
-) -> None:
-    """All files of an export. params: the model's; dtype: of the weights written."""
-    config, answers = enc.model_config, isinstance(enc, Generator)
-    hf_weights.save(folder, params, config, dtype=DTYPES[dtype])
-    head = answers or config.tie_embeddings
-    described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    described["dtype"] = dtype
-    if head:
-        generation = {
-            "eos_token_id": list(config.end_token_ids),
-            "pad_token_id": config.pad_token_id,
-        }
-        if answers:
-            sampling = enc.sampling(temperature=0)
-            generation |= {
-                "do_sample": False,
-                "max_new_tokens": sampling.max_new_tokens,
-                "suppress_tokens": list(sampling.forbidden),
-            }
-        _write_json(folder / "generation_config.json", generation)
-    else:
-        described["architectures"] = [
-            name.replace("ForConditionalGeneration", "Model") for name in described["architectures"]
-        ]
-    _write_json(folder / "config.json", described)
-    _write_tokenizer(folder, enc)
-    _write_processor(folder, enc)
-    if answers:
-        for name in ("pixels", "listing_rows"):
-            _copy_module(folder, name)
-        _write_json(folder / "listing_rows.json", _rows(enc))
-    else:
-        _write_sentence_transformers(folder, enc)
-    record = {
-        "kind": enc.kind,
-        "config": json.loads(to_json(_settings(enc))),
-        "step": source.step,
-        "evaluation": source.evaluation,
-    }
-    _write_json(folder / RECORD, record)
-    card = generator_card(enc, source) if answers else model_card(enc, source, head)
-    (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _processor(enc: Encoder | Generator) -> Processor:
-    return enc.processor(answers=False) if isinstance(enc, Generator) else enc.processor()
-
-
-def _write_tokenizer(folder: Path, enc: Encoder | Generator) -> None:
-    processor, answer = _processor(enc), 0
-    if isinstance(enc, Generator):
-        answer = enc.settings.data.max_answer
-    enc.tokenizer.save(str(folder / "tokenizer.json"))
-    described = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "eos_token": END_OF_TURN,
-        "pad_token": END_OF_TEXT,
-        "bos_token": None,
-        "unk_token": None,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": False,
-        "padding_side": "left" if processor.pad_left else "right",
-        "model_max_length": enc.settings.data.max_tokens + answer,
-        "extra_special_tokens": list(SPECIAL_TOKENS[1:]),
-    }
-    _write_json(folder / "tokenizer_config.json", described)
-    template = enc.chat_template or CHATML
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
-
-
-def _write_processor(folder: Path, enc: Encoder | Generator) -> None:
-    """What transformers' image processor, to which ours is equal for one image, has to know."""
-    data, vision = enc.settings.data, enc.model_config.vision
-    most = min(data.max_pixels, _windows(enc) * _side(enc) ** 2)
-    mean, std = IMAGE_STATISTICS[enc.model_config.architecture]
-    described = {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "size": {"shortest_edge": min(data.min_pixels, most), "longest_edge": most},
-        "patch_size": vision.patch_size,
-        "temporal_patch_size": vision.temporal_patch_size,
-        "merge_size": vision.merge_size,
-        "image_mean": list(mean),
-        "image_std": list(std),
-        "do_convert_rgb": True,
-    }
-    _write_json(folder / "preprocessor_config.json", described)
-
-
-def _write_sentence_transformers(folder: Path, enc: Encoder) -> None:
-    """Our own first module, whose files go along, then the library's pooling and normalising."""
-    for name in ("pixels", "listing_rows", "sentence_encoder"):
-        _copy_module(folder, name)
-    library = "sentence_transformers.sentence_transformer.modules"
-    modules = [
-        ("", "sentence_encoder.SentenceEncoder"),
-        ("1_Pooling", f"{library}.Pooling"),
-        ("2_Normalize", f"{library}.Normalize"),
-    ]
-    listed = [
-        {"idx": i, "name": str(i), "path": path, "type": kind}
-        for i, (path, kind) in enumerate(modules)
-    ]
-    _write_json(folder / "modules.json", listed)
-    described = {
-        "model_type": "SentenceTransformer",
-        "similarity_fn_name": "cosine",
-        "requirements": {"sentence_transformers": ">=6.0", "transformers": ">=5.17"},
-    }
-    _write_json(folder / "config_sentence_transformers.json", described)
-    described = _rows(enc) | {"embedding_dim": enc.settings.model.embedding_dim}
-    _write_json(folder / "sentence_bert_config.json", described)
-    pooling = {"embedding_dimension": _size(enc), "pooling_mode": "lasttoken"}
-    for name, content in (("1_Pooling", pooling), ("2_Normalize", {})):
-        (folder / name).mkdir()
-        _write_json(folder / name / "config.json", content)
-
-
-def _copy_module(folder: Path, name: str) -> None:
-    """Puts a file of ours that runs by itself into a folder."""
-    source = Path(importlib.util.find_spec(f"afmrl_jax.models.{name}").origin)
-    shutil.copyfile(source, folder / source.name)
-
-
-def _rows(enc: Encoder | Generator) -> dict[str, Any]:
-    """How rows are made, as `models.listing_rows.ListingRows` takes it."""
-    processor = _processor(enc)
-    names = ("max_tokens", "max_patches", "min_pixels", "max_pixels", "pad_left")
-    return {name: getattr(processor, name) for name in names} | _frames(enc, processor)
-
-
-def _frames(enc: Encoder | Generator, processor: Processor) -> dict[str, Any]:
-    """The prompt's tokens without and with an image, and what each further image adds."""
-    frames = [processor.prompt.frame(n, processor.tokenizer) for n in range(4)]
-    heads = [frame.head for frame in frames]
-    place = heads[1].index(enc.model_config.image_token_id) + 2  # behind <|vision_end|>
-    added = heads[2][place : place + len(heads[2]) - len(heads[1])]
-    for n in (2, 3):
-        repeated = heads[1][:place] + added * (n - 1) + heads[1][place:]
-        if frames[n] != dataclasses.replace(frames[1], head=repeated):
-            raise UserError(
-                "the model's chat template does not write each image alike, which an exported "
-                "folder cannot be told: use a template without numbers of images"
-            )
-    named = {name: dataclasses.asdict(frame) for name, frame in zip(("text", "image"), frames)}
-    return {"frames": named, "more_images": {"ids": added, "place": place}}
-
-
-def model_card(enc: Encoder, source: Pretrained, head: bool) -> str:
-    """README.md. What it quotes stands in JSON, fenced by more backticks than it holds."""
-    evaluation = "This model was not judged by the run that trained it."
-    if source.evaluation:
-        evaluation = results_table({f"step {source.step}": source.evaluation}).strip()
-    return CARD.format(
-        architecture=enc.model_config.architecture,
-        size=_size(enc),
-        use=HEAD if head else NO_HEAD,
-        evaluation=evaluation,
-        **_quoted(enc),
-    )
-
-
-def generator_card(generator: Generator, source: Pretrained) -> str:
-    """README.md of a generator: how it is asked as it was trained to be."""
-    data = generator.settings.data
-    evaluation = "This model was not judged by the run that trained it."
-    if source.evaluation:
-        evaluation = f"```json\n{json.dumps(source.evaluation, indent=2)}\n```"
-    return GENERATOR_CARD.format(
-        architecture=generator.model_config.architecture,
-        system=SYSTEM.format(instruction=json.dumps(data.instruction)) if data.instruction else "",
-        evaluation=evaluation,
-        windows=_windows(generator),
-        side=_side(generator),
-        **{name: data[name] for name in ("max_tokens", "max_pixels", "max_answer")},
-        **_quoted(generator),
-    )
-
-
-def _quoted(enc: Encoder | Generator) -> dict[str, str]:
-    """The configuration for a card, and a fence of more backticks than it holds."""
-    settings = to_json(_settings(enc), indent=2)
-    ticks = max(map(len, re.findall("`+", settings)), default=0)
-    return {"config": settings, "fence": "`" * max(3, ticks + 1)}
-
-
-def _settings(enc: Encoder | Generator) -> ConfigDict:
-    """The configuration without its cache, which is a place on one machine."""
-    settings = enc.settings.to_dict()
-    settings["data"].pop("cache_dir", None)
-    return ConfigDict(settings)
-
-
-def _windows(enc: Encoder | Generator) -> int:
-    """Merge windows, each a token, that a row's images share."""
-    return enc.settings.data.max_patches // enc.model_config.vision.merge_size**2
-
-
-def _side(enc: Encoder | Generator) -> int:
-    """Pixels of a merge window's side."""
-    return enc.model_config.vision.patch_size * enc.model_config.vision.merge_size
-
-
-def _size(enc: Encoder) -> int:
-    return enc.settings.model.embedding_dim or enc.model_config.text.hidden_size
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _evaluation(source: Pretrained, kind: type[Encoder] | type[Generator]) -> str:
+    """What the run that trained the model measured, in Markdown; "" where it did not."""
+    if not source.evaluation:
+        return ""
+    if kind is Encoder:
+        return results_table({f"step {source.step}": source.evaluation}).strip()
+    return f"```json\n{json.dumps(source.evaluation, indent=2)}\n```"

@@ -30,57 +30,53 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from afmrl_jax.assembly.describer import describe
+from afmrl_jax.assembly.encoder import host_embedder
+from afmrl_jax.assembly.generator import Answerer, Generator
+from afmrl_jax.assembly.model import DTYPES, abstract_params, lora_of
+from afmrl_jax.assembly.model import RANGES as MODEL_RANGES
+from afmrl_jax.assembly.pretrained import Base, find_pretrained, planned, read_base
 from afmrl_jax.attributes import comparison
-from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_ranges, flatten, to_json
-from afmrl_jax.core.files import write_atomically
-from afmrl_jax.core.mesh import batch_shards, local_rows, put_batch, replicated
-from afmrl_jax.core.writer import cut_back
-from afmrl_jax.data.answers import question
-from afmrl_jax.data.catalog import Catalog
-from afmrl_jax.data.opening import open_catalogue
-from afmrl_jax.data.pipeline import Stream
-from afmrl_jax.data.views import sampled_cuts
-from afmrl_jax.losses.policy import RANGES as POLICY_RANGES
-from afmrl_jax.models import lora
-from afmrl_jax.models.partition import MATRIX
-from afmrl_jax.models.sampler import Samples
-from afmrl_jax.rl.environment import Environment, Judged, Laps, append_groups
-from afmrl_jax.rl.gallery import Gallery, askers, gallery_listings, open_gallery
-from afmrl_jax.rl.held_out import HeldOut, Said, comparison_table
-from afmrl_jax.rl.judging import Judge
-from afmrl_jax.rl.rewards import RANGES as REWARD_RANGES
-from afmrl_jax.rl.rewards import Options as RewardOptions
-from afmrl_jax.rl.rewards import bounded_k
-from afmrl_jax.rl.rollout import Query, QueryBatches, QueryEmbedder, none_is_read
-from afmrl_jax.rl.watch import RANGES as WATCH_RANGES
-from afmrl_jax.rl.watch import Limits, stopped, watch
-from afmrl_jax.training.checkpoint import Checkpoints, checkpoint_folder
-from afmrl_jax.training.describer import describe
-from afmrl_jax.training.encoder import (
-    DTYPES,
-    abstract_params,
-    from_record,
-    host_embedder,
-    lora_of,
-)
-from afmrl_jax.training.encoder import RANGES as MODEL_RANGES
-from afmrl_jax.training.generator import Answerer, Generator
-from afmrl_jax.training.goodput import Clock
-from afmrl_jax.training.loop import Training, fit
-from afmrl_jax.training.optimizer import RANGES as OPTIMIZER_RANGES
-from afmrl_jax.training.planning import Part, check_fits
-from afmrl_jax.training.policy import Built, build, parts
-from afmrl_jax.training.pretrained import Base, find_pretrained, planned, read_base
-from afmrl_jax.training.state import TrainState
-from afmrl_jax.training.tracing import traced_steps
-from afmrl_jax.training.unchanged import (
+from afmrl_jax.catalog.listings import Catalog
+from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.checkpoints.checkpoint import Checkpoints, checkpoint_folder
+from afmrl_jax.checkpoints.record import (
     MAY_CHANGE,
     catalogue_record,
     check_catalogue,
     check_unchanged,
     recorded,
 )
+from afmrl_jax.checkpoints.state import TrainState
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import check_ranges, flatten, to_json
+from afmrl_jax.core.files import write_atomically
+from afmrl_jax.core.logs import cut_back
+from afmrl_jax.core.mesh import batch_shards, local_rows, put_batch, replicated
+from afmrl_jax.data.answers import question
+from afmrl_jax.data.queries import QueryBatches
+from afmrl_jax.data.stream import Stream
+from afmrl_jax.data.views import sampled_cuts
+from afmrl_jax.losses.policy import RANGES as POLICY_RANGES
+from afmrl_jax.models import lora
+from afmrl_jax.models.partition import MATRIX
+from afmrl_jax.models.sampler import Samples
+from afmrl_jax.planning.report import Part, check_fits
+from afmrl_jax.rl.environment import Environment, Judged, Laps, append_groups
+from afmrl_jax.rl.gallery import Gallery, askers, gallery_listings, open_gallery
+from afmrl_jax.rl.held_out import HeldOut, Said, comparison_table
+from afmrl_jax.rl.judging import Judge
+from afmrl_jax.rl.policy import Built, build, parts
+from afmrl_jax.rl.rewards import RANGES as REWARD_RANGES
+from afmrl_jax.rl.rewards import Options as RewardOptions
+from afmrl_jax.rl.rewards import bounded_k
+from afmrl_jax.rl.rollout import Query, QueryEmbedder, none_is_read
+from afmrl_jax.rl.watch import RANGES as WATCH_RANGES
+from afmrl_jax.rl.watch import Limits, stopped, watch
+from afmrl_jax.training.goodput import Clock
+from afmrl_jax.training.loop import Training, fit
+from afmrl_jax.training.optimizer import RANGES as OPTIMIZER_RANGES
+from afmrl_jax.training.tracing import traced_steps
 
 ROWS = ("instruction", "max_tokens", "max_answer", "max_patches", "min_pixels", "max_pixels")
 RANGES = {  # field -> lowest and highest, or its words
@@ -365,7 +361,7 @@ def _generator(config: ConfigDict, saved: dict[str, str] | None) -> tuple[Genera
     """The generator, whose settings are the configuration with the rows that it was trained on, and
     the parameters that it begins with, which are also those to stay near."""
     if saved:
-        generator, base = from_record(config, saved, Generator), Base.of_record(saved)
+        generator, base = Generator.from_record(config, saved), Base.of_record(saved)
         own = recorded(saved["config"])
     elif config.generator:
         source = find_pretrained(config.generator, Generator)

@@ -29,6 +29,10 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from afmrl_jax.assembly.generator import Answerer, Generator, batches_of
+from afmrl_jax.assembly.model import RANGES as MODEL_RANGES
+from afmrl_jax.assembly.model import abstract_params, lora_of
+from afmrl_jax.assembly.pretrained import Base, Pretrained, find_pretrained, planned, read_base
 from afmrl_jax.attributes.agreement import Majority, agreement, agreement_by_name
 from afmrl_jax.attributes.text import (
     MAX_CHARACTERS,
@@ -38,12 +42,17 @@ from afmrl_jax.attributes.text import (
     normalise,
     parse,
 )
+from afmrl_jax.catalog.listings import Catalog
+from afmrl_jax.catalog.opening import cache_folder, open_catalogue
+from afmrl_jax.checkpoints.checkpoint import Checkpoints, checkpoint_folder
+from afmrl_jax.checkpoints.record import catalogue_record, check_catalogue, check_unchanged
+from afmrl_jax.checkpoints.state import TrainState, abstract_state, init_state
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.files import write_atomically
+from afmrl_jax.core.logs import cut_back
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, put_batch, replicated
 from afmrl_jax.core.processes import first_says
-from afmrl_jax.core.writer import cut_back
 from afmrl_jax.data.answers import (
     SAMPLED,
     AnswerBatches,
@@ -52,26 +61,18 @@ from afmrl_jax.data.answers import (
     question,
     question_and_answer,
 )
-from afmrl_jax.data.catalog import Catalog
-from afmrl_jax.data.opening import cache_folder, open_catalogue
-from afmrl_jax.data.pipeline import Stream
 from afmrl_jax.data.processor import Processor
+from afmrl_jax.data.stream import Stream
 from afmrl_jax.data.views import listing_text
 from afmrl_jax.models import lora
-from afmrl_jax.training import accumulate, cost
-from afmrl_jax.training.checkpoint import Checkpoints, checkpoint_folder
-from afmrl_jax.training.encoder import RANGES as MODEL_RANGES
-from afmrl_jax.training.encoder import abstract_params, from_preset, from_record, lora_of
-from afmrl_jax.training.generator import Answerer, Generator, batches_of
+from afmrl_jax.planning import cost
+from afmrl_jax.planning.report import Part, check_fits, step_part
+from afmrl_jax.training import accumulate
 from afmrl_jax.training.goodput import Clock, abstract_host
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import RANGES as OPTIMIZER_RANGES
 from afmrl_jax.training.optimizer import make_optimizer
-from afmrl_jax.training.planning import Part, check_fits, step_part
-from afmrl_jax.training.pretrained import Base, Pretrained, find_pretrained, planned, read_base
-from afmrl_jax.training.state import TrainState, abstract_state, init_state
 from afmrl_jax.training.tracing import traced_steps
-from afmrl_jax.training.unchanged import catalogue_record, check_catalogue, check_unchanged
 
 log = logging.getLogger(__name__)
 
@@ -462,12 +463,12 @@ def _generator(
     """The generator, and the model that a new run begins with; None: from scratch, or resumed."""
     source = None
     if saved:
-        generator = from_record(config, saved, Generator)
+        generator = Generator.from_record(config, saved)
     elif config.init_from:
         source = find_pretrained(config.init_from, Generator, begin=True)
         return source.trained(config), source
     else:
-        generator = from_preset(config, _tokenizer_texts(config, catalog), Generator)
+        generator = Generator.from_preset(config, _tokenizer_texts(config, catalog))
     return dataclasses.replace(generator, lora=lora_of(config)), source
 
 

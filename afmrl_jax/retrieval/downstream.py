@@ -21,8 +21,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from afmrl_jax.catalog.listings import Catalog, Listing, Overlay
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.catalog import Catalog, Listing, Overlay
 from afmrl_jax.retrieval.evaluation import Scores
 from afmrl_jax.retrieval.metrics import interval95
 from afmrl_jax.retrieval.tasks import parts_of

@@ -27,13 +27,9 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.data.views import VIEWS
 from afmrl_jax.retrieval import metrics
-from afmrl_jax.retrieval.index import (
-    EXACT_BELOW,
-    build_index,
-    query_block,
-    recall_against_exact,
-    require_finite,
-)
+from afmrl_jax.retrieval.exact import query_block
+from afmrl_jax.retrieval.index import require_finite
+from afmrl_jax.retrieval.indexes import EXACT_BELOW, build_index, recall_against_exact
 
 APPROXIMATE_DEPTH = 1000  # ranks looked at where the gallery is too large to rank it whole
 WIDE = 128  # relevant listings of a query from which on scores are counted by bins, in one pass

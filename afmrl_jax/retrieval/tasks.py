@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_choice
-from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.corpus import listings_by_product
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.views import AttributeCuts, evaluation_row, listing_text

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from afmrl_jax.attributes.text import Parsed, Verdict, parse
-from afmrl_jax.data.catalog import Catalog
+from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.rl.advantages import Advantages, group_advantages
 from afmrl_jax.rl.gallery import Gallery
 from afmrl_jax.rl.rewards import Options, rewards

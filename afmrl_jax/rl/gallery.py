@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.files import write_atomically
-from afmrl_jax.data.catalog import Catalog
 from afmrl_jax.data.corpus import listings_by_product
-from afmrl_jax.retrieval.index import EXACT_BELOW, ExactIndex, Index, ScannIndex
+from afmrl_jax.retrieval.exact import ExactIndex
+from afmrl_jax.retrieval.index import Index
+from afmrl_jax.retrieval.indexes import EXACT_BELOW, load_index
+from afmrl_jax.retrieval.scann import ScannIndex
 from afmrl_jax.rl.rewards import Found, Options, measures
 
 log = logging.getLogger(__name__)
@@ -130,7 +133,7 @@ def open_gallery(
     if len(listings) < exact_below:
         index: Index = ExactIndex(version).build(vectors, listings)
     elif (saved := folder / f"{version}.index").exists():
-        index = Index.load(saved)
+        index = load_index(saved)
     else:
         log.info("building ScaNN's index of them")
         index = ScannIndex(version).build(vectors, listings)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from afmrl_jax.attributes.agreement import agreement
-from afmrl_jax.data.catalog import Catalog
+from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.data.views import AttributeCuts
 from afmrl_jax.retrieval.metrics import interval95, normal95, paired
 from afmrl_jax.rl.gallery import Gallery, askers

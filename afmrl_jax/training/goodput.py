@@ -22,8 +22,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from afmrl_jax.core.files import write_atomically
+from afmrl_jax.core.logs import duration
 from afmrl_jax.core.mesh import AXES
-from afmrl_jax.core.writer import duration
 
 # start: of the first attempt, until its first step; restart: from the last sign of life of an
 # attempt to the first step of the next; repeated: steps after the checkpoint that it went on from.

@@ -16,12 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from afmrl_jax.checkpoints.checkpoint import Checkpoints
+from afmrl_jax.checkpoints.state import TrainState
+from afmrl_jax.core.chips import chip_of
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.logs import RunWriter
 from afmrl_jax.core.mesh import put_batch
-from afmrl_jax.core.writer import RunWriter
-from afmrl_jax.data.pipeline import Batch, Stream
-from afmrl_jax.training.checkpoint import Checkpoints
-from afmrl_jax.training.chips import chip_of
+from afmrl_jax.data.stream import Batch, Stream
 from afmrl_jax.training.goodput import (
     HOST,
     Clock,
@@ -32,7 +33,6 @@ from afmrl_jax.training.goodput import (
     machine_names,
 )
 from afmrl_jax.training.preemption import Preemption
-from afmrl_jax.training.state import TrainState
 from afmrl_jax.training.tracing import Tracer, traced_steps
 
 HOST_ONLY = ("listing",)  # names of a batch's arrays that the step does not read

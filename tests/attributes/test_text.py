@@ -7,13 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from afmrl_jax.attributes.comparison import MAX_MARKS
-from afmrl_jax.attributes.text import (
-    Parsed,
-    Verdict,
-    format_attributes,
-    normalise,
-    parse,
-)
+from afmrl_jax.attributes.text import Parsed, Verdict, format_attributes, normalise, parse
 
 PIECES = ["\\", ";", ":", " ", "\n", "\r", "a", "B", "\u0301", "\u037e", "\0"]
 PIECES = st.sampled_from([*PIECES, "{", '"', "-", "*", "1.", "_", "\u200b", "unknown"])

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from afmrl_jax.checkpoints.record import check_unchanged
 from afmrl_jax.configs.agcl import get_config
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, to_json, with_limits
-from afmrl_jax.training.unchanged import check_unchanged
 
 
 def refuse(constant):

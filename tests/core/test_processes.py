@@ -53,8 +53,8 @@ from absl import logging
 from afmrl_jax import main
 from afmrl_jax.core.mesh import batch_sharding, make_mesh, replicated
 from afmrl_jax.core.processes import initialize_distributed
-from afmrl_jax.training.checkpoint import Checkpoints
-from afmrl_jax.training.state import TrainState
+from afmrl_jax.checkpoints.checkpoint import Checkpoints
+from afmrl_jax.checkpoints.state import TrainState
 folder = Path(sys.argv[2])
 logging.set_verbosity("fatal")  # as main's
 initialize_distributed(int(sys.argv[1]))

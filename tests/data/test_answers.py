@@ -6,6 +6,9 @@ import pytest
 from PIL import Image
 
 from afmrl_jax.attributes.text import MAX_PAIRS, Verdict, format_attributes, parse
+from afmrl_jax.catalog.listings import open_catalog
+from afmrl_jax.catalog.overlays import open_attributes
+from afmrl_jax.catalog.synthetic import SyntheticCatalog
 from afmrl_jax.data.answers import (
     WINDOW,
     AnswerBatches,
@@ -15,11 +18,8 @@ from afmrl_jax.data.answers import (
     question,
     question_and_answer,
 )
-from afmrl_jax.data.catalog import open_catalog
-from afmrl_jax.data.oracle import open_attributes
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.prompts import CHATML, ChatPrompt
-from afmrl_jax.data.synthetic import SyntheticCatalog
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.data.views import listing_text
 from afmrl_jax.models.presets import preset

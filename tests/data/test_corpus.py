@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from afmrl_jax.data.catalog import open_catalog
+from afmrl_jax.catalog.listings import open_catalog
 from afmrl_jax.data.corpus import (
     TrainedOn,
     corpus_statistics,

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from afmrl_jax.attributes.text import format_attributes
-from afmrl_jax.data.catalog import Listing
+from afmrl_jax.catalog.listings import Listing
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.prompts import CHATML, ChatPrompt, PlainPrompt
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer

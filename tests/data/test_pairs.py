@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from afmrl_jax.catalog.listings import Listing
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.catalog import Listing
 from afmrl_jax.data.pairs import Composition, PairSampler
 
 

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from afmrl_jax.catalog.listings import Listing
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.catalog import Listing
 from afmrl_jax.data.views import (
     Augmentation,
     evaluation_row,

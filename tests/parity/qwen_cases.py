@@ -21,12 +21,12 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from afmrl_jax.models import hf_weights
 from afmrl_jax.models.config import FAMILIES, QwenVLConfig, TextConfig, VisionConfig
 from afmrl_jax.models.embedder import Embedder, normalize, pool_last
 from afmrl_jax.models.qwen_vl import QwenVL
 from afmrl_jax.models.rope import rotary_angles, vision_frequencies
 from afmrl_jax.models.vision import attention_masks
+from afmrl_jax.weights import hf_weights
 
 TOKENS = {
     "image_token_id": 4,

@@ -12,10 +12,10 @@ import torch
 from flax import nnx
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from afmrl_jax.models import hf_weights
 from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
 from afmrl_jax.models.sampler import Sampling, generate, sample_keys
+from afmrl_jax.weights import hf_weights
 
 PROMPTS, LENGTH, PATCHES, NEW = 64, 48, 64, 16
 VOCABULARY = 300

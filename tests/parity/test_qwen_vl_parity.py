@@ -34,10 +34,10 @@ from safetensors.numpy import load_file, save_file
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
-from afmrl_jax.models import hf_weights
 from afmrl_jax.models.config import QwenVLConfig, from_hf
 from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
+from afmrl_jax.weights import hf_weights
 
 SAVED = Path(__file__).resolve().parents[2] / ".." / "shared" / "cases"
 SMALL = [name for name in CASES if name.endswith("small")]

@@ -7,15 +7,15 @@ import jax
 import optax
 import pytest
 
+from afmrl_jax.assembly.generator import Generator
+from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.checkpoints.checkpoint import Checkpoints
+from afmrl_jax.checkpoints.state import TrainState, abstract_state, init_state
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.data.answers import question_and_answer
-from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.models.presets import preset
-from afmrl_jax.training.checkpoint import Checkpoints
-from afmrl_jax.training.encoder import abstract_params
-from afmrl_jax.training.generator import Generator
-from afmrl_jax.training.state import TrainState, abstract_state, init_state
 
 
 @pytest.fixture(scope="module", autouse=True)

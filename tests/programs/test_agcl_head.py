@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from afmrl_jax import main
+from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.assembly.pretrained import find_pretrained
+from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.mesh import make_mesh
-from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.programs import agcl
-from afmrl_jax.training.checkpoint import find_checkpoints
-from afmrl_jax.training.encoder import abstract_params
-from afmrl_jax.training.pretrained import find_pretrained
 
 QUICK = True
 

@@ -13,15 +13,17 @@ import pytest
 from flax import nnx
 
 from afmrl_jax import main
+from afmrl_jax.assembly.encoder import Encoder
+from afmrl_jax.assembly.model import abstract_params, lora_of
+from afmrl_jax.assembly.pretrained import Base, read_base
+from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
-from afmrl_jax.models import hf_weights, lora
+from afmrl_jax.models import lora
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.presets import preset
-from afmrl_jax.training.checkpoint import find_checkpoints
-from afmrl_jax.training.encoder import Encoder, abstract_params, lora_of
-from afmrl_jax.training.pretrained import Base, read_base
+from afmrl_jax.weights import hf_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,9 +16,9 @@ from openai_server import Server, said
 from PIL import Image
 
 from afmrl_jax import main
+from afmrl_jax.annotation.endpoint import GIVE_UP
+from afmrl_jax.catalog.opening import open_catalogue
 from afmrl_jax.core.errors import TryAgain, UserError
-from afmrl_jax.data.endpoint import GIVE_UP
-from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.programs import annotate
 
 KEY = "sk-secret-1234"
@@ -428,7 +428,7 @@ def test_a_line_that_is_no_answer_is_told(config, tmp_path):
 def test_without_the_client_s_package_the_user_is_told_what_to_install(
     config, tmp_path, monkeypatch
 ):
-    monkeypatch.delitem(sys.modules, "afmrl_jax.data.endpoint", raising=False)
+    monkeypatch.delitem(sys.modules, "afmrl_jax.annotation.endpoint", raising=False)
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(UserError, match="annotate needs the package openai"):
         main.run(config, tmp_path)

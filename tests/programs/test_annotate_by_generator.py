@@ -13,14 +13,15 @@ import pytest
 from joined import joined
 
 from afmrl_jax import main
+from afmrl_jax.annotation.answerers import pin_generator
+from afmrl_jax.assembly.describer import Describer
+from afmrl_jax.catalog.opening import open_catalogue, open_listings
+from afmrl_jax.catalog.synthetic import SyntheticCatalog
+from afmrl_jax.checkpoints.checkpoint import Checkpoints, find_checkpoints
+from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh
-from afmrl_jax.data.opening import open_catalogue, open_listings
-from afmrl_jax.data.synthetic import SyntheticCatalog
-from afmrl_jax.programs.annotate import chosen_listings, pin_generator
-from afmrl_jax.training.checkpoint import Checkpoints, find_checkpoints
-from afmrl_jax.training.describer import Describer
-from afmrl_jax.training.state import TrainState
+from afmrl_jax.programs.annotate import chosen_listings
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 from afmrl_jax import main
+from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import with_limits
 from afmrl_jax.data.corpus import TrainedOn
-from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.programs.cit import Manifest, _digest, stages_of
-from afmrl_jax.training.checkpoint import find_checkpoints
 
 QUICK = True
 SIZES = {"workers": 0, "max_patches": 16, "min_pixels": 256, "max_pixels": 1024}

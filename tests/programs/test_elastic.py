@@ -13,9 +13,9 @@ from joined import joined
 from metadata_server import PREEMPTED, serving
 
 from afmrl_jax import main
-from afmrl_jax.data.opening import open_catalogue
+from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.programs import agcl
-from afmrl_jax.training.checkpoint import find_checkpoints
 
 QUICK = True
 ROOT = Path(__file__).resolve().parents[2]

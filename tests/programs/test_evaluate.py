@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from afmrl_jax import main
+from afmrl_jax.assembly.describer import Description
+from afmrl_jax.assembly.pretrained import RECORD
 from afmrl_jax.attributes.text import Parsed, Verdict
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.programs import evaluate
 from afmrl_jax.retrieval.evaluation import paired
-from afmrl_jax.training.describer import Description
-from afmrl_jax.training.pretrained import RECORD
 
 
 @pytest.fixture

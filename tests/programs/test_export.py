@@ -13,14 +13,14 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from afmrl_jax import main
+from afmrl_jax.assembly.folder import model_card, write_folder
+from afmrl_jax.assembly.pretrained import RECORD, Pretrained, find_pretrained
+from afmrl_jax.catalog.validation import read_image
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.processor import Row
 from afmrl_jax.data.tokenizer import special_token_ids
-from afmrl_jax.data.validation import read_image
 from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
-from afmrl_jax.programs.export import model_card, write_folder
-from afmrl_jax.training.pretrained import RECORD, Pretrained, find_pretrained
 
 
 def run_export(checkpoint, out, **changes):

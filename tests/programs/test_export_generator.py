@@ -11,14 +11,14 @@ from flax import nnx
 from PIL import Image
 
 from afmrl_jax import main
+from afmrl_jax.assembly.describer import Describer
+from afmrl_jax.assembly.encoder import Encoder
+from afmrl_jax.assembly.generator import Generator
+from afmrl_jax.assembly.pretrained import find_pretrained, kind_of
+from afmrl_jax.catalog.opening import open_listings
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.data.answers import question
-from afmrl_jax.data.opening import open_listings
 from afmrl_jax.data.processor import Row
-from afmrl_jax.training.describer import Describer
-from afmrl_jax.training.encoder import Encoder
-from afmrl_jax.training.generator import Generator
-from afmrl_jax.training.pretrained import find_pretrained, kind_of
 
 
 @pytest.fixture(scope="module")

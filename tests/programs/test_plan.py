@@ -8,9 +8,9 @@ import pytest
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh
+from afmrl_jax.planning import report
+from afmrl_jax.planning.search import Choice, Tried, search
 from afmrl_jax.programs import agcl, plan
-from afmrl_jax.programs.plan import Choice, Tried, search
-from afmrl_jax.training import planning
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -76,7 +76,7 @@ def test_a_run_that_cannot_fit_is_refused_with_the_table_before_anything_is_made
     config.model.remat = "none"
     (part,) = agcl.plan(config, make_mesh(dict(config.mesh)))
     with pytest.raises(UserError, match=r"step does not fit the memory of cpu") as told:
-        planning.check_fits(part, make_mesh(dict(config.mesh)))
+        report.check_fits(part, make_mesh(dict(config.mesh)))
     assert "| parameters | optimizer |" in str(told.value) and "| no |" in str(told.value)
 
 

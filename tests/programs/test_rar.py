@@ -14,18 +14,19 @@ from flax import nnx
 from joined import run_all
 
 from afmrl_jax import main
+from afmrl_jax.assembly.encoder import Encoder
+from afmrl_jax.assembly.generator import Generator
+from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.assembly.pretrained import find_pretrained
+from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.checkpoints.checkpoint import Checkpoints, find_checkpoints
+from afmrl_jax.checkpoints.state import abstract_state, init_state
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.data.answers import question_and_answer
-from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.losses.language import answer_cross_entropy
 from afmrl_jax.models.presets import preset
-from afmrl_jax.training.checkpoint import Checkpoints, find_checkpoints
-from afmrl_jax.training.encoder import Encoder, abstract_params
-from afmrl_jax.training.generator import Generator
-from afmrl_jax.training.pretrained import find_pretrained
-from afmrl_jax.training.state import abstract_state, init_state
 
 QUICK = True
 SIZES = {"workers": 0, "max_patches": 16, "min_pixels": 256, "max_pixels": 1024}

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 
 from afmrl_jax import main
+from afmrl_jax.assembly.generator import Answerer, Generator
+from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.assembly.pretrained import find_pretrained
 from afmrl_jax.attributes.text import Verdict, parse
+from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.data.answers import question
-from afmrl_jax.data.opening import open_catalogue
 from afmrl_jax.data.processor import Row
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
-from afmrl_jax.models import hf_weights
 from afmrl_jax.models.presets import preset
-from afmrl_jax.training.checkpoint import find_checkpoints
-from afmrl_jax.training.encoder import abstract_params
-from afmrl_jax.training.generator import Answerer, Generator
-from afmrl_jax.training.pretrained import find_pretrained
+from afmrl_jax.weights import hf_weights
 
 
 @pytest.fixture

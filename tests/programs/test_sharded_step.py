@@ -7,8 +7,8 @@ import pytest
 
 from afmrl_jax.configs.agcl import get_config
 from afmrl_jax.core.mesh import make_mesh
+from afmrl_jax.planning.report import compile_part, local_bytes, reckon
 from afmrl_jax.programs import agcl, plan
-from afmrl_jax.training.planning import compile_part, local_bytes, reckon
 
 CHUNKS, CHIPS = 2, 4
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from afmrl_jax.catalog.listings import open_catalog
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.catalog import open_catalog
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.models.presets import preset

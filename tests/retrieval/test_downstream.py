@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from afmrl_jax.catalog.listings import Listing
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.catalog import Listing
 from afmrl_jax.retrieval import downstream
 from afmrl_jax.retrieval.downstream import CategoryTask, Unlabelled, agreement
 

@@ -10,14 +10,9 @@ import pytest
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.retrieval import index as index_module
-from afmrl_jax.retrieval.index import (
-    ExactIndex,
-    Index,
-    ScannIndex,
-    build_index,
-    query_block,
-    recall_against_exact,
-)
+from afmrl_jax.retrieval.exact import ExactIndex, query_block
+from afmrl_jax.retrieval.indexes import build_index, load_index, recall_against_exact
+from afmrl_jax.retrieval.scann import ScannIndex
 
 KINDS = pytest.mark.parametrize("kind", [ExactIndex, ScannIndex])
 
@@ -123,7 +118,7 @@ def test_scann_survives_hundreds_of_updates_and_finds_what_exact_search_finds(tm
         held[id] = new
         if step == 150:
             index.save(tmp_path / "index")
-            index = Index.load(tmp_path / "index")
+            index = load_index(tmp_path / "index")
     index.delete(np.arange(0, 1000, 4))
     left = np.array([id for id in range(1000) if id % 4])
     exact = ExactIndex("m").build(np.stack([held[id] for id in left]), left)
@@ -145,7 +140,7 @@ def test_an_index_that_lists_vectors_twice_is_built_again_before_it_can_be_updat
     twice = builder.tree(31, 31, soar_lambda=1.5).score_ah(2).reorder(100)
     index._searcher = twice.set_n_training_threads(1).build(docids=None)
     index.save(tmp_path / "index")
-    index = Index.load(tmp_path / "index")
+    index = load_index(tmp_path / "index")
     assert "it is built again" in caplog.text
     for id in range(100, 250):  # of one that lists them twice, ScaNN ends the process here
         index.delete(np.array([id]))
@@ -193,7 +188,7 @@ def test_a_saved_index_answers_the_same_after_its_folder_moved_and_can_be_update
     index.delete(ids[:2])
     index.save(tmp_path / "here" / "index")
     (tmp_path / "here").rename(tmp_path / "there")
-    loaded = Index.load(tmp_path / "there" / "index")
+    loaded = load_index(tmp_path / "there" / "index")
     assert isinstance(loaded, kind) and loaded.model_version == "run-1@500"
     before, after = index.search(vectors, 7), loaded.search(vectors, 7)
     np.testing.assert_array_equal(before.ids, after.ids)
@@ -201,7 +196,7 @@ def test_a_saved_index_answers_the_same_after_its_folder_moved_and_can_be_update
     loaded.upsert(vectors[:1], ids[:1])
     assert loaded.search(vectors[:1], 1).ids.tolist() == [[ids[0]]]
     loaded.save(tmp_path / "there" / "index")  # replaces the other
-    assert len(Index.load(tmp_path / "there" / "index")) == n - 1
+    assert len(load_index(tmp_path / "there" / "index")) == n - 1
     assert [p.name for p in (tmp_path / "there").iterdir()] == ["index"]
     assert not list(tmp_path.rglob("*.pkl"))
 
@@ -213,7 +208,7 @@ def test_a_broken_save_leaves_the_old_index_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(other, "_write", lambda directory: (directory / "no" / "such").touch())
     with pytest.raises(FileNotFoundError):
         other.save(tmp_path / "index")
-    assert len(Index.load(tmp_path / "index")) == 20
+    assert len(load_index(tmp_path / "index")) == 20
     assert [p.name for p in tmp_path.iterdir()] == ["index"]
 
 
@@ -229,14 +224,14 @@ def test_a_folder_without_a_whole_index_is_refused(broken, tmp_path):
         header[broken] = {"kind": "faiss", "size": 6}[broken]
         (tmp_path / "i" / "index.json").write_text(json.dumps(header))
     with pytest.raises(UserError, match=r"build (it|the index) again"):
-        Index.load(tmp_path / "i")
+        load_index(tmp_path / "i")
 
 
 def test_a_pickle_among_scanns_files_is_refused(tmp_path):
     ScannIndex("m").build(clustered(20), np.arange(20)).save(tmp_path / "i")
     (tmp_path / "i" / "scann" / "scann_docids.pkl").write_bytes(b"")
     with pytest.raises(UserError, match="pickle"):
-        Index.load(tmp_path / "i")
+        load_index(tmp_path / "i")
 
 
 @KINDS

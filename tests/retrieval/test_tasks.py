@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from afmrl_jax.catalog.listings import Overlay, open_catalog
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.catalog import Overlay, open_catalog
 from afmrl_jax.data.processor import Processor, Shown
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.data.views import evaluation_row

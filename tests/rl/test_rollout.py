@@ -8,11 +8,12 @@ from words import CATALOG, EMBEDDER, gallery_in
 
 from afmrl_jax.attributes.text import Verdict
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.data.queries import QueryBatches
 from afmrl_jax.programs import rar
 from afmrl_jax.rl.environment import Environment, Laps
 from afmrl_jax.rl.gallery import askers, gallery_listings, open_gallery
 from afmrl_jax.rl.rewards import Options
-from afmrl_jax.rl.rollout import Query, QueryBatches
+from afmrl_jax.rl.rollout import Query
 
 # The first says what the other listing of the mug shows, the second what another product's does.
 ANSWERS = ["color: red", "color: green", "red", "type: lamp"]

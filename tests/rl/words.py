@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from afmrl_jax.data.catalog import Listing
+from afmrl_jax.catalog.listings import Listing
 from afmrl_jax.data.processor import Shown
 from afmrl_jax.rl.gallery import open_gallery
 from afmrl_jax.rl.rollout import Query, QueryEmbedder

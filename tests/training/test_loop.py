@@ -18,13 +18,13 @@ import pytest
 from joined import free_port
 from ml_collections import ConfigDict
 
+from afmrl_jax.checkpoints.checkpoint import Checkpoints
+from afmrl_jax.checkpoints.state import TrainState, abstract_state, init_state
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh, replicated
-from afmrl_jax.data.pipeline import Stream
-from afmrl_jax.training.checkpoint import Checkpoints
+from afmrl_jax.data.stream import Stream
 from afmrl_jax.training.goodput import LOST, Clock
 from afmrl_jax.training.loop import Training, fit
-from afmrl_jax.training.state import TrainState, abstract_state, init_state
 from afmrl_jax.training.tracing import traced_steps
 
 ROWS = 4

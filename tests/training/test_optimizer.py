@@ -7,11 +7,11 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+from afmrl_jax.checkpoints.state import abstract_state
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import AXES
 from afmrl_jax.models.partition import param_shardings
 from afmrl_jax.training.optimizer import learning_rate, make_optimizer
-from afmrl_jax.training.state import abstract_state
 
 
 def config(**changes):

@@ -1,0 +1,137 @@
+"""The files of answers that annotate writes, and reads again when it goes on."""
+
+import contextlib
+import fcntl
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from afmrl_jax.attributes.text import Parsed, Verdict
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import to_json
+from afmrl_jax.core.files import write_atomically
+
+log = logging.getLogger(__name__)
+
+FILES = ("attributes", "invalid")  # .jsonl: what is valid, and the rest
+NO_CONTENT = ""  # in a line that does not say it
+KEPT_CHARACTERS = 10_000  # of an invalid answer
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model said of a listing. confidence: as Description's, where a generator said it.
+
+    failure: "" where it answered; "refused" or "stopped" where it would not answer the next time
+    either, else "unanswered". reason: of the failure, in words.
+    """
+
+    text: str
+    parsed: Parsed
+    confidence: dict[str, float] | None = None
+    failure: str = ""
+    reason: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """The failure, else the parser's verdict."""
+        return self.failure or self.parsed.verdict.value
+
+
+class AnswerFiles:
+    """attributes.jsonl and invalid.jsonl of a workdir; keys: what they hold, each listing's id and
+    its content (`Content.key`; NO_CONTENT in files of older versions). A listing whose line is
+    deleted is asked again."""
+
+    def __init__(self, workdir: Path, config: ConfigDict):
+        """Leaves the configuration there too, which those who go on must have."""
+        write_atomically(workdir / "config.json", to_json(config, indent=2))
+        with contextlib.ExitStack() as stack:
+            self._valid, self._invalid = (
+                stack.enter_context(contextlib.closing(AnswerFile(workdir / f"{name}.jsonl")))
+                for name in FILES
+            )
+            self._closed = stack.pop_all()
+        self.workdir, self.keys = workdir, self._valid.keys | self._invalid.keys
+
+    def close(self) -> None:
+        """Ends the writing."""
+        self._closed.close()
+
+    def write(self, listing_id: str, content: str, said: Said) -> None:
+        """Adds a line to the file that the answer belongs in. content: the listing's."""
+        if said.verdict == Verdict.VALID.value:
+            fields: dict[str, Any] = {"attributes": said.parsed.attributes}
+            if said.parsed.form != "plain":
+                fields["form"] = said.parsed.form
+            if said.confidence is not None:
+                fields["confidence"] = said.confidence
+            self._valid.write(listing_id, **fields, content=content)
+        else:
+            reason = {"reason": said.reason} if said.reason else {}
+            fields = {"verdict": said.verdict, **reason, "answer": said.text[:KEPT_CHARACTERS]}
+            self._invalid.write(listing_id, **fields, content=content)
+
+
+class AnswerFile:
+    """Lines of JSON, each with a listing_id; after a kill it goes on behind the last whole one.
+
+    keys: the listings that it holds, see AnswerFiles. Raises UserError where another run is writing
+    it, or where a line is not its own.
+    """
+
+    def __init__(self, path: Path):
+        self._file = path.open("a+b", buffering=0)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.keys, whole, tail = _read_keys(path)
+            self._file.truncate(whole)
+            self._file.write(tail)
+        except BlockingIOError:
+            raise UserError(f"{path} is being written by another run: wait until it ends") from None
+        except UserError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Ends the writing; another run may."""
+        self._file.close()
+
+    def write(self, listing_id: str, **fields: Any) -> None:
+        """Adds a line, in one write."""
+        line = json.dumps({"listing_id": listing_id, **fields}, ensure_ascii=False) + "\n"
+        # A lone surrogate becomes \udXXX, which is how JSON writes it.
+        self._file.write(line.encode(errors="backslashreplace"))
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _read_keys(path: Path) -> tuple[set[tuple[str, str]], int, bytes]:
+    """The keys of a file's whole lines, the bytes of these, and what they lack: the end of the last
+    one, where an editor left it out."""
+    keys, whole, tail = set(), 0, b""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                if not _is_json(line):
+                    break  # torn when a run was killed
+                tail = b"\n"
+            whole += len(line)
+            try:
+                fields = json.loads(line)
+                keys.add((fields["listing_id"], fields.get("content", NO_CONTENT)))
+            except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+                raise UserError(
+                    f"{path} line {number} is no answer of this program: delete the line"
+                ) from None
+    return keys, whole, tail

@@ -1,0 +1,135 @@
+"""Who describes listings: a model behind an endpoint, or a generator that was trained here."""
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from afmrl_jax.annotation.answer_files import Said
+from afmrl_jax.annotation.replies import Kind
+from afmrl_jax.assembly.describer import Describer
+from afmrl_jax.assembly.generator import Generator
+from afmrl_jax.assembly.pretrained import find_pretrained
+from afmrl_jax.attributes.reading import read_answer
+from afmrl_jax.catalog.listings import Catalog
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.data.processor import Row
+from afmrl_jax.data.views import evaluation_row
+
+if TYPE_CHECKING:
+    from afmrl_jax.annotation.endpoint import Endpoint  # needs the extra `annotate`
+
+log = logging.getLogger(__name__)
+
+FAILURES = {Kind.ANSWERED: "", Kind.REFUSED: "refused", Kind.STOPPED: "stopped"}
+DIGITS = 4  # of a confidence in the file
+
+
+def pin_generator(config: ConfigDict) -> ConfigDict:
+    """The configuration with the generator's very checkpoint, the one that Describer takes of a
+    workdir: a run that goes on after it has got a better one would mix the answers of two."""
+    pinned = ConfigDict(config.to_dict())
+    pinned.generator = find_pretrained(config.generator, Generator, best=None).path
+    return pinned.lock()
+
+
+class Described:
+    """A generator that was trained here answers, on all processes together."""
+
+    def __init__(self, config: ConfigDict, mesh: Mesh):
+        self._describe = Describer(config.generator, mesh, config.eval.batch, otherwise=config)
+        self.spent = {"tokens": 0}  # of answers, in this start of the program
+        log.info(
+            "%s answers as it was trained to: this configuration's prompt, images and api fields "
+            "do not count",
+            self._describe.told,
+        )
+
+    def agree(self, done: np.ndarray) -> np.ndarray:
+        """The first process's view, which alone has read the files."""
+        return multihost_utils.broadcast_one_to_all(done.astype(np.uint8)).astype(bool)
+
+    def answers(self, catalog: Catalog, listings: np.ndarray) -> Iterator[tuple[int, Said]]:
+        """The answer to each of listings beside its number there, in order."""
+        for number, one in enumerate(self._describe(catalog, listings)):
+            self.spent["tokens"] += len(one.answer.tokens)
+            confidence = {name: round(p, DIGITS) for name, p in one.confidence.items()}
+            yield number, Said(one.answer.text, one.parsed, confidence)
+
+
+class Asked:
+    """A model behind an endpoint answers, to the first process."""
+
+    def __init__(self, endpoint: "Endpoint", config: ConfigDict):
+        self._endpoint, self._config = endpoint, config
+
+    @property
+    def spent(self) -> dict[str, int]:
+        budget = self._endpoint.budget
+        return {"requests": budget.requests, "tokens": budget.tokens}
+
+    def agree(self, done: np.ndarray) -> np.ndarray:
+        """No other process takes part."""
+        return done
+
+    def answers(self, catalog: Catalog, listings: np.ndarray) -> Iterator[tuple[int, Said]]:
+        """The answers beside their listings' numbers, as they come."""
+        rows = shown_rows(catalog, (int(i) for i in listings), self._config)
+        with contextlib.closing(self._endpoint.answers(rows)) as answers:
+            for number, one in answers:
+                failure = FAILURES.get(one.kind, "unanswered")
+                parsed = read_answer(one.text, one.closed)
+                yield number, Said(one.text, parsed, failure=failure, reason=one.reason)
+
+
+def open_endpoint(config: ConfigDict) -> "Endpoint":
+    """The model that answers. Of it, `main` uses `answers(rows)` and `budget`.
+
+    Raises UserError where the client is missing, or a field can't be right.
+    """
+    try:
+        from afmrl_jax.annotation.endpoint import Budget, Endpoint
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"annotate needs the package {error.name}: install it with pip install -e '.[annotate]'"
+        ) from None
+    api = config.api
+    if not api.model:
+        raise UserError("say which model answers, as --config.api.model=NAME")
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", api.key_variable):
+        raise UserError(
+            "api.key_variable must be the name of an environment variable, as OPENAI_API_KEY; the "
+            "key itself has no place in a configuration, which is written down"
+        )
+    key = os.environ.get(api.key_variable, "").strip()
+    if not key.isascii() or not key.isprintable():  # told here: the client's error would quote it
+        raise UserError(
+            f"the key in {api.key_variable} holds more than printable ASCII: correct it"
+        )
+    return Endpoint(
+        api.base_url,
+        api.model,
+        key,
+        prompt=config.prompt,
+        options=api.options,
+        budget=Budget(config.budget.requests, config.budget.tokens),
+        concurrency=api.concurrency,
+        timeout=api.timeout,
+        retries=api.retries,
+    )
+
+
+def shown_rows(catalog: Catalog, listings: Iterable[int], config: ConfigDict) -> Iterator[Row]:
+    """What the model is shown of each listing: its images made smaller, its text cut."""
+    for index in listings:
+        row = evaluation_row(catalog, index, "image+text", max_images=config.images)
+        for image in row.images:
+            image.thumbnail((config.image_side, config.image_side))
+        yield Row(row.text[: config.text_characters], row.images)

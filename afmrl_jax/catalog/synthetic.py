@@ -1,0 +1,163 @@
+"""The built-in catalogue: product photos and sellers' texts, rendered from a seed.
+
+Everything is a pure function of (seed, index, draw): draw 0 is the listing itself, any other draw
+is another seller's photo and text of the same product.
+
+Axes: N listings · S pixels a side.
+"""
+
+import functools
+import hashlib
+import logging
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from afmrl_jax.catalog import builtin
+from afmrl_jax.catalog.builtin.photo import photograph
+from afmrl_jax.catalog.builtin.sellers import write
+from afmrl_jax.catalog.builtin.vocabulary import CATEGORIES, make_products
+from afmrl_jax.catalog.identity import Content
+from afmrl_jax.catalog.listings import Listing
+from afmrl_jax.catalog.names import split_name
+from afmrl_jax.core.files import write_atomically
+
+__all__ = ["FAMILIES", "SyntheticCatalog"]
+log = logging.getLogger(__name__)
+
+# Families of look-alikes a split; a family has 4 to 6 products, a product 2 to 6 listings. With 660
+# for training a generator learnt the products by heart instead of reading what it was shown.
+FAMILIES: Mapping[str, int] = MappingProxyType({"train": 2000, "validation": 24, "test": 52})
+
+
+class SyntheticCatalog:
+    """A catalogue (see catalog.Catalog) of rendered products.
+
+    families: split ("train", "validation", "test") -> number of families; a split that is left
+    out is empty. image_size: S. cache_dir: where the photos of validation and test are kept once
+    rendered, so that they are read from disk afterwards; None renders them each time.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        families: Mapping[str, int] = FAMILIES,
+        image_size: int = 64,
+        cache_dir: str | Path | None = None,
+    ):
+        self.name = "built-in"
+        self.seed = seed
+        self.image_size = image_size
+        self._cache_dir = None if cache_dir is None else Path(cache_dir).expanduser().absolute()
+        self._products = make_products(seed, families)
+        counts = [product.n_listings for product in self._products]
+        self.products = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        self._splits = np.repeat(np.array([p.split for p in self._products]), counts)
+        self._kept = self._splits != "train"  # its photos are rendered once
+        self._row = np.cumsum(self._kept) - 1  # of the cached photos
+        key = f"{_renderer()} {seed} {sorted(families.items())} {image_size}"
+        self.fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
+        self._photos: np.ndarray | None = None
+
+    @property
+    def identities(self) -> np.ndarray:
+        """int32[N]: no two listings of one catalogue have one id."""
+        return np.arange(len(self), dtype=np.int32)
+
+    @property
+    def listing_ids(self) -> pa.Array:
+        """large_string[N]."""
+        ids = [self._listing_id(index) for index in range(len(self))]
+        return pa.array(ids, pa.large_string())
+
+    @property
+    def product_ids(self) -> pa.Array:
+        """large_string[P], in the order of their codes."""
+        return pa.array([product.product_id for product in self._products], pa.large_string())
+
+    def content(self, index: int) -> Content:
+        """A hash for both text and photo: what renders them, and the listing's number."""
+        digest = hashlib.blake2b(f"{self.fingerprint} {index}".encode(), digest_size=8).digest()
+        rendered = int.from_bytes(digest)
+        return Content(rendered, frozenset([rendered]))
+
+    def _listing_id(self, index: int) -> str:
+        return f"{self._products[self.products[index]].product_id}-{index:06d}"
+
+    def __len__(self) -> int:
+        return len(self.products)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_photos": None}
+
+    def __repr__(self) -> str:
+        return f"SyntheticCatalog(seed={self.seed}, fingerprint={self.fingerprint})"
+
+    def indices(self, split: str) -> np.ndarray:
+        """int64 indices of a split ("train", "validation", "test", "all"), ascending."""
+        split = split_name(split)
+        if split == "all":
+            return np.arange(len(self))
+        return np.flatnonzero(self._splits == split)
+
+    def listing(self, index: int, draw: int = 0) -> Listing:
+        """The listing's text; its attributes are the product's own, complete and true."""
+        product = self._products[self.products[index]]
+        title, description = write(
+            self._random("text", index, draw), product.category, product.attributes
+        )
+        return Listing(
+            listing_id=self._listing_id(index) + (f"-{draw}" if draw else ""),
+            product_id=product.product_id,
+            title=title,
+            description=description,
+            category=CATEGORIES[product.category].path,
+            attributes=dict(product.attributes),
+            n_images=1,
+            split=product.split,
+        )
+
+    def image(self, index: int, which: int = 0, draw: int = 0) -> Image.Image:
+        """The listing's photo, RGB, S x S."""
+        if which:
+            raise IndexError(f"listing {index} has one image, asked for number {which}")
+        if draw == 0 and self._cache_dir is not None and self._kept[index]:
+            if self._photos is None:
+                self._photos = self._open_photos(self._cache_dir)
+            return Image.fromarray(self._photos[self._row[index]])
+        return Image.fromarray(self._photograph(index, draw))
+
+    def family(self, index: int) -> int:
+        """Number of the family of look-alikes that the listing's product belongs to."""
+        return self._products[self.products[index]].family
+
+    def _random(self, what: str, index: int, draw: int) -> random.Random:
+        return random.Random(f"{self.seed}/{what}/{index}/{draw}")
+
+    def _photograph(self, index: int, draw: int) -> np.ndarray:
+        product = self._products[self.products[index]]
+        rng = self._random("photo", index, draw)
+        return photograph(rng, product.category, product.attributes, self.image_size)
+
+    def _open_photos(self, cache_dir: Path) -> np.ndarray:
+        """The evaluation photos, memory-mapped: uint8[n, S, S, 3]; rendered if nobody has yet."""
+        path = cache_dir / f"builtin-{self.fingerprint}.npy"
+        if not path.exists():
+            kept = np.flatnonzero(self._kept)
+            log.info("rendering %d evaluation photos into %s", len(kept), path)
+            write_atomically(path, np.stack([self._photograph(index, 0) for index in kept]))
+        return np.load(path, mmap_mode="r")
+
+
+@functools.cache
+def _renderer() -> str:
+    """A digest of the renderer's source: an edit there is another catalogue."""
+    folder = Path(builtin.__file__).parent
+    sources = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
+    return hashlib.sha256(sources).hexdigest()

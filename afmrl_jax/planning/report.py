@@ -1,0 +1,236 @@
+"""What a compiled step needs and how long it would take: memory, FLOPs, time, exchanges.
+
+It holds for the devices at hand, and for TPUs that need not be there: XLA's TPU compiler runs
+without one.
+"""
+
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from afmrl_jax.checkpoints.state import TrainState
+from afmrl_jax.core.chips import GIB, chip_of
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.planning.exchange import axes_of, exchange_seconds
+from afmrl_jax.planning.hlo import Reader, Total
+
+# What the TPU compiler says of a program that cannot fit.
+OUT_OF_MEMORY = re.compile(r"required[^(]*\(([\d.]+)([MG])\)[^(]*\(([\d.]+)([MG])\)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A compiled function of a run, as its program describes it.
+
+    arguments: abstract, with shardings, or numbers. held: of the arguments what is what, as
+    {"parameters": tree}. inside: bytes a device of what is made in it and has a name. useful:
+    FLOPs of all devices. loops: how often a loop runs that ends when its data says so.
+    """
+
+    name: str
+    function: Callable[..., Any]  # jitted
+    arguments: tuple[Any, ...]
+    held: dict[str, Any]
+    inside: dict[str, float]
+    useful: float
+    loops: int = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """One part on one mesh; bytes and seconds of one device. limit: bytes it has, None if unknown.
+
+    memory: bytes by name; what XLA sets aside beyond what has a name is `activations`. Of a part
+    that does not fit the TPU compiler tells the sum alone. seconds and what follows: None of what
+    could not be compiled, or on chips that are not known.
+    """
+
+    name: str
+    memory: dict[str, float]
+    needed: float
+    limit: float | None
+    flops: float | None = None  # executed, with what remat computes again
+    useful: float | None = None
+    bytes: float | None = None
+    seconds: float | None = None  # the compiler's cycles, and exchanges that nothing overlaps
+    floors: dict[str, float] = field(default_factory=dict)  # seconds of products, memory, exchanges
+    utilisation: float | None = None  # useful FLOPs a second over the chip's peak
+    exchanges: list[dict[str, Any]] = field(default_factory=list)
+    unread_loops: int = 0
+
+    @property
+    def fits(self) -> bool:
+        return self.limit is None or self.needed <= self.limit
+
+
+def step_part(
+    step: Callable[..., Any],
+    frozen: Any,
+    state: TrainState,
+    batch: dict[str, jax.ShapeDtypeStruct],
+    *,
+    inside: dict[str, float],
+    useful: float,
+) -> Part:
+    """The part of a run whose whole step is one function of (frozen, state, batch)."""
+    held = {"parameters": (frozen, state.params), "optimizer": state.opt_state, "batch": batch}
+    return Part("step", step, (frozen, state, batch), held, inside, useful)
+
+
+def local_bytes(tree: Any) -> float:
+    """Bytes that one device holds of a tree of abstract arrays."""
+    return float(
+        sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+    )
+
+
+def memory_limit(device: jax.Device) -> float | None:
+    """Bytes that a device can hold: what it says, else its data sheet's; on a CPU its share of the
+    machine's."""
+    if device.platform == "cpu":
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return pages / len(jax.local_devices())
+    chip = chip_of(device)
+    try:
+        stats = device.memory_stats() or {}
+    except (NotImplementedError, jax.errors.JaxRuntimeError):  # of a topology without devices
+        stats = {}
+    return stats.get("bytes_limit", chip.memory if chip else None)
+
+
+def compile_part(part: Part, mesh: Mesh) -> tuple[jax.stages.Compiled | None, Report]:
+    """A part compiled for a mesh, and what it needs; None where the compiler says it cannot fit."""
+    device = mesh.devices.flat[0]
+    held = {name: local_bytes(tree) for name, tree in part.held.items()}
+    try:
+        with jax.set_mesh(mesh):
+            compiled = part.function.lower(*part.arguments).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if not (m := OUT_OF_MEMORY.search(str(error))):
+            raise
+        needed, limit = (float(m[i]) * (GIB if m[i + 1] == "G" else 2**20) for i in (1, 3))
+        return None, Report(part.name, held, needed + sum(held.values()), limit)
+    stats = compiled.memory_analysis()
+    needed = (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+        + stats.generated_code_size_in_bytes
+    )
+    named = held | part.inside
+    memory = named | {"activations": max(0.0, needed - sum(named.values()))}
+    return compiled, Report(part.name, memory, needed, memory_limit(device))
+
+
+def reckon(part: Part, compiled: jax.stages.Compiled, report: Report, mesh: Mesh) -> Report:
+    """The report with what the program does, and on TPUs how long that takes."""
+    devices, chip = list(mesh.devices.flat), chip_of(mesh.devices.flat[0])
+    if chip and not chip.clock:  # a GPU's products are calls of a library, whose work is not told
+        return report
+    sizes = dict(mesh.shape)
+
+    def seconds(cycles: float | None, flops: float, bytes_: float) -> float:
+        if chip is None:
+            return 0.0
+        if cycles is not None:
+            return cycles / chip.clock
+        return max(flops / chip.flops, bytes_ / chip.bandwidth)
+
+    def exchange(collective: Any) -> float:
+        return exchange_seconds(chip, collective, devices) if chip else 0.0
+
+    total = Reader(compiled.as_text(), seconds, exchange, part.loops).total()
+    useful = part.useful / mesh.size
+    told = {"flops": total.flops, "useful": useful, "bytes": total.bytes}
+    told |= {"exchanges": _exchanges(total, sizes, exchange), "unread_loops": total.unread_loops}
+    if chip:
+        told["floors"] = {
+            "products": total.flops / chip.flops,
+            "memory": total.bytes / chip.bandwidth,
+            "exchanges": sum(one["seconds"] for one in told["exchanges"]),
+        }
+        told["seconds"] = total.seconds
+        told["utilisation"] = useful / total.seconds / chip.flops
+    return Report(report.name, report.memory, report.needed, report.limit, **told)
+
+
+def _exchanges(
+    total: Total, sizes: dict[str, int], exchange: Callable[[Any], float]
+) -> list[dict[str, Any]]:
+    """Exchanges by kind, axes and whether anything overlaps them, the largest first."""
+    found: dict[tuple, np.ndarray] = defaultdict(lambda: np.zeros(3))
+    for one, calls in total.collectives.items():
+        key = one.kind, axes_of(one.group or range(math.prod(sizes.values())), sizes)
+        found[*key, one.overlapped] += np.array([calls, calls * one.size, calls * exchange(one)])
+    names = ("kind", "axes", "overlapped", "calls", "bytes", "seconds")
+    rows = [dict(zip(names, (*key, *sums.tolist()))) for key, sums in found.items()]
+    return sorted(rows, key=lambda row: -row["bytes"])
+
+
+def check_fits(part: Part, mesh: Mesh) -> jax.stages.Compiled:
+    """The part, compiled for the devices at hand.
+
+    Raises UserError with the table of what it needs where their memory does not hold it.
+    """
+    compiled, report = compile_part(part, mesh)
+    if compiled is None or not report.fits:
+        raise UserError(
+            f"the {part.name} does not fit the memory of {mesh.devices.flat[0].device_kind}:\n"
+            f"{memory_table([report])}\nMake chunks larger, set model.remat=full, or spread "
+            "parameters over more devices with mesh.fsdp; --plan=local tries what fits"
+        )
+    return compiled
+
+
+def memory_table(reports: list[Report]) -> str:
+    """GiB a device by name, as Markdown."""
+    names = list(dict.fromkeys(name for report in reports for name in report.memory))
+    lines = [["", *names, "together", "there is", "fits"], ["---"] * (len(names) + 4)]
+    for report in reports:
+        # Of what could not be compiled only what is held and the sum are known.
+        cells = [_gib(report.memory.get(name)) for name in names]
+        limit = "unknown" if report.limit is None else _gib(report.limit)
+        fits = "yes" if report.fits else "no"
+        lines.append([f"{report.name}, GiB a device", *cells, _gib(report.needed), limit, fits])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def time_table(reports: list[Report]) -> str:
+    """Work and seconds of one call, as Markdown; "" where no chip is known."""
+    known = [report for report in reports if report.seconds is not None]
+    if not known:
+        return ""
+    columns = ["", "seconds", "products", "memory", "exchanges", "TFLOP", "of them useful"]
+    lines = [[*columns, "utilisation"], ["---"] * 8]
+    for report in known:
+        floors = [f"{report.floors[name]:.3g}" for name in ("products", "memory", "exchanges")]
+        work = [f"{report.flops / 1e12:.3g}", f"{report.useful / report.flops:.0%}"]
+        share = f"{report.utilisation:.0%}"
+        lines.append([f"{report.name}", f"{report.seconds:.3g}", *floors, *work, share])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def exchange_table(report: Report) -> str:
+    """A part's exchanges by kind and axes, as Markdown."""
+    lines = [["exchange", "along", "calls", "GiB a device", "seconds", "overlapped"], ["---"] * 6]
+    for row in report.exchanges:
+        size, took = f"{row['bytes'] / GIB:.3g}", f"{row['seconds']:.2g}"
+        overlapped = "yes" if row["overlapped"] else "no"
+        lines.append([row["kind"], row["axes"], f"{row['calls']:.0f}", size, took, overlapped])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _gib(size: float | None) -> str:
+    return "" if size is None else f"{size / GIB:.3g}"

@@ -1,0 +1,231 @@
+"""The policy gradient's compiled parts: answers drawn, scored, and learned from.
+
+Axes: A micro-batches · C prompts of one · Q = A C · G answers of a prompt · T answer tokens.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from afmrl_jax.assembly.generator import Generator
+from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.checkpoints.state import TrainState, abstract_state, init_state
+from afmrl_jax.core.mesh import batch_sharding, batch_shards, replicated
+from afmrl_jax.losses.policy import Options, policy_loss, policy_metrics
+from afmrl_jax.models import lora
+from afmrl_jax.models.sampler import Samples, generate, sample_keys
+from afmrl_jax.planning import cost
+from afmrl_jax.planning.report import Part
+from afmrl_jax.rl.scoring import score_answers
+from afmrl_jax.training import accumulate
+from afmrl_jax.training.goodput import abstract_host
+from afmrl_jax.training.optimizer import make_optimizer
+
+Arrays = dict[str, jax.Array]
+
+
+@dataclass(frozen=True)
+class Built:
+    """The compiled parts of a run, and the state that they expect. Rows are arrays [A, C, ...].
+
+    rollout: (parameters, rows, step) -> Samples of Q queries, whole on every device.
+    reference: (parameters without adapters, rows, answers) -> log-probs [A, C, G, T].
+    update: (frozen parameters, state, rows, answers, host, step's end: 0 or 1) -> (state, metrics,
+    log-probs before it), the state donated. answers: tokens, mask, sampler_log_probs
+    [A, C, G, T]; advantages, zero_variance, truncated [A, C, G]; reference_log_probs where there is
+    a reference, and old_log_probs after a step's first update.
+    """
+
+    start: Callable[[Any], TrainState]  # from parameters, or fresh adapters with None
+    rollout: Callable[[Any, Arrays, int], Samples]
+    reference: Callable[[Any, Arrays, Arrays], jax.Array]
+    update: Callable[..., tuple[TrainState, Arrays, jax.Array]]
+    params: Any  # abstract parameters of the generator without adapters
+    abstract: TrainState
+
+
+def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
+    """Sampler and update of a configuration, jitted for a mesh; nothing is computed yet."""
+    optimizer = make_optimizer(config.optimizer, config.steps * config.inner_epochs)
+    params = abstract_params(generator, mesh)
+    trained, frozen = lora.split(params)
+    abstract = abstract_state(trained, optimizer, mesh)
+    graph, plain = generator.graph(), dataclasses.replace(generator, lora=None).graph()
+    sampling = generator.sampling(temperature=config.temperature)
+    score = functools.partial(
+        score_answers, chunk=config.vocabulary_chunk, temperature=config.temperature
+    )
+
+    @functools.partial(jax.jit, out_shardings=replicated(mesh))
+    def rollout(params: Any, rows: Arrays, step: int) -> Samples:
+        chunks, queries = rows["tokens"].shape[:2]
+        numbers = jnp.arange(chunks * queries).reshape(chunks, queries)
+        key = jax.random.fold_in(jax.random.key(config.seed), step)
+
+        def together(x: jax.Array) -> jax.Array:
+            # C is what the mesh splits, so it is the major part: nothing moves between devices.
+            return jnp.swapaxes(x, 0, 1).reshape(chunks * queries, *x.shape[2:])
+
+        def apart(x: jax.Array) -> jax.Array:
+            """[C A, ...] -> [Q, ...] in the order of `numbers`."""
+            x = jnp.swapaxes(x.reshape(queries, chunks, *x.shape[1:]), 0, 1)
+            return x.reshape(-1, *x.shape[2:])
+
+        keys = sample_keys(key, together(numbers), config.samples)
+        return jax.tree.map(
+            apart, generate(graph, params, jax.tree.map(together, rows), keys, sampling)
+        )
+
+    @functools.partial(jax.jit, out_shardings=batch_sharding(mesh, 1))
+    def reference(params: Any, rows: Arrays, answers: Arrays):
+        parts = (rows, answers["tokens"], answers["mask"])
+        return jax.lax.map(lambda part: score(plain, params, *part)[0], parts)
+
+    def fresh() -> Any:
+        return lora.split(generator.init_params(config.seed))[0]
+
+    return Built(
+        lambda given: init_state(fresh if given is None else given, optimizer, abstract),
+        rollout,
+        reference,
+        _update(config, mesh, generator, optimizer, functools.partial(score, graph), abstract),
+        frozen or trained,
+        abstract,
+    )
+
+
+def _update(
+    config: ConfigDict,
+    mesh: Mesh,
+    generator: Generator,
+    optimizer: optax.GradientTransformation,
+    score: Callable[..., tuple[jax.Array, jax.Array]],
+    abstract: TrainState,
+) -> Callable[..., tuple[TrainState, Arrays, jax.Array]]:
+    """`Built.update`."""
+    options = Options(**config.policy)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+
+    def loss(params: Any, part: tuple[Arrays, Arrays]):
+        rows, answers = part
+        log_probs, entropy = score(params, rows, answers["tokens"], answers["mask"])
+        # Before the first update old and new are the same numbers, so that no pass is needed.
+        answers = {"old_log_probs": jax.lax.stop_gradient(log_probs)} | answers
+        flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in answers.items()}
+        flat_scores = (x.reshape(-1, x.shape[-1]) for x in (log_probs, entropy))
+        return *policy_loss(*flat_scores, flat, options), answers["old_log_probs"]
+
+    @functools.partial(
+        jax.jit,
+        donate_argnames="state",
+        out_shardings=(shardings, replicated(mesh), batch_sharding(mesh, 1)),
+    )
+    def update(frozen: Any, state: TrainState, rows, answers, host: jax.Array, end: int):
+        gradient = accumulate.value_and_grad(
+            lambda trained, part: loss(lora.join(trained, frozen), part)
+        )
+        (value, count, totals, old), gradients = gradient(state.params, (rows, answers))
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        norm, change = optax.global_norm(gradients), optax.global_norm(updates)
+        # Where all answers were left out nothing moves: neither momentum nor decay.
+        trained, opt_state = jax.lax.cond(
+            count > 0,
+            lambda: (optax.apply_updates(state.params, updates), opt_state),
+            lambda: (state.params, state.opt_state),
+        )
+        metrics = {
+            "loss": value,
+            "gradient_norm": norm,
+            **policy_metrics(totals),
+            "finite": jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(change),
+            "host": host,
+            "flops": _flops(config, generator, lora.join(state.params, frozen), rows, answers),
+        }
+        return TrainState(state.step + end, trained, opt_state), metrics, old
+
+    return update
+
+
+def parts(config: ConfigDict, mesh: Mesh, generator: Generator, built: Built) -> list[Part]:
+    """A step's compiled parts as planning compiles them: questions full, answers as long as they
+    may be."""
+    data, model = config.data, generator.model_config
+    chunks, queries = config.chunks, config.queries // config.chunks
+    sharding = batch_sharding(mesh, 1)
+    rows = generator.abstract_rows((chunks, queries), sharding)
+
+    def of(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        shape = chunks, queries, config.samples, *shape
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    answers = {"tokens": of(jnp.int32, data.max_answer), "mask": of(jnp.bool, data.max_answer)}
+    scored = ("sampler_log_probs", *(["reference_log_probs"] if config.policy.kl else []))
+    answers |= {name: of(jnp.float32, data.max_answer) for name in scored}
+    answers |= {"zero_variance": of(jnp.bool), "truncated": of(jnp.bool)}
+    answers["advantages"] = of(jnp.float32)
+    state = built.abstract
+    frozen = built.params if generator.lora else {}
+    params = lora.join(state.params, frozen)
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    tokens = config.queries * (data.max_tokens + config.samples * data.max_answer)
+    cache = 2 * model.text.num_layers * model.text.num_kv_heads * model.text.head_dim
+    cache *= tokens * jnp.dtype(config.model.dtype).itemsize / batch_shards(mesh)
+    asked = cost.most_work(model, config.queries, data.max_tokens, data.max_patches)
+    drawn = config.queries * config.samples * data.max_answer
+    own = (data.max_tokens + data.max_answer / 2) * drawn * model.text.num_layers
+    amount = asked | {"tokens": asked["tokens"] + drawn, "logits": float(drawn)}
+    amount["token_pairs"] += own
+    whole = functools.partial(cost.step_flops, model, amount=amount, gradcache=False)
+    return [
+        Part(
+            "rollout",
+            built.rollout,
+            (params, rows, number),
+            held={"parameters": params},
+            inside={"cache": cache},
+            useful=whole(lora.without(params)) / 3,
+            loops=data.max_answer,
+        ),
+        Part(
+            "update",
+            built.update,
+            (frozen, state, rows, answers, abstract_host(mesh), number),
+            held={"parameters": params, "optimizer": state.opt_state},
+            inside={},
+            useful=whole(params),
+        ),
+    ]
+
+
+def _flops(
+    config: ConfigDict,
+    generator: Generator,
+    params: Any,
+    rows: Arrays,
+    answers: Arrays,
+) -> jax.Array:
+    """Useful FLOPs of the generator in one step: answers drawn, scored and learned from."""
+    model = generator.model_config
+    prompts = cost.work(model, rows)
+    lengths = rows["token_mask"].sum(-1, dtype=jnp.float32)[..., None]
+    tokens = answers["mask"].sum(dtype=jnp.float32)
+    # All tokens of answers attend to themselves and to their prompt, which is read once.
+    own = answers["mask"].sum(-1, dtype=jnp.float32)
+    pairs = (own * lengths + own * (own + 1) / 2).sum() * model.text.num_layers
+    amount = prompts | {
+        "tokens": prompts["tokens"] + tokens,
+        "token_pairs": prompts["token_pairs"] + pairs,
+        "logits": tokens,
+    }
+    count = functools.partial(cost.step_flops, model, amount=amount, gradcache=False)
+    passes = 2 if config.policy.kl else 1  # without a gradient, a third each: sampler, reference
+    forward = passes * count(lora.without(params)) / 3
+    return config.inner_epochs * count(params) + forward

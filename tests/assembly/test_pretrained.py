@@ -1,0 +1,238 @@
+"""A checkpoint found again, as what it is or as what it can begin."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
+
+from afmrl_jax.assembly.encoder import Encoder
+from afmrl_jax.assembly.generator import Generator
+from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.assembly.pretrained import Base, find_pretrained, read_base
+from afmrl_jax.checkpoints.checkpoint import Checkpoints
+from afmrl_jax.checkpoints.state import TrainState
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.mesh import make_mesh
+from afmrl_jax.models import lora
+from afmrl_jax.weights import hf_weights
+
+MESH = make_mesh({"slice": 1, "data": -1, "fsdp": 1, "tensor": 1})
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """The workdir of a run of an encoder, and its parameters."""
+    from afmrl_jax.configs.agcl import get_config
+
+    config = ConfigDict(get_config().to_dict())
+    config.model.vocab_size = 300
+    enc = Encoder.from_preset(config, ["red mug"])
+    params = jax.jit(lambda: enc.init_params(0))()
+    workdir = tmp_path_factory.mktemp("encoder")
+    with Checkpoints(workdir / "checkpoints", writable=True) as checkpoints:
+        record = enc.record() | {"config": config.to_json()}
+        checkpoints.save(TrainState(jnp.int32(1), params, {}), record, 1, None)
+    return workdir, params
+
+
+def test_an_encoder_gives_a_generator_its_parameters(encoder):
+    workdir, params = encoder
+    source = find_pretrained(str(workdir), Generator, begin=True)
+    begun = source.load(abstract_params(source.enc, MESH))
+    jax.tree.map(np.testing.assert_array_equal, begun, params["backbone"])
+
+
+def test_but_is_none_itself(encoder):
+    with pytest.raises(UserError, match="holds the encoder of a run: name what has trained"):
+        find_pretrained(str(encoder[0]), Generator)
+
+
+def test_parameters_that_were_not_saved_are_told(encoder):
+    workdir, _ = encoder
+    source = find_pretrained(str(workdir))
+    wanted = abstract_params(source.enc, MESH)
+    wanted["backbone"]["head"] = jax.tree.leaves(wanted)[0]
+    with pytest.raises(ValueError, match="lacks some of these parameters"):
+        source.load(wanted)
+
+
+def changed(settings, **model):
+    settings = ConfigDict(settings.to_dict())
+    settings.model.update(model)
+    return settings
+
+
+def adapted(enc, seed):
+    """Random parameters, adapters as after some training: changes of a hundredth of a kernel."""
+    random, scales = np.random.default_rng(seed), {"lora_a": 0.1, "lora_b": 2e-3}
+    return jax.tree.map_with_path(
+        lambda path, x: jnp.asarray(
+            scales.get(path[-1].key, 0.05) * random.normal(size=x.shape), x.dtype
+        ),
+        jax.eval_shape(lambda: enc.init_params(0)),
+    )
+
+
+def save(folder, enc, params, base):
+    """The workdir of a run that trained the parameters, or adapters that stand on a base."""
+    record = enc.record() | {"config": enc.settings.to_json()} | base.record()
+    with Checkpoints(folder / "checkpoints", writable=True) as checkpoints:
+        checkpoints.save(TrainState(jnp.int32(1), params, {}), record, 1, None)
+    return str(folder)
+
+
+def read_as_base(source, settings):
+    """What a run under LoRA begins with: the model, and its frozen parameters."""
+    enc = source.trained(settings)
+    base, _ = read_base(enc, lora.split(abstract_params(enc, MESH))[1], Base(source.path))
+    return enc, base
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory):
+    """A generator trained under LoRA in bfloat16, its parameters and its workdir."""
+    from afmrl_jax.configs.sft import get_config
+
+    config = ConfigDict(get_config().to_dict())
+    config.model.update(vocab_size=300, lora_rank=0)
+    enc = Generator.from_preset(config, ["red mug"])
+    tiny = enc.model_config
+    tiny = tiny.replace(
+        text=dataclasses.replace(tiny.text, num_layers=1),
+        vision=dataclasses.replace(tiny.vision, num_layers=1),
+    )
+    enc = dataclasses.replace(enc, model_config=tiny)
+    folder = tmp_path_factory.mktemp("whole")
+    whole = find_pretrained(save(folder, enc, adapted(enc, 0), Base("")), Generator)
+    lora_settings = changed(config, dtype="bfloat16", lora_rank=4, lora_alpha=8.0)
+    enc, base = read_as_base(whole, lora_settings)
+    params = lora.join(lora.split(adapted(enc, 1))[0], base)
+    folder = tmp_path_factory.mktemp("sft")
+    return enc, params, save(folder, enc, lora.split(params)[0], Base(whole.path))
+
+
+def logits(enc, params, dtype):
+    """Of two texts, computed in `dtype`."""
+    enc = dataclasses.replace(enc, settings=changed(enc.settings, dtype=dtype))
+    tokens = jnp.arange(24).reshape(2, 12) + 20
+    rows = {
+        "tokens": tokens,
+        "token_mask": jnp.ones_like(tokens, bool),
+        "positions": jnp.broadcast_to(jnp.arange(12), (2, 3, 12)),
+        "patches": jnp.zeros((2, 0, enc.model_config.vision.patch_dim)),
+    }
+
+    def call(params):
+        model = nnx.merge(enc.graph(), params)
+        return model.logits(model(rows))
+
+    return np.asarray(jax.jit(call)(params))
+
+
+def query(params):
+    layer = params["layers"][0]["attention"]["query"]
+    return {name: np.asarray(x, np.float64) for name, x in layer.items()}
+
+
+def test_a_run_of_adapters_is_the_base_of_another_without_a_rounded_number(sft):
+    enc, params, workdir = sft
+    source = find_pretrained(workdir, Generator)
+    rar, base = read_as_base(source, changed(enc.settings, lora_rank=2))
+    before, held = query(params), query(base)
+    assert base["layers"][0]["attention"]["query"]["kernel"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(held["kernel"], before["kernel"])
+    change = 2 * before["lora_a"] @ before["lora_b"]
+    np.testing.assert_allclose(held["base_a"] @ held["base_b"], change, atol=1e-9)
+    rounded = np.asarray(jnp.asarray(before["kernel"] + change, jnp.bfloat16), np.float64)
+    lost = (rounded == before["kernel"]).mean()
+    assert lost > 0.05  # what would not arrive if the kernel took the change
+    fresh = jax.tree.map(jnp.zeros_like, lora.split(adapted(rar, 0))[0])
+    begun = lora.join(fresh, base)
+    for dtype in ("float32", "bfloat16"):
+        np.testing.assert_allclose(
+            logits(rar, begun, dtype), logits(enc, params, dtype), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_adapters_on_adapters_are_merged_in_one_float32_sum(sft, tmp_path):
+    enc, params, workdir = sft
+    source = find_pretrained(workdir, Generator)
+    rar, base = read_as_base(source, changed(enc.settings, lora_rank=2))
+    more = lora.join(lora.split(adapted(rar, 2))[0], base)
+    workdir = save(tmp_path, rar, lora.split(more)[0], Base(source.path))
+    found = find_pretrained(workdir, Generator)
+    merged = found.load(abstract_params(found.enc, MESH))
+    first, second = query(params), query(more)
+    change = 2 * first["lora_a"] @ first["lora_b"] + 4 * second["lora_a"] @ second["lora_b"]
+    np.testing.assert_allclose(query(merged)["kernel"], first["kernel"] + change, atol=1e-7)
+    third = found.trained(rar.settings)
+    assert [one.rank for one in third.base_lora] == [4, 2]
+
+
+def test_a_run_from_before_adapters_were_kept_apart_stands_on_what_it_stood_on(sft, tmp_path):
+    """Its record has no base_lora, and its base was rounded once."""
+    enc, params, workdir = sft
+    source = find_pretrained(workdir, Generator)
+    old = dataclasses.replace(source.trained(enc.settings), base_lora=())
+    record = old.record() | {"config": old.settings.to_json()} | Base(source.path).record()
+    assert json.loads(record.pop("base_lora")) == []
+    resumed = dataclasses.replace(Generator.from_record(old.settings, record), lora=old.lora)
+    _, frozen = lora.split(abstract_params(resumed, MESH))
+    base, _ = read_base(resumed, frozen, Base.of_record(record))
+    assert query(base).keys() == {"kernel", "bias"}
+    before = query(params)
+    whole = before["kernel"] + 2 * before["lora_a"] @ before["lora_b"]
+    np.testing.assert_allclose(query(base)["kernel"], whole, rtol=2**-8)
+
+
+def test_adapters_of_a_generator_may_stand_on_an_encoder(encoder):
+    workdir, params = encoder
+    source = find_pretrained(str(workdir), Generator, begin=True)
+    enc = source.trained(changed(source.enc.settings, lora_rank=2, dtype="float32"))
+    base, _ = read_base(enc, lora.split(abstract_params(enc, MESH))[1], Base(source.path))
+    jax.tree.map(np.testing.assert_array_equal, base, params["backbone"])
+
+
+def test_a_peft_adapter_is_its_base_with_the_change_added(sft, tmp_path):
+    enc, _, _ = sft
+    config, random = enc.model_config, np.random.default_rng(0)
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    folder.mkdir()
+    (base / "config.json").write_text(json.dumps(config.to_hf()))
+    enc.tokenizer.save(str(base / "tokenizer.json"))
+    plan = hf_weights.targets(lora.without(abstract_params(enc, MESH)), config)
+    tensors = {
+        name: random.normal(size=target.their_shape).astype(np.float32)
+        for target in plan
+        for name in target.names
+    }
+    save_file(tensors, base / "model.safetensors")
+    described = {"peft_type": "LORA", "base_model_name_or_path": str(base), "r": 2, "lora_alpha": 5}
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    a, b = random.normal(size=(2, 128)), random.normal(size=(128, 2))
+    module = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+    pair = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
+    save_file(pair, folder / "adapter_model.safetensors")
+    source = find_pretrained(str(folder), Generator)
+    assert source.enc.settings is None and source.enc.model_config == config
+    plain = dataclasses.replace(source.trained(enc.settings), lora=None, base_lora=())
+    merged = source.load(abstract_params(plain, MESH))
+    before = tensors["model.layers.0.self_attn.q_proj.weight"]
+    changed_kernel = query(merged)["kernel"][0].T
+    np.testing.assert_allclose(changed_kernel, before + 2.5 * b @ a, rtol=1e-5, atol=1e-5)
+    # A run of adapters in bfloat16 keeps them apart.
+    held = query(read_as_base(source, enc.settings)[1])
+    np.testing.assert_array_equal(held["kernel"][0].T, before.astype(jnp.bfloat16))
+    np.testing.assert_allclose((held["base_a"] @ held["base_b"])[0].T, 2.5 * b @ a, atol=1e-5)
+    (base / "model.safetensors").rename(folder / "weights")
+    described["base_model_name_or_path"] = str(tmp_path / "gone")
+    (folder / "adapter_config.json").write_text(json.dumps(described))
+    with pytest.raises(UserError, match=r"is a PEFT adapter.*cannot be read.*base_model_name_or"):
+        find_pretrained(str(folder))
