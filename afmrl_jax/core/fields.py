@@ -47,12 +47,16 @@ def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, tuple]) -> None
         if isinstance(allowed[0], str):
             check_choice(field, values[field], allowed)
             continue
-        low, high = allowed
-        if not low <= values[field] <= high:
-            raise UserError(f"{field} is {values[field]!r}: give {_allowed(low, high)}")
+        check_range(field, values[field], *allowed)
     for field, value in values.items():
         if value != value:
             raise UserError(f"{field} is {value!r}: give a number")
+
+
+def check_range(field: str, value: float, low: float, high: float) -> None:
+    """Raises UserError where the value is not between the two, both allowed."""
+    if not low <= value <= high:
+        raise UserError(f"{field} is {value!r}: give {_allowed(low, high)}")
 
 
 def _allowed(low: float, high: float) -> str:

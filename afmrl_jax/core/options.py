@@ -1,0 +1,87 @@
+"""Settings as small frozen dataclasses: a field's range or words stand beside it, its value stands
+in the configuration page alone.
+
+    @dataclass(frozen=True)
+    class Contrastive(Options, section="loss"):
+        temperature: float = between(1e-4, 10)
+        negative_weight: str = among("none", "bm25", "similarity")
+        symmetric: bool
+
+    options = Contrastive.of(config)  # config.loss.temperature, ...
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Self
+
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import check_choice, check_range
+
+
+def between(low: float, high: float = math.inf) -> Any:
+    """A number's field: its lowest and its highest value, both allowed."""
+    return dataclasses.field(metadata={"range": (low, high)})
+
+
+def among(*words: str) -> Any:
+    """A field that is one of these words."""
+    return dataclasses.field(metadata={"words": words})
+
+
+class Options:
+    """The base of frozen dataclasses whose fields are a section's of a configuration.
+
+    section: the dotted name of that part of the configuration; "" for its own fields. A field's
+    range is checked whenever an object is made. A field that is itself Options is read by its own
+    `of`.
+    """
+
+    section: ClassVar[str] = ""
+
+    def __init_subclass__(cls, section: str | None = None, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if section is not None:
+            cls.section = section
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any] | Any) -> Self:
+        """Reads the fields of a whole configuration, a ConfigDict or a dict.
+
+        Raises UserError, naming the field as a flag does, for a value outside its range and for one
+        that is missing.
+        """
+        part = config
+        for name in filter(None, cls.section.split(".")):
+            part = part.get(name, {})
+        values = {}
+        for field in dataclasses.fields(cls):
+            if isinstance(field.type, type) and issubclass(field.type, Options):
+                values[field.name] = field.type.of(config)
+                continue
+            if field.name not in part:
+                raise UserError(f"the configuration lacks {cls.name_of(field.name)}")
+            value = part[field.name]
+            values[field.name] = float(value) if field.type is float else value
+        return cls(**values)
+
+    @classmethod
+    def name_of(cls, field: str) -> str:
+        """The dotted name of a field, as a flag gives it."""
+        return f"{cls.section}.{field}" if cls.section else field
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            name, value = self.name_of(field.name), getattr(self, field.name)
+            if words := field.metadata.get("words"):
+                check_choice(name, value, words)
+            elif isinstance(value, float) and value != value:
+                raise UserError(f"{name} is {value!r}: give a number")
+            elif bounds := field.metadata.get("range"):
+                check_range(name, value, *bounds)
+
+
+def check_options(config: Any, options: Iterable[type[Options]]) -> None:
+    """Raises UserError for the first field of these options that is missing or out of range."""
+    for kind in options:
+        kind.of(config)
