@@ -26,7 +26,7 @@ LIMIT = 1.3
 
 
 def loss(embeddings: jax.Array, side: dict[str, jax.Array]):
-    """The AGCL loss over [chunks, pairs, 2, E]."""
+    """The AGCL loss over [micro_batches, pairs, 2, E]."""
     queries, targets = (embeddings[:, :, v].reshape(-1, embeddings.shape[-1]) for v in (0, 1))
     info = {f"{s}_{name}": array for s in ("query", "target") for name, array in side.items()}
     total, count, _ = contrastive_loss(queries, targets, info, Options(symmetric=True))

@@ -78,27 +78,29 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lora-rank", type=int, default=0, help="0 = all parameters, the paper's")
     parser.add_argument("--queries", type=int, help="N")
     parser.add_argument("--samples", type=int, default=8, help="G")
-    parser.add_argument("--chunks", type=int, help="A")
+    parser.add_argument("--micro-batches", type=int, help="A")
     parser.add_argument("--prompt", type=int, help="S, the image's tokens included")
     parser.add_argument("--new", type=int, help="T")
     parser.add_argument("--grid", type=int, help="patches a side of a square image")
     parser.add_argument("--gallery", type=int, help="listings searched; exact below 50,000")
     parser.add_argument("--embed-batch", type=int, help="rows embedded at once")
     tiny = {
-        "queries": 4, "chunks": 2, "prompt": 64, "new": 24, "grid": 8, "gallery": 4000,
+        "queries": 4, "micro_batches": 2, "prompt": 64, "new": 24, "grid": 8, "gallery": 4000,
         "embed_batch": 36,
     }  # fmt: skip
     large = {
-        "queries": 32, "chunks": 16, "prompt": 384, "new": 128, "grid": 24, "gallery": 49_000,
-        "embed_batch": 96,
+        "queries": 32, "micro_batches": 16, "prompt": 384, "new": 128, "grid": 24,
+        "gallery": 49_000, "embed_batch": 96,
     }  # fmt: skip
     chosen, _ = parser.parse_known_args()
     parser.set_defaults(**tiny if chosen.preset.startswith("tiny") else large)
     args = parser.parse_args()
     if not args.accelerator and not args.out:
         parser.error("the tiny run needs --out, a folder for its workdirs")
-    if args.queries % args.chunks:
-        parser.error(f"--queries {args.queries} must be a multiple of --chunks {args.chunks}")
+    if args.queries % args.micro_batches:
+        parser.error(
+            f"--queries {args.queries} must be a multiple of --micro-batches {args.micro_batches}"
+        )
     return args
 
 
@@ -249,7 +251,7 @@ def make_update(config: QwenVLConfig, args: argparse.Namespace):
             "zero_variance": zero,
         }  # fmt: skip
         rows, answers = jax.tree.map(
-            lambda x: jnp.reshape(x, (args.chunks, -1, *x.shape[1:])), (rows, answers)
+            lambda x: jnp.reshape(x, (args.micro_batches, -1, *x.shape[1:])), (rows, answers)
         )
         answers["reference_log_probs"] = refer(reference, rows, answers)
         state, value = learn(state, frozen, rows, answers)

@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--chunks", type=int, default=1)
+    parser.add_argument("--micro-batches", type=int, default=1)
     parser.add_argument("--rate", type=float, default=5e-5, help="learning rate; VLM2Vec-V2's")
     args = parser.parse_args()
     if args.out.exists():
@@ -79,7 +79,7 @@ def main() -> None:
     fields = {
         "steps": args.steps,
         "batch": args.batch,
-        "chunks": args.chunks,
+        "micro_batches": args.micro_batches,
         "log_every": 1,
         "checkpoint_every": 0,
         "eval_every": 0,

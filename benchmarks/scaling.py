@@ -64,7 +64,7 @@ def encoder(topology: str, batch: int) -> dict[str, Any]:
             "model.dtype": "bfloat16",
             "model.remat": remat,
             "batch": batch,
-            "chunks": batch // chips // pairs,
+            "micro_batches": batch // chips // pairs,
             "mesh.slice": slices,
             "mesh.fsdp": 16,
             "eval.batch": max(128, chips),
@@ -85,7 +85,7 @@ def generator(topology: str) -> dict[str, Any]:
         "model.remat": "full",
         "queries": 4 * chips,
         "samples": 8,
-        "chunks": 4,
+        "micro_batches": 4,
         "mesh.fsdp": 16,
         "data.max_answer": 64,
         **{f"data.{k}": v for k, v in ROW.items()},
@@ -96,7 +96,11 @@ def generator(topology: str) -> dict[str, Any]:
 def row(found: dict[str, Any], part: str) -> list[str]:
     report, fields = found["parts"][part], found["fields"]
     cells = [found["topology"], str(fields.get("batch", fields.get("queries"))), part]
-    cells += [fields["model.remat"], str(fields["chunks"]), f"{report['needed'] / 2**30:.1f}"]
+    cells += [
+        fields["model.remat"],
+        str(fields["micro_batches"]),
+        f"{report['needed'] / 2**30:.1f}",
+    ]
     if report["seconds"] is None:
         return [*cells, "no", *[""] * 6]
     floors = [f"{report['floors'][name]:.2f}" for name in ("products", "memory", "exchanges")]
@@ -109,8 +113,8 @@ def row(found: dict[str, Any], part: str) -> list[str]:
 
 
 HEAD = (
-    "topology", "batch", "part", "remat", "chunks", "GiB", "fits", "seconds", "products", "memory",
-    "exchanges", "utilisation", "GiB exchanged",
+    "topology", "batch", "part", "remat", "micro_batches", "GiB", "fits", "seconds", "products",
+    "memory", "exchanges", "utilisation", "GiB exchanged",
 )  # fmt: skip
 
 

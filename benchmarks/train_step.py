@@ -11,7 +11,7 @@ libraries begin with the same parameters and must see the same loss. Their steps
 what else the machine does meets all; compilation is left out, and the batch is already where it is
 computed. Prints a table, writes JSON.
 
-Axes: A chunks · C pairs of a chunk · V = 2 views (query, target) · B = A · C pairs.
+Axes: A micro-batches · C pairs of one · V = 2 views (query, target) · B = A · C pairs.
 """
 
 import argparse
@@ -69,7 +69,9 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--preset", help="a name of afmrl_jax.models.presets")
     parser.add_argument("--batch", type=int, help="pairs of the global batch")
-    parser.add_argument("--chunks", type=int, help="GradCache: pieces of the batch; 1 = direct")
+    parser.add_argument(
+        "--micro-batches", type=int, help="GradCache: pieces of the batch; 1 = direct"
+    )
     parser.add_argument("--steps", type=int, help="timed steps, after two that are not")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), help="of computation")
     parser.add_argument("--remat", choices=("none", "full", "dots"), default="none")
@@ -78,18 +80,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-patches", type=int, help="of a row; an image fills 3/4 or more")
     parser.add_argument("--out", type=Path, help="the JSON file, else benchmarks/results/...")
     on_cpu = {
-        "preset": "tiny", "batch": 64, "chunks": 1, "steps": 20, "dtype": "both",
+        "preset": "tiny", "batch": 64, "micro_batches": 1, "steps": 20, "dtype": "both",
         "max_tokens": 56, "max_patches": 64,
     }  # fmt: skip
     on_accelerator = {
-        "preset": "qwen2_vl_2b", "batch": 1024, "chunks": 64, "steps": 3, "dtype": "bfloat16",
-        "max_tokens": 208, "max_patches": 576,
+        "preset": "qwen2_vl_2b", "batch": 1024, "micro_batches": 64, "steps": 3,
+        "dtype": "bfloat16", "max_tokens": 208, "max_patches": 576,
     }  # fmt: skip
     chosen, _ = parser.parse_known_args()
     parser.set_defaults(**on_accelerator if chosen.accelerator else on_cpu)
     args = parser.parse_args()
-    if min(args.batch, args.chunks, args.steps) < 1 or args.batch % args.chunks:
-        parser.error(f"--batch {args.batch} must be a multiple of --chunks {args.chunks}")
+    if min(args.batch, args.micro_batches, args.steps) < 1 or args.batch % args.micro_batches:
+        parser.error(
+            f"--batch {args.batch} must be a multiple of --micro-batches {args.micro_batches}"
+        )
     return args
 
 
@@ -122,7 +126,7 @@ def make_rows(args: argparse.Namespace) -> tuple[QwenVLConfig, Rows]:
     # The tiny tokenizer's ids would look up a few rows of a large table only.
     text = batch["tokens"] == tokenizer.token_to_id("x")
     batch["tokens"][text] = random.integers(270, config.vocab_size, text.sum())
-    shape = (args.chunks, args.batch // args.chunks, 2)
+    shape = (args.micro_batches, args.batch // args.micro_batches, 2)
     return config, {name: array.reshape(*shape, *array.shape[1:]) for name, array in batch.items()}
 
 
@@ -295,7 +299,7 @@ def utilisation(config: QwenVLConfig, rows: Rows, args: argparse.Namespace, seco
     counted = {name: rows[name] for name in ("token_mask", "patch_segments", "patch_positions")}
     work = jax.jit(functools.partial(cost.work, config))(counted)
     amount = {name: float(value) for name, value in work.items()}
-    flops = cost.step_flops(config, params, amount, gradcache=args.chunks > 1)
+    flops = cost.step_flops(config, params, amount, gradcache=args.micro_batches > 1)
     chip = chip_of(jax.devices()[0])
     peak = chip.flops if chip else None
     return {

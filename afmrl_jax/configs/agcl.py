@@ -24,7 +24,7 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.checkpoint_every = 50
 
     config.batch = 64  # pairs of the global batch (VLM2Vec-V2: 1024)
-    config.chunks = 1  # GradCache: pieces in which a batch is embedded; 1 = at once
+    config.micro_batches = 1  # GradCache: pieces in which a batch is embedded; 1 = at once
     config.init_from = ""  # a checkpoint or a Hugging Face folder; "" = from scratch
 
     config.model = ConfigDict()

@@ -26,7 +26,8 @@ def get_config() -> ConfigDict:
     config.queries = 16  # of a step, all processes'
     config.samples = 8  # answers to each query
     config.temperature = 1.0  # at which they are drawn
-    config.chunks = 1  # micro-batches of queries in an update, with the same gradient; 1 = at once
+    # of queries in an update, with the same gradient; 1 = at once
+    config.micro_batches = 1
     config.inner_epochs = 1  # updates by the answers of one step
     config.vocabulary_chunk = 16  # tokens of each row whose logits are in memory at once
     config.rollouts_every = 16  # a group of this many is written to rollouts.jsonl; 0 = none

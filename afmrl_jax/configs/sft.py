@@ -19,7 +19,7 @@ def get_config() -> ConfigDict:
     config.batch = 16  # answers of the global batch
     # micro-batches in which it is computed, with the same gradient; 1 = at once. 8 rows at a time
     # stay in a CPU's cache
-    config.chunks = 2
+    config.micro_batches = 2
     config.vocabulary_chunk = 16  # tokens of each row whose logits are in memory at once
     # a checkpoint, of an encoder too, which has learnt to see, or a Hugging Face folder; "" = from
     # scratch

@@ -138,7 +138,7 @@ class AnswerBatches:
     listings: np.ndarray  # int64, those to learn from
     processor: Processor
     batch: int  # rows of a step, of all processes
-    chunks: int  # A
+    micro_batches: int  # A
     rows: np.ndarray  # of each chunk's rows, this process's
     dropout: float  # share of the attributes that answers leave out, at random
     buckets: int  # how many lengths rows are padded to, at most
@@ -155,7 +155,7 @@ class AnswerBatches:
     def __getitem__(self, step: int) -> Batch:
         """The processor's arrays as [A, C, ...], and `listing` int32[A, C], each row's index."""
         examples, length = self._of_step(step)
-        examples = examples.reshape(self.chunks, -1)[:, self.rows]
+        examples = examples.reshape(self.micro_batches, -1)[:, self.rows]
         rows = [self._row(int(example), "image+text") for example in examples.flat]
         arrays = self.processor(rows, [(length, self.processor.max_patches)])
         arrays["listing"] = np.array([self._listing(int(i)) for i in examples.flat], np.int32)

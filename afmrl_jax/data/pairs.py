@@ -134,7 +134,7 @@ class PairBatches:
     query_views: tuple[tuple[str, ...], np.ndarray]
     target_views: tuple[tuple[str, ...], np.ndarray]
     max_terms: int
-    chunks: int
+    micro_batches: int
     rows: np.ndarray  # of each chunk's C examples, this process's
     seed: int
     steps: int
@@ -151,7 +151,7 @@ class PairBatches:
         `document_weights` [A, C, V, T].
         """
         listings = self.sampler.draw(step)
-        examples = np.arange(len(listings)).reshape(self.chunks, -1)[:, self.rows]
+        examples = np.arange(len(listings)).reshape(self.micro_batches, -1)[:, self.rows]
         rows, attributes = [], []
         for example in examples.flat:
             rows += self._rows(step, int(example), listings[example])

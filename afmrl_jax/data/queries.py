@@ -24,7 +24,7 @@ class QueryBatches:
     listings: np.ndarray  # int64, those that have something to find
     processor: Processor  # the generator's
     queries: int  # of a step, of all processes
-    chunks: int  # A
+    micro_batches: int  # A
     rows: np.ndarray  # of each chunk's queries, this process's
     seed: int
     steps: int
@@ -45,7 +45,7 @@ class QueryBatches:
 
     def __getitem__(self, step: int) -> Batch:
         """The processor's arrays as [A, C, ...], and `listing` int32[A, C], each row's index."""
-        listings, draws = (x.reshape(self.chunks, -1)[:, self.rows] for x in self.draw(step))
+        listings, draws = (x.reshape(self.micro_batches, -1)[:, self.rows] for x in self.draw(step))
         rows = [
             question(self.catalog, int(listing), self.processor.max_images, int(draw))
             for listing, draw in zip(listings.flat, draws.flat)

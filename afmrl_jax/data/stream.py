@@ -3,7 +3,7 @@
 An element is a pure function of (seed, step), so the stream's whole state is one integer, the next
 step, whatever the processes, workers or devices.
 
-Axes: A chunks · C examples of a chunk (this process's) · V views of an example · S tokens ·
+Axes: A micro-batches · C examples of one (this process's) · V views of an example · S tokens ·
 P patches · T attribute terms.
 """
 

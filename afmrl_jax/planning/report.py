@@ -188,7 +188,7 @@ def check_fits(part: Part, mesh: Mesh) -> jax.stages.Compiled:
     if compiled is None or not report.fits:
         raise UserError(
             f"the {part.name} does not fit the memory of {mesh.devices.flat[0].device_kind}:\n"
-            f"{memory_table([report])}\nMake chunks larger, set model.remat=full, or spread "
+            f"{memory_table([report])}\nRaise micro_batches, set model.remat=full, or spread "
             "parameters over more devices with mesh.fsdp; --plan=local tries what fits"
         )
     return compiled

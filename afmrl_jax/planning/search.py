@@ -18,12 +18,12 @@ class Choice:
 
     mesh: tuple[tuple[str, int], ...]
     remat: str
-    chunks: int
+    micro_batches: int
 
     @property
     def told(self) -> str:
         mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh if size > 1)
-        return f"{mesh or 'one device'}, remat {self.remat}, chunks {self.chunks}"
+        return f"{mesh or 'one device'}, remat {self.remat}, micro_batches {self.micro_batches}"
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ def search(
 ) -> list[Tried]:
     """The asked choice and what was tried beside it, in order; at most TRIES compilations.
 
-    First a choice that fits: what keeps least, then smaller and smaller chunks. From it other
-    meshes, the parameters over fewer devices or more; on the best of them larger chunks and what
-    computes less again, as long as that fits.
+    First a choice that fits: what keeps least, then more and more micro-batches. From it other
+    meshes, the parameters over fewer devices or more; on the best of them fewer micro-batches and
+    what computes less again, as long as that fits.
     """
     tried = {asked.choice: asked}
 
@@ -60,14 +60,17 @@ def search(
         best = look(tighter)
     for mesh in _meshes(dict(best.choice.mesh), devices):
         best = _better(best, look(dataclasses.replace(best.choice, mesh=mesh)))
-    while best.choice.chunks > 1:
-        larger = look(dataclasses.replace(best.choice, chunks=best.choice.chunks // 2))
+    while best.choice.micro_batches > 1:
+        larger = look(
+            dataclasses.replace(best.choice, micro_batches=best.choice.micro_batches // 2)
+        )
         if _better(best, larger) is best:
             break
         best = larger
     for remat in reversed(REMATS[: REMATS.index(best.choice.remat)]):
-        for chunks in (best.choice.chunks, 2 * best.choice.chunks, 4 * best.choice.chunks):
-            found = look(dataclasses.replace(best.choice, remat=remat, chunks=chunks))
+        for factor in (1, 2, 4):
+            pieces = factor * best.choice.micro_batches
+            found = look(dataclasses.replace(best.choice, remat=remat, micro_batches=pieces))
             if found.fits:
                 best = _better(best, found)
                 break
@@ -78,13 +81,13 @@ def _possible(choice: Choice, batch: int) -> bool:
     shards = 1
     for axis, size in choice.mesh:
         shards *= size if axis != "tensor" else 1
-    return batch % choice.chunks == 0 and batch // choice.chunks % shards == 0
+    return batch % choice.micro_batches == 0 and batch // choice.micro_batches % shards == 0
 
 
 def _tighter(choice: Choice) -> Choice:
     if choice.remat != "full":
         return dataclasses.replace(choice, remat="full")
-    return dataclasses.replace(choice, chunks=2 * choice.chunks)
+    return dataclasses.replace(choice, micro_batches=2 * choice.micro_batches)
 
 
 def _better(one: Tried, other: Tried) -> Tried:
@@ -92,7 +95,7 @@ def _better(one: Tried, other: Tried) -> Tried:
     if not other.fits:
         return one
     if one.seconds is None or other.seconds is None:
-        return other if other.choice.chunks <= one.choice.chunks else one
+        return other if other.choice.micro_batches <= one.choice.micro_batches else one
     return other if other.seconds < one.seconds else one
 
 
@@ -125,5 +128,6 @@ def _advice(tried: list[Tried]) -> str:
     for one in fitting[1:]:
         best = _better(best, one)
     mesh = " ".join(f"--config.mesh.{axis}={size}" for axis, size in best.choice.mesh)
-    flags = f"{mesh} --config.model.remat={best.choice.remat} --config.chunks={best.choice.chunks}"
+    remat, pieces = best.choice.remat, best.choice.micro_batches
+    flags = f"{mesh} --config.model.remat={remat} --config.micro_batches={pieces}"
     return f"Quickest of what fits: {flags}"

@@ -9,7 +9,7 @@ With weights and attribute masks off the same program is VLM2Vec: configs/agcl.p
 head beside it, which tells attributes from embeddings and is left out when they are judged:
 configs/agcl.py:head.
 
-Axes: A chunks · C examples of a chunk · V views of an example (query, target, hard negatives) ·
+Axes: A micro-batches · C examples of one · V views of an example (query, target, hard negatives) ·
 B = A C pairs · E embedding.
 """
 
@@ -101,7 +101,7 @@ RANGES = {  # field -> lowest and highest, or its words
     "eval_every": (0, math.inf),
     "checkpoint_every": (0, math.inf),
     "batch": (1, math.inf),
-    "chunks": (1, math.inf),
+    "micro_batches": (1, math.inf),
     "eval.batch": (1, math.inf),
     "model.embedding_dim": (0, math.inf),
     "data.workers": (0, math.inf),
@@ -142,9 +142,10 @@ def build(
     donated; the frozen ones are only read, so there is one copy of them.
     embed: (params, this process's rows of eval.batch) -> float32[eval.batch, E] on every device.
     """
-    if config.batch % config.chunks:
+    if config.batch % config.micro_batches:
         raise UserError(
-            f"chunks is {config.chunks}, which does not divide the batch of {config.batch}"
+            f"micro_batches is {config.micro_batches}, which does not divide the batch of "
+            f"{config.batch}"
         )
     optimizer = make_optimizer(config.optimizer, config.steps)
     params = model.abstract_params(enc, mesh)
@@ -176,7 +177,7 @@ def build(
                 enc.model_config,
                 params,
                 cost.work(enc.model_config, rows),
-                gradcache=config.chunks > 1,
+                gradcache=config.micro_batches > 1,
             ),
         }
         trained = optax.apply_updates(state.params, updates)
@@ -196,8 +197,8 @@ def build(
 
 def part(config: ConfigDict, mesh: Mesh, enc: Encoder, built: Built) -> Part:
     """The train step as planning compiles it, its rows full."""
-    chunks, data = config.chunks, config.data
-    leading = chunks, config.batch // chunks, 2 + data.hard_negatives
+    micro_batches, data = config.micro_batches, config.data
+    leading = micro_batches, config.batch // micro_batches, 2 + data.hard_negatives
     sharding = batch_sharding(mesh, 1)
     floats = jax.ShapeDtypeStruct((*leading, data.max_terms), jnp.float32, sharding=sharding)
     batch = enc.abstract_rows(leading, sharding) | {
@@ -212,7 +213,7 @@ def part(config: ConfigDict, mesh: Mesh, enc: Encoder, built: Built) -> Part:
     params = encoder_params(state.params, frozen)
     pairs = config.batch * config.batch * (leading[-1] - 1) / batch_shards(mesh)
     inside = {"a matrix of all pairs": 4.0 * pairs}
-    useful = cost.step_flops(model, params, amount, gradcache=chunks > 1)
+    useful = cost.step_flops(model, params, amount, gradcache=micro_batches > 1)
     return step_part(built.step, frozen, state, batch, inside=inside, useful=useful)
 
 
@@ -221,7 +222,7 @@ def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
 
     Raises UserError for what depends on one.
     """
-    local_rows(mesh, config.batch // config.chunks, "batch / chunks")
+    local_rows(mesh, config.batch // config.micro_batches, "batch / micro_batches")
     if config.loss.head_weight:
         raise UserError("the head's labels depend on the catalogue: plan without loss.head_weight")
     enc = planned(config, config.init_from or config.model.preset)
@@ -300,7 +301,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     check_ranges(flatten(config), RANGES)
     traced_steps(config.profile, config.steps)
     tasks = [parse_task(name) for name in config.eval.tasks.split(",")]
-    local = local_rows(mesh, config.batch // config.chunks, "batch / chunks")
+    local = local_rows(mesh, config.batch // config.micro_batches, "batch / micro_batches")
     with Checkpoints(checkpoint_folder(config, workdir), writable=True) as checkpoints:
         saved = checkpoints.record(checkpoints.latest) if checkpoints.latest else None
         if saved:
@@ -378,7 +379,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 open_stream=_open_stream(config, catalog, sampler, processor, statistics, local),
                 examples=config.batch,
                 unit="pairs",
-                chunk=config.batch // config.chunks,
+                chunk=config.batch // config.micro_batches,
                 validate=validated and functools.partial(_validate, judge, *validated),
                 name_listings=lambda rows: [catalog.listing(int(i)).listing_id for i in rows],
                 record=record,
@@ -472,7 +473,7 @@ def _open_stream(
         query_views=parse_mixture(data.query_views, "data.query_views"),
         target_views=parse_mixture(data.target_views, "data.target_views"),
         max_terms=data.max_terms,
-        chunks=config.chunks,
+        micro_batches=config.micro_batches,
         rows=local,
         seed=config.seed,
         steps=config.steps,

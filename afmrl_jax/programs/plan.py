@@ -126,7 +126,7 @@ def _asked(config: ConfigDict, devices: list[Any]) -> Choice:
     from afmrl_jax.core.mesh import make_mesh
 
     sizes = make_mesh(dict(config.mesh), devices).shape
-    return Choice(tuple(sizes.items()), config.model.remat, config.chunks)
+    return Choice(tuple(sizes.items()), config.model.remat, config.micro_batches)
 
 
 def _batch(config: ConfigDict) -> int:
@@ -136,5 +136,5 @@ def _batch(config: ConfigDict) -> int:
 def _changed(config: ConfigDict, choice: Choice) -> ConfigDict:
     changed = ConfigDict(config.to_dict())
     changed.mesh.update(dict(choice.mesh))
-    changed.model.remat, changed.chunks = choice.remat, choice.chunks
+    changed.model.remat, changed.micro_batches = choice.remat, choice.micro_batches
     return changed

@@ -92,7 +92,7 @@ RANGES = {  # field -> lowest and highest, or its words
     "queries": (1, math.inf),
     "samples": (2, math.inf),
     "temperature": (0.01, 100),
-    "chunks": (1, math.inf),
+    "micro_batches": (1, math.inf),
     "inner_epochs": (1, math.inf),
     "vocabulary_chunk": (1, math.inf),
     "rollouts_every": (0, math.inf),
@@ -191,9 +191,12 @@ class Step:
                 judged.advantages.zero_variance[:, None], samples.truncated.shape
             ),
         }
-        chunks, queries = self._batches.chunks, self._batches.queries // self._batches.chunks
+        micro_batches, queries = (
+            self._batches.micro_batches,
+            self._batches.queries // self._batches.micro_batches,
+        )
         local = {
-            name: x.reshape(chunks, queries, *x.shape[1:])[:, self._batches.rows]
+            name: x.reshape(micro_batches, queries, *x.shape[1:])[:, self._batches.rows]
             for name, x in values.items()
         }
         answers = put_batch(local, self._mesh, axis=1, rows=queries)
@@ -218,7 +221,7 @@ class Step:
 def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     """What `plan` compiles of a run with this configuration, whose generator may be a preset: rows
     as the configuration's data says, no catalogue and no encoder."""
-    local_rows(mesh, _share(config), "queries / chunks")
+    local_rows(mesh, _share(config), "queries / micro_batches")
     generator = planned(config, config.generator, Generator)
     return parts(config, mesh, generator, build(config, mesh, generator))
 
@@ -230,7 +233,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     first_process = jax.process_index() == 0
     check_ranges(flatten(config), RANGES)
     traced_steps(config.profile, config.steps)
-    local = local_rows(mesh, _share(config), "queries / chunks")
+    local = local_rows(mesh, _share(config), "queries / micro_batches")
     with Checkpoints(checkpoint_folder(config, workdir), writable=True) as checkpoints:
         saved = checkpoints.record(checkpoints.latest) if checkpoints.latest else None
 
@@ -306,7 +309,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 askers(catalog, "train", listings),
                 generator.processor(answers=False),
                 queries=config.queries,
-                chunks=config.chunks,
+                micro_batches=config.micro_batches,
                 rows=local,
                 seed=config.seed,
                 steps=config.steps,
@@ -346,11 +349,12 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
 def _share(config: ConfigDict) -> int:
     """Queries of a micro-batch."""
-    if config.queries % config.chunks:
+    if config.queries % config.micro_batches:
         raise UserError(
-            f"chunks is {config.chunks}, which does not divide the {config.queries} queries"
+            f"micro_batches is {config.micro_batches}, which does not divide the "
+            f"{config.queries} queries"
         )
-    return config.queries // config.chunks
+    return config.queries // config.micro_batches
 
 
 def _fields(options: type, config: ConfigDict) -> dict[str, Any]:

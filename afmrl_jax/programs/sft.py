@@ -90,7 +90,7 @@ RANGES = {  # field -> lowest and highest, or its words
     "eval_every": (0, math.inf),
     "checkpoint_every": (0, math.inf),
     "batch": (1, math.inf),
-    "chunks": (1, math.inf),
+    "micro_batches": (1, math.inf),
     "vocabulary_chunk": (1, math.inf),
     "data.workers": (0, math.inf),
     "data.timeout": (1, 1_000_000),
@@ -122,9 +122,10 @@ def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
     donated; the frozen ones are only read, so there is one copy of them.
     loss: (params, rows with answers) -> (sum in nats, number of tokens).
     """
-    if config.batch % config.chunks:
+    if config.batch % config.micro_batches:
         raise UserError(
-            f"chunks is {config.chunks}, which does not divide the batch of {config.batch}"
+            f"micro_batches is {config.micro_batches}, which does not divide the batch of "
+            f"{config.batch}"
         )
     optimizer = make_optimizer(config.optimizer, config.steps)
     params = abstract_params(generator, mesh)
@@ -175,7 +176,7 @@ def part(
     config: ConfigDict, mesh: Mesh, generator: Generator, built: Built, length: int = 0
 ) -> Part:
     """The train step as planning compiles it, its rows full. length: S, the longest by default."""
-    leading, data = (config.chunks, config.batch // config.chunks), config.data
+    leading, data = (config.micro_batches, config.batch // config.micro_batches), config.data
     length = length or data.max_tokens + data.max_answer
     sharding = batch_sharding(mesh, 1)
     batch = generator.abstract_rows(leading, sharding, answers=data.max_answer, length=length)
@@ -192,7 +193,7 @@ def part(
 
 def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     """What `plan` compiles of a run with this configuration: no catalogue is opened."""
-    local_rows(mesh, config.batch // config.chunks, "batch / chunks")
+    local_rows(mesh, config.batch // config.micro_batches, "batch / micro_batches")
     generator = planned(config, config.init_from or config.model.preset, Generator)
     return [part(config, mesh, generator, build(config, mesh, generator))]
 
@@ -204,7 +205,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     first_process = jax.process_index() == 0
     check_ranges(flatten(config), RANGES)
     traced_steps(config.profile, config.steps)
-    local = local_rows(mesh, config.batch // config.chunks, "batch / chunks")
+    local = local_rows(mesh, config.batch // config.micro_batches, "batch / micro_batches")
     with Checkpoints(checkpoint_folder(config, workdir), writable=True) as checkpoints:
         saved = checkpoints.record(checkpoints.latest) if checkpoints.latest else None
         if saved:
@@ -233,7 +234,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             listings["train"],
             processor,
             batch=config.batch,
-            chunks=config.chunks,
+            micro_batches=config.micro_batches,
             rows=local,
             dropout=config.data.answer_dropout,
             buckets=config.data.buckets,
@@ -274,7 +275,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 ),
                 examples=config.batch,
                 unit="answers",
-                chunk=config.batch // config.chunks,
+                chunk=config.batch // config.micro_batches,
                 validate=validate if len(listings["validation"]) else None,
                 name_listings=lambda rows: [catalog.listing(int(i)).listing_id for i in rows],
                 record=record,

@@ -66,17 +66,17 @@ def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def rollout(params: Any, rows: Arrays, step: int) -> Samples:
-        chunks, queries = rows["tokens"].shape[:2]
-        numbers = jnp.arange(chunks * queries).reshape(chunks, queries)
+        micro_batches, queries = rows["tokens"].shape[:2]
+        numbers = jnp.arange(micro_batches * queries).reshape(micro_batches, queries)
         key = jax.random.fold_in(jax.random.key(config.seed), step)
 
         def together(x: jax.Array) -> jax.Array:
             # C is what the mesh splits, so it is the major part: nothing moves between devices.
-            return jnp.swapaxes(x, 0, 1).reshape(chunks * queries, *x.shape[2:])
+            return jnp.swapaxes(x, 0, 1).reshape(micro_batches * queries, *x.shape[2:])
 
         def apart(x: jax.Array) -> jax.Array:
             """[C A, ...] -> [Q, ...] in the order of `numbers`."""
-            x = jnp.swapaxes(x.reshape(queries, chunks, *x.shape[1:]), 0, 1)
+            x = jnp.swapaxes(x.reshape(queries, micro_batches, *x.shape[1:]), 0, 1)
             return x.reshape(-1, *x.shape[2:])
 
         keys = sample_keys(key, together(numbers), config.samples)
@@ -158,12 +158,12 @@ def parts(config: ConfigDict, mesh: Mesh, generator: Generator, built: Built) ->
     """A step's compiled parts as planning compiles them: questions full, answers as long as they
     may be."""
     data, model = config.data, generator.model_config
-    chunks, queries = config.chunks, config.queries // config.chunks
+    micro_batches, queries = config.micro_batches, config.queries // config.micro_batches
     sharding = batch_sharding(mesh, 1)
-    rows = generator.abstract_rows((chunks, queries), sharding)
+    rows = generator.abstract_rows((micro_batches, queries), sharding)
 
     def of(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        shape = chunks, queries, config.samples, *shape
+        shape = micro_batches, queries, config.samples, *shape
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     answers = {"tokens": of(jnp.int32, data.max_answer), "mask": of(jnp.bool, data.max_answer)}

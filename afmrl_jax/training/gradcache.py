@@ -5,7 +5,7 @@ embed chunk by chunk and keep only the embeddings; differentiate the loss by the
 embed each chunk again and pull its embeddings' gradient back to the parameters. It costs one more
 forward pass, and reads the parameters three times a chunk. (Gao et al. 2021, arXiv 2101.06983.)
 
-Axes: A chunks · C examples of a chunk · V views of an example · E embedding.
+Axes: A micro-batches · C examples of one · V views of an example · E embedding.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def value_and_grad(
     embed: Callable[[Params, Rows], jax.Array],
     loss: Callable[[Params, jax.Array], tuple[jax.Array, Any]],
 ) -> Callable[[Params, Rows], tuple[tuple[jax.Array, Any], Params]]:
-    """Like jax.value_and_grad(has_aux=True) of `loss(params, embeddings of all chunks)` by params.
+    """Like jax.value_and_grad(has_aux=True) of `loss(params, embeddings of the batch)` by params.
 
     embed: (params, rows[C, V, ...]) -> float32[C, V, E].
     loss: (params, float32[A, C, V, E]) -> scalar, aux; it may use parameters that embed does not.
@@ -49,7 +49,7 @@ def value_and_grad(
         return value, gradients
 
     def chosen(params: Params, rows: Rows):
-        chunks = next(iter(rows.values())).shape[0]
-        return direct(params, rows) if chunks == 1 else cached(params, rows)
+        micro_batches = next(iter(rows.values())).shape[0]
+        return direct(params, rows) if micro_batches == 1 else cached(params, rows)
 
     return chosen

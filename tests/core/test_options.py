@@ -47,7 +47,7 @@ def test_a_value_out_of_its_range_is_named_as_a_flag_names_it(loss, told):
 
 
 def test_a_word_that_is_none_of_them_is_told_with_the_nearest():
-    with pytest.raises(UserError, match="data.prompt is 'chta'.*did you mean \"chat\""):
+    with pytest.raises(UserError, match=r"data\.prompt is .chta.*mean .chat"):
         dataclasses.replace(Rows(8, "chat"), prompt="chta")
 
 

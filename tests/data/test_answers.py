@@ -59,10 +59,10 @@ def processor_of(processor, **sizes):
     return Processor(processor.tokenizer, config, **usual | sizes)
 
 
-def batches(catalog, processor, rows=(0, 1, 2, 3), chunks=2, buckets=1):
+def batches(catalog, processor, rows=(0, 1, 2, 3), micro_batches=2, buckets=1):
     listings = catalog.indices("train")
     options = {"dropout": 0.5, "buckets": buckets, "seed": 3, "steps": 50}
-    return AnswerBatches(catalog, listings, processor, 8, chunks, rows, **options)
+    return AnswerBatches(catalog, listings, processor, 8, micro_batches, rows, **options)
 
 
 @pytest.mark.parametrize("buckets", [1, 3])
@@ -86,7 +86,7 @@ def test_processes_share_a_batch_without_change(catalog, processor, buckets):
 
 
 def test_an_epoch_shows_every_listing_once_and_the_next_one_anew(catalog, processor):
-    all_batches = batches(catalog, processor, np.arange(8), chunks=1)
+    all_batches = batches(catalog, processor, np.arange(8), micro_batches=1)
     listings = catalog.indices("train")
     count = 2 * len(listings)
     shown = [all_batches[step] for step in range(-(-count // 8))]
@@ -102,7 +102,7 @@ def test_an_epoch_shows_every_listing_once_and_the_next_one_anew(catalog, proces
 def test_batches_of_like_rows_are_the_same_rows_with_less_padding(catalog, processor):
     def window(buckets):
         """Each example's rows, by what stands in them; and how long they are padded."""
-        made = batches(catalog, processor, np.arange(8), chunks=1, buckets=buckets)
+        made = batches(catalog, processor, np.arange(8), micro_batches=1, buckets=buckets)
         shown = [made[step] for step in range(WINDOW)]
         rows = sorted(
             (int(listing), tokens[mask].tolist(), answer[mask].tolist(), patches.tobytes())

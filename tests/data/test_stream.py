@@ -43,7 +43,7 @@ def batches(catalogue_folder, tmp_path_factory):
         query_views=mixture,
         target_views=mixture,
         max_terms=8,
-        chunks=2,
+        micro_batches=2,
         rows=np.arange(4),
         seed=0,
         steps=6,

@@ -111,10 +111,10 @@ def test_a_step_that_is_not_finite_stops_with_its_listings_and_is_not_saved(agcl
 
 
 def test_gradcache_trains_as_the_direct_step_does(agcl_config, whole, tmp_path):
-    agcl_config.chunks = 4
-    main.run(agcl_config, tmp_path / "chunks")
+    agcl_config.micro_batches = 4
+    main.run(agcl_config, tmp_path / "micro_batches")
     direct = [row["loss"] for row in logged(whole)]
-    cached = [row["loss"] for row in logged(tmp_path / "chunks")]
+    cached = [row["loss"] for row in logged(tmp_path / "micro_batches")]
     np.testing.assert_allclose(cached, direct, rtol=1e-4)
 
 

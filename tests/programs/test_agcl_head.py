@@ -34,7 +34,7 @@ def logged(workdir, name):
 
 @pytest.fixture
 def config(agcl_config):
-    agcl_config.update(steps=4, eval_every=0, checkpoint_every=2, chunks=2)
+    agcl_config.update(steps=4, eval_every=0, checkpoint_every=2, micro_batches=2)
     agcl_config.loss.update(head_weight=0.5, negative_weight="none")
     agcl_config.eval.tasks = "image->text"
     return agcl_config
@@ -88,7 +88,7 @@ def test_what_reads_a_checkpoint_gets_the_encoder_alone(config, headed, tmp_path
     """As evaluate, export and RAR read it; a run that begins with it gets a head of its own."""
     workdir = headed
     if rank:  # the head is trained beside adapters, on the encoder of the run with a head
-        config.update(init_from=str(headed), steps=2, chunks=1)
+        config.update(init_from=str(headed), steps=2, micro_batches=1)
         config.model.lora_rank = rank
         workdir = tmp_path / "adapters"
         main.run(config, workdir)

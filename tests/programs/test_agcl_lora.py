@@ -135,9 +135,9 @@ def test_eight_devices_go_on_with_the_losses_of_one(config, adapted, command, tm
 
 
 def test_gradcache_trains_adapters_as_the_direct_step_does(config, adapted, tmp_path):
-    config.chunks = 4
-    main.run(config, tmp_path / "chunks")
-    np.testing.assert_allclose(losses(tmp_path / "chunks"), losses(adapted), rtol=1e-4)
+    config.micro_batches = 4
+    main.run(config, tmp_path / "micro_batches")
+    np.testing.assert_allclose(losses(tmp_path / "micro_batches"), losses(adapted), rtol=1e-4)
 
 
 def test_a_checkpoint_of_adapters_is_judged_and_trained_on_as_any_other(

@@ -40,7 +40,7 @@ def config(catalogue_folder, cache_dir):
         encoder.model.update(vocab_size=300, dtype="float32")
         encoder.optimizer.learning_rate = 5e-4
         encoder.eval.update(batch=8, tasks="image+text->image+text")
-    config.sft.update(steps=60, batch=8, chunks=2, eval_every=0, checkpoint_every=0)
+    config.sft.update(steps=60, batch=8, micro_batches=2, eval_every=0, checkpoint_every=0)
     config.sft.data.update(**SIZES, max_tokens=48, max_answer=16, buckets=2)  # as test_sft.py's
     config.sft.model.update(vocab_size=320, dtype="float32")
     config.sft.optimizer.learning_rate = 3e-3

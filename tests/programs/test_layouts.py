@@ -63,7 +63,7 @@ def test_four_processes_and_the_two_that_go_on_learn_answers_with_the_losses_of_
     config.data.update(shared | {"max_tokens": 48, "max_answer": 16, "instruction": ""})
     config.data.buckets = 2  # all processes must know all rows' lengths
     config.model.update(vocab_size=320, dtype="float32")
-    config.update(steps=3, batch=8, chunks=2, log_every=1, eval_every=0, checkpoint_every=2)
+    config.update(steps=3, batch=8, micro_batches=2, log_every=1, eval_every=0, checkpoint_every=2)
     config.eval.update(batch=4, validation_listings=1, samples=1)
     one = losses(command, config, tmp_path / "one")
     config.mesh.data = 4

@@ -9,6 +9,7 @@ import pytest
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.planning import report
+from afmrl_jax.planning import search as planning_search
 from afmrl_jax.planning.search import Choice, Tried, search
 from afmrl_jax.programs import agcl, plan
 
@@ -21,7 +22,7 @@ HALF = tuple({"slice": 1, "data": 1, "fsdp": 4, "tensor": 1}.items())
 
 @pytest.fixture
 def config(agcl_config):
-    agcl_config.update(batch=16, chunks=2)
+    agcl_config.update(batch=16, micro_batches=2)
     agcl_config.mesh.fsdp = 4
     agcl_config.model.update(dtype="bfloat16", remat="full")
     return agcl_config
@@ -31,7 +32,7 @@ def config(agcl_config):
 def test_a_step_is_planned_for_tpus_by_part_time_and_exchange(
     config, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(plan, "TRIES", 2)
+    monkeypatch.setattr(planning_search, "TRIES", 2)
     plan.main(config, tmp_path, "v5e:2x2")
     told = capsys.readouterr().out
     found = json.loads((tmp_path / "plan.json").read_text())
@@ -65,8 +66,8 @@ def test_only_programs_that_train_are_planned(config, tmp_path):
 
 
 def test_a_field_out_of_its_range_is_refused_before_anything_is_compiled(config, tmp_path):
-    config.chunks, config.mesh.fsdp = 0, 1
-    with pytest.raises(UserError, match="chunks is 0: give 1 or more"):
+    config.micro_batches, config.mesh.fsdp = 0, 1
+    with pytest.raises(UserError, match="micro_batches is 0: give 1 or more"):
         plan.main(config, tmp_path, "local")
 
 
@@ -84,9 +85,9 @@ def costs(choice):
     """A step of 64 pairs on 4 devices, worked out by hand: what is kept must fit into 10."""
     fsdp = dict(choice.mesh)["fsdp"]
     kept = {"none": 8.0, "dots": 4.0, "attention": 1.5, "full": 1.0}[choice.remat]
-    needed = 16 / fsdp + kept * 8 / choice.chunks
+    needed = 16 / fsdp + kept * 8 / choice.micro_batches
     seconds = {"none": 1.0, "dots": 1.1, "attention": 1.2, "full": 1.3}[choice.remat]
-    seconds += 0.002 * choice.chunks * fsdp
+    seconds += 0.002 * choice.micro_batches * fsdp
     fits = needed <= 10
     return Tried(choice, fits, seconds if fits else None, needed)
 
@@ -95,9 +96,9 @@ def test_the_search_ends_with_the_quickest_of_what_fits():
     asked = costs(Choice(HALF, "none", 1))
     assert not asked.fits
     tried = search(costs, asked, batch=64, devices=4)
-    assert len(tried) <= plan.TRIES and tried[0] is asked
+    assert len(tried) <= planning_search.TRIES and tried[0] is asked
     best = min((one for one in tried if one.fits), key=lambda one: one.seconds)
-    # Over four devices 4 of the 10 are gone: "full" needs 2 chunks (1.316 s), "dots" 8 (1.164 s).
+    # Over four devices 4 of the 10 are gone: "full" needs 2 (1.316 s), "dots" 8 (1.164 s).
     assert best.choice == Choice(HALF, "none", 16) and best.seconds == pytest.approx(1.128)
 
 
@@ -106,5 +107,5 @@ def test_a_search_in_which_nothing_fits_ends():
         return dataclasses.replace(costs(choice), fits=False, seconds=None)
 
     tried = search(never, never(Choice(HALF, "none", 1)), batch=64, devices=4)
-    assert [one.choice.chunks for one in tried] == [1, 1, 2, 4, 8, 16]
-    assert "Nothing that was tried fits" in plan._advice(tried)
+    assert [one.choice.micro_batches for one in tried] == [1, 1, 2, 4, 8, 16]
+    assert "Nothing that was tried fits" in planning_search._advice(tried)

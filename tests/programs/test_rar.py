@@ -107,7 +107,7 @@ def config(models, catalogue_folder, cache_dir):
 
     config = small(get_config(), catalogue_folder, cache_dir)
     config.update(generator=str(models / "generator"), encoder=str(models / "encoder"))
-    config.update(steps=4, queries=8, samples=4, chunks=2, rollouts_every=2)
+    config.update(steps=4, queries=8, samples=4, micro_batches=2, rollouts_every=2)
     config.update(eval_every=2, checkpoint_every=2)
     config.reward.batch = 20
     config.eval.batch = 4
@@ -219,7 +219,7 @@ def test_a_run_that_looks_like_cheating_stops_with_its_rollouts(config, tmp_path
 
 
 def test_adapters_on_the_generator_begin_as_it_and_are_found_again(config, tmp_path):
-    config.update(steps=2, chunks=1, inner_epochs=2, eval_every=0, checkpoint_every=1)
+    config.update(steps=2, micro_batches=1, inner_epochs=2, eval_every=0, checkpoint_every=1)
     config.model.lora_rank = 2
     config.policy.objective = "dr_grpo"
     main.run(config, tmp_path / "adapters")
@@ -245,7 +245,7 @@ def test_adapters_on_the_generator_begin_as_it_and_are_found_again(config, tmp_p
         ("generator", "", "--config.generator=runs/sft"),
         ("encoder", "", "--config.encoder=runs/agcl"),
         ("generator", "encoder", "holds the encoder of a run"),
-        ("chunks", 3, "chunks is 3, which does not divide the 8 queries"),
+        ("micro_batches", 3, "micro_batches is 3, which does not divide the 8 queries"),
     ],
 )
 def test_what_cannot_be_run_is_told_in_a_sentence(config, models, tmp_path, field, value, says):

@@ -30,7 +30,9 @@ def config(catalogue_folder, cache_dir):
     from afmrl_jax.configs.sft import get_config
 
     config = get_config()
-    config.update(steps=60, batch=8, chunks=2, log_every=5, eval_every=30, checkpoint_every=30)
+    config.update(
+        steps=60, batch=8, micro_batches=2, log_every=5, eval_every=30, checkpoint_every=30
+    )
     config.data.update(
         path=str(catalogue_folder),
         cache_dir=cache_dir,

@@ -10,7 +10,7 @@ from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.planning.report import compile_part, local_bytes, reckon
 from afmrl_jax.programs import agcl, plan
 
-CHUNKS, CHIPS = 2, 4
+MICRO_BATCHES, CHIPS = 2, 4
 
 
 @pytest.mark.skipif(
@@ -19,7 +19,7 @@ CHUNKS, CHIPS = 2, 4
 def test_the_2b_step_gathers_each_matrix_thrice_a_chunk_and_sums_its_gradient_once():
     """With GradCache and remat: embed, embed again, and once more going back; all in bfloat16."""
     config = get_config()
-    config.update(batch=16, chunks=CHUNKS)
+    config.update(batch=16, micro_batches=MICRO_BATCHES)
     config.mesh.fsdp = CHIPS
     config.model.update(preset="qwen2_vl_2b", dtype="bfloat16", remat="full")
     config.data.update(max_tokens=48, max_patches=64)
@@ -30,7 +30,7 @@ def test_the_2b_step_gathers_each_matrix_thrice_a_chunk_and_sums_its_gradient_on
     params = part.arguments[1].params["backbone"]
     layers = params["layers"], params["vision"]["layers"]  # tables are looked up where they lie
     matrices = CHIPS * local_bytes(layers) / 2  # float32 as bfloat16
-    received = CHUNKS * matrices * (CHIPS - 1) / CHIPS
+    received = MICRO_BATCHES * matrices * (CHIPS - 1) / CHIPS
     sent = Counter()
     for one in report.exchanges:
         sent[one["kind"]] += one["bytes"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.retrieval import index as index_module
+from afmrl_jax.retrieval import exact, scann
 from afmrl_jax.retrieval.exact import ExactIndex, query_block
 from afmrl_jax.retrieval.indexes import build_index, load_index, recall_against_exact
 from afmrl_jax.retrieval.scann import ScannIndex
@@ -34,7 +34,7 @@ def gallery():
 
 def test_exact_search_equals_sorting_by_numpy_across_blocks_of_queries(gallery, monkeypatch):
     vectors, ids = gallery
-    monkeypatch.setattr(index_module, "query_block", lambda n: 16)
+    monkeypatch.setattr(exact, "query_block", lambda n: 16)
     found, scores = ExactIndex("m").build(vectors, ids).search(vectors[:37], 10)
     products = vectors[:37] @ vectors.T
     order = np.argsort(-products, axis=1, kind="stable")[:, :10]
@@ -136,7 +136,7 @@ def test_an_index_that_lists_vectors_twice_is_built_again_before_it_can_be_updat
 ):
     vectors = clustered(1000, 16)
     index = ScannIndex("m").build(vectors, np.arange(1000) + 5)
-    builder = index_module._import_scann().builder(vectors, 10, "dot_product")
+    builder = scann._import_scann().builder(vectors, 10, "dot_product")
     twice = builder.tree(31, 31, soar_lambda=1.5).score_ah(2).reorder(100)
     index._searcher = twice.set_n_training_threads(1).build(docids=None)
     index.save(tmp_path / "index")
@@ -288,8 +288,8 @@ def test_exact_serves_small_galleries_and_scann_large_ones(gallery):
 def test_scann_is_imported_with_tensorflow_hidden_and_tensorflow_is_given_back(monkeypatch):
     tensorflow = object()
     monkeypatch.setitem(sys.modules, "tensorflow", tensorflow)
-    index_module._import_scann()
+    scann._import_scann()
     assert sys.modules["tensorflow"] is tensorflow
     monkeypatch.setitem(sys.modules, "scann.scann_ops.py", None)  # as if it did not import
     with pytest.raises(UserError, match="TensorFlow"):
-        index_module._import_scann()
+        scann._import_scann()

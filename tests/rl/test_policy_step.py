@@ -56,7 +56,7 @@ def rows_of(config, generator):
     shown = [Row(text) for text in ("red", "mug", "", "a red mug")]
     processor = generator.processor(answers=False)
     rows = processor(shown, [processor.text_bucket])
-    sizes = config.chunks, Q // config.chunks
+    sizes = config.micro_batches, Q // config.micro_batches
     return {k: v.reshape(*sizes, *v.shape[1:]) for k, v in rows.items()}
 
 
@@ -77,8 +77,10 @@ def drawn(built, state, frozen, reference, rows, step, reward):
         "advantages": advantages.values,
         "zero_variance": np.repeat(advantages.zero_variance, G).reshape(Q, G),
     }
-    chunks = len(rows["tokens"])
-    answers = {k: v.reshape(chunks, Q // chunks, *v.shape[1:]) for k, v in answers.items()}
+    micro_batches = len(rows["tokens"])
+    answers = {
+        k: v.reshape(micro_batches, Q // micro_batches, *v.shape[1:]) for k, v in answers.items()
+    }
     answers["reference_log_probs"] = built.reference(reference, rows, answers)
     return answers, rewards.mean()
 

@@ -11,14 +11,14 @@ def loss(params, rows):
     return jnp.sum(errors), jnp.sum(rows["mask"])
 
 
-def case(chunks):
+def case(micro_batches):
     rng = np.random.default_rng(0)
     rows = {
         "x": rng.normal(size=(8, 5, 3)).astype(np.float32),
         "mask": (np.arange(5) < np.array([5, 1, 0, 0, 4, 2, 1, 3])[:, None]).astype(np.float32),
     }
     params = {"w": rng.normal(size=3).astype(np.float32), "b": np.float32(0.5)}
-    return params, {name: x.reshape(chunks, -1, *x.shape[1:]) for name, x in rows.items()}
+    return params, {name: x.reshape(micro_batches, -1, *x.shape[1:]) for name, x in rows.items()}
 
 
 def test_micro_batches_give_the_loss_and_gradient_of_the_whole():
@@ -26,8 +26,8 @@ def test_micro_batches_give_the_loss_and_gradient_of_the_whole():
     params, rows = case(1)
     whole = {name: x[0] for name, x in rows.items()}
     mean, gradient = jax.value_and_grad(lambda p: jnp.divide(*loss(p, whole)))(params)
-    for chunks in (1, 2, 4):
-        (value, count), found = jax.jit(value_and_grad(loss))(*case(chunks))
+    for micro_batches in (1, 2, 4):
+        (value, count), found = jax.jit(value_and_grad(loss))(*case(micro_batches))
         np.testing.assert_allclose(value, mean, rtol=1e-6)
         assert count == 16
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, gradient)

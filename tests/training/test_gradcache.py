@@ -32,12 +32,12 @@ def problem():
     return params, rng.normal(size=(64, 2, WIDTH)).astype(np.float32)
 
 
-@pytest.mark.parametrize("chunks", [2, 8, 32])
-def test_the_gradient_over_chunks_is_the_direct_one(problem, chunks):
+@pytest.mark.parametrize("micro_batches", [2, 8, 32])
+def test_the_gradient_over_micro_batches_is_the_direct_one(problem, micro_batches):
     params, x = problem
     step = jax.jit(value_and_grad(embed, info_nce))
     (direct, _), wanted = step(params, {"x": x[None]})
-    (cached, aux), got = step(params, {"x": x.reshape(chunks, -1, 2, WIDTH)})
+    (cached, aux), got = step(params, {"x": x.reshape(micro_batches, -1, 2, WIDTH)})
     assert aux["rows"] == 64
     np.testing.assert_allclose(cached, direct, rtol=1e-6)
     for name in wanted:
@@ -45,8 +45,8 @@ def test_the_gradient_over_chunks_is_the_direct_one(problem, chunks):
         assert error <= 1e-6
 
 
-@pytest.mark.parametrize("chunks", [2, 8])
-def test_a_head_that_only_the_loss_reads_gets_the_direct_gradient_too(problem, chunks):
+@pytest.mark.parametrize("micro_batches", [2, 8])
+def test_a_head_that_only_the_loss_reads_gets_the_direct_gradient_too(problem, micro_batches):
     """The attribute-label head beside InfoNCE; some rows have no label, so means must be whole."""
     params, x = problem
     rng = np.random.default_rng(1)
@@ -63,7 +63,7 @@ def test_a_head_that_only_the_loss_reads_gets_the_direct_gradient_too(problem, c
 
     step = jax.jit(value_and_grad(embed, loss))
     (direct, _), wanted = step(params, {"x": x[None]})
-    (cached, _), got = step(params, {"x": x.reshape(chunks, -1, 2, WIDTH)})
+    (cached, _), got = step(params, {"x": x.reshape(micro_batches, -1, 2, WIDTH)})
     np.testing.assert_allclose(cached, direct, rtol=1e-6)
     assert np.abs(wanted["head"]["kernel"]).max() > 0
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5), got, wanted)
