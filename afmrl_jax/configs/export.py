@@ -12,5 +12,5 @@ def get_config() -> ConfigDict:
     config.program = "export"
     del config.eval
     config.out = ""  # the Hugging Face folder to write; one that export wrote is replaced
-    config.dtype = "float32"  # float32 | bfloat16: of the weights written
+    config.dtype = "float32"  # float32 | bfloat16: the type of the weights written
     return config.lock()
