@@ -14,7 +14,6 @@ from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.model import DTYPES
 from afmrl_jax.assembly.pretrained import RECORD, Pretrained
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import to_json
 from afmrl_jax.data.processor import IMAGE_STATISTICS, Processor
 from afmrl_jax.data.prompts import CHATML
 from afmrl_jax.data.tokenizer import END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS
@@ -177,7 +176,7 @@ def write_folder(
         _write_sentence_transformers(folder, enc)
     record = {
         "kind": enc.kind,
-        "config": json.loads(to_json(_settings(enc))),
+        "config": json.loads(_settings(enc).to_json()),
         "step": source.step,
         "evaluation": source.evaluation,
     }
@@ -303,7 +302,7 @@ def generator_card(generator: Generator, evaluation: str) -> str:
 
 def _quoted(enc: Encoder | Generator) -> dict[str, str]:
     """The configuration for a card, and a fence of more backticks than it holds."""
-    settings = to_json(_settings(enc), indent=2)
+    settings = _settings(enc).to_json(indent=2)
     ticks = max(map(len, re.findall("`+", settings)), default=0)
     return {"config": settings, "fence": "`" * max(3, ticks + 1)}
 

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import logging
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.options import Options, among, between
 from afmrl_jax.data.processor import Processor, check_preprocessor, checked_ids
 from afmrl_jax.data.prompts import CHATML, Prompt, chat_template, end_of_turn
 from afmrl_jax.data.tokenizer import (
@@ -46,12 +46,41 @@ log = logging.getLogger(__name__)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-RANGES = {  # field -> lowest and highest, or its words
-    "model.dtype": tuple(DTYPES),
-    "model.remat": REMATS,
-    "model.lora_rank": (0, math.inf),
-    "model.lora_alpha": (1e-6, 10_000),
-}
+@dataclass(frozen=True)
+class ModelFields(Options, section="model"):
+    """How a model computes, and which of its parameters are trained."""
+
+    dtype: str = among(*DTYPES)
+    remat: str = among(*REMATS)
+    lora_rank: int = between(0)  # 0: all parameters are trained
+    lora_alpha: float = between(1e-6, 10_000)  # an adapter counts alpha / rank
+    lora_targets: str  # searched in kernels' paths
+
+
+@dataclass(frozen=True)
+class PresetFields(Options, section="model"):
+    """A model from scratch."""
+
+    preset: str  # a name of models/presets.py
+    vocab_size: int = between(1)  # of its tokenizer
+
+
+@dataclass(frozen=True)
+class EmbeddingFields(Options, section="model"):
+    """What an encoder makes of its last state."""
+
+    embedding_dim: int = between(0)  # first dimensions kept; 0: all
+
+
+@dataclass(frozen=True)
+class RowFields(Options, section="data"):
+    """The rows that a model reads."""
+
+    instruction: str
+    max_tokens: int = between(1)
+    max_patches: int = between(1)
+    min_pixels: int = between(1)
+    max_pixels: int = between(1)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ configs/agcl.py:head      that baseline with a head beside it that learns the at
 configs/agcl.py:tiny      a few steps of AGCL, in seconds: a look at the program, no good encoder
 """
 
-import math
-
 from ml_collections import ConfigDict
 
 from afmrl_jax.configs import common
@@ -65,8 +63,9 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.loss.weight_strength = 1.0  # a in w = exp(a (1 + tanh B)); the paper: 1
     config.loss.similarity_strength = 9.0  # LLaVE's alpha, with negative_weight = similarity
     config.loss.boost_positive = True  # whether the positive is weighted too, as in the paper
-    config.loss.mask_target_similarity = math.inf  # drop j if cos(d_j, d_i) above; RzenEmbed .95
-    config.loss.mask_margin = math.inf  # drop j if s_ij > s_ii + this; UniME .1
+    # A threshold that nothing passes turns a mask off: 2 of cosines, 1 of agreements.
+    config.loss.mask_target_similarity = 2.0  # drop j if cos(d_j, d_i) above; RzenEmbed .95
+    config.loss.mask_margin = 2.0  # drop j if s_ij > s_ii + this; UniME .1
     config.loss.mask_attributes = 0.95  # drop j if the attributes agree both ways above this
     config.loss.same_product = "drop"  # drop | positive | keep: other listings of the product
     config.loss.symmetric = True  # whether targets look for queries too
@@ -82,7 +81,7 @@ def get_config(arm: str = "agcl") -> ConfigDict:
 
     if arm in ("vlm2vec", "head"):
         config.loss.negative_weight = "none"
-        config.loss.mask_attributes = math.inf
+        config.loss.mask_attributes = 2.0  # never
         config.data.lookalike_share = 0.0
     if arm == "head":
         config.loss.head_weight = 0.3

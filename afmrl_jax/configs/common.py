@@ -77,7 +77,7 @@ def optimizer(config: ConfigDict, learning_rate: float) -> None:
     config.optimizer.weight_decay = 0.05  # matrices only
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98
-    config.optimizer.clip_norm = 1.0  # greatest norm of the gradient; inf = not clipped
+    config.optimizer.clip_norm = 1.0  # greatest norm of the gradient; 0 = not clipped
 
 
 def rows(config: ConfigDict, max_tokens: int) -> None:

@@ -17,7 +17,7 @@ from afmrl_jax.attributes.text import Parsed, Verdict, parse
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.rl.advantages import Advantages, group_advantages
 from afmrl_jax.rl.gallery import Gallery
-from afmrl_jax.rl.rewards import Options, rewards
+from afmrl_jax.rl.rewards import Reward, rewards
 from afmrl_jax.rl.rollout import Query, QueryEmbedder
 from afmrl_jax.rl.watch import Rollout
 
@@ -109,7 +109,7 @@ class Environment:
     catalog: Catalog
     embedder: QueryEmbedder
     gallery: Gallery
-    options: Options
+    options: Reward
     samples: int
     scale: bool
 

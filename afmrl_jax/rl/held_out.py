@@ -16,7 +16,7 @@ from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.data.views import AttributeCuts
 from afmrl_jax.retrieval.metrics import interval95, normal95, paired
 from afmrl_jax.rl.gallery import Gallery, askers
-from afmrl_jax.rl.rewards import Options, bounded_k, measures
+from afmrl_jax.rl.rewards import Reward, bounded_k, measure_at, measures
 from afmrl_jax.rl.rollout import Query, QueryEmbedder
 from afmrl_jax.rl.watch import Rollout
 
@@ -52,7 +52,7 @@ class HeldOut:
         listings: np.ndarray,
         gallery: Gallery,
         embedder: QueryEmbedder,
-        options: Options,
+        options: Reward,
         limit: int,
     ):
         """listings: int64[N], the gallery's. options: whose k is bounded by it."""
@@ -60,7 +60,7 @@ class HeldOut:
         self.queries = np.sort(np.random.default_rng(0).permutation(asking)[:limit])
         self.k = bounded_k(options.k, len(gallery))
         # Under the names of its own k, which differs from that of training's gallery.
-        self.measure = Options(options.kind, self.k).measure
+        self.measure = measure_at(options.kind, self.k)
         self.split, self._gallery = split, gallery
         self._catalog, self._embedder = catalog, embedder
         self._listings = [catalog.listing(int(index)) for index in self.queries]

@@ -26,7 +26,7 @@ from afmrl_jax.core.processes import first_says
 from afmrl_jax.data.views import AttributeCuts
 from afmrl_jax.rl.held_out import HeldOut, Measures, Said, compare
 from afmrl_jax.rl.rollout import none_is_read
-from afmrl_jax.rl.watch import Limits, stopped, watch
+from afmrl_jax.rl.watch import WatchLimits, stopped, watch
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Judge:
         workdir: Path,
         held_out: Mapping[str, HeldOut],
         say: Callable[[Any, np.ndarray], list[Said]],
-        limits: Limits,
+        limits: WatchLimits,
     ):
         """held_out: validation and test, as far as there are any. say: (trained parameters,
         listings int64[Q]) -> what the generator says of them. limits: where a validation stops the

@@ -18,7 +18,7 @@ from afmrl_jax.assembly.encoder import Encoder
 from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.model import abstract_params
 from afmrl_jax.assembly.pretrained import find_pretrained
-from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, find_checkpoints
 from afmrl_jax.checkpoints.state import abstract_state, init_state
 from afmrl_jax.core.errors import UserError
@@ -50,7 +50,7 @@ def write_checkpoint(folder, made, params):
 
 def half_learned(generator):
     """Parameters that know the format and the kinds, and guess at colours."""
-    catalog = open_catalogue(generator.settings.data.path, generator.settings.data, Path())
+    catalog = open_catalogue(CatalogOptions.of(generator.settings), Path())
     processor, graph, adam = generator.processor(answers=True), generator.graph(), optax.adam(3e-3)
     rows = processor(
         [question_and_answer(catalog, int(i), processor) for i in catalog.indices("train")]
