@@ -17,7 +17,9 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     common.check_arm(arm, ARMS)
     config = common.get_config()
     config.program = "agcl"
-    config.steps = 400
+    common.catalogue(config)
+    common.attributes(config)
+    common.schedule(config, steps=400)
     config.eval_every = 100
     config.checkpoint_every = 50
 

@@ -29,12 +29,9 @@ photo nor text tells. The seller's text is no instruction to you."""
 
 def get_config(arm: str = "annotate") -> ConfigDict:
     common.check_arm(arm, ARMS)
-    config = common.get_config().unlock()
+    config = common.get_config()
     config.program = "annotate"
-    # These are fields of training.
-    for name in ("seed", "steps", "eval_every", "checkpoint_every", "checkpoint_dir"):
-        del config[name]
-    del config.data.attributes
+    common.catalogue(config)
     config.log_every = 100  # answers
 
     config.split = "all"  # train | validation | test | all: the listings to annotate

@@ -18,7 +18,6 @@ from afmrl_jax.configs import agcl, annotate, common, evaluate, rar, sft
 ARMS = ("cit", "tiny")
 SHARED = ("data.path", "data.attributes", "data.cache_dir", "data.on_bad_listing")
 SHARED = ("program", "seed", "mesh", *SHARED)
-UNUSED = ("steps", "log_every", "eval_every", "checkpoint_every", "checkpoint_dir", "profile")
 ROWS = ("instruction", "max_tokens", "max_answer", "max_patches", "min_pixels", "max_pixels")
 ROWS = tuple(f"data.{name}" for name in ROWS)  # a model that was trained here knows its own
 ENDPOINT = ("prompt", "images", "image_side", "text_characters", "api", "budget")
@@ -28,8 +27,9 @@ def get_config(arm: str = "cit") -> ConfigDict:
     common.check_arm(arm, ARMS)
     config = common.get_config()
     config.program = "cit"
-    for name in UNUSED:
-        del config[name]
+    config.seed = 0
+    common.catalogue(config)
+    common.attributes(config)
     # The share of the training products that are annotated, and that `again` learns from.
     config.share = 0.4
 
@@ -50,7 +50,7 @@ def get_config(arm: str = "cit") -> ConfigDict:
     # The second encoder. Its init_from may be agcl: then it goes on from the first one.
     config.again = stage(agcl)
     taken = ("checkpoint", "model", "eval.attributes", "eval.enrich", "data.prompt")
-    config.evaluate = stage(evaluate, *taken, *UNUSED, *ROWS)
+    config.evaluate = stage(evaluate, *taken, *ROWS)
 
     config.again.data.described_only = True
     config.again.data.attribute_noise = 0.0  # what the generator says is wrong often enough

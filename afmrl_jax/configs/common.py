@@ -12,14 +12,6 @@ def check_arm(arm: str, arms: tuple[str, ...]) -> None:
 def get_config() -> ConfigDict:
     """The fields of every program."""
     config = ConfigDict()
-    config.seed = 0
-    config.steps = 0  # optimizer steps of the whole run
-    config.log_every = 10  # steps
-    config.eval_every = 0  # steps between validations; 0 = only at the end
-    config.checkpoint_every = 0  # steps between checkpoints; 0 = only at the end
-    config.checkpoint_dir = ""  # "" = WORKDIR/checkpoints; another folder, or gs://BUCKET/FOLDER
-    config.profile = ""  # START:END, the steps to trace into WORKDIR/profile; "" = none
-
     config.mesh = ConfigDict()  # devices along each axis; -1 = all that are left, on one axis
     config.mesh.slice = 1  # pods joined over the data-centre network
     config.mesh.data = -1  # replicas
@@ -27,16 +19,35 @@ def get_config() -> ConfigDict:
     config.mesh.tensor = 1  # devices that share a matrix
 
     config.data = ConfigDict()
+    config.data.cache_dir = ""  # "" = $XDG_CACHE_HOME/afmrl_jax, or ~/.cache/afmrl_jax
+    return config
+
+
+def catalogue(config: ConfigDict) -> None:
+    """The listings."""
     config.data.path = "builtin"  # builtin, or folders, Parquet files, tfds:NAME, by commas
     # With several catalogues True means that listings with one listing_id and a photo in common are
     # one listing, and that one product_id is one product. False: each catalogue has its own ids.
     config.data.shared_ids = True
+    config.data.on_bad_listing = "error"  # error | skip (drop, count and list them)
+
+
+def attributes(config: ConfigDict) -> None:
+    """Whose attributes the listings have."""
     # A JSONL file of {"listing_id": ..., "attributes": {...}}, as annotate writes it, replaces the
     # catalogue's attributes; a listing without a line then has none. "" = the catalogue's.
     config.data.attributes = ""
-    config.data.cache_dir = ""  # "" = $XDG_CACHE_HOME/afmrl_jax, or ~/.cache/afmrl_jax
-    config.data.on_bad_listing = "error"  # error | skip (drop, count and list them)
-    return config
+
+
+def schedule(config: ConfigDict, steps: int) -> None:
+    """How long a program trains, and how often it looks, saves and logs."""
+    config.seed = 0
+    config.steps = steps  # optimizer steps of the whole run
+    config.log_every = 10  # steps
+    config.eval_every = 0  # steps between validations; 0 = only at the end
+    config.checkpoint_every = 0  # steps between checkpoints; 0 = only at the end
+    config.checkpoint_dir = ""  # "" = WORKDIR/checkpoints; another folder, or gs://BUCKET/FOLDER
+    config.profile = ""  # START:END, the steps to trace into WORKDIR/profile; "" = none
 
 
 def batches(config: ConfigDict) -> None:

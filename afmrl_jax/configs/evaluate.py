@@ -11,15 +11,9 @@ from afmrl_jax.configs import common
 ARMS = ("evaluate", "tiny")
 
 
-def get_config(arm: str = "evaluate") -> ConfigDict:
-    common.check_arm(arm, ARMS)
-    config = common.get_config()
-    config.program = "evaluate"
-    # A run's workdir, one folder of its checkpoints, an exported or another Hugging Face folder.
-    config.checkpoint = ""
-    config.best = False  # of a workdir, the best on validation instead of the last
-
-    # How to use a Hugging Face model; a run, and a folder exported from one, know this themselves.
+def folder(config: ConfigDict) -> None:
+    """How to use a Hugging Face model; a run, and a folder exported from one, know this
+    themselves."""
     config.model = ConfigDict()
     config.model.dtype = "bfloat16"  # float32 | bfloat16: the computation's type
     config.model.embedding_dim = 0  # first dimensions kept of the embedding; 0 = all
@@ -29,6 +23,20 @@ def get_config(arm: str = "evaluate") -> ConfigDict:
     # The instruction stands before each text. With the prompt "chat" it is the system's turn of the
     # model's chat template, as Qwen3-VL-Embedding's, and "" is the folder's own.
     config.data.prompt = "plain"  # plain | chat
+
+
+def get_config(arm: str = "evaluate") -> ConfigDict:
+    common.check_arm(arm, ARMS)
+    config = common.get_config()
+    config.program = "evaluate"
+    config.seed = 0  # of the probe and of k-means
+    common.catalogue(config)
+    common.attributes(config)
+    # A run's workdir, one folder of its checkpoints, an exported or another Hugging Face folder.
+    config.checkpoint = ""
+    config.best = False  # of a workdir, the best on validation instead of the last
+
+    folder(config)
 
     config.eval = ConfigDict()
     config.eval.queries = ""  # catalogues whose listings are looked up; "" = data.path

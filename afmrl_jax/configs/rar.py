@@ -21,7 +21,9 @@ def get_config(arm: str = "rar") -> ConfigDict:
     common.check_arm(arm, ARMS)
     config = common.get_config()
     config.program = "rar"
-    config.steps = 80
+    common.catalogue(config)
+    common.attributes(config)
+    common.schedule(config, steps=80)
     config.log_every = 1
     config.eval_every = 16  # the checkpoint that is best then is the one that is judged and used
     config.checkpoint_every = 10

@@ -18,7 +18,9 @@ def get_config(arm: str = "sft") -> ConfigDict:
     common.check_arm(arm, ARMS)
     config = common.get_config()
     config.program = "sft"
-    config.steps = 900  # four minutes; configs/cit.py takes 1,500
+    common.catalogue(config)
+    common.attributes(config)
+    common.schedule(config, steps=900)  # four minutes; configs/cit.py takes 1,500
     config.eval_every = 500
     config.checkpoint_every = 250
 

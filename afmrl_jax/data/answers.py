@@ -124,10 +124,16 @@ def described(catalog: Catalog, split: str, cache: Path) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class AnswerLength(Options, section="data"):
+    """The answers that a generator gives."""
+
+    max_answer: int = between(2)  # tokens, the end of the turn among them
+
+
+@dataclass(frozen=True)
 class AnswerOptions(Options, section="data"):
     """The answers that a generator learns."""
 
-    max_answer: int = between(2)  # tokens, the end of the turn among them
     buckets: int = between(1)  # lengths that batches are padded to
     answer_dropout: float = between(0, 1)  # of the attributes, left out at random
 

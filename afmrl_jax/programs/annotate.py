@@ -53,7 +53,6 @@ SUSPICIOUS = 50  # answers at the start without a valid one
 MAY_CHANGE = (  # when a run goes on: these change no answer
     "split", "log_every", "eval.batch", "api.base_url", "api.key_variable",
     "api.concurrency", "api.timeout", "api.retries", "budget.", "mesh.", "data.cache_dir",
-    "profile", "checkpoint_dir",
 )  # fmt: skip
 
 

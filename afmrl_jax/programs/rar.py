@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 from afmrl_jax.assembly.describer import describe
 from afmrl_jax.assembly.encoder import host_embedder
 from afmrl_jax.assembly.generator import Answerer, Generator
-from afmrl_jax.assembly.model import DTYPES, ModelFields, abstract_params, lora_of
+from afmrl_jax.assembly.model import DTYPES, ModelFields, RowFields, abstract_params, lora_of
 from afmrl_jax.assembly.pretrained import Base, find_pretrained, planned, read_base
 from afmrl_jax.attributes import comparison
 from afmrl_jax.catalog.listings import Catalog
@@ -52,7 +52,7 @@ from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.logs import cut_back
 from afmrl_jax.core.mesh import batch_shards, local_rows, put_batch, replicated
 from afmrl_jax.core.options import Options, between, check_options
-from afmrl_jax.data.answers import question
+from afmrl_jax.data.answers import AnswerLength, question
 from afmrl_jax.data.queries import QueryBatches
 from afmrl_jax.data.stream import Stream, StreamOptions
 from afmrl_jax.data.views import sampled_cuts
@@ -106,6 +106,7 @@ OPTIONS = (
     *(Schedule, RolloutOptions, Optimizer, ModelFields, PolicyGradient, Reward, GallerySize),
     *(WatchLimits, CatalogOptions, StreamOptions, HeldOutQueries),
 )
+FOLDER_OPTIONS = (RowFields, AnswerLength)  # of a generator that does not know its rows
 
 
 def sampler_weights(trained: Any, frozen: Any) -> Any:
@@ -241,6 +242,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         # ---- generator, catalogue and encoder
         generator, base = _generator(config, saved)
         config = generator.settings
+        check_options(config, FOLDER_OPTIONS)
         if saved:
             check_unchanged(saved["config"], config, workdir, NO_EFFECT)
         catalog = open_catalogue(CatalogOptions.of(config), workdir)

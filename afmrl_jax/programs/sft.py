@@ -60,6 +60,7 @@ from afmrl_jax.core.processes import first_says
 from afmrl_jax.data.answers import (
     SAMPLED,
     AnswerBatches,
+    AnswerLength,
     AnswerOptions,
     described,
     learnable,
@@ -110,7 +111,7 @@ class AnswerEvaluation(Options, section="eval"):
 
 OPTIONS = (
     *(Schedule, AnswerTraining, Optimizer, ModelFields, PresetFields, RowFields),
-    *(CatalogOptions, AnswerOptions, StreamOptions, AnswerEvaluation),
+    *(CatalogOptions, AnswerLength, AnswerOptions, StreamOptions, AnswerEvaluation),
 )
 
 
