@@ -16,10 +16,12 @@ from ml_collections import ConfigDict
 from afmrl_jax.configs import agcl, annotate, common, evaluate, rar, sft
 
 ARMS = ("cit", "tiny")
-SHARED = ("data.path", "data.attributes", "data.cache_dir", "data.on_bad_listing")
-SHARED = ("program", "seed", "mesh", *SHARED)
-ROWS = ("instruction", "max_tokens", "max_answer", "max_patches", "min_pixels", "max_pixels")
-ROWS = tuple(f"data.{name}" for name in ROWS)  # a model that was trained here knows its own
+# Fields that are said once for all stages.
+SHARED = ("program", "seed", "mesh", "data.path", "data.shared_ids", "data.attributes")
+SHARED += ("data.cache_dir", "data.on_bad_listing")
+# A model that was trained here knows its rows.
+ROWS = ("data.instruction", "data.max_tokens", "data.max_answer", "data.max_patches")
+ROWS += ("data.min_pixels", "data.max_pixels")
 ENDPOINT = ("prompt", "images", "image_side", "text_characters", "api", "budget")
 
 
