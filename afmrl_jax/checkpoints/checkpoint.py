@@ -1,10 +1,11 @@
 """Checkpoints of a run: state, stream position and everything that its embeddings depend on.
 
 A checkpoint is whole or absent: Orbax writes beside and renames, or in a bucket adds a last object,
-once a manifest of its files is there too. It holds the state in two parts, params and optimizer,
-whose step is the stream's position, and the run's record, strings by name: config, model,
-tokenizer, corpus statistics, the catalogue's fingerprint. One that is no longer as it was written
-is left for the one before it; who reads parameters alone looks at nothing else.
+once a manifest of its files is there too. It holds the state in parts: params; optimizer, whose
+step is the stream's position; memory, where a method has one. Beside them stands the run's record,
+strings by name: config, model, tokenizer, corpus statistics, the catalogue's fingerprint. One that
+is no longer as it was written is left for the one before it; who reads parameters alone looks at
+nothing else.
 """
 
 import contextlib
@@ -42,7 +43,7 @@ from afmrl_jax.core.errors import TryAgain, UserError
 log = logging.getLogger("afmrl_jax")
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax's folders end until then
-_OPTIMIZER = "optimizer"  # the part that only a run which goes on reads
+_OPTIMIZER, _MEMORY = "optimizer", "memory"  # parts that only a run which goes on reads
 _KEPT = 2  # of the last checkpoints; the best is kept beside them
 
 
@@ -66,7 +67,7 @@ class Checkpoints:
         self._writing = 0  # the step that is being written, or was last
         self._needed = 0  # bytes of a state
         self._error: BaseException | None = None  # of a save, where there are several processes
-        self._unread = "" if writable else f"{_OPTIMIZER}/"
+        self._unread = () if writable else (f"{_OPTIMIZER}/", f"{_MEMORY}/")
         self._orbax = None
         if writable:
             self._clean()
@@ -119,7 +120,7 @@ class Checkpoints:
         try:
             self._orbax.save_checkpointables_async(
                 step,
-                {"params": state.params, _OPTIMIZER: _rest(state), "run": record},
+                _parts(state) | {"run": record},
                 metrics=None if validation is None else {"validation": validation},
                 custom_metadata={"manifest": MANIFEST},
             )
@@ -163,12 +164,7 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state, straight into the shardings of `abstract`, whatever mesh it was saved from."""
-        folder = self.folder / str(step)
-        if _is_joined(folder):
-            return ocp.load_checkpointables(folder, {"state": abstract})["state"]
-        wanted = {"params": abstract.params, _OPTIMIZER: _rest(abstract)}
-        loaded = ocp.load_checkpointables(folder, wanted)
-        return TrainState(params=loaded["params"], **loaded[_OPTIMIZER])
+        return _joined(ocp.load_checkpointables(self.folder / str(step), _parts(abstract)))
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """The parameters alone, straight into the shardings of `abstract`.
@@ -178,11 +174,7 @@ class Checkpoints:
         folder, context = self.folder / str(step), ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
-            if _is_joined(folder):
-                loaded = ocp.load_checkpointables(folder, {"state": {"params": abstract}})["state"]
-            else:
-                loaded = ocp.load_checkpointables(folder, {"params": abstract})
-        params = loaded["params"]
+            params = ocp.load_checkpointables(folder, {"params": abstract})["params"]
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
             raise ValueError(f"{folder} lacks some of these parameters")
         return params
@@ -190,9 +182,8 @@ class Checkpoints:
     def restore_raw(self, step: int) -> Any:
         """The state as nested containers of arrays on this process's device, as it was saved."""
         folder = self.folder / str(step)
-        if _is_joined(folder):
-            return ocp.load_checkpointables(folder, {"state": None})["state"]
-        loaded = ocp.load_checkpointables(folder, {"params": None, _OPTIMIZER: None})
+        names = ["params", _OPTIMIZER, *([_MEMORY] if (folder / _MEMORY).is_dir() else [])]
+        loaded = ocp.load_checkpointables(folder, dict.fromkeys(names))
         return loaded.pop(_OPTIMIZER) | loaded
 
     def __enter__(self) -> "Checkpoints":
@@ -376,14 +367,18 @@ def find_checkpoints(path: str, *, best: bool | None = False) -> tuple[Checkpoin
     )
 
 
-def _rest(state: TrainState) -> dict[str, Any]:
-    """The state without its parameters."""
-    return {"step": state.step, "opt_state": state.opt_state}
+def _parts(state: TrainState) -> dict[str, Any]:
+    """The state as the parts that are read apart."""
+    parts = {
+        "params": state.params,
+        _OPTIMIZER: {"step": state.step, "opt_state": state.opt_state},
+    }
+    return parts | ({_MEMORY: state.memory} if state.memory else {})
 
 
-def _is_joined(folder: epath.Path) -> bool:
-    """Whether a checkpoint has the whole state in one part, as they were written at first."""
-    return (folder / "state").is_dir()
+def _joined(parts: dict[str, Any]) -> TrainState:
+    """The state of its parts."""
+    return TrainState(params=parts["params"], memory=parts.get(_MEMORY, {}), **parts[_OPTIMIZER])
 
 
 def _reached(folder: epath.PathLike) -> epath.Path:

@@ -54,12 +54,12 @@ def write_manifest(folder: epath.Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(told, indent=1))
 
 
-def find_damage(folder: epath.Path, unread: str = "") -> str:
+def find_damage(folder: epath.Path, unread: tuple[str, ...] = ()) -> str:
     """Why a checkpoint cannot be used, as far as this process sees; "" where it can.
 
-    unread: how names of files begin that nobody will read. It looks at the sizes of all others and
-    at the checksums of its share of them. Files beside those of the manifest do not matter, nor
-    does a manifest's absence in what was saved without one.
+    unread: beginnings of the names of files that nobody will read. It looks at the sizes of all
+    others and at the checksums of its share of them. Files beside those of the manifest do not
+    matter, nor does a manifest's absence in what was saved without one.
     """
     changed = "its file {} is not as it was written"
     try:
@@ -73,7 +73,7 @@ def find_damage(folder: epath.Path, unread: str = "") -> str:
         return f"its file {_COMMITTED} is missing"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        names = [name for name in sorted(manifest) if not unread or not name.startswith(unread)]
+        names = [name for name in sorted(manifest) if not name.startswith(unread)]
         sizes = {name: manifest[name]["size"] for name in names}
     except FileNotFoundError:
         return f"its file {MANIFEST} is missing" if sealed else ""

@@ -23,8 +23,8 @@ FINGERPRINTS = "bytes"
 
 # Fields that change how a run is watched or where it runs, never what it computes.
 MAY_CHANGE = (
-    "log_every", "eval_every", "checkpoint_every", "checkpoint_dir", "mesh.", "eval.batch",
-    "data.workers", "data.timeout", "data.cache_dir", "profile",
+    "log_every", "eval_every", "evaluators", "checkpoint_every", "checkpoint_dir", "mesh.",
+    "eval.batch", "data.workers", "data.timeout", "data.cache_dir", "profile",
 )  # fmt: skip
 
 # Fields that the first records lack, with the value that computes what was computed without them. A

@@ -16,7 +16,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.chips import GIB, chip_of
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.planning.exchange import axes_of, exchange_seconds
@@ -69,20 +68,6 @@ class Report:
     @property
     def fits(self) -> bool:
         return self.limit is None or self.needed <= self.limit
-
-
-def step_part(
-    step: Callable[..., Any],
-    frozen: Any,
-    state: TrainState,
-    batch: dict[str, jax.ShapeDtypeStruct],
-    *,
-    inside: dict[str, float],
-    useful: float,
-) -> Part:
-    """The part of a run whose whole step is one function of (frozen, state, batch)."""
-    held = {"parameters": (frozen, state.params), "optimizer": state.opt_state, "batch": batch}
-    return Part("step", step, (frozen, state, batch), held, inside, useful)
 
 
 def local_bytes(tree: Any) -> float:

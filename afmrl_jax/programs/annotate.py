@@ -73,6 +73,7 @@ class GeneratorBatch(Options, section="eval"):
     batch: int = between(1)  # listings at once, on all devices
 
 
+SHARES_WORKDIR = True  # all processes read it
 OPTIONS = (Annotated, GeneratorBatch, ListingOptions)
 ENDPOINT_OPTIONS = (EndpointQuestion, Api, BudgetLimits)
 

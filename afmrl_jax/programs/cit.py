@@ -65,6 +65,7 @@ class Cycle(Options, section=""):
     share: float = between(1e-9, 1)  # of the training products, which the generator annotates
 
 
+SHARES_WORKDIR = True  # all processes read it
 OPTIONS = (Cycle, CatalogOptions)
 
 

@@ -36,6 +36,7 @@ class ExportedFolder(Options, section=""):
     dtype: str = among(*DTYPES)  # of the weights written
 
 
+SHARES_WORKDIR = True  # all processes read it
 OPTIONS = (ExportedFolder, *FOLDER_OPTIONS)
 
 

@@ -37,24 +37,19 @@ from afmrl_jax.assembly.model import DTYPES, ModelFields, RowFields, abstract_pa
 from afmrl_jax.assembly.pretrained import Base, find_pretrained, planned, read_base
 from afmrl_jax.attributes import comparison
 from afmrl_jax.catalog.listings import Catalog
-from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
-from afmrl_jax.checkpoints.checkpoint import Checkpoints, checkpoint_folder
+from afmrl_jax.catalog.opening import CatalogOptions
 from afmrl_jax.checkpoints.record import (
     MAY_CHANGE,
-    catalogue_record,
-    check_catalogue,
-    check_unchanged,
     recorded,
 )
 from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.logs import cut_back
 from afmrl_jax.core.mesh import batch_shards, local_rows, put_batch, replicated
 from afmrl_jax.core.options import Options, between, check_options
 from afmrl_jax.data.answers import AnswerLength, question
 from afmrl_jax.data.queries import QueryBatches
-from afmrl_jax.data.stream import Stream, StreamOptions
+from afmrl_jax.data.stream import StreamOptions
 from afmrl_jax.data.views import sampled_cuts
 from afmrl_jax.losses.policy import PolicyGradient
 from afmrl_jax.models import lora
@@ -69,13 +64,16 @@ from afmrl_jax.rl.policy import Built, build, parts
 from afmrl_jax.rl.rewards import Reward, bounded_k
 from afmrl_jax.rl.rollout import Query, QueryEmbedder, none_is_read
 from afmrl_jax.rl.watch import WatchLimits, stopped, watch
-from afmrl_jax.training.goodput import Clock
+from afmrl_jax.training.evaluators import Trained, make_evaluator
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import Optimizer
+from afmrl_jax.training.run import fresh_params, micro_batch, open_run
 from afmrl_jax.training.schedule import Schedule
-from afmrl_jax.training.tracing import traced_steps
+from afmrl_jax.training.step import Params
 
 ROWS = ("instruction", "max_tokens", "max_answer", "max_patches", "min_pixels", "max_pixels")
+BATCH_FIELD = "queries"  # the field of the configuration that micro_batches divides
+SHARES_WORKDIR = True  # all processes read it
 NO_EFFECT = (*MAY_CHANGE, "rollouts_every", "watch.")  # on what a run computes
 
 
@@ -205,10 +203,12 @@ class Step:
         if self._reference is not None:
             scores = self._built.reference(self._reference, rows, answers)
             answers["reference_log_probs"] = scores
+        batch = {"rows": rows, "answers": answers, "host": host}
         for epoch in range(1, self._config.inner_epochs + 1):
-            end = int(epoch == self._config.inner_epochs)
-            state, metrics, old = self._built.update(self._frozen, state, rows, answers, host, end)
-            answers["old_log_probs"] = old
+            batch["advance"] = int(epoch == self._config.inner_epochs)
+            state, metrics = self._built.update.function(self._frozen, state, batch)
+            if self._config.inner_epochs > 1:
+                batch["answers"] = answers | {"old_log_probs": metrics.pop("old_log_probs")}
         return state, jax.block_until_ready(metrics)
 
     def _keep(self, number: int, judged: Judged, *, everything: bool) -> None:
@@ -223,32 +223,25 @@ class Step:
 def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     """What `plan` compiles of a run with this configuration, whose generator may be a preset: rows
     as the configuration's data says, no catalogue and no encoder."""
-    local_rows(mesh, _share(config), "queries / micro_batches")
+    queries = micro_batch(config.queries, config.micro_batches, BATCH_FIELD)
+    local_rows(mesh, queries, "queries / micro_batches")
     generator = planned(config, config.generator, Generator)
     return parts(config, mesh, generator, build(config, mesh, generator))
 
 
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Runs, or resumes, the whole of it in `workdir`; see configs/rar.py."""
-    # ---- what is asked, and what is there
-    clock = Clock(workdir / "goodput.json")
-    first_process = jax.process_index() == 0
-    check_options(config, OPTIONS)
-    traced_steps(config.profile, config.steps)
-    local = local_rows(mesh, _share(config), "queries / micro_batches")
-    with Checkpoints(checkpoint_folder(config, workdir), writable=True) as checkpoints:
-        saved = checkpoints.record(checkpoints.latest) if checkpoints.latest else None
+    may_change = (*NO_EFFECT, *(f"data.{name}" for name in ROWS))  # rows are the generator's
+    with open_run(config, workdir, mesh, OPTIONS, may_change) as run:
+        queries = micro_batch(config.queries, config.micro_batches, BATCH_FIELD)
+        local = local_rows(mesh, queries, "queries / micro_batches")
 
         # ---- generator, catalogue and encoder
-        generator, base = _generator(config, saved)
-        config = generator.settings
+        generator, base = _generator(config, run.saved)
+        run.config = config = generator.settings
         check_options(config, FOLDER_OPTIONS)
-        if saved:
-            check_unchanged(saved["config"], config, workdir, NO_EFFECT)
-        catalog = open_catalogue(CatalogOptions.of(config), workdir)
-        if saved:
-            check_catalogue(saved, catalog.fingerprint, config.data.path, workdir)
-        embedder, encoder_base, version = _encoder(config, saved, catalog, mesh)
+        catalog = run.open_catalogue()
+        embedder, encoder_base, version = _encoder(config, run.saved, catalog, mesh)
         _check_attributes_are_read(config, catalog, embedder)
 
         # ---- galleries
@@ -280,82 +273,72 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         if config.policy.kl and not generator.lora:
             reference = _as_multiplied(params, DTYPES[config.model.dtype])
         reference = reference if config.policy.kl else None
+        encoder = json.dumps(dataclasses.asdict(encoder_base))
+        run.keep(generator, **base.record(), encoder=encoder)
         answerer = Answerer(generator, mesh, config.eval.batch, temperature=0)
 
-        def say(trained: Any, listings: np.ndarray) -> list[Said]:
+        def say(trained: Params, listings: np.ndarray) -> list[Said]:
             weights, show = sampler_weights(trained, frozen), functools.partial(question, catalog)
             answers = answerer.answers(weights, listings, show)
             found = [describe(answer, generator.tokenizer) for answer in answers]
             return [Said(one.answer.text, one.sure) for one in found]
 
         judge = Judge(workdir, held_out, say, WatchLimits.of(config))
-        if saved:
-            state = checkpoints.restore(checkpoints.latest, built.abstract)
+        adapters = functools.partial(fresh_params, generator, config.seed)
+        begin = adapters if generator.lora else params
+        if run.saved:
+            state = run.restore(built.update)
             if not judge.has_begun():  # checkpoints elsewhere outlive a workdir
-                judge.begin(built.start(None).params if generator.lora else params)
+                judge.begin(built.update.initial(begin).params)
         else:
-            state = built.start(None if generator.lora else params)
+            state = built.update.initial(begin)
             judge.begin(state.params)
-        del params
-        if first_process:
-            write_atomically(workdir / "config.json", config.to_json(indent=2))
-            write_atomically(workdir / "tokenizer.json", generator.record()["tokenizer"])
+        del params, begin
+        if run.first_process:
             cut_back(workdir / "rollouts.jsonl", int(state.step))
 
-        def validate(state: TrainState) -> dict[str, float]:
-            return judge.validate(state.params, int(state.step))
-
         # ---- train
-        if int(state.step) < config.steps:
-            batches = QueryBatches(
-                catalog,
-                askers(catalog, "train", listings),
-                generator.processor(answers=False),
-                queries=config.queries,
-                micro_batches=config.micro_batches,
-                rows=local,
-                seed=config.seed,
-                steps=config.steps,
-            )
-            training = Training(
-                step=Step(
-                    config, built, generator, frozen, reference, batches, environment, workdir, mesh
-                ),
-                open_stream=lambda step: Stream(batches, step, StreamOptions.of(config)),
-                examples=config.queries * config.samples,
-                unit="answers",
-                chunk=_share(config),
-                validate=validate if "validation" in held_out else None,
-                name_listings=lambda rows: [catalog.listing(int(i)).listing_id for i in rows],
-                record=generator.record()
-                | base.record()
-                | {"encoder": json.dumps(dataclasses.asdict(encoder_base))}
-                | {"config": config.to_json(), **catalogue_record(catalog.fingerprint)},
-                waits=True,
-            )
-            state = fit(training, state, checkpoints, clock, config, workdir, mesh)
-        elif first_process:
-            print(f"{workdir} is complete: {config.steps} steps are done", flush=True)
+        batches = QueryBatches(
+            catalog,
+            askers(catalog, "train", listings),
+            generator.processor(answers=False),
+            queries=config.queries,
+            micro_batches=config.micro_batches,
+            rows=local,
+            seed=config.seed,
+            steps=config.steps,
+        )
+        found = functools.partial(_held_out_scores, judge) if "validation" in held_out else None
+        trained = Trained(
+            config, mesh, catalog, generator, lambda state: sampler_weights(state.params, frozen)
+        )
+        training = Training(
+            step=Step(
+                config, built, generator, frozen, reference, batches, environment, workdir, mesh
+            ),
+            batches=batches,
+            examples=config.queries * config.samples,
+            unit="answers",
+            rows=queries,
+            validate=make_evaluator(config.evaluators, {"held_out": found}, trained),
+            waits=True,
+        )
+        state = fit(training, state, run)
 
         # ---- judge
-        chosen, trained = checkpoints.best or int(state.step), state.params
+        chosen, policy = run.checkpoints.best or int(state.step), state.params
         if chosen != int(state.step):
-            trained = checkpoints.restore_params(chosen, built.abstract.params)
-        judge.end(trained, chosen)
-    if first_process and judge.path.exists():
+            policy = run.checkpoints.restore_params(chosen, built.update.abstract.params)
+        judge.end(policy, chosen)
+    if run.first_process and judge.path.exists():
         results = json.loads(judge.path.read_text(encoding="utf-8"))
         print(f"{catalog.name}, {results['split']} split, after {results['step']} steps:")
         print(comparison_table(results), flush=True)
 
 
-def _share(config: ConfigDict) -> int:
-    """Queries of a micro-batch."""
-    if config.queries % config.micro_batches:
-        raise UserError(
-            f"micro_batches is {config.micro_batches}, which does not divide the "
-            f"{config.queries} queries"
-        )
-    return config.queries // config.micro_batches
+def _held_out_scores(judge: Judge, state: TrainState) -> dict[str, float]:
+    """The evaluator `held_out`."""
+    return judge.validate(state.params, int(state.step))
 
 
 def _generator(config: ConfigDict, saved: dict[str, str] | None) -> tuple[Generator, Base]:

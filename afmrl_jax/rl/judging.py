@@ -123,15 +123,15 @@ class Judge:
         if verdict.sentence:
             raise stopped(step, verdict, self._workdir / "rollouts.jsonl")
         return {
-            "validation": float(found["recall@1"].mean()),
-            "validation_mrr": float(found["mrr"].mean()),
-            "validation_gain": gain,
+            "recall@1": float(found["recall@1"].mean()),
+            "mrr": float(found["mrr"].mean()),
+            "gain": gain,
             **{
-                f"validation_over_{arm}": float(np.mean(found["recall@1"] - x["recall@1"]))
+                f"over_{arm}": float(np.mean(found["recall@1"] - x["recall@1"]))
                 for arm, x in before.items()
                 if arm in ("sft", "sft_sure")
             },
-            **{f"validation_{name}": value for name, value in outcome.answers.items()},
+            **outcome.answers,
         }
 
     def end(self, trained: Any, step: int) -> None:

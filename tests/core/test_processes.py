@@ -50,7 +50,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from absl import logging
-from afmrl_jax import main
+from afmrl_jax import runner
 from afmrl_jax.core.mesh import batch_sharding, make_mesh, replicated
 from afmrl_jax.core.processes import initialize_distributed
 from afmrl_jax.checkpoints.checkpoint import Checkpoints
@@ -73,7 +73,7 @@ try:
         checkpoints.save(state, {"config": "{}"}, 2, None)
         checkpoints.wait()
 except BaseException as error:
-    sys.exit(main._end(error, folder))
+    sys.exit(runner.end(error, folder))
 """
 
 

@@ -15,7 +15,7 @@ import pytest
 from openai_server import Server, said
 from PIL import Image
 
-from afmrl_jax import main
+from afmrl_jax import runner
 from afmrl_jax.annotation.endpoint import GIVE_UP
 from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.core.errors import TryAgain, UserError
@@ -48,7 +48,7 @@ def lines(path):
 
 
 def annotated(config, workdir):
-    main.run(config, workdir)
+    runner.run(config, workdir)
     return lines(workdir / "attributes.jsonl"), lines(workdir / "invalid.jsonl")
 
 
@@ -94,7 +94,7 @@ def test_a_server_that_only_fails_ends_the_run_and_the_same_command_goes_on(
     server.reply = lambda n: said("a: b") if n < 5 else (500, f"broken {KEY}".encode())
     config.api.update(concurrency=1, retries=1)
     with pytest.raises(TryAgain, match="broken") as error:
-        main.run(config, tmp_path)
+        runner.run(config, tmp_path)
     assert f"to {GIVE_UP} listings in a row" in str(error.value) and KEY not in str(error.value)
     assert len(lines(tmp_path / "attributes.jsonl")) == 5
     # Then a request without a listing; one more may be under way when the last is counted.
@@ -266,7 +266,7 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(config, server, tmp_path):
             assert process.poll() is None and time.monotonic() < end, process.stderr.read()
             time.sleep(0.01)
         with pytest.raises(UserError, match="is being written by another run"):
-            main.run(config, tmp_path)
+            runner.run(config, tmp_path)
         process.kill()
     killed.set()
     before = lines(path)
@@ -297,7 +297,7 @@ def test_a_key_that_no_header_can_hold_is_told_without_showing_it(
 ):
     monkeypatch.setenv("OPENAI_API_KEY", key)
     with pytest.raises(UserError, match="the key in OPENAI_API_KEY") as error:
-        main.run(config, tmp_path)
+        runner.run(config, tmp_path)
     assert "sk" not in str(error.value)
 
 
@@ -308,7 +308,7 @@ def test_what_no_retry_can_mend_ends_the_run_at_once(status, told, config, serve
     server.reply = lambda n: (status, f'{{"error": "{KEY}"}}'.encode())
     config.api.concurrency = 1
     with pytest.raises(UserError, match=told) as error:
-        main.run(config, tmp_path)
+        runner.run(config, tmp_path)
     assert KEY not in str(error.value)
     assert len(server.payloads) <= 2
 
@@ -329,7 +329,7 @@ def test_what_no_retry_can_mend_ends_the_run_at_once(status, told, config, serve
 def test_a_field_that_cannot_be_right_is_told(field, value, told, config, server, tmp_path):
     config.api[field] = value
     with pytest.raises(UserError, match=told) as error:
-        main.run(config, tmp_path)
+        runner.run(config, tmp_path)
     assert "secret" not in str(error.value)
     assert not server.payloads
 
@@ -339,7 +339,7 @@ def test_another_model_does_not_go_on_with_the_answers_of_the_first(config, tmp_
     annotated(config, tmp_path)
     config.api.model = "another"
     with pytest.raises(UserError, match=r"api\.model was 'a-model' and is now 'another'"):
-        main.run(config, tmp_path)
+        runner.run(config, tmp_path)
 
 
 def rename(folder: Path, listing_id: str, title: str) -> None:
@@ -422,7 +422,7 @@ def test_a_last_line_whose_end_an_editor_left_out_is_kept(tmp_path):
 def test_a_line_that_is_no_answer_is_told(config, tmp_path):
     (tmp_path / "attributes.jsonl").write_text('{"listing_id": "x"}\n[]\n')
     with pytest.raises(UserError, match=r"attributes\.jsonl line 2 is no answer"):
-        main.run(config, tmp_path)
+        runner.run(config, tmp_path)
 
 
 def test_without_the_client_s_package_the_user_is_told_what_to_install(
@@ -431,4 +431,4 @@ def test_without_the_client_s_package_the_user_is_told_what_to_install(
     monkeypatch.delitem(sys.modules, "afmrl_jax.annotation.endpoint", raising=False)
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(UserError, match="annotate needs the package openai"):
-        main.run(config, tmp_path)
+        runner.run(config, tmp_path)

@@ -12,7 +12,7 @@ import pytest
 from joined import joined
 from metadata_server import PREEMPTED, serving
 
-from afmrl_jax import main
+from afmrl_jax import runner
 from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.programs import agcl
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 def never_stopped(config, folder):
     if not folder.exists():
-        main.run(config, folder)
+        runner.run(config, folder)
     return folder
 
 
@@ -154,7 +154,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(
 ):
     workdir = as_it_was(never_stopped(config, folder), STEPS, tmp_path / "damaged")
     damage(workdir, STEPS)
-    main.run(config, workdir)
+    runner.run(config, workdir)
     assert f"checkpoints/{STEPS} is left for the checkpoint before it: its file" in caplog.text
     assert losses(workdir) == losses(folder)
     states = [find_checkpoints(str(f))[0].restore_raw(STEPS) for f in (workdir, folder)]
@@ -174,5 +174,5 @@ def test_a_full_disk_ends_a_run_with_what_is_whole_and_room_lets_it_go_on(
     assert "the same command goes on from step 4, which is whole" in last
     assert "Traceback" not in told
     assert not (workdir / "checkpoints" / str(STEPS)).exists()
-    main.run(config, workdir)
+    runner.run(config, workdir)
     assert losses(workdir) == losses(folder)

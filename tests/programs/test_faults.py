@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from afmrl_jax import main
+from afmrl_jax import runner
 
 QUICK = True
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +44,7 @@ def test_four_processes_with_one_killed_end_restart_and_see_the_losses_of_one(
 ):
     """kill -9 once the second step is logged and saved; six are asked for."""
     if not whole.exists():
-        main.run(agcl_config, whole)
+        runner.run(agcl_config, whole)
     agcl_config.mesh.data = 4
     agcl_config.update(eval_every=0)  # the losses do not depend on it
     agcl_config.eval.tasks = "image->text"

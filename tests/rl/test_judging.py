@@ -80,7 +80,7 @@ def test_answers_that_lost_before_training_are_no_cheating_until_they_lose_more(
     limits = dataclasses.replace(LIMITS, held_out_gain=-0.01)
     loses = Judge(tmp_path, held_out, lambda trained, listings: SURE_OF_THE_RIGHT, limits)
     loses.begin("begun")
-    assert loses.validate("trained", 1)["validation_gain"] < -0.01
+    assert loses.validate("trained", 1)["gain"] < -0.01
     says = {"begun": INVALID, "trained": SURE_OF_THE_RIGHT}
     learns_it = Judge(tmp_path, held_out, lambda trained, listings: says[trained], limits)
     learns_it.begin("begun")
@@ -92,8 +92,8 @@ def test_the_baseline_is_chosen_on_validation_and_judged_on_test_queries(held_ou
     judge, asked = judge_of(tmp_path, held_out)
     judge.begin("begun")
     found = judge.validate("ended", 1)
-    assert found["validation_over_sft"] == found["validation"] - 0.5
-    assert found["validation_over_sft_sure"] == found["validation"] - 1
+    assert found["over_sft"] == found["recall@1"] - 0.5
+    assert found["over_sft_sure"] == found["recall@1"] - 1
     judge.end("ended", 7)
     assert asked == ["begun"] * 2 + ["ended"] * 3  # answers are given once a split and moment
     results = json.loads(judge.path.read_text())
