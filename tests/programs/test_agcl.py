@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import signal
@@ -85,20 +86,26 @@ def test_a_run_killed_and_started_again_ends_bit_equal(agcl_config, whole, comma
     assert [row["step"] for row in logged(workdir)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_sigterm_saves_and_exits(agcl_config, command, tmp_path):
-    agcl_config.update(steps=500, eval_every=0, checkpoint_every=0)
-    workdir = tmp_path / "terminated"
-    process = subprocess.Popen(
-        command(agcl_config, workdir), cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    log = workdir / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text()):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    told, _ = process.communicate(timeout=400)
-    assert process.returncode == 143
-    _, step = find_checkpoints(str(workdir))
-    assert f"stopped by SIGTERM at step {step}, which is saved" in told
+def test_other_processes_show_each_listing_in_the_step_in_which_one_would(agcl_config, tmp_path):
+    """Two processes take over after three steps: halves of a batch are the rows of the whole."""
+    catalog = open_catalogue(agcl_config.data.path, agcl_config.data, tmp_path)
+    statistics, sampler = agcl._sampler(agcl_config, catalog)
+    enc, _ = agcl._encoder(agcl_config, catalog, None)
+
+    def listings(first, last, *shares):
+        """[step][example][view], as the streams of processes with these rows of a batch give."""
+        streams = [
+            agcl._open_stream(agcl_config, catalog, sampler, enc.processor(), statistics, rows)
+            for rows in shares
+        ]
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(contextlib.closing(stream(first))) for stream in streams]
+            steps = [[next(stream)["listing"] for stream in opened] for _ in range(first, last)]
+        return [np.concatenate(parts, axis=1).tolist() for parts in steps]
+
+    alone = listings(0, 6, np.arange(8))
+    assert listings(3, 6, np.arange(4), np.arange(4, 8)) == alone[3:]
+    assert len({str(step) for step in alone}) == 6  # they can be told apart
 
 
 def test_a_step_that_is_not_finite_stops_with_its_listings_and_is_not_saved(agcl_config, tmp_path):
