@@ -276,7 +276,7 @@ def read_base(enc: Assembly, frozen: Any, base: Base) -> tuple[Any, Base]:
     else:
         shardings = jax.tree.map(lambda x: x.sharding, frozen)
         fresh = functools.partial(enc.init_params, enc.settings.seed)
-        params = jax.jit(lambda: lora.split(fresh())[1], out_shardings=shardings)()
+        params = jax.jit(lambda: lora.without(fresh()), out_shardings=shardings)()
     found = lora.fingerprint(params)
     if base.fingerprint not in ("", found):
         raise UserError(
@@ -292,12 +292,14 @@ def _load_run(
 ) -> Any:
     """A checkpoint's parameters as `abstract` says; adapters are merged in float32, or apart."""
     settings = recorded(record["config"])
-    adapted = lora_of(settings)
-    if not adapted:
+    adapted, trainable = lora_of(settings), record.get("trainable", "")
+    if not adapted and not trainable:
         return checkpoints.restore_params(step, abstract)
     enc = dataclasses.replace(kind.from_record(settings, record), lora=adapted)
     example = jax.tree.leaves(abstract)[0]
-    trained, frozen = lora.split(abstract_params(enc, example.sharding.mesh))
-    frozen, _ = read_base(enc, frozen, Base.of_record(record))
-    params = lora.join(checkpoints.restore_params(step, trained), frozen)
-    return _combined(params, adapted.scale, abstract)
+    whole = abstract_params(enc, example.sharding.mesh)
+    trained, frozen = lora.split(whole, trainable)
+    params, _ = read_base(enc, lora.without(whole), Base.of_record(record))
+    trained = checkpoints.restore_params(step, trained)
+    params = lora.join(trained, lora.subset(params, frozen))
+    return _combined(params, adapted.scale if adapted else 1.0, abstract)

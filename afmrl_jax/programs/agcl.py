@@ -223,7 +223,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         objective = find_objective(config.method).of(config, statistics, mesh)
         step = build(config, mesh, encoder, objective)
         compiled = check_fits(part(config, mesh, encoder, step), mesh)
-        state, frozen = run.start(step, encoder, source)
+        state, frozen = run.start(step, encoder, source, objective.trainable)
 
         # ---- judge before
         def params(state: TrainState) -> Params:

@@ -120,9 +120,16 @@ class Run:
             write_atomically(self.workdir / "tokenizer.json", self.record["tokenizer"])
 
     def start(
-        self, step: TrainStep, model: Assembly, source: Pretrained | None
+        self,
+        step: TrainStep,
+        model: Assembly,
+        source: Pretrained | None,
+        trainable: str = "",
     ) -> tuple[TrainState, Params]:
-        """The state to go on from, and the frozen parameters beside it."""
+        """The state to go on from, and the frozen parameters beside it.
+
+        trainable: the pattern of the parameters that are trained, which the record must tell.
+        """
         heads, params, frozen = step.heads, None, {}
         trained = {n: part for n, part in step.abstract.params.items() if n not in heads}
         if step.frozen:
@@ -131,7 +138,7 @@ class Run:
             whole = lora.without(lora.join(trained, step.frozen))
             params, base = read_base(model, whole, base)
             frozen = lora.subset(params, step.frozen)
-            self.record |= base.record()
+            self.record |= base.record() | ({"trainable": trainable} if trainable else {})
         if self.saved:
             return self.restore(step), frozen
         if step.frozen and not model.lora:

@@ -1,3 +1,5 @@
+import contextlib
+import functools
 import json
 import os
 import signal
@@ -10,9 +12,12 @@ import numpy as np
 import pytest
 
 from afmrl_jax import runner
+from afmrl_jax.assembly.encoder import Encoder
 from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.data.corpus import corpus_statistics
+from afmrl_jax.data.stream import Stream, StreamOptions
 from afmrl_jax.programs import agcl
 from afmrl_jax.retrieval.evaluation import parse_task
 from afmrl_jax.retrieval.tasks import validation_task
@@ -85,20 +90,27 @@ def test_a_run_killed_and_started_again_ends_bit_equal(agcl_config, whole, comma
     assert [row["step"] for row in logged(workdir)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_sigterm_saves_and_exits(agcl_config, command, tmp_path):
-    agcl_config.update(steps=500, eval_every=0, checkpoint_every=0)
-    workdir = tmp_path / "terminated"
-    process = subprocess.Popen(
-        command(agcl_config, workdir), cwd=ROOT, stdout=subprocess.PIPE, text=True
+def test_other_processes_show_each_listing_in_the_step_in_which_one_would(agcl_config, tmp_path):
+    """Two processes take over after three steps: halves of a batch are the rows of the whole."""
+    catalog = open_catalogue(CatalogOptions.of(agcl_config), tmp_path)
+    statistics = corpus_statistics(catalog, "train", agcl._cache(agcl_config))
+    encoder = Encoder.from_preset(agcl_config, agcl._tokenizer_texts(agcl_config, catalog))
+    made = functools.partial(
+        agcl._batches, agcl_config, catalog, encoder.processor(), statistics
     )
-    log = workdir / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text()):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    told, _ = process.communicate(timeout=400)
-    assert process.returncode == 143
-    _, step = find_checkpoints(str(workdir))
-    assert f"stopped by SIGTERM at step {step}, which is saved" in told
+
+    def listings(first, last, *shares):
+        """[step][example][view], as the streams of processes with these rows of a batch give."""
+        options = StreamOptions.of(agcl_config)
+        with contextlib.ExitStack() as stack:
+            streams = (Stream(made(rows), first, options) for rows in shares)
+            opened = [stack.enter_context(contextlib.closing(stream)) for stream in streams]
+            steps = [[next(stream)["listing"] for stream in opened] for _ in range(first, last)]
+        return [np.concatenate(parts, axis=1).tolist() for parts in steps]
+
+    alone = listings(0, 6, np.arange(8))
+    assert listings(3, 6, np.arange(4), np.arange(4, 8)) == alone[3:]
+    assert len({str(step) for step in alone}) == 6  # they can be told apart
 
 
 def test_a_step_that_is_not_finite_stops_with_its_listings_and_is_not_saved(agcl_config, tmp_path):

@@ -15,6 +15,7 @@ from afmrl_jax.assembly.pretrained import find_pretrained
 from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.mesh import make_mesh
+from afmrl_jax.data.corpus import corpus_statistics
 from afmrl_jax.programs import agcl
 
 QUICK = True
@@ -74,11 +75,10 @@ def test_a_run_stopped_and_started_again_ends_bit_equal(config, headed, tmp_path
 
 def test_labels_that_the_rarest_terms_push_out_are_told(config, caplog):
     catalog = open_catalogue(CatalogOptions.of(config), Path())
-    config.data.max_terms = 4  # two pairs, and two words
-    agcl._sampler(config, catalog)
+    statistics = corpus_statistics(catalog, "train", agcl._cache(config))
+    agcl._tell_of_cut_labels(catalog, statistics, 4)  # two pairs, and two words
     assert not caplog.records
-    config.data.max_terms = 3
-    agcl._sampler(config, catalog)
+    agcl._tell_of_cut_labels(catalog, statistics, 3)
     assert "30 of 30 training listings read have more than data.max_terms=3" in caplog.text
     assert "--config.data.max_terms=4 keeps all of theirs" in caplog.text
 
