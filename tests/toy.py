@@ -35,8 +35,15 @@ ROWS = 4  # of a batch
 SIZE = 1 << 14  # numbers of the model: a checkpoint has a file that is larger than all others
 FIELDS = {
     "program": "toy",
-    **{"seed": 0, "steps": 8, "log_every": 2, "eval_every": 0, "checkpoint_every": 2},
-    **{"checkpoint_dir": "", "profile": "", "evaluators": "", "micro_batches": 1},
+    "seed": 0,
+    "steps": 8,
+    "log_every": 2,
+    "eval_every": 0,
+    "checkpoint_every": 2,
+    "checkpoint_dir": "",
+    "profile": "",
+    "evaluators": "",
+    "micro_batches": 1,
     "data": {"workers": 0, "timeout": 100.0},
 }
 

@@ -139,6 +139,7 @@ def parts(config: ConfigDict, mesh: Mesh, generator: Generator, built: Built) ->
     answers["advantages"] = of(jnp.float32)
     params = lora.join(built.update.abstract.params, built.update.frozen)
     number = jax.ShapeDtypeStruct((), jnp.int32)
+    advance = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     tokens = config.queries * (data.max_tokens + config.samples * data.max_answer)
     cache = 2 * model.text.num_layers * model.text.num_kv_heads * model.text.head_dim
     cache *= tokens * jnp.dtype(config.model.dtype).itemsize / batch_shards(mesh)
@@ -159,7 +160,7 @@ def parts(config: ConfigDict, mesh: Mesh, generator: Generator, built: Built) ->
             loops=data.max_answer,
         ),
         built.update.part(
-            {"rows": rows, "answers": answers, "advance": number},
+            {"rows": rows, "answers": answers, "advance": advance},
             inside={},
             useful=whole(params),
             name="update",

@@ -85,7 +85,9 @@ def listings_of(vectors, batch, view):
 
 
 def bm25(query, document):
-    shared = (query["terms"][:, None] == document["terms"][None, :]) & (query["terms"] >= 0)[:, None]
+    shared = (query["terms"][:, None] == document["terms"][None, :]) & (query["terms"] >= 0)[
+        :, None
+    ]
     return float((query["query_weights"][:, None] * document["document_weights"] * shared).sum())
 
 

@@ -95,9 +95,7 @@ def test_other_processes_show_each_listing_in_the_step_in_which_one_would(agcl_c
     catalog = open_catalogue(CatalogOptions.of(agcl_config), tmp_path)
     statistics = corpus_statistics(catalog, "train", agcl._cache(agcl_config))
     encoder = Encoder.from_preset(agcl_config, agcl._tokenizer_texts(agcl_config, catalog))
-    made = functools.partial(
-        agcl._batches, agcl_config, catalog, encoder.processor(), statistics
-    )
+    made = functools.partial(agcl._batches, agcl_config, catalog, encoder.processor(), statistics)
 
     def listings(first, last, *shares):
         """[step][example][view], as the streams of processes with these rows of a batch give."""
