@@ -92,8 +92,8 @@ def find_pretrained(
         return _of_folder(folder, path, kind)
     checkpoints, step = find_checkpoints(path, best=best)
     record = checkpoints.record(step)
-    found = record.get("kind", Encoder.kind)  # the oldest records are all encoders'
-    settings = recorded(record["config"])
+    found = record["kind"]
+    settings = recorded(record["config"], path)
     enc = kind.from_record(settings, record)
     adapters = (*enc.base_lora, *filter(None, [lora_of(settings)]))
     enc = dataclasses.replace(enc, base_lora=())
@@ -148,7 +148,7 @@ def kind_of(path: str, *, best: bool = False) -> type[Encoder] | type[Generator]
     else:
         checkpoints, step = find_checkpoints(path, best=best)
         record = checkpoints.record(step)
-    return Generator if record and record.get("kind") == Generator.kind else Encoder
+    return Generator if record and record["kind"] == Generator.kind else Encoder
 
 
 def _resolve(path: str) -> Path | epath.Path:
@@ -170,8 +170,7 @@ def _record_of(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        needed = {name: record[name] for name in ("config", "step", "evaluation")}
-        return needed | {"kind": record.get("kind", Encoder.kind)}  # the oldest are encoders'
+        return {name: record[name] for name in ("kind", "config", "step", "evaluation")}
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{file} is no record of a run: export the folder again, or delete the file to use "
@@ -184,7 +183,7 @@ def _of_folder(folder: Path, path: str, kind: type[AnyAssembly]) -> Pretrained[A
     record = _record_of(folder)
     settings, step, evaluation = None, None, None
     if record and record["kind"] == kind.kind:
-        settings = recorded(record["config"])
+        settings = recorded(record["config"], folder)
         step, evaluation = record["step"], record["evaluation"]
     enc = kind.from_folder(settings, folder)
     return Pretrained(
@@ -291,7 +290,7 @@ def _load_run(
     checkpoints: Checkpoints, step: int, record: dict[str, str], kind: type[Assembly], abstract: Any
 ) -> Any:
     """A checkpoint's parameters as `abstract` says; adapters are merged in float32, or apart."""
-    settings = recorded(record["config"])
+    settings = recorded(record["config"], checkpoints.folder)
     adapted = lora_of(settings)
     if not adapted:
         return checkpoints.restore_params(step, abstract)

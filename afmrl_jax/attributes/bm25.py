@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from afmrl_jax.attributes.comparison import VERSION, fold, says_nothing, words
+from afmrl_jax.attributes.comparison import fold, says_nothing, words
 from afmrl_jax.attributes.identifiers import find_identifiers
 
 REMEMBERED = 1 << 15  # pairs whose terms are kept: a catalogue says the same few again and again
@@ -82,11 +82,6 @@ def _empty_values(documents: Sequence[Mapping[str, str]]) -> Counter[str]:
     return Counter(value for value in values if says_nothing(value))
 
 
-def version_of(statistics: str) -> int:
-    """Of the comparison by which `CorpusStatistics.to_json` wrote them; the first named none."""
-    return json.loads(statistics).get("version", 1)
-
-
 @dataclass(frozen=True)
 class CorpusStatistics:
     """What BM25 must know of the training catalogue; kept in checkpoints so that scores stay put.
@@ -101,7 +96,6 @@ class CorpusStatistics:
     b: float = 0.75  # how much a long document is held back
     identifiers: dict[str, int] = field(default_factory=dict)  # left out: name -> documents
     empty_values: dict[str, int] = field(default_factory=dict)  # what says nothing -> how often
-    version: int = VERSION  # of the comparison that made the terms
 
     @classmethod
     def from_documents(
@@ -131,12 +125,8 @@ class CorpusStatistics:
 
     @classmethod
     def from_json(cls, text: str) -> "CorpusStatistics":
-        """The statistics that `to_json` wrote. Raises ValueError where another version of the
-        comparison made their terms: with those of today they can't be compared."""
-        fields = json.loads(text)
-        if (version := fields.get("version", 1)) != VERSION:
-            raise ValueError(f"the statistics' terms are of version {version}, these of {VERSION}")
-        return cls(**fields)
+        """The statistics that `to_json` wrote."""
+        return cls(**json.loads(text))
 
     def encode(
         self, documents: Sequence[Mapping[str, str]], max_terms: int

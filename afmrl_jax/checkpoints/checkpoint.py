@@ -28,7 +28,6 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
 from afmrl_jax.checkpoints.integrity import (
-    MANIFEST,
     agree,
     check_reachable,
     find_damage,
@@ -121,7 +120,6 @@ class Checkpoints:
                 step,
                 {"params": state.params, _OPTIMIZER: _rest(state), "run": record},
                 metrics=None if validation is None else {"validation": validation},
-                custom_metadata={"manifest": MANIFEST},
             )
         except Exception as error:  # Orbax's, TensorStore's, the system's: all end the same way
             raise self._failed(error) from error
@@ -164,8 +162,6 @@ class Checkpoints:
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state, straight into the shardings of `abstract`, whatever mesh it was saved from."""
         folder = self.folder / str(step)
-        if _is_joined(folder):
-            return ocp.load_checkpointables(folder, {"state": abstract})["state"]
         wanted = {"params": abstract.params, _OPTIMIZER: _rest(abstract)}
         loaded = ocp.load_checkpointables(folder, wanted)
         return TrainState(params=loaded["params"], **loaded[_OPTIMIZER])
@@ -178,11 +174,7 @@ class Checkpoints:
         folder, context = self.folder / str(step), ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
-            if _is_joined(folder):
-                loaded = ocp.load_checkpointables(folder, {"state": {"params": abstract}})["state"]
-            else:
-                loaded = ocp.load_checkpointables(folder, {"params": abstract})
-        params = loaded["params"]
+            params = ocp.load_checkpointables(folder, {"params": abstract})["params"]
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
             raise ValueError(f"{folder} lacks some of these parameters")
         return params
@@ -190,8 +182,6 @@ class Checkpoints:
     def restore_raw(self, step: int) -> Any:
         """The state as nested containers of arrays on this process's device, as it was saved."""
         folder = self.folder / str(step)
-        if _is_joined(folder):
-            return ocp.load_checkpointables(folder, {"state": None})["state"]
         loaded = ocp.load_checkpointables(folder, {"params": None, _OPTIMIZER: None})
         return loaded.pop(_OPTIMIZER) | loaded
 
@@ -379,11 +369,6 @@ def find_checkpoints(path: str, *, best: bool | None = False) -> tuple[Checkpoin
 def _rest(state: TrainState) -> dict[str, Any]:
     """The state without its parameters."""
     return {"step": state.step, "opt_state": state.opt_state}
-
-
-def _is_joined(folder: epath.Path) -> bool:
-    """Whether a checkpoint has the whole state in one part, as they were written at first."""
-    return (folder / "state").is_dir()
 
 
 def _reached(folder: epath.PathLike) -> epath.Path:

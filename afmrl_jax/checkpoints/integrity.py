@@ -58,16 +58,15 @@ def find_damage(folder: epath.Path, unread: str = "") -> str:
     """Why a checkpoint cannot be used, as far as this process sees; "" where it can.
 
     unread: how names of files begin that nobody will read. It looks at the sizes of all others and
-    at the checksums of its share of them. Files beside those of the manifest do not matter, nor
-    does a manifest's absence in what was saved without one.
+    at the checksums of its share of them. Files beside those of the manifest do not
+    matter.
     """
     changed = "its file {} is not as it was written"
     try:
-        metadata = json.loads((folder / _METADATA).read_text())
-        sealed = "manifest" in metadata.get("custom_metadata", {})
+        json.loads((folder / _METADATA).read_text())
     except FileNotFoundError:
         return f"its file {_METADATA} is missing"
-    except (ValueError, AttributeError, TypeError):
+    except ValueError:
         return changed.format(_METADATA)
     if not is_finished(folder):
         return f"its file {_COMMITTED} is missing"
@@ -76,7 +75,7 @@ def find_damage(folder: epath.Path, unread: str = "") -> str:
         names = [name for name in sorted(manifest) if not unread or not name.startswith(unread)]
         sizes = {name: manifest[name]["size"] for name in names}
     except FileNotFoundError:
-        return f"its file {MANIFEST} is missing" if sealed else ""
+        return f"its file {MANIFEST} is missing"
     except (ValueError, TypeError, KeyError):
         return changed.format(MANIFEST)
     try:

@@ -26,10 +26,7 @@ def to_json(config: Any, indent: int | None = None) -> str:
 
 
 def with_limits(read: Any) -> dict[str, Any]:
-    """What `json.loads` gives of `to_json`'s text, with inf again: no field has another null.
-
-    Texts of before, which have Infinity for it, stay as they are.
-    """
+    """What `json.loads` gives of `to_json`'s text, with inf again: no field has another null."""
     return _replaced(read, None, math.inf)
 
 

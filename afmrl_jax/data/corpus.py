@@ -116,7 +116,7 @@ def look_alikes(
 ) -> np.ndarray:
     """int32[P, K]: of each of a split's products those with the most similar attributes, as
     positions among them; -1 pads."""
-    version = f"{mining.VERSION}-{statistics.version}"
+    version = f"{mining.VERSION}-{comparison.VERSION}"
     path = cache / f"look-alikes-{version}-{catalog.fingerprint}-{split}-{k}.npy"
     if path.exists():
         return np.load(path)

@@ -38,9 +38,8 @@ from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.catalog.opening import cache_folder, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, checkpoint_folder
 from afmrl_jax.checkpoints.record import (
-    catalogue_record,
     check_catalogue,
-    check_terms,
+    check_statistics,
     check_unchanged,
 )
 from afmrl_jax.checkpoints.state import TrainState, abstract_state, init_state, zeros
@@ -322,14 +321,14 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         validated = validation_task(catalog, tasks, VALIDATION_LISTINGS)
         statistics, sampler = _sampler(config, catalog)
         if saved:
-            check_terms(saved["statistics"], workdir, labels=bool(config.loss.head_weight))
+            check_statistics(saved, statistics.to_json(), workdir)
         enc, source = _encoder(config, catalog, saved)
         processor = enc.processor()
         _tell_of_cut_attributes(config.data, catalog, processor)
         record = enc.record() | {
             "config": to_json(config),
             "statistics": statistics.to_json(),
-            **catalogue_record(catalog.fingerprint),
+            "catalogue": catalog.fingerprint,
         }
         if first_process:
             write_atomically(workdir / "config.json", to_json(config, indent=2))

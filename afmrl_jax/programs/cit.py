@@ -274,13 +274,12 @@ def _digest(config: Mapping[str, Any], stage: Stage) -> str:
 def _check_changed(
     workdir: Path, config: ConfigDict, changed: list[Stage], known: list[str]
 ) -> None:
-    """Raises UserError, naming the fields in which the stages `changed` differ from before; but for
-    fields that are newer than the record, and compute what was computed then.
+    """Raises UserError, naming the fields in which the stages `changed` differ from before.
 
     known: the stages' digests in the manifest.
     """
     saved = (workdir / "config.json").read_text(encoding="utf-8")
-    names = flatten(config).keys() | flatten(recorded(saved)).keys()
+    names = flatten(config).keys() | flatten(recorded(saved, workdir)).keys()
     free = {name for name in names if not any(_belongs(name, s.section) for s in changed)}
     check_unchanged(saved, config, workdir, tuple(free))
     before = with_limits(json.loads(saved))

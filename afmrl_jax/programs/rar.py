@@ -42,7 +42,6 @@ from afmrl_jax.catalog.opening import open_catalogue
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, checkpoint_folder
 from afmrl_jax.checkpoints.record import (
     MAY_CHANGE,
-    catalogue_record,
     check_catalogue,
     check_unchanged,
     recorded,
@@ -329,7 +328,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 record=generator.record()
                 | base.record()
                 | {"encoder": json.dumps(dataclasses.asdict(encoder_base))}
-                | {"config": to_json(config), **catalogue_record(catalog.fingerprint)},
+                | {"config": to_json(config), "catalogue": catalog.fingerprint},
                 waits=True,
             )
             state = fit(training, state, checkpoints, clock, config, workdir, mesh)
@@ -366,7 +365,7 @@ def _generator(config: ConfigDict, saved: dict[str, str] | None) -> tuple[Genera
     the parameters that it begins with, which are also those to stay near."""
     if saved:
         generator, base = Generator.from_record(config, saved), Base.of_record(saved)
-        own = recorded(saved["config"])
+        own = recorded(saved["config"], "--workdir")
     elif config.generator:
         source = find_pretrained(config.generator, Generator)
         generator, base = source.trained(config), Base(source.path)

@@ -45,7 +45,7 @@ from afmrl_jax.attributes.text import (
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.catalog.opening import cache_folder, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, checkpoint_folder
-from afmrl_jax.checkpoints.record import catalogue_record, check_catalogue, check_unchanged
+from afmrl_jax.checkpoints.record import check_catalogue, check_unchanged
 from afmrl_jax.checkpoints.state import TrainState, abstract_state, init_state
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten, to_json
@@ -221,7 +221,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         _check_answers_fit(catalog, listings["train"], processor)
         record = generator.record() | {
             "config": to_json(config),
-            **catalogue_record(catalog.fingerprint),
+            "catalogue": catalog.fingerprint,
         }
         if first_process:
             write_atomically(workdir / "config.json", to_json(config, indent=2))

@@ -372,19 +372,6 @@ def test_a_listing_that_changed_is_asked_again_and_its_old_answer_laid_over_noth
     assert again[: len(valid)] == valid  # nothing that was paid is lost
 
 
-def test_answers_that_do_not_say_what_was_shown_count_and_are_told(
-    config, server, tmp_path, caplog
-):
-    config.split = "test"
-    valid, _ = annotated(config, tmp_path)
-    for row in valid[1:]:
-        del row["content"]  # as in a file of the first version
-    path = tmp_path / "attributes.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in valid))
-    assert annotated(config, tmp_path)[0] == valid and len(server.payloads) == len(valid)
-    assert f"{len(valid) - 1} listings are answered in {tmp_path} by lines of an" in caplog.text
-
-
 def test_one_file_tells_listings_of_two_catalogues_with_one_id_apart(
     config, server, tmp_path, catalogue_folder
 ):
