@@ -113,7 +113,7 @@ class Describer:
             )
         self.generator = source.model(otherwise)
         self.told, self.path = source.told, source.path  # see Pretrained
-        self._answerer = Answerer(self.generator, mesh, batch, temperature=0)
+        self._answerer = Answerer(self.generator, mesh, batch)
         self._params = source.load(abstract_params(self.generator, mesh))
 
     def __call__(self, catalog: Catalog, listings: np.ndarray) -> Iterator[Description]:

@@ -73,15 +73,15 @@ class Generator(Assembly):
 
         return loss
 
-    def sampling(self, **drawn: Any) -> Sampling:
-        """How answers are drawn and end; drawn: temperature, top_k, top_p."""
+    def sampling(self, temperature: float = 0.0) -> Sampling:
+        """How answers are drawn, greedily at temperature 0, and how they end."""
         config, named = self.model_config, self.tokenizer
         return Sampling(
             self.settings.data.max_answer,
             stop=config.end_token_ids,
             forbidden=forbidden_ids(named, config.vocab_size) if named else (),
             pad=config.pad_token_id,
-            **drawn,
+            temperature=temperature,
         )
 
     def read(self, tokens: np.ndarray, log_probs: np.ndarray, truncated: bool) -> Answer:
@@ -94,23 +94,20 @@ class Generator(Assembly):
 
 
 class Answerer:
-    """Lets a generator answer many listings, the same on every process.
+    """Lets a generator answer many listings greedily, the same on every process.
 
-    batch: rows at once, of all processes. drawn: as `Generator.sampling`; an answer depends on the
-    seed and its own listing's number, not on those beside it.
+    batch: rows at once, of all processes.
     """
 
-    def __init__(
-        self, generator: Generator, mesh: Mesh, batch: int, *, seed: int = 0, **drawn: Any
-    ):
+    def __init__(self, generator: Generator, mesh: Mesh, batch: int):
         """Raises UserError where the mesh cannot split the batch."""
         self._generator, self._mesh, self._batch = generator, mesh, batch
         self._local = local_rows(mesh, batch, "eval.batch")
         self._processor = generator.processor(answers=False)
-        graph, sampling = generator.graph(), generator.sampling(**drawn)
+        graph, sampling = generator.graph(), generator.sampling()
 
-        def answer(params: Any, rows: dict[str, jax.Array], numbers: jax.Array):
-            keys = sample_keys(jax.random.key(seed), numbers, 1)
+        def answer(params: Any, rows: dict[str, jax.Array]):
+            keys = sample_keys(jax.random.key(0), range(batch), 1)  # one sample; nothing is drawn
             samples = generate(graph, params, rows, keys, sampling)
             lengths = samples.mask.sum(-1, dtype=jnp.int32)
             return samples.tokens, samples.log_probs, lengths, samples.truncated
@@ -130,7 +127,7 @@ class Answerer:
             shown = [row(int(i), self._processor.max_images) for i in batch[self._local]]
             rows = put_batch(self._processor(shown), self._mesh, axis=0, rows=self._batch)
             # Returns at once: the device answers while the next batch is made here.
-            begun = self._answer(params, rows, batch.astype(np.int32)), real
+            begun = self._answer(params, rows), real
             if under_way:
                 yield from self._read(*under_way)
             under_way = begun

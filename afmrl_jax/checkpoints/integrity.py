@@ -12,11 +12,10 @@ import json
 from pathlib import Path
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.processes import texts_of_all
 
 MANIFEST = "manifest.json"
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax's file that a whole checkpoint has
@@ -101,14 +100,7 @@ def _differences(folder: epath.Path, manifest: dict[str, dict], sizes: dict[str,
 
 def agree(told: str) -> str:
     """The words of the first process that has any; every process calls, and gets the same."""
-    if jax.process_count() == 1:
-        return told
-    own = np.frombuffer(told.encode()[:_TOLD].ljust(_TOLD, b"\0"), np.uint8)
-    all_told = [
-        bytes(row).rstrip(b"\0").decode(errors="ignore")
-        for row in multihost_utils.process_allgather(own)
-    ]
-    return next((one for one in all_told if one), "")
+    return next(filter(None, texts_of_all(told, _TOLD)), "")
 
 
 def _files(folder: epath.Path) -> dict[str, int]:

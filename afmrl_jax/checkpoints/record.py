@@ -22,8 +22,8 @@ MAY_CHANGE = (
 def recorded(saved: str | Mapping[str, Any], where: str | Path) -> ConfigDict:
     """A run's configuration, from its record.
 
-    saved: as `to_json` wrote it, or what JSON makes of that. where: the run, for the errors: raises
-    UserError for what is neither, and for other fields than the run's program has today.
+    saved: as `to_json` wrote it, or what JSON makes of that. where: the run, for the errors.
+    Raises UserError for what is neither, and for other fields than the run's program has today.
     """
     try:
         config = with_limits(json.loads(saved) if isinstance(saved, str) else saved)
@@ -34,7 +34,9 @@ def recorded(saved: str | Mapping[str, Any], where: str | Path) -> ConfigDict:
             "with another --workdir"
         ) from None
     today = program_fields(program) or fields
-    if differ := sorted(today.keys() ^ fields.keys()):
+    # Exported folders leave out data.cache_dir, a place on one machine, which may change.
+    names = (name for name in today.keys() ^ fields.keys() if not name.startswith(MAY_CHANGE))
+    if differ := sorted(names):
         told = [f"{name} is {'gone' if name in fields else 'new'} since" for name in differ]
         raise UserError(
             f"{where} holds a run of another version of {program}: {', '.join(told)}; use that "
@@ -60,7 +62,7 @@ def check_unchanged(
     differ = [
         name
         for name in sorted(now)
-        if before[name] != now[name] and not name.startswith(may_change)
+        if not name.startswith(may_change) and before.get(name) != now[name]
     ]
     if differ:
         changed = [f"{name} was {before[name]!r} and is now {now[name]!r}" for name in differ]

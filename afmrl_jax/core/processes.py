@@ -1,20 +1,10 @@
-"""Several processes that run one program: how they join, and how one ends without the others.
+"""Several processes that run one program: how they join, and how they agree."""
 
-Process 0 hosts JAX's coordination service, so it is the last to leave. What ends one of them by a
-sentence ends all: it leaves the sentence there, and the others look for it.
-"""
-
-import contextlib
-import ctypes
-import json
 import logging
 import os
-import re
 import secrets
-import signal
 import socket
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Mapping
@@ -22,25 +12,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax._src.distributed import global_state  # JAX has no public name for its service's values
 from jax.experimental import multihost_utils
 
+from afmrl_jax.core import last_words
 from afmrl_jax.core.errors import UserError
 
 log = logging.getLogger(__name__)
 
-TRY_AGAIN = os.EX_TEMPFAIL  # 75, the exit status that launch/restart.sh starts again
 JOIN_SECONDS = 300
 HEARTBEAT_SECONDS = 45  # without a sign of life until JAX gives a process up
-LINGER_SECONDS = 5
-LISTEN_SECONDS = 1.0  # between looks for what another said
-_WORDS = "afmrl_jax/last_words"  # in the service: of the first that ends by a sentence
-_LAST: list[tuple[str, int]] = []  # the same, heard from another process
-_HEARD = threading.Event()
-_SAYING = threading.Lock()  # taken, once, by the thread that says how this process ends
 EXPLICIT = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
-# What JAX's runtime, gloo, NCCL and Orbax say where another process is gone.
-LOST = r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|CoordinationService|[Bb]arrier"
 
 
 def initialize_distributed(seconds: int = JOIN_SECONDS) -> None:
@@ -49,7 +30,7 @@ def initialize_distributed(seconds: int = JOIN_SECONDS) -> None:
     Said by COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID; else by SLURM (srun), Open MPI or
     Cloud TPU (one slice or several, as VMs or in GKE), whose addresses JAX finds itself.
     Raises UserError where that is said by halves, before JAX touches a device. Ends the process
-    with a sentence and TRY_AGAIN where the others can't be reached within so many `seconds`.
+    with a sentence and `last_words.TRY_AGAIN` where the others can't be reached within `seconds`.
     """
     env = os.environ
     if any(name in env for name in EXPLICIT):
@@ -171,11 +152,7 @@ def _join(told: str, seconds: int, *where: str | int, **how: str) -> None:
         )
     finally:
         watch.cancel()
-    # Where process 0 is gone, JAX's runtime aborts from a thread of its own, while the main thread
-    # is about to raise what `lost` reads. This handler, sleep(SIGABRT), lets it: for 6 seconds.
-    libc = ctypes.CDLL(None)
-    libc.signal(signal.SIGABRT, libc.sleep)
-    threading.Thread(target=_listen, daemon=True).start()
+    last_words.listen()
 
 
 def _give_up(told: str, seconds: int) -> None:
@@ -185,75 +162,30 @@ def _give_up(told: str, seconds: int) -> None:
         file=sys.stderr,
         flush=True,
     )
-    os._exit(TRY_AGAIN)  # the main thread is inside JAX, which does not listen
+    os._exit(last_words.TRY_AGAIN)  # the main thread is inside JAX, which does not listen
 
 
-def lost(error: BaseException | None) -> str | None:
-    """What an error, or one behind it, says of another process that is gone; else None.
-
-    Its first line, of which the rest of a page of explanations is left out.
-    """
-    while error and jax.distributed.is_initialized():
-        message = str(error).strip()
-        if not isinstance(error, UserError) and re.search(LOST, message):
-            return textwrap.shorten(message.splitlines()[0], 160, placeholder=" ...")
-        error = error.__cause__ or error.__context__
-    return None
+def meet(where: str) -> None:
+    """Waits until all processes are here. where: a name for it, the same in all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"afmrl_jax {where}")
 
 
-def say_last(told: str, status: int = 0) -> None:
-    """Prints why this process ends; with a status, the others, if any, end by the same sentence."""
-    if not jax.distributed.is_initialized() or _SAYING.acquire(blocking=False):
-        print(f"afmrl_jax: {told}", file=sys.stderr, flush=True)
-    if status and jax.distributed.is_initialized():
-        words = json.dumps([jax.process_index(), told, status])
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or all is over
-            global_state.client.key_value_set(_WORDS, words)
+def first_says(flags: bool | np.ndarray) -> np.ndarray:
+    """bool[...], what the first process knows, in all of them: workdirs need not be shared."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(flags, np.bool_)), np.bool_)
 
 
-def last_words() -> tuple[str, int] | None:
-    """The sentence and the status with which another process ended, as it said itself; it is given
-    a moment to be heard, and no more: where process 0 is gone, JAX ends this one soon."""
-    return _LAST[0] if _HEARD.wait(2 * LISTEN_SECONDS) else None
+def all_say(flag: bool) -> bool:
+    """Whether that is so in every process; all must ask."""
+    return bool(np.all(multihost_utils.process_allgather(np.bool_(flag))))
 
 
-def _listen() -> None:
-    """Ends this process as another ended that said why: the main thread may wait for that one
-    in a collective or a barrier that does not fail, or only after minutes."""
-    seconds = LISTEN_SECONDS * max(1, global_state.num_processes / 100)  # all ask process 0
-    while (client := global_state.client) is not None:
-        time.sleep(seconds)
-        try:
-            index, told, status = json.loads(client.key_value_try_get(_WORDS))
-        except jax.errors.JaxRuntimeError:  # nobody has said anything, or all is over
-            continue
-        if index == global_state.process_id:
-            return
-        _LAST.append((f"process {index} ended, and so do all: {told}", status))
-        _HEARD.set()
-        time.sleep(LISTEN_SECONDS)  # for the main thread, if it has found out by itself
-        say_last(_LAST[0][0])
-        leave(status)
-
-
-def leave(status: int) -> int:
-    """Ends this process at once with `status` where it is one of several; else returns `status`.
-
-    Not by Python's own end, where JAX waits for all processes, aborts if one does not come, and
-    Orbax's and Grain's threads wait as well.
-    """
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if jax.process_index() == 0:
-            time.sleep(LINGER_SECONDS)  # the others find out by themselves, not by its absence
-        os._exit(status)
-    return status
-
-
-def first_says(flag: bool) -> bool:
-    """What the first process knows, in all of them: workdirs need not be shared."""
-    return bool(multihost_utils.broadcast_one_to_all(np.bool_(flag)))
+def texts_of_all(text: str, size: int) -> list[str]:
+    """Each process's text, in their order, the first `size` bytes of its UTF-8; all must ask."""
+    row = np.frombuffer(text.encode()[:size].ljust(size, b"\0"), np.uint8)
+    rows = row[None] if jax.process_count() == 1 else multihost_utils.process_allgather(row)
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in np.asarray(rows)]
 
 
 def check_shared(folder: Path, patience: float = 20.0) -> None:

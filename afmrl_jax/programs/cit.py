@@ -26,7 +26,6 @@ from types import ModuleType
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -35,6 +34,7 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten, to_json, with_limits
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.logs import duration
+from afmrl_jax.core.processes import meet
 from afmrl_jax.programs import agcl, annotate, evaluate, rar, sft
 from afmrl_jax.retrieval.evaluation import paired, results_table
 
@@ -122,7 +122,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     stages = stages_of(config, workdir)
     _check_ranges(config, stages)
     manifest = Manifest(workdir, config, stages)
-    _meet("begin")  # nobody writes before all have read
+    meet("begin")  # nobody writes before all have read
     manifest.write()  # first: its digests are compared with those of config.json
     if first_process:
         write_atomically(workdir / "config.json", to_json(config, indent=2))
@@ -140,7 +140,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             try:
                 with manifest.running(stage):
                     stage.program.main(stage.config, workdir / stage.name, mesh)
-                    _meet(stage.name)  # what the first process wrote is there for all
+                    meet(stage.name)  # what the first process wrote is there for all
             except UserError as error:
                 raise type(error)(f"stage {stage.name}: {error}") from None
             except SystemExit:
@@ -320,11 +320,6 @@ def _release() -> None:
     """Lets go of a stage's arrays and compiled programs, which the next has no use for."""
     gc.collect()
     jax.clear_caches()
-
-
-def _meet(where: str) -> None:
-    """Waits for the other processes."""
-    multihost_utils.sync_global_devices(f"cit {where}")
 
 
 def _now() -> str:

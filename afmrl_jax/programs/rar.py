@@ -51,7 +51,8 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.logs import cut_back
-from afmrl_jax.core.mesh import batch_shards, local_rows, put_batch, replicated
+from afmrl_jax.core.mesh import local_rows, put_batch
+from afmrl_jax.core.processes import all_say
 from afmrl_jax.data.answers import question
 from afmrl_jax.data.queries import QueryBatches
 from afmrl_jax.data.stream import Stream
@@ -249,7 +250,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
         # ---- galleries
         options = RewardOptions(**_fields(RewardOptions, config.reward))
-        opened = functools.partial(_gallery, config, workdir, mesh, catalog, embedder, version)
+        opened = functools.partial(_gallery, config, workdir, catalog, embedder, version)
         listings, gallery = opened("train") or (None, None)
         if gallery is None:
             raise UserError(
@@ -276,7 +277,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         if config.policy.kl and not generator.lora:
             reference = _as_multiplied(params, DTYPES[config.model.dtype])
         reference = reference if config.policy.kl else None
-        answerer = Answerer(generator, mesh, config.eval.batch, temperature=0)
+        answerer = Answerer(generator, mesh, config.eval.batch)
 
         def say(trained: Any, listings: np.ndarray) -> list[Said]:
             weights, show = sampler_weights(trained, frozen), functools.partial(question, catalog)
@@ -432,7 +433,6 @@ def _as_multiplied(params: Any, dtype: Any) -> Any:
 def _gallery(
     config: ConfigDict,
     workdir: Path,
-    mesh: Mesh,
     catalog: Catalog,
     embedder: QueryEmbedder,
     version: str,
@@ -449,13 +449,6 @@ def _gallery(
     parts = [version, catalog.fingerprint, str(attributes), listings.tobytes().hex()]
     if attributes:  # as texts with attributes are since titles are cut before them; of attributes
         parts += ["kept whole", str(comparison.VERSION)]  # those stand there that say something
-    shards = batch_shards(mesh)
-    mine = local_rows(mesh, shards, "the mesh")
-
-    def agreed(flag: bool) -> bool:
-        flags = {"flag": np.full(len(mine), flag)}
-        flags = put_batch(flags, mesh, axis=0, rows=shards)["flag"]
-        return bool(jax.jit(jnp.all, out_shardings=replicated(mesh))(flags))
 
     def embed(listings: np.ndarray) -> np.ndarray:
         shown = (catalog.listing(int(i)).attributes if attributes else {} for i in listings)
@@ -469,6 +462,6 @@ def _gallery(
         listings,
         embed,
         version=hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32],
-        agreed=agreed,
+        agreed=all_say,
         write=jax.process_index() == 0,
     )

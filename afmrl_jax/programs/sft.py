@@ -313,7 +313,7 @@ class Judge:
         """training: int64, the listings from which the guesses by category are learned."""
         self._config, self._catalog, self._workdir = config, catalog, workdir
         self._mesh, self._loss, self._training = mesh, built.loss, training
-        self._answerer = Answerer(generator, mesh, config.eval.batch, temperature=0)
+        self._answerer = Answerer(generator, mesh, config.eval.batch)
         self._processor = generator.processor(answers=True)
         self._local = local_rows(mesh, config.eval.batch, "eval.batch")
 

@@ -16,6 +16,7 @@ from openai_server import Server, said
 from PIL import Image
 
 from afmrl_jax import main
+from afmrl_jax.annotation.answer_files import AnswerFile
 from afmrl_jax.annotation.endpoint import GIVE_UP
 from afmrl_jax.catalog.opening import open_catalogue
 from afmrl_jax.core.errors import TryAgain, UserError
@@ -398,16 +399,16 @@ def test_an_endpoint_is_asked_by_one_process(config, tmp_path, monkeypatch):
 
 def test_a_last_line_whose_end_an_editor_left_out_is_kept(tmp_path):
     path = tmp_path / "attributes.jsonl"
-    path.write_text('{"listing_id": "a"}\n{"listing_id": "b"}')
+    path.write_text('{"listing_id": "a", "content": "1"}\n{"listing_id": "b", "content": "2"}')
     for _ in range(2):
-        answers = annotate.AnswerFile(path)
-        assert answers.keys == {("a", ""), ("b", "")}
+        answers = AnswerFile(path)
+        assert answers.keys == {("a", "1"), ("b", "2")}
         answers.close()
-    assert path.read_text() == '{"listing_id": "a"}\n{"listing_id": "b"}\n'
+    assert path.read_text().endswith('"content": "2"}\n')
 
 
 def test_a_line_that_is_no_answer_is_told(config, tmp_path):
-    (tmp_path / "attributes.jsonl").write_text('{"listing_id": "x"}\n[]\n')
+    (tmp_path / "attributes.jsonl").write_text('{"listing_id": "x", "content": "1"}\n[]\n')
     with pytest.raises(UserError, match=r"attributes\.jsonl line 2 is no answer"):
         main.run(config, tmp_path)
 
