@@ -2,7 +2,7 @@
 
 Process 0 hosts JAX's coordination service, so it is the last to leave. The process that ends first
 leaves its sentence there, and the others look for it.
-Everything that is not JAX's public interface stands in this file. Seen on jax 0.10.2 and 0.12.0:
+Everything that is not JAX's public interface stands in this file. Seen on jax 0.10.2:
 `jax._src.distributed.global_state` (the service's client), and that the runtime ends a process that
 lost the service by SIGABRT.
 """

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.chips import GIB, chip_of
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.tables import markdown_table
 from afmrl_jax.planning.exchange import axes_of, exchange_seconds
 from afmrl_jax.planning.hlo import Reader, Total
 
@@ -197,14 +198,14 @@ def check_fits(part: Part, mesh: Mesh) -> jax.stages.Compiled:
 def memory_table(reports: list[Report]) -> str:
     """GiB a device by name, as Markdown."""
     names = list(dict.fromkeys(name for report in reports for name in report.memory))
-    lines = [["", *names, "together", "there is", "fits"], ["---"] * (len(names) + 4)]
+    rows = []
     for report in reports:
         # Of what could not be compiled only what is held and the sum are known.
         cells = [_gib(report.memory.get(name)) for name in names]
         limit = "unknown" if report.limit is None else _gib(report.limit)
         fits = "yes" if report.fits else "no"
-        lines.append([f"{report.name}, GiB a device", *cells, _gib(report.needed), limit, fits])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append([f"{report.name}, GiB a device", *cells, _gib(report.needed), limit, fits])
+    return markdown_table(["", *names, "together", "there is", "fits"], rows)
 
 
 def time_table(reports: list[Report]) -> str:
@@ -212,24 +213,25 @@ def time_table(reports: list[Report]) -> str:
     known = [report for report in reports if report.seconds is not None]
     if not known:
         return ""
-    columns = ["", "seconds", "products", "memory", "exchanges", "TFLOP", "of them useful"]
-    lines = [[*columns, "utilisation"], ["---"] * 8]
+    head = ["", "seconds", "products", "memory", "exchanges", "TFLOP", "of them useful"]
+    rows = []
     for report in known:
         floors = [f"{report.floors[name]:.3g}" for name in ("products", "memory", "exchanges")]
         work = [f"{report.flops / 1e12:.3g}", f"{report.useful / report.flops:.0%}"]
         share = f"{report.utilisation:.0%}"
-        lines.append([f"{report.name}", f"{report.seconds:.3g}", *floors, *work, share])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append([f"{report.name}", f"{report.seconds:.3g}", *floors, *work, share])
+    return markdown_table([*head, "utilisation"], rows)
 
 
 def exchange_table(report: Report) -> str:
     """A part's exchanges by kind and axes, as Markdown."""
-    lines = [["exchange", "along", "calls", "GiB a device", "seconds", "overlapped"], ["---"] * 6]
+    rows = []
     for row in report.exchanges:
         size, took = f"{row['bytes'] / GIB:.3g}", f"{row['seconds']:.2g}"
         overlapped = "yes" if row["overlapped"] else "no"
-        lines.append([row["kind"], row["axes"], f"{row['calls']:.0f}", size, took, overlapped])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append([row["kind"], row["axes"], f"{row['calls']:.0f}", size, took, overlapped])
+    head = ["exchange", "along", "calls", "GiB a device", "seconds", "overlapped"]
+    return markdown_table(head, rows)
 
 
 def _gib(size: float | None) -> str:

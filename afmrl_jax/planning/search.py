@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from afmrl_jax.core.tables import markdown_table
 from afmrl_jax.models.layers import REMATS
 
 log = logging.getLogger(__name__)
@@ -111,12 +112,12 @@ def _meshes(sizes: dict[str, int], devices: int) -> list[tuple[tuple[str, int], 
 
 
 def _tried_table(tried: list[Tried]) -> str:
-    lines = [("tried", "seconds a step", "GiB a device", "fits"), ("---",) * 4]
+    rows = []
     for one in tried:
         took = "" if one.seconds is None else f"{one.seconds:.3g}"
         fits = "yes" if one.fits else "no"
-        lines.append((one.choice.told, took, f"{one.needed / 2**30:.3g}", fits))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append((one.choice.told, took, f"{one.needed / 2**30:.3g}", fits))
+    return markdown_table(("tried", "seconds a step", "GiB a device", "fits"), rows)
 
 
 def _advice(tried: list[Tried]) -> str:

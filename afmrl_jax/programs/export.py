@@ -7,7 +7,6 @@
 """
 
 import json
-import tempfile
 from pathlib import Path
 
 import jax
@@ -20,6 +19,7 @@ from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.model import DTYPES, abstract_params
 from afmrl_jax.assembly.pretrained import RECORD, Pretrained, find_pretrained, kind_of
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.files import whole_folder
 from afmrl_jax.retrieval.evaluation import results_table
 
 
@@ -44,15 +44,9 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     params = source.load(abstract_params(enc, mesh))
 
     # ---- folder
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        folder = Path(temporary) / "export"
+    with whole_folder(out, replace=True) as folder:
         evaluation = _evaluation(source, kind)
         write_folder(folder, enc, params, source, dtype=config.dtype, evaluation=evaluation)
-        old = Path(temporary) / "old"
-        if out.exists():
-            out.rename(old)
-        folder.rename(out)
     print(f"{source.told} is in {out}", flush=True)
 
 

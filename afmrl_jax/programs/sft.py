@@ -53,6 +53,7 @@ from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.logs import cut_back
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, put_batch, replicated
 from afmrl_jax.core.processes import first_says
+from afmrl_jax.core.tables import markdown_table
 from afmrl_jax.data.answers import (
     SAMPLED,
     AnswerBatches,
@@ -396,17 +397,17 @@ class Judge:
 def results_table(results: dict[str, Any]) -> str:
     """An evaluation.json as Markdown, percentages by row, and the attributes' F1 below."""
     columns = ("f1", "precision", "recall", "exact_match", "valid")
-    rows = [("", *columns, "loss"), ("---",) * 7]
+    rows = []
     for name in ("generator", "majority"):
         scores = results[name]
         percent = [f"{scores[c]:.1%}" if c in scores else "" for c in columns]
         rows.append((name, *percent, f"{scores['loss']:.3f}" if "loss" in scores else ""))
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
     f1 = (
         f"{name} {scores['f1']:.0%} ({scores['majority_f1']:.0%})"
         for name, scores in results["by_attribute"].items()
     )
-    return "\n".join([*lines, f"F1 by attribute (the majority's): {', '.join(f1)}"])
+    table = markdown_table(("", *columns, "loss"), rows)
+    return f"{table}\nF1 by attribute (the majority's): {', '.join(f1)}"
 
 
 def _listings(config: ConfigDict, catalog: Catalog) -> dict[str, np.ndarray]:

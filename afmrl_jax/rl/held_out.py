@@ -13,6 +13,7 @@ import numpy as np
 
 from afmrl_jax.attributes.agreement import agreement
 from afmrl_jax.catalog.listings import Catalog
+from afmrl_jax.core.tables import markdown_table
 from afmrl_jax.data.views import AttributeCuts
 from afmrl_jax.retrieval.metrics import interval95, normal95, paired
 from afmrl_jax.rl.gallery import Gallery, askers
@@ -152,12 +153,11 @@ def _with_intervals(found: Mapping[str, tuple[float, float]]) -> dict[str, float
 
 def comparison_table(result: Mapping[str, Any]) -> str:
     """A Markdown table of what `compare` found, the measures in columns."""
-    lines = []
+    head, rows = ["attributes"], []
     for part in ("arms", "differences"):
         for arm, means in result[part].items():
             names = [name for name in means if not name.endswith("_ci95")]
-            if not lines:
-                lines += [["attributes", *names], ["---"] * (len(names) + 1)]
+            head[1:] = names
             cells = [f"{means[n]:.3f} ± {means.get(f'{n}_ci95', float('nan')):.3f}" for n in names]
-            lines.append([arm, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            rows.append([arm, *cells])
+    return markdown_table(head, rows)
