@@ -24,13 +24,13 @@ from jax._src.distributed import global_state  # JAX has no public name for its 
 from afmrl_jax.core.errors import UserError
 
 TRY_AGAIN = os.EX_TEMPFAIL  # 75, the exit status that launch/restart.sh starts again
-LINGER_SECONDS = 5
-LISTEN_SECONDS = 1.0  # between looks for what another said
-_WORDS = "afmrl_jax/last_words"  # in the service: of the first that ends by a sentence
-_LAST: list[tuple[str, int]] = []  # the same, heard from another process
-_HEARD = threading.Event()
-_SAYING = threading.Lock()  # taken, once, by the thread that says how this process ends
-# What JAX's runtime, gloo, NCCL and Orbax say where another process is gone.
+LINGER_SECONDS = 5  # that process 0 stays when it ends
+LISTEN_SECONDS = 1.0  # between two looks for the other processes' last words
+_KEY = "afmrl_jax/last_words"  # in the coordination service
+_LAST: list[tuple[str, int]] = []  # another process's sentence and status, once they are known
+_HEARD = threading.Event()  # set when _LAST is filled
+_PRINTING = threading.Lock()  # taken once, by the thread that prints why this process ends
+# In the errors of JAX's runtime, gloo, NCCL and Orbax when another process is gone.
 LOST = r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|CoordinationService|[Bb]arrier"
 
 
@@ -44,9 +44,9 @@ def listen() -> None:
 
 
 def lost(error: BaseException | None) -> str | None:
-    """What an error, or one behind it, says of another process that is gone; else None.
+    """The first line of an error that another process's end has caused; None for other errors.
 
-    Its first line, of which the rest of a page of explanations is left out.
+    Looks through the error's causes as well.
     """
     while error and jax.distributed.is_initialized():
         message = str(error).strip()
@@ -56,37 +56,43 @@ def lost(error: BaseException | None) -> str | None:
     return None
 
 
-def say_last(told: str, status: int = 0) -> None:
-    """Prints why this process ends; with a status, the others, if any, end by the same sentence."""
-    if not jax.distributed.is_initialized() or _SAYING.acquire(blocking=False):
-        print(f"afmrl_jax: {told}", file=sys.stderr, flush=True)
+def say_last(sentence: str, status: int = 0) -> None:
+    """Prints why this process ends; with a status, all other processes end by that sentence too."""
+    if not jax.distributed.is_initialized() or _PRINTING.acquire(blocking=False):
+        print(f"afmrl_jax: {sentence}", file=sys.stderr, flush=True)
     if status and jax.distributed.is_initialized():
-        words = json.dumps([jax.process_index(), told, status])
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or all is over
-            global_state.client.key_value_set(_WORDS, words)
+        words = json.dumps([jax.process_index(), sentence, status])
+        # Raised where another process was first, or where the service is gone.
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            global_state.client.key_value_set(_KEY, words)
 
 
 def last_words() -> tuple[str, int] | None:
-    """The sentence and the status with which another process ended, as it said itself; it is given
-    a moment to be heard, and no more: where process 0 is gone, JAX ends this one soon."""
+    """The sentence and the exit status with which another process ended; None where none is known.
+
+    Waits two seconds for them, and no longer: where process 0 is gone, JAX ends this process soon.
+    """
     return _LAST[0] if _HEARD.wait(2 * LISTEN_SECONDS) else None
 
 
 def _follow() -> None:
-    """Ends this process as another ended that said why: the main thread may wait for that one
-    in a collective or a barrier that does not fail, or only after minutes."""
-    seconds = LISTEN_SECONDS * max(1, global_state.num_processes / 100)  # all ask process 0
+    """Ends this process when another one's last words are there.
+
+    The main thread may wait for that process in a collective or a barrier that fails after minutes,
+    or never.
+    """
+    seconds = LISTEN_SECONDS * max(1, global_state.num_processes / 100)  # spares process 0
     while (client := global_state.client) is not None:
         time.sleep(seconds)
         try:
-            index, told, status = json.loads(client.key_value_try_get(_WORDS))
-        except jax.errors.JaxRuntimeError:  # nobody has said anything, or all is over
+            index, sentence, status = json.loads(client.key_value_try_get(_KEY))
+        except jax.errors.JaxRuntimeError:  # no last words yet, or the service is gone
             continue
         if index == global_state.process_id:
             return
-        _LAST.append((f"process {index} ended, and so do all: {told}", status))
+        _LAST.append((f"process {index} ended, and so do all: {sentence}", status))
         _HEARD.set()
-        time.sleep(LISTEN_SECONDS)  # for the main thread, if it has found out by itself
+        time.sleep(LISTEN_SECONDS)  # in which the main thread may end the process itself
         say_last(_LAST[0][0])
         leave(status)
 
@@ -94,13 +100,13 @@ def _follow() -> None:
 def leave(status: int) -> int:
     """Ends this process at once with `status` where it is one of several; else returns `status`.
 
-    Not by Python's own end, where JAX waits for all processes, aborts if one does not come, and
-    Orbax's and Grain's threads wait as well.
+    At Python's normal exit JAX would wait for all processes, and abort if one is missing; Orbax's
+    and Grain's threads would wait too.
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         if jax.process_index() == 0:
-            time.sleep(LINGER_SECONDS)  # the others find out by themselves, not by its absence
+            time.sleep(LINGER_SECONDS)  # so that the others hear its words before they miss it
         os._exit(status)
     return status

@@ -36,8 +36,8 @@ def initialize_distributed(seconds: int = JOIN_SECONDS) -> None:
     if any(name in env for name in EXPLICIT):
         address, count, index = _explicit(env)
         if count > 1:
-            told = f"process {index} of {count}: the others at {address}"
-            _join(told, seconds, address, count, index, cluster_detection_method="deactivate")
+            others = f"process {index} of {count}: the others at {address}"
+            _join(others, seconds, address, count, index, cluster_detection_method="deactivate")
     elif cluster := _cluster(env):
         try:
             _join(f"the other processes of {cluster}", seconds)
@@ -62,7 +62,7 @@ def _explicit(env: Mapping[str, str]) -> tuple[str, int, int]:
             "as one process"
         )
     address = env["COORDINATOR_ADDRESS"]
-    count, index = _whole("NUM_PROCESSES", env), _whole("PROCESS_ID", env)
+    count, index = _integer("NUM_PROCESSES", env), _integer("PROCESS_ID", env)
     if not 0 <= index < count:
         raise UserError(f"PROCESS_ID={index} is not one of {count} processes: 0 to {count - 1}")
     host, _, port = address.rpartition(":")
@@ -90,12 +90,12 @@ def _check_free(port: int, address: str) -> None:
 
 
 def _cluster(env: Mapping[str, str]) -> str | None:
-    """What a scheduler made this process a part of, as "SLURM's 4 tasks"; None if it is alone."""
+    """The group of processes that a scheduler started, such as "SLURM's 4 tasks"; None if alone."""
     hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or ""
-    hosts, slices = len(hosts.split(",")), _whole("MEGASCALE_NUM_SLICES", env)
-    tasks, ranks = _whole("SLURM_NTASKS", env), _whole("OMPI_COMM_WORLD_SIZE", env)
+    hosts, slices = len(hosts.split(",")), _integer("MEGASCALE_NUM_SLICES", env)
+    tasks, ranks = _integer("SLURM_NTASKS", env), _integer("OMPI_COMM_WORLD_SIZE", env)
     if hosts > 1 or slices > 1:
-        told = f"Cloud TPU's {slices} slices" if slices > 1 else f"Cloud TPU's {hosts} hosts"
+        cluster = f"Cloud TPU's {slices} slices" if slices > 1 else f"Cloud TPU's {hosts} hosts"
         needed = ["TPU_WORKER_ID"] if hosts > 1 else []
         if slices > 1:
             needed += ["MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS"]
@@ -106,17 +106,17 @@ def _cluster(env: Mapping[str, str]) -> str | None:
                 tasks,
             )
             return None
-        told, needed = f"SLURM's {tasks} tasks", ["SLURM_PROCID", "SLURM_LOCALID"]
+        cluster, needed = f"SLURM's {tasks} tasks", ["SLURM_PROCID", "SLURM_LOCALID"]
     elif ranks > 1:
-        told, needed = f"Open MPI's {ranks} ranks", ["OMPI_COMM_WORLD_RANK"]
+        cluster, needed = f"Open MPI's {ranks} ranks", ["OMPI_COMM_WORLD_RANK"]
     else:
         return None
     if missing := [name for name in needed if name not in env]:
         raise UserError(
-            f"the environment names {told}, but not {', '.join(missing)}: which of them this "
+            f"the environment names {cluster}, but not {', '.join(missing)}: which of them this "
             f"process is. Set that, or {', '.join(EXPLICIT)}"
         )
-    return told
+    return cluster
 
 
 def _tpu_vm(env: Mapping[str, str]) -> bool:
@@ -125,39 +125,39 @@ def _tpu_vm(env: Mapping[str, str]) -> bool:
     By what importing JAX sets: TPU_ML_PLATFORM where there are TPU chips and their library,
     TPU_SKIP_MDS_QUERY (also set in GKE and Colab) where no metadata are to be asked.
     """
-    wanted = "tpu" in (env.get("JAX_PLATFORMS") or "tpu")
-    return wanted and "TPU_ML_PLATFORM" in env and "TPU_SKIP_MDS_QUERY" not in env
+    allowed = "tpu" in (env.get("JAX_PLATFORMS") or "tpu")
+    return allowed and "TPU_ML_PLATFORM" in env and "TPU_SKIP_MDS_QUERY" not in env
 
 
-def _whole(name: str, env: Mapping[str, str]) -> int:
-    """That variable, 1 where it is not set."""
+def _integer(name: str, env: Mapping[str, str]) -> int:
+    """The environment variable's value; 1 where it is not set."""
     try:
         return int(env.get(name) or 1)
     except ValueError:
         raise UserError(f"{name}={env[name]} must be a whole number") from None
 
 
-def _join(told: str, seconds: int, *where: str | int, **how: str) -> None:
-    """jax.distributed.initialize; `told`: whom this process waits for."""
-    # Where JAX's own time is over it aborts, with a stack trace: so ours is over before.
-    watch = threading.Timer(seconds, _give_up, [told, seconds])
+def _join(others: str, seconds: int, *args: str | int, **kwargs: str) -> None:
+    """Calls jax.distributed.initialize. others: the processes that this one waits for, in words."""
+    # When JAX's own time limit is over it aborts with a stack trace: this one ends before.
+    watch = threading.Timer(seconds, _give_up, [others, seconds])
     watch.daemon = True
     watch.start()
     try:
         jax.distributed.initialize(
-            *where,
+            *args,
             initialization_timeout=2 * seconds + 60,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            **how,
+            **kwargs,
         )
     finally:
         watch.cancel()
     last_words.listen()
 
 
-def _give_up(told: str, seconds: int) -> None:
+def _give_up(others: str, seconds: int) -> None:
     print(
-        f"afmrl_jax: {told} can't be reached within {seconds} s: start the same command on every "
+        f"afmrl_jax: {others} can't be reached within {seconds} s: start the same command on every "
         "machine, and see that they reach process 0 by that name and port",
         file=sys.stderr,
         flush=True,
@@ -172,24 +172,24 @@ def meet(where: str) -> None:
 
 
 def first_says(flags: bool | np.ndarray) -> np.ndarray:
-    """bool[...], what the first process knows, in all of them: workdirs need not be shared."""
+    """The first process's flags, bool[...], in all processes: workdirs need not be shared."""
     return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(flags, np.bool_)), np.bool_)
 
 
 def all_say(flag: bool) -> bool:
-    """Whether that is so in every process; all must ask."""
+    """Whether the flag is True in every process; all processes must call it."""
     return bool(np.all(multihost_utils.process_allgather(np.bool_(flag))))
 
 
 def texts_of_all(text: str, size: int) -> list[str]:
-    """Each process's text, in their order, the first `size` bytes of its UTF-8; all must ask."""
+    """The first `size` bytes of each process's text, by process; all processes must call it."""
     row = np.frombuffer(text.encode()[:size].ljust(size, b"\0"), np.uint8)
     rows = row[None] if jax.process_count() == 1 else multihost_utils.process_allgather(row)
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in np.asarray(rows)]
 
 
 def check_shared(folder: Path, patience: float = 20.0) -> None:
-    """Raises UserError, in all processes, where one does not see what the first writes in `folder`.
+    """Raises UserError, in all processes, unless all see what the first one writes to `folder`.
 
     patience: seconds; a network file system shows a new file late.
     """
