@@ -98,7 +98,7 @@ def test_a_split_for_judging_with_one_product_alone_is_left_out(tmp_path):
     """A small catalogue whose split is drawn has one now and then."""
     one = SimpleNamespace(products=np.array([0, 0, 1, 1]), indices=lambda split: np.array([0, 1]))
     config = SimpleNamespace(reward=SimpleNamespace(gallery=9))
-    assert rar._gallery(config, tmp_path, None, one, None, "1", "validation") is None
+    assert rar._gallery(config, tmp_path, one, None, "1", "validation") is None
 
 
 def test_queries_are_a_function_of_seed_and_step():
