@@ -68,7 +68,7 @@ def read_json(text: str) -> tuple[Pairs, bool] | None:
 
 
 class _Reader:
-    """Reads one object or list from `position` on. If it is cut off, the part that was read stays."""
+    """Reads one object or list from `position` on, up to its end or to where it is cut off."""
 
     def __init__(self, text: str, position: int):
         self._text, self._end = text, position
