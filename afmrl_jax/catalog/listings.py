@@ -63,8 +63,7 @@ class Listing:
 
 
 class Catalog(Protocol):
-    """The interface of every catalogue, real or rendered. Picklable; worker processes use it, too.
-    """
+    """The interface of every catalogue, real or rendered. Picklable; worker processes use it, too."""
 
     name: str
     fingerprint: str  # hex digits that change if and only if a text or an image file changes
@@ -234,7 +233,7 @@ def _bad_counts(*folders: Path) -> Counter[str]:
 
 
 def report_bad(source: Source, folders: Sequence[Path], counts: Counter[str], n_good: int) -> str:
-    """A report of bad listings: a sentence on a single one, else on the first REPORTED, and counts."""
+    """A report of bad listings: the first REPORTED are described, and all are counted."""
     rows: list[dict[str, Any]] = []
     for folder in folders:
         with (folder / "bad.jsonl").open() as file:
