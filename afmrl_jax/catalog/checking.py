@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 def split_of_product(product_id: str) -> str:
-    """The split of a product without one in its catalogue: 1 in 20 is validation, the rest train."""
+    """The split of a product whose listings name none: 1 in 20 is validation, the rest train."""
     digest = hashlib.sha256(product_id.encode()).hexdigest()
     return "validation" if int(digest, 16) % 20 == 0 else "train"
 

@@ -63,7 +63,7 @@ class Listing:
 
 
 class Catalog(Protocol):
-    """The interface of every catalogue, real or rendered. Picklable; worker processes use it, too."""
+    """The interface of every catalogue, real or rendered. Picklable, for worker processes."""
 
     name: str
     fingerprint: str  # hex digits that change if and only if a text or an image file changes
