@@ -16,9 +16,10 @@ from afmrl_jax.catalog.listings import open_catalog
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.pairs import Composition, PairBatches, PairSampler
 from afmrl_jax.data.processor import Processor
-from afmrl_jax.data.stream import NICENESS, Stream
+from afmrl_jax.data.stream import Stream
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.data.views import Augmentation, parse_mixture
+from afmrl_jax.data.workers import NICENESS
 from afmrl_jax.models.presets import preset
 
 
@@ -136,7 +137,7 @@ def test_a_killed_worker_is_told():
 
 def test_a_process_ends_though_its_own_thread_hangs():
     code = """
-from test_pipeline import Stream, Troubled, take_all
+from test_stream import Stream, Troubled, take_all
 try:
     take_all(Stream(Troubled(1, killed=False), 0, 0, 100))
 except Exception as error:
