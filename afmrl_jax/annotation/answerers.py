@@ -129,7 +129,7 @@ def open_endpoint(config: ConfigDict) -> "Endpoint":
 def shown_rows(catalog: Catalog, listings: Iterable[int], config: ConfigDict) -> Iterator[Row]:
     """What the model is shown of each listing: its images made smaller, its text cut."""
     for index in listings:
-        row = evaluation_row(catalog, index, "image+text", max_images=config.images)
+        row = evaluation_row(catalog, index, config.images)
         for image in row.images:
             image.thumbnail((config.image_side, config.image_side))
         yield Row(row.text[: config.text_characters], row.images)

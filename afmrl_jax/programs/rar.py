@@ -53,10 +53,9 @@ from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.logs import cut_back
 from afmrl_jax.core.mesh import batch_shards, local_rows, put_batch, replicated
-from afmrl_jax.data.answers import question
 from afmrl_jax.data.queries import QueryBatches
 from afmrl_jax.data.stream import Stream
-from afmrl_jax.data.views import sampled_cuts
+from afmrl_jax.data.views import evaluation_row, sampled_cuts
 from afmrl_jax.losses.policy import RANGES as POLICY_RANGES
 from afmrl_jax.models import lora
 from afmrl_jax.models.partition import MATRIX
@@ -280,8 +279,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         answerer = Answerer(generator, mesh, config.eval.batch, temperature=0)
 
         def say(trained: Any, listings: np.ndarray) -> list[Said]:
-            weights, show = sampler_weights(trained, frozen), functools.partial(question, catalog)
-            answers = answerer.answers(weights, listings, show)
+            question = functools.partial(evaluation_row, catalog)
+            answers = answerer.answers(sampler_weights(trained, frozen), listings, question)
             found = [describe(answer, generator.tokenizer) for answer in answers]
             return [Said(one.answer.text, one.sure) for one in found]
 
