@@ -20,7 +20,7 @@ from afmrl_jax.assembly.pretrained import find_pretrained
 from afmrl_jax.attributes.text import Parsed, Verdict, parse
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.answers import question
+from afmrl_jax.data.views import evaluation_row
 
 # Byte-level BPE writes a byte as one letter: printable ones as themselves, others from U+0100 on.
 _PLAIN = (*range(33, 127), *range(161, 173), *range(174, 256))
@@ -118,6 +118,6 @@ class Describer:
 
     def __call__(self, catalog: Catalog, listings: np.ndarray) -> Iterator[Description]:
         """What is said of each of listings, int[N] indices, in order, the same on every process."""
-        row = functools.partial(question, catalog)
+        row = functools.partial(evaluation_row, catalog)
         for answer in self._answerer.answers(self._params, listings, row):
             yield describe(answer, self.generator.tokenizer)

@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.options import Options, among, between
-from afmrl_jax.data.processor import Processor, check_preprocessor, checked_ids
+from afmrl_jax.data.images import check_preprocessor
+from afmrl_jax.data.processor import Processor, checked_ids, row_arrays
 from afmrl_jax.data.prompts import CHATML, Prompt, chat_template, end_of_turn
 from afmrl_jax.data.tokenizer import (
     END_OF_TEXT,
@@ -148,22 +149,12 @@ class Assembly(abc.ABC):
     ) -> dict[str, jax.ShapeDtypeStruct]:
         """The processor's arrays, as it makes them with room for `answers` tokens; length: S, of
         the longest rows by default."""
-        data, vision = self.settings.data, self.model_config.vision
-        s, p = length or data.max_tokens + answers, data.max_patches
-        shapes = {
-            "tokens": ((s,), jnp.int32),
-            "token_mask": ((s,), jnp.bool),
-            "positions": ((3, s), jnp.int32),
-            "patches": ((p, vision.patch_dim), jnp.float32),
-            "patch_positions": ((p, 2), jnp.int32),
-            "patch_segments": ((p,), jnp.int32),
-            "patch_grids": ((p, 2), jnp.int32),
-        }
-        if answers:
-            shapes["answer_mask"] = (s,), jnp.bool
+        data = self.settings.data
+        tokens = length or data.max_tokens + answers
+        arrays = row_arrays(self.model_config, tokens, data.max_patches, answers=answers > 0)
         return {
-            name: jax.ShapeDtypeStruct((*leading, *shape), dtype, sharding=sharding)
-            for name, (shape, dtype) in shapes.items()
+            name: jax.ShapeDtypeStruct((*leading, *array.shape), array.dtype, sharding=sharding)
+            for name, array in arrays.items()
         }
 
     def record(self) -> dict[str, str]:

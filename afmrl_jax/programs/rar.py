@@ -52,10 +52,10 @@ from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.logs import cut_back
 from afmrl_jax.core.mesh import batch_shards, local_rows, put_batch, replicated
 from afmrl_jax.core.options import Options, between, check_options
-from afmrl_jax.data.answers import AnswerLength, question
+from afmrl_jax.data.answers import AnswerLength
 from afmrl_jax.data.queries import QueryBatches
 from afmrl_jax.data.stream import Stream, StreamOptions
-from afmrl_jax.data.views import sampled_cuts
+from afmrl_jax.data.views import evaluation_row, sampled_cuts
 from afmrl_jax.losses.policy import PolicyGradient
 from afmrl_jax.models import lora
 from afmrl_jax.models.partition import MATRIX
@@ -283,8 +283,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         answerer = Answerer(generator, mesh, config.eval.batch, temperature=0)
 
         def say(trained: Any, listings: np.ndarray) -> list[Said]:
-            weights, show = sampler_weights(trained, frozen), functools.partial(question, catalog)
-            answers = answerer.answers(weights, listings, show)
+            question = functools.partial(evaluation_row, catalog)
+            answers = answerer.answers(sampler_weights(trained, frozen), listings, question)
             found = [describe(answer, generator.tokenizer) for answer in answers]
             return [Said(one.answer.text, one.sure) for one in found]
 

@@ -64,12 +64,11 @@ from afmrl_jax.data.answers import (
     AnswerOptions,
     described,
     learnable,
-    question,
     question_and_answer,
 )
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.stream import Stream, StreamOptions
-from afmrl_jax.data.views import listing_text
+from afmrl_jax.data.views import evaluation_row, listing_text
 from afmrl_jax.models import lora
 from afmrl_jax.planning import cost
 from afmrl_jax.planning.report import Part, check_fits, step_part
@@ -339,9 +338,8 @@ class Judge:
         """
         listings = [self._catalog.listing(int(index)) for index in indices]
         true = [normalise(listing.attributes) for listing in listings]
-        answers = list(
-            self._answerer.answers(params, indices, functools.partial(question, self._catalog))
-        )
+        question = functools.partial(evaluation_row, self._catalog)
+        answers = list(self._answerer.answers(params, indices, question))
         parsed = [parse(answer.text, answer.closed) for answer in answers]
         found = {
             "generator": [one.attributes for one in parsed],

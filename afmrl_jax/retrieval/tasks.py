@@ -97,8 +97,8 @@ class Judge:
             return evaluation_row(
                 self._catalog,
                 index,
-                view,
-                max_images=self._processor.max_images,
+                self._processor.max_images,
+                view=view,
                 attributes=attributes(index) if attributes else {},
             )
 

@@ -14,9 +14,8 @@ from PIL import Image
 
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.answers import question
 from afmrl_jax.data.processor import Processor, Row
-from afmrl_jax.data.views import AttributeCuts, listing_row
+from afmrl_jax.data.views import AttributeCuts, evaluation_row, listing_row
 from afmrl_jax.retrieval.evaluation import embed_listings
 
 REMEMBERED = 64  # queries whose photos are kept while their answers are embedded one after another
@@ -58,7 +57,7 @@ class QueryEmbedder:
 
         @functools.lru_cache(REMEMBERED)
         def photos(listing: int, draw: int) -> tuple[Image.Image, ...]:
-            return question(self.catalog, listing, self.processor.max_images, draw).images
+            return evaluation_row(self.catalog, listing, self.processor.max_images, draw).images
 
         def row(number: int) -> Row:
             query = queries[number]

@@ -17,9 +17,9 @@ from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh
-from afmrl_jax.data.answers import question
 from afmrl_jax.data.processor import Row
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
+from afmrl_jax.data.views import evaluation_row
 from afmrl_jax.models.presets import preset
 from afmrl_jax.weights import hf_weights
 
@@ -117,7 +117,7 @@ def test_a_checkpoint_alone_gives_the_generator_back(config, run):
         wanted = [s for s in lines(run / "samples.jsonl") if s["step"] == 60]
         indices = np.array([listings[sample["listing_id"]] for sample in wanted])
         answerer = Answerer(source.enc, mesh, batch=3)  # the last batch is filled up
-        found = list(answerer.answers(params, indices, lambda i, n: question(catalog, i, n)))
+        found = list(answerer.answers(params, indices, lambda i, n: evaluation_row(catalog, i, n)))
     assert [answer.text for answer in found] == [sample["answer"] for sample in wanted]
     assert all(answer.closed and (answer.log_probs <= 0).all() for answer in found)
     with pytest.raises(UserError, match="holds the generator of a run: name what has trained the"):
