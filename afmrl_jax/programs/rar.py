@@ -37,6 +37,7 @@ from afmrl_jax.assembly.model import DTYPES, abstract_params, lora_of
 from afmrl_jax.assembly.model import RANGES as MODEL_RANGES
 from afmrl_jax.assembly.pretrained import Base, find_pretrained, planned, read_base
 from afmrl_jax.attributes import comparison
+from afmrl_jax.catalog.groups import askers, whole_products
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.catalog.opening import open_catalogue
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, checkpoint_folder
@@ -63,7 +64,7 @@ from afmrl_jax.models.partition import MATRIX
 from afmrl_jax.models.sampler import Samples
 from afmrl_jax.planning.report import Part, check_fits
 from afmrl_jax.rl.environment import Environment, Judged, Laps, append_groups
-from afmrl_jax.rl.gallery import Gallery, askers, gallery_listings, open_gallery
+from afmrl_jax.rl.gallery import Gallery, open_gallery
 from afmrl_jax.rl.held_out import HeldOut, Said, comparison_table
 from afmrl_jax.rl.judging import Judge
 from afmrl_jax.rl.policy import Built, build, parts
@@ -441,7 +442,7 @@ def _gallery(
 ) -> tuple[np.ndarray, Gallery] | None:
     """A split's listings to be found and their gallery; None where nothing can be, or in a split
     for judging nothing wrong can."""
-    listings = gallery_listings(catalog, split, config.reward.gallery)
+    listings = whole_products(catalog, catalog.indices(split), config.reward.gallery)
     if not len(askers(catalog, split, listings)):
         return None
     if split != "train" and len(np.unique(catalog.products[listings])) == 1:

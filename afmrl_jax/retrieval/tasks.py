@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from afmrl_jax.catalog.groups import has_another, whole_products
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_choice
-from afmrl_jax.data.corpus import listings_by_product
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.views import AttributeCuts, evaluation_row, listing_text
 from afmrl_jax.retrieval.evaluation import Results, Scores, Task, embed_listings, rank_and_score
@@ -210,12 +210,7 @@ def choose_tasks(
 
 
 def _finds_any(task: Task, catalog: Catalog, queries: np.ndarray, gallery: np.ndarray) -> bool:
-    products = catalog.products
-    counts = np.bincount(products[gallery], minlength=int(products.max()) + 1)
-    found = counts[products[queries]]
-    if task.exclude_self:
-        found = found - np.isin(catalog.identities[queries], catalog.identities[gallery])
-    return bool((found > 0).any())
+    return bool(has_another(catalog, queries, gallery, exclude_self=task.exclude_self).any())
 
 
 def validation_task(
@@ -247,19 +242,11 @@ def validation_sample(catalog: Catalog, tasks: Sequence[Task], limit: int) -> np
     They serve the first task that can be run on the split: listings that have neither of what it
     shows are left out, and products with several listings come first where it needs them.
     """
-    listings, _ = listings_by_product(catalog, "validation")
+    listings = catalog.indices("validation")
     has, serves = parts_of(catalog, listings), tasks[0]
     for task in tasks:
         asked, others = has[task.query_view], has[task.gallery_view]
         if _finds_any(task, catalog, listings[asked], listings[others]):
             listings, serves = listings[asked | others], task
             break
-    codes = catalog.products[listings]  # of one product side by side
-    starts = np.append(np.flatnonzero(np.diff(codes, prepend=-1)), len(codes))
-    sizes = np.diff(starts)
-    order = np.random.default_rng(0).permutation(len(sizes))
-    if serves.exclude_self and (sizes > 1).any():
-        order = order[sizes[order] > 1]
-    chosen = order[: int(np.searchsorted(np.cumsum(sizes[order]), limit)) + 1]
-    parts = [listings[starts[product] : starts[product + 1]] for product in chosen]
-    return np.sort(np.concatenate(parts)) if parts else listings
+    return whole_products(catalog, listings, limit, several=serves.exclude_self)

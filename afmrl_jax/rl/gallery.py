@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from afmrl_jax.catalog.groups import Members
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.files import write_atomically
-from afmrl_jax.data.corpus import listings_by_product
 from afmrl_jax.retrieval.exact import ExactIndex
 from afmrl_jax.retrieval.index import Index
 from afmrl_jax.retrieval.indexes import EXACT_BELOW, load_index
@@ -20,26 +20,6 @@ from afmrl_jax.retrieval.scann import ScannIndex
 from afmrl_jax.rl.rewards import Found, Options, measures
 
 log = logging.getLogger(__name__)
-
-
-def gallery_listings(catalog: Catalog, split: str, limit: int) -> np.ndarray:
-    """int64: a split's listings, ascending, or of a larger one whole products, about `limit` of
-    them, the same at each call."""
-    listings, starts = listings_by_product(catalog, split)
-    if len(listings) > limit:
-        sizes = np.diff(starts)
-        order = np.random.default_rng(0).permutation(len(sizes))
-        order = order[: int(np.searchsorted(np.cumsum(sizes[order]), limit)) + 1]
-        parts = [listings[starts[product] : starts[product + 1]] for product in order]
-        listings = np.concatenate(parts)
-    return np.sort(listings)
-
-
-def askers(catalog: Catalog, split: str, gallery: np.ndarray) -> np.ndarray:
-    """int64: the listings of a split whose product has another listing in the gallery: int64[N]."""
-    counts = np.bincount(catalog.products[gallery], minlength=int(catalog.products.max()) + 1)
-    listings = catalog.indices(split)
-    return listings[counts[catalog.products[listings]] - np.isin(listings, gallery) > 0]
 
 
 class Gallery:
@@ -50,9 +30,9 @@ class Gallery:
         the same, under the listings as ids."""
         self._products, self._listings = catalog.products, listings
         self._vectors, self._index = vectors, index
-        self._by_product = np.argsort(self._products[listings], kind="stable")
-        self._sorted = self._products[listings][self._by_product]
-        if self._sorted[0] == self._sorted[-1]:
+        products = self._products[listings]
+        self._by_product = Members(products)
+        if (products == products[0]).all():
             raise UserError(
                 f"all {len(listings)} listings of the gallery are one product, so that nothing can "
                 "be found wrong: search more of a larger catalogue (reward.gallery)"
@@ -74,18 +54,14 @@ class Gallery:
         vectors: float32[n, E]. queries: int64[n], the listings that ask. exact: compares with every
         vector, on the host, whatever the index: for a few queries.
         """
-        codes = self._products[queries]
-        starts = np.searchsorted(self._sorted, codes, "left")[:, None]
-        counts = np.searchsorted(self._sorted, codes, "right")[:, None] - starts
-        columns = np.arange(max(1, counts.max()))
-        rows = self._by_product[np.minimum(starts + columns, len(self) - 1)]
-        relevant = np.where(columns < counts, self._listings[rows], -1)
+        rows = self._by_product.rows(self._products[queries])
+        relevant = np.where(rows >= 0, self._listings[rows], -1)
         # One column at a time: never n x R x E at once.
         right = [np.einsum("ne,ne->n", vectors, self._vectors[column]) for column in rows.T]
 
         depth = k + 2
-        if depth < len(columns) + 2:  # by powers of two: each depth compiles its own search
-            depth = 1 << (len(columns) + 1).bit_length()
+        if depth < rows.shape[1] + 2:  # by powers of two: each depth compiles its own search
+            depth = 1 << (rows.shape[1] + 1).bit_length()
         search = self._compare if exact else self._index.search
         ids, scores = search(vectors, depth)
         own = np.where((relevant == queries[:, None]).any(axis=1), queries, -1)

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from afmrl_jax.attributes.agreement import agreement
+from afmrl_jax.catalog.groups import askers
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.data.views import AttributeCuts
 from afmrl_jax.retrieval.metrics import interval95, normal95, paired
-from afmrl_jax.rl.gallery import Gallery, askers
+from afmrl_jax.rl.gallery import Gallery
 from afmrl_jax.rl.rewards import Options, bounded_k, measures
 from afmrl_jax.rl.rollout import Query, QueryEmbedder
 from afmrl_jax.rl.watch import Rollout

@@ -22,6 +22,7 @@ class Words:
 
     def __post_init__(self):
         self.products = np.array([0, 0, 1, 2, 3], np.int32)
+        self.identities = np.arange(5)
 
     def __len__(self):
         return len(self.titles)
