@@ -79,7 +79,10 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     if (workdir / "config.json").exists():
         check_unchanged((workdir / "config.json").read_text(), config, workdir, MAY_CHANGE)
     catalog = open_listings(config.data.path, config.data, workdir)
-    model = Described(config, mesh) if config.generator else Asked(endpoint, config)
+    if config.generator:
+        model = Described(config.generator, mesh, config.eval.batch)
+    else:
+        model = Asked(endpoint, config)
     listings = share_of_products(catalog, catalog.indices(config.split), config.share)
     answers = AnswerFiles(workdir, config) if first_process else None
     left = listings[~model.agree(done_of(catalog, listings, answers))]

@@ -36,7 +36,7 @@ from afmrl_jax.core.fields import check_ranges, flatten, to_json, with_limits
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.logs import duration
 from afmrl_jax.programs import agcl, annotate, evaluate, rar, sft
-from afmrl_jax.retrieval.evaluation import paired, results_table
+from afmrl_jax.retrieval.scores import paired, results_table
 
 SECTIONS = {  # of the configuration -> the program, and its fields that a run may change
     "agcl": (agcl, MAY_CHANGE),

@@ -11,7 +11,6 @@ With a larger model's attributes (data.attributes) the same program distils that
 Axes: A micro-batches · C rows of one · S tokens.
 """
 
-import dataclasses
 import functools
 import json
 import logging
@@ -29,9 +28,10 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from afmrl_jax.assembly.generator import Answerer, Generator, batches_of
-from afmrl_jax.assembly.model import RANGES as MODEL_RANGES
-from afmrl_jax.assembly.model import abstract_params, lora_of
+from afmrl_jax.assembly.generator import Generator, batches_of
+from afmrl_jax.assembly.loaded import LoadedGenerator
+from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.assembly.options import GeneratorOptions, PresetOptions, TrainingOptions
 from afmrl_jax.assembly.pretrained import Base, Pretrained, find_pretrained, planned, read_base
 from afmrl_jax.attributes.agreement import Majority, agreement, agreement_by_name
 from afmrl_jax.attributes.text import (
@@ -52,13 +52,13 @@ from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.logs import cut_back
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, put_batch, replicated
+from afmrl_jax.core.options import check_options
 from afmrl_jax.core.processes import first_says
 from afmrl_jax.data.answers import (
     SAMPLED,
     AnswerBatches,
     described,
     learnable,
-    question,
     question_and_answer,
 )
 from afmrl_jax.data.processor import Processor
@@ -84,7 +84,6 @@ TOKENIZER_LISTINGS = 20_000  # whose texts a preset's tokenizer is trained on
 MAJORITY_LISTINGS = 20_000  # of the training split, from which the guesses are learned
 RANGES = {  # field -> lowest and highest, or its words
     **OPTIMIZER_RANGES,
-    **MODEL_RANGES,
     "seed": (0, 2**31 - 1),
     "log_every": (1, math.inf),
     "eval_every": (0, math.inf),
@@ -194,7 +193,8 @@ def part(
 def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     """What `plan` compiles of a run with this configuration: no catalogue is opened."""
     local_rows(mesh, config.batch // config.micro_batches, "batch / micro_batches")
-    generator = planned(config, config.init_from or config.model.preset, Generator)
+    options, training = GeneratorOptions.of(config), TrainingOptions.of(config)
+    generator = planned(config.init_from or config.model.preset, Generator, options, training)
     return [part(config, mesh, generator, build(config, mesh, generator))]
 
 
@@ -204,6 +204,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     clock = Clock(workdir / "goodput.json")
     first_process = jax.process_index() == 0
     check_ranges(flatten(config), RANGES)
+    check_options(config, (GeneratorOptions, PresetOptions, TrainingOptions))
     traced_steps(config.profile, config.steps)
     local = local_rows(mesh, config.batch // config.micro_batches, "batch / micro_batches")
     with Checkpoints(checkpoint_folder(config, workdir), writable=True) as checkpoints:
@@ -246,7 +247,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         steps = {s: check_fits(one, mesh) for s, one in parts.items()}
         frozen = {}
         if generator.lora:
-            base = Base.of_record(saved) if saved else Base(source.path if source else "")
+            begun = Base(source.path if source else "", seed=config.seed)
+            base = Base.of_record(saved) if saved else begun
             frozen, base = read_base(generator, built.frozen, base)
             record |= base.record()
         if saved:
@@ -257,7 +259,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             (workdir / "evaluation.json").unlink(missing_ok=True)  # of a run that never saved
         if first_process:
             cut_back(workdir / "samples.jsonl", int(state.step))
-        judge = Judge(config, catalog, generator, built, mesh, workdir, listings["train"])
+        judge = AnswerEvaluator(config, catalog, generator, built, mesh, workdir, listings["train"])
 
         def validate(state: TrainState) -> dict[str, float]:
             scores = judge(lora.join(state.params, frozen), listings["validation"], state.step)
@@ -297,7 +299,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         print(results_table(json.loads(path.read_text(encoding="utf-8"))), flush=True)
 
 
-class Judge:
+class AnswerEvaluator:
     """Lets the generator answer held-out listings and compares with their attributes."""
 
     def __init__(
@@ -313,7 +315,7 @@ class Judge:
         """training: int64, the listings from which the guesses by category are learned."""
         self._config, self._catalog, self._workdir = config, catalog, workdir
         self._mesh, self._loss, self._training = mesh, built.loss, training
-        self._answerer = Answerer(generator, mesh, config.eval.batch, temperature=0)
+        self._generator = LoadedGenerator(generator, None, mesh, config.eval.batch)
         self._processor = generator.processor(answers=True)
         self._local = local_rows(mesh, config.eval.batch, "eval.batch")
 
@@ -330,9 +332,7 @@ class Judge:
         """
         listings = [self._catalog.listing(int(index)) for index in indices]
         true = [normalise(listing.attributes) for listing in listings]
-        answers = list(
-            self._answerer.answers(params, indices, functools.partial(question, self._catalog))
-        )
+        answers = list(self._generator.with_params(params).answers(self._catalog, indices))
         parsed = [parse(answer.text, answer.closed) for answer in answers]
         found = {
             "generator": [one.attributes for one in parsed],
@@ -462,15 +462,16 @@ def _generator(
     config: ConfigDict, catalog: Catalog, saved: dict[str, str] | None
 ) -> tuple[Generator, Pretrained[Generator] | None]:
     """The generator, and the model that a new run begins with; None: from scratch, or resumed."""
-    source = None
+    options, training, source = GeneratorOptions.of(config), TrainingOptions.of(config), None
     if saved:
-        generator = Generator.from_record(config, saved)
+        generator = Generator.from_record(options, saved)
     elif config.init_from:
         source = find_pretrained(config.init_from, Generator, begin=True)
-        return source.trained(config), source
+        return source.for_training(options, training), source
     else:
-        generator = Generator.from_preset(config, _tokenizer_texts(config, catalog))
-    return dataclasses.replace(generator, lora=lora_of(config)), source
+        texts = _tokenizer_texts(config, catalog)
+        generator = Generator.from_preset(options, PresetOptions.of(config), texts)
+    return generator.for_training(training), source
 
 
 def _tokenizer_texts(config: ConfigDict, catalog: Catalog) -> Iterator[str]:

@@ -7,12 +7,14 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from afmrl_jax.catalog.groups import Members
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.files import write_atomically
+from afmrl_jax.core.processes import all_say
 from afmrl_jax.retrieval.exact import ExactIndex
 from afmrl_jax.retrieval.index import Index
 from afmrl_jax.retrieval.indexes import EXACT_BELOW, load_index
@@ -28,7 +30,7 @@ class Gallery:
     def __init__(self, catalog: Catalog, listings: np.ndarray, vectors: np.ndarray, index: Index):
         """listings: int64[N], indices of the catalogue. vectors: float32[N, E], theirs; index: of
         the same, under the listings as ids."""
-        self._products, self._listings = catalog.products, listings
+        self._products, self.listings = catalog.products, listings
         self._vectors, self._index = vectors, index
         products = self._products[listings]
         self._by_product = Members(products)
@@ -39,7 +41,7 @@ class Gallery:
             )
 
     def __len__(self) -> int:
-        return len(self._listings)
+        return len(self.listings)
 
     @property
     def approximate(self) -> bool:
@@ -55,7 +57,7 @@ class Gallery:
         vector, on the host, whatever the index: for a few queries.
         """
         rows = self._by_product.rows(self._products[queries])
-        relevant = np.where(rows >= 0, self._listings[rows], -1)
+        relevant = np.where(rows >= 0, self.listings[rows], -1)
         # One column at a time: never n x R x E at once.
         right = [np.einsum("ne,ne->n", vectors, self._vectors[column]) for column in rows.T]
 
@@ -70,7 +72,7 @@ class Gallery:
     def _compare(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         scores = vectors @ self._vectors.T
         best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return self._listings[best], np.take_along_axis(scores, best, axis=1)
+        return self.listings[best], np.take_along_axis(scores, best, axis=1)
 
     def agreement(self, vectors: np.ndarray, queries: np.ndarray, options: Options) -> float:
         """The share of queries that are worth the same by the index as by an exact search."""
@@ -83,28 +85,26 @@ class Gallery:
 
 def open_gallery(
     folder: Path,
+    version: str,
     catalog: Catalog,
     listings: np.ndarray,
     embed: Callable[[np.ndarray], np.ndarray],
     *,
-    version: str,
-    agreed: Callable[[bool], bool],
-    write: bool,
     exact_below: int = EXACT_BELOW,
 ) -> Gallery:
-    """The gallery of some listings, int64[N], read from the folder where it is there already.
+    """The gallery of some listings, int64[N], read from the folder where it is there already; the
+    first process writes it there.
 
-    embed: listings -> float32[N, E]; all processes call it together, so `agreed` tells whether all
-    of them have found the file. version: of whatever the vectors depend on; it names them.
-    write: whether this process keeps what was made.
+    version: of whatever the vectors depend on; it names them. embed: listings -> float32[N, E]; all
+    processes call it together, unless all of them find the file.
     """
-    path = folder / f"{version}.npy"
-    if agreed(path.exists()):
+    path, first_process = folder / f"{version}.npy", jax.process_index() == 0
+    if all_say(path.exists()):
         vectors = np.load(path, mmap_mode="r")
     else:
         log.info("embedding the %d listings of a gallery", len(listings))
         vectors = embed(listings)
-        if write:
+        if first_process:
             write_atomically(path, vectors)
     if len(listings) < exact_below:
         index: Index = ExactIndex(version).build(vectors, listings)
@@ -113,6 +113,6 @@ def open_gallery(
     else:
         log.info("building ScaNN's index of them")
         index = ScannIndex(version).build(vectors, listings)
-        if write:
+        if first_process:
             index.save(saved)
     return Gallery(catalog, listings, vectors, index)

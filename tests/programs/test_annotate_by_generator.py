@@ -12,7 +12,7 @@ from joined import joined
 
 from afmrl_jax import main
 from afmrl_jax.annotation.answerers import pin_generator
-from afmrl_jax.assembly.describer import Describer
+from afmrl_jax.assembly.loaded import load_generator
 from afmrl_jax.catalog.opening import open_catalogue, open_listings
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, find_checkpoints
 from afmrl_jax.checkpoints.state import TrainState
@@ -53,10 +53,10 @@ def test_every_listing_gets_what_the_generator_says_and_how_sure_it_is(config, f
     told = capsys.readouterr().out
     assert "40 of 40 listings are answered; this start: " in told and " tokens" in told
     catalog = open_listings(config.data.path, config.data, folder)
-    describer = Describer(config.generator, make_mesh(dict(config.mesh)), 16, otherwise=config)
+    model = load_generator(config.generator, make_mesh(dict(config.mesh)), 16)
     said = {
         catalog.listing(i).listing_id: one
-        for i, one in enumerate(describer(catalog, np.arange(40)))
+        for i, one in enumerate(model.describe(catalog, np.arange(40)))
     }
     assert len(valid) > 20 and len(valid) + len(invalid) == 40
     for line in valid:
