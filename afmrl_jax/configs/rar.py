@@ -94,7 +94,7 @@ def get_config() -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.batch = 128  # listings answered at once
     # that ask at each validation, of that split; by them it is chosen how sure of a pair a
-    # generator must be (rl/judging.py)
+    # generator must be (rl/held_out.py)
     config.eval.validation_listings = 480
     config.eval.listings = 2000  # that ask at the end, of the test split
     return config.lock()
