@@ -4,6 +4,7 @@ A wrong argument raises UserError, in a sentence. Axes: N rows · E embedding.
 """
 
 import contextlib
+import dataclasses
 import difflib
 import logging
 import math
@@ -21,7 +22,7 @@ from afmrl_jax.assembly.loaded import LoadedEncoder, LoadedGenerator, chosen_lis
 from afmrl_jax.assembly.options import EncoderOptions
 from afmrl_jax.assembly.pretrained import find_pretrained, kind_of
 from afmrl_jax.catalog.listings import Catalog
-from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.configs import common
 from afmrl_jax.configs import evaluate as evaluate_page
 from afmrl_jax.core.errors import UserError
@@ -103,9 +104,10 @@ def open_catalog(path: str | Path, *, report_dir: str | Path = ".", **fields: An
     commas. report_dir: where bad listings are listed. fields: of the configuration's `data`:
     attributes, cache_dir, on_bad_listing, shared_ids. Raises UserError for what cannot be read.
     """
-    named = {f"data.{name}": value for name, value in {**fields, "path": str(path)}.items()}
-    data = _with_fields(common.get_config(), named).data
-    return open_catalogue(data.path, data, Path(report_dir))
+    page = evaluate_page.get_config().data
+    known = {field.name: page[field.name] for field in dataclasses.fields(CatalogOptions)}
+    data = _with_fields(ConfigDict(known), {**fields, "path": str(path)})
+    return open_catalogue(CatalogOptions(**data), Path(report_dir))
 
 
 def build_index(

@@ -8,6 +8,7 @@ buffer of the loss, though it holds several, since XLA lays some where activatio
 """
 
 import argparse
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -16,20 +17,22 @@ import jax.numpy as jnp
 from flax import nnx
 from running import write
 
-from afmrl_jax.losses.contrastive import Options, contrastive_loss
+from afmrl_jax.configs import agcl
+from afmrl_jax.losses.contrastive import Contrastive, contrastive_loss
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.presets import preset
 from afmrl_jax.training import gradcache
 
 ROW = SimpleNamespace(tokens=56, patches=64, terms=32)
 LIMIT = 1.3
+OPTIONS = dataclasses.replace(Contrastive.of(agcl.get_config()), temperature=0.02)
 
 
 def loss(embeddings: jax.Array, side: dict[str, jax.Array]):
     """The AGCL loss over [micro_batches, pairs, 2, E]."""
     queries, targets = (embeddings[:, :, v].reshape(-1, embeddings.shape[-1]) for v in (0, 1))
     info = {f"{s}_{name}": array for s in ("query", "target") for name, array in side.items()}
-    total, count, _ = contrastive_loss(queries, targets, info, Options(symmetric=True))
+    total, count, _ = contrastive_loss(queries, targets, info, OPTIONS)
     return total / count, {}
 
 

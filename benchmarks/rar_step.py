@@ -17,6 +17,7 @@ Axes: A micro-batches · C prompts of one · N = A C prompts · G answers of a p
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -36,10 +37,11 @@ from PIL import Image
 from running import train, write
 
 from afmrl_jax.attributes.text import Verdict, format_attributes, parse
+from afmrl_jax.configs.rar import get_config
 from afmrl_jax.core.chips import CHIPS, chip_of
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
-from afmrl_jax.losses.policy import Options, policy_loss
+from afmrl_jax.losses.policy import PolicyGradient, policy_loss
 from afmrl_jax.models import lora, sampler
 from afmrl_jax.models.config import QwenVLConfig
 from afmrl_jax.models.embedder import Embedder
@@ -47,14 +49,14 @@ from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
 from afmrl_jax.retrieval.exact import ExactIndex
 from afmrl_jax.rl.advantages import group_advantages
-from afmrl_jax.rl.rewards import Found, rewards
-from afmrl_jax.rl.rewards import Options as RewardOptions
+from afmrl_jax.rl.rewards import Found, Reward, rewards
 from afmrl_jax.rl.scoring import score_answers
 from afmrl_jax.training import accumulate
 
 PARTS = ("rollout", "parse", "embed", "search", "update")
 UNTIMED = 2  # first steps, which compile
 VOCABULARY_CHUNK = 16  # as configs/rar.py
+OPTIONS = dataclasses.replace(PolicyGradient.of(get_config()), kl=0.02)
 # Answers and titles of as many words as are wanted; what they say does not matter here.
 WORDS = "neckline closure sleeve volume colour fabric red blue cotton zip round long short large"
 WATCH_NOTHING = {
@@ -227,7 +229,7 @@ def make_update(config: QwenVLConfig, args: argparse.Namespace):
         flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in answers.items()}
         log_probs, entropy = (x.reshape(-1, x.shape[-1]) for x in scores)
         flat["old_log_probs"] = jax.lax.stop_gradient(log_probs)
-        return policy_loss(log_probs, entropy, flat, Options(kl=0.02))[:2]
+        return policy_loss(log_probs, entropy, flat, OPTIONS)[:2]
 
     @jax.jit
     def refer(params, rows, answers):
@@ -317,7 +319,10 @@ def make_embedder(args: argparse.Namespace):
 def make_search(width: int, args: argparse.Namespace) -> Callable[..., np.ndarray]:
     """(float32[N, G + 1, E], what was parsed) -> rewards float32[N, G], from a random gallery in
     which each query has one right listing."""
-    random, options = np.random.default_rng(2), RewardOptions("margin", k=50)
+    random, options = (
+        np.random.default_rng(2),
+        dataclasses.replace(Reward.of(get_config()), kind="margin"),
+    )
     vectors = random.normal(size=(args.gallery, width)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     index = ExactIndex("random").build(vectors, np.arange(args.gallery))

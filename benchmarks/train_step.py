@@ -15,6 +15,7 @@ Axes: A micro-batches · C pairs of one · V = 2 views (query, target) · B = A 
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -35,10 +36,11 @@ import optax
 from flax import nnx
 from PIL import Image
 
+from afmrl_jax.configs import agcl
 from afmrl_jax.core.chips import chip_of
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
-from afmrl_jax.losses.contrastive import Options, contrastive_loss
+from afmrl_jax.losses.contrastive import Contrastive, contrastive_loss
 from afmrl_jax.models import lora
 from afmrl_jax.models.config import QwenVLConfig
 from afmrl_jax.models.embedder import Embedder
@@ -54,7 +56,9 @@ TEMPERATURE, WEIGHT_DECAY, CLIP_NORM = 0.02, 0.05, 1.0
 # Small: one batch is learnt by heart in five steps at 1e-4, and then numbers too small to be
 # normal floats would be timed.
 LEARNING_RATE = 1e-6
-PLAIN = Options(temperature=TEMPERATURE, negative_weight="none", mask_attributes=None)
+PLAIN = dataclasses.replace(
+    Contrastive.of(agcl.get_config("vlm2vec")), temperature=TEMPERATURE, symmetric=False
+)
 DECODER = r"^layers\."  # which kernels --lora-rank adapts
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "torch", "numpy")
 COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX reports each compilation under this

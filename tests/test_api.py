@@ -169,7 +169,7 @@ def test_a_generator_describes_listings_with_confidence(catalog, tmp_path):
         (lambda m, c, r: aj.build_index(np.eye(3), ids=[0, 0, 1], model=m), "must be unique"),
         (lambda m, c, r: aj.evaluate(m, c, tasks="imgae->text"), "did you mean"),
         (lambda m, c, r: aj.open_catalog("nowhere"), "nowhere"),
-        (lambda m, c, r: aj.open_catalog("builtin", attribute="x"), "did you mean 'data.attri"),
+        (lambda m, c, r: aj.open_catalog("builtin", attribute="x"), "did you mean 'attributes"),
         (lambda m, c, r: aj.train("configs/agcl.py", "w", step=1), "did you mean 'steps'"),
         (lambda m, c, r: aj.train("configs/agcl.py", "w", steps="9"), "expected int, as"),
         (lambda m, c, r: aj.train("configs/agc.py", "w"), "did you mean configs/agcl.py"),

@@ -5,6 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,7 @@ from afmrl_jax.assembly.pretrained import find_pretrained
 from afmrl_jax.attributes.reading import read_answer
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.options import Options, between
 from afmrl_jax.data.processor import Row
 from afmrl_jax.data.views import evaluation_row
 
@@ -31,6 +33,37 @@ log = logging.getLogger(__name__)
 
 FAILURES = {Kind.ANSWERED: "", Kind.REFUSED: "refused", Kind.STOPPED: "stopped"}
 DIGITS = 4  # of a confidence in the file
+
+
+@dataclass(frozen=True)
+class EndpointQuestion(Options, section=""):
+    """What a model behind an endpoint is shown of a listing."""
+
+    prompt: str  # before its text
+    images: int = between(0)  # the first ones
+    image_side: int = between(16, 10_000)  # pixels of the longest side, at most
+    text_characters: int = between(0)  # the first ones
+
+
+@dataclass(frozen=True)
+class Api(Options, section="api"):
+    """An OpenAI-compatible endpoint."""
+
+    base_url: str
+    model: str  # its name there
+    key_variable: str  # the environment variable that holds the key
+    concurrency: int = between(1, 1000)  # requests at once
+    timeout: float = between(0.01, 3600)  # seconds that a server may be silent
+    retries: int = between(0, 100)  # of a request
+    options: str  # JSON sent with each request
+
+
+@dataclass(frozen=True)
+class BudgetLimits(Options, section="budget"):
+    """What one start of the program may spend; 0: no limit."""
+
+    requests: int = between(0)  # retries among them
+    tokens: int = between(0)  # of prompts, images and answers
 
 
 def pin_generator(config: ConfigDict) -> ConfigDict:
@@ -71,8 +104,8 @@ class Described:
 class Asked:
     """A model behind an endpoint answers, to the first process."""
 
-    def __init__(self, endpoint: "Endpoint", config: ConfigDict):
-        self._endpoint, self._config = endpoint, config
+    def __init__(self, endpoint: "Endpoint", question: EndpointQuestion):
+        self._endpoint, self._question = endpoint, question
 
     @property
     def spent(self) -> dict[str, int]:
@@ -85,7 +118,7 @@ class Asked:
 
     def answers(self, catalog: Catalog, listings: np.ndarray) -> Iterator[tuple[int, Said]]:
         """The answers beside their listings' numbers, as they come."""
-        rows = shown_rows(catalog, (int(i) for i in listings), self._config)
+        rows = shown_rows(catalog, (int(i) for i in listings), self._question)
         with contextlib.closing(self._endpoint.answers(rows)) as answers:
             for number, one in answers:
                 failure = FAILURES.get(one.kind, "unanswered")
@@ -93,8 +126,8 @@ class Asked:
                 yield number, Said(one.text, parsed, failure=failure, reason=one.reason)
 
 
-def open_endpoint(config: ConfigDict) -> "Endpoint":
-    """The model that answers. Of it, `main` uses `answers(rows)` and `budget`.
+def open_endpoint(question: EndpointQuestion, api: Api, limits: BudgetLimits) -> "Endpoint":
+    """The model that answers.
 
     Raises UserError where the client is missing, or a field can't be right.
     """
@@ -104,7 +137,6 @@ def open_endpoint(config: ConfigDict) -> "Endpoint":
         raise UserError(
             f"annotate needs the package {error.name}: install it with pip install -e '.[annotate]'"
         ) from None
-    api = config.api
     if not api.model:
         raise UserError("say which model answers, as --config.api.model=NAME")
     if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", api.key_variable):
@@ -121,19 +153,21 @@ def open_endpoint(config: ConfigDict) -> "Endpoint":
         api.base_url,
         api.model,
         key,
-        prompt=config.prompt,
+        prompt=question.prompt,
         options=api.options,
-        budget=Budget(config.budget.requests, config.budget.tokens),
+        budget=Budget(limits.requests, limits.tokens),
         concurrency=api.concurrency,
         timeout=api.timeout,
         retries=api.retries,
     )
 
 
-def shown_rows(catalog: Catalog, listings: Iterable[int], config: ConfigDict) -> Iterator[Row]:
+def shown_rows(
+    catalog: Catalog, listings: Iterable[int], question: EndpointQuestion
+) -> Iterator[Row]:
     """What the model is shown of each listing: its images made smaller, its text cut."""
     for index in listings:
-        row = evaluation_row(catalog, index, "image+text", max_images=config.images)
+        row = evaluation_row(catalog, index, "image+text", max_images=question.images)
         for image in row.images:
-            image.thumbnail((config.image_side, config.image_side))
-        yield Row(row.text[: config.text_characters], row.images)
+            image.thumbnail((question.image_side, question.image_side))
+        yield Row(row.text[: question.text_characters], row.images)

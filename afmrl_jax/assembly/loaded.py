@@ -66,7 +66,7 @@ class LoadedEncoder:
 
     @classmethod
     def of(
-        cls, source: Pretrained[Encoder], mesh: Mesh, batch: int, otherwise: EncoderOptions
+        cls, source: Pretrained[Encoder], mesh: Mesh, batch: int, otherwise: EncoderOptions | None
     ) -> Self:
         """Reads the parameters. otherwise: how a model is used that knows no run of its own."""
         encoder = source.with_options(otherwise)

@@ -35,7 +35,7 @@ class EncoderRows(RowOptions):
 class GeneratorRows(RowOptions):
     """The rows of a generator, and the answers behind them."""
 
-    max_answer: int = between(2)  # tokens
+    max_answer: int = between(2)  # tokens, the end of the turn among them
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Pretrained(Generic[AnyAssembly]):
     config: Mapping[str, Any] | None = None  # of its run, as its record has it
     evaluation: dict | None = None  # its run's evaluation.json, where that judged this step
 
-    def with_options(self, options: AnyOptions) -> AnyAssembly:
+    def with_options(self, options: AnyOptions | None) -> AnyAssembly:
         """The model as its run used it; with these options where it has no run."""
         if self.model.options is not None:
             return self.model

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from afmrl_jax.attributes import comparison
 from afmrl_jax.attributes.bm25 import version_of
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import flatten, to_json, with_limits
+from afmrl_jax.core.fields import flatten
 from afmrl_jax.core.pages import program_fields
 
 log = logging.getLogger(__name__)
@@ -51,10 +51,10 @@ BEFORE = {
 def recorded(saved: str | Mapping[str, Any]) -> ConfigDict:
     """A run's configuration, from its record; fields that are newer have BEFORE's values.
 
-    saved: as `to_json` wrote it, or what JSON makes of that. Raises UserError where it is neither.
+    saved: its JSON, or what that says. Raises UserError where it is neither.
     """
     try:
-        config = with_limits(json.loads(saved) if isinstance(saved, str) else saved)
+        config = json.loads(saved) if isinstance(saved, str) else saved
         program, fields = config.get("program"), flatten(config)
     except (ValueError, AttributeError):
         raise UserError("the record of a run holds no configuration") from None
@@ -80,7 +80,7 @@ def check_unchanged(
         raise UserError(
             f"{workdir}: {error}; bring it back, or start anew with another --workdir"
         ) from None
-    now, older = flatten(with_limits(json.loads(to_json(config)))), flatten(json.loads(saved))
+    now, older = flatten(json.loads(config.to_json())), flatten(json.loads(saved))
     if before.get("program") != now["program"]:
         raise UserError(
             f"{workdir} holds a run of {before.get('program')}: give {now['program']} another "

@@ -18,6 +18,7 @@ from afmrl_jax.attributes.comparison import VERSION
 from afmrl_jax.attributes.text import MAX_CHARACTERS, MAX_PAIRS, format_attributes, normalise
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.files import write_atomically
+from afmrl_jax.core.options import Options, between
 from afmrl_jax.data.fitting import fitting
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.stream import Batch
@@ -120,6 +121,14 @@ def described(catalog: Catalog, split: str, cache: Path) -> np.ndarray:
             )
         write_atomically(path, listings[say_something])
     return np.load(path)
+
+
+@dataclass(frozen=True)
+class AnswerOptions(Options, section="data"):
+    """The answers that a generator learns."""
+
+    buckets: int = between(1)  # lengths that batches are padded to
+    answer_dropout: float = between(0, 1)  # of the attributes, left out at random
 
 
 @dataclass(frozen=True)

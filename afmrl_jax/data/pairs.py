@@ -13,19 +13,32 @@ from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.catalog.groups import listings_by_product
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.options import Options, between
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.stream import Batch
-from afmrl_jax.data.views import Augmentation, listing_text, training_row
+from afmrl_jax.data.views import Augmentation, OtherAttributes, listing_text, training_row
 
 
 @dataclass(frozen=True)
-class Composition:
-    """How a batch is put together."""
+class Composition(Options, section="data"):
+    """Which products stand beside each other in a batch."""
 
-    batch: int  # pairs
-    lookalike_share: float  # of the pairs that come in groups of look-alikes
-    lookalike_group: int  # products a group
-    hard_negatives: int  # mined negatives a query
+    lookalike_share: float = between(0, 1)  # of the pairs that come in groups of look-alikes
+    lookalike_group: int = between(2)  # products a group
+    hard_negatives: int = between(0)  # mined negatives a query
+    neighbours: int = between(1)  # look-alikes remembered of each product
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hard_negatives > self.neighbours:
+            raise UserError(
+                f"data.hard_negatives is {self.hard_negatives}, but data.neighbours keeps "
+                f"{self.neighbours}: raise data.neighbours"
+            )
+
+    @property
+    def needs_look_alikes(self) -> bool:
+        return bool(self.lookalike_share or self.hard_negatives)
 
 
 class PairSampler:
@@ -40,59 +53,46 @@ class PairSampler:
         self,
         catalog: Catalog,
         split: str,
+        batch: int,
         composition: Composition,
         seed: int,
         neighbours: np.ndarray | None,
     ):
-        """neighbours: int32[P, K] of `look_alikes`; None where the composition needs none.
-
-        Raises UserError for a batch larger than the number of products, or shares out of range.
-        """
+        """batch: pairs of a global batch. neighbours: int32[P, K] of `look_alikes`; None where the
+        composition needs none. Raises UserError for a batch larger than the number of products."""
         self._listings, self._starts = listings_by_product(catalog, split)
-        self._composition, self._seed, self._neighbours = composition, seed, neighbours
+        self._batch, self._composition = batch, composition
+        self._seed, self._neighbours = seed, neighbours
         products = len(self._starts) - 1
         if not products:
             raise UserError(f"{catalog.name} has no listings in its {split} split to train on")
-        if composition.batch > products:
+        if batch > products:
             raise UserError(
-                f"a batch of {composition.batch} pairs needs as many products, but the training "
+                f"a batch of {batch} pairs needs as many products, but the training "
                 f"split of {catalog.name} has {products}: set batch to {products} or less"
-            )
-        if not 0 <= composition.lookalike_share <= 1:
-            raise UserError(
-                f"data.lookalike_share is {composition.lookalike_share}: give a share of 0 to 1"
-            )
-        if composition.lookalike_group < 2:
-            raise UserError(
-                f"data.lookalike_group is {composition.lookalike_group}: a group has 2 or more"
-            )
-        if neighbours is not None and composition.hard_negatives > neighbours.shape[1]:
-            raise UserError(
-                f"data.hard_negatives is {composition.hard_negatives}, but data.neighbours keeps "
-                f"{neighbours.shape[1]}: raise data.neighbours"
             )
         self._order = grain.MapDataset.range(products).seed(seed).shuffle().repeat()
 
     def products(self, step: int) -> np.ndarray:
         """int64[B]: the products of a batch, all different; look-alikes of one leader in a row."""
-        c = self._composition
-        order = [int(self._order[step * c.batch + slot]) for slot in range(c.batch)]
+        batch, c = self._batch, self._composition
+        order = [int(self._order[step * batch + slot]) for slot in range(batch)]
         waiting = iter(order)
         chosen: dict[int, None] = {}  # an ordered set
-        grouped = round(c.lookalike_share * c.batch)
+        grouped = round(c.lookalike_share * batch)
         for leader in waiting if grouped else ():
             chosen[leader] = None
-            room = min(c.lookalike_group - 1, c.batch - len(chosen))
+            room = min(c.lookalike_group - 1, batch - len(chosen))
             fresh = (int(n) for n in self._neighbours[leader] if n >= 0 and int(n) not in chosen)
             chosen.update(dict.fromkeys(n for _, n in zip(range(room), fresh)))
             if len(chosen) >= grouped:
                 break
         for product in waiting:
-            if len(chosen) == c.batch:
+            if len(chosen) == batch:
                 break
             chosen[product] = None
         spare = iter(range(len(self._starts) - 1))
-        while len(chosen) < c.batch:  # an epoch's end, where the order repeats a product
+        while len(chosen) < batch:  # an epoch's end, where the order repeats a product
             chosen[next(spare)] = None
         return np.fromiter(chosen, np.int64)
 
@@ -131,6 +131,7 @@ class PairBatches:
     processor: Processor
     statistics: CorpusStatistics
     augmentation: Augmentation
+    others: OtherAttributes
     query_views: tuple[tuple[str, ...], np.ndarray]
     target_views: tuple[tuple[str, ...], np.ndarray]
     max_terms: int
@@ -187,6 +188,7 @@ class PairBatches:
                 view,
                 rng,
                 self.augmentation,
+                others=self.others,
                 shorten=shorten and column < 2,
             )
             for column, (listing, draw, view) in enumerate(zip(listings, draws, chosen))

@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -29,6 +30,7 @@ import numpy as np
 from absl import flags
 
 from afmrl_jax.core.errors import TryAgain
+from afmrl_jax.core.options import Options, between
 
 Batch = dict[str, np.ndarray]
 
@@ -59,6 +61,14 @@ def _live_with_parent(notes: str, worker: int, _: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+@dataclass(frozen=True)
+class StreamOptions(Options, section="data"):
+    """Who makes batches ahead, and how long one is waited for."""
+
+    workers: int = between(0)  # processes; 0: a thread of this one
+    timeout: float = between(1, 1_000_000)  # seconds a batch, the first one's with workers' start
+
+
 class Batches(Protocol):
     """step -> batch, by indexing; `listing`, int32[A, C, ...], says which listings it shows.
 
@@ -71,11 +81,11 @@ class Batches(Protocol):
 
 
 class Stream:
-    """Iterates batches from `next_step` on, made ahead by worker processes (0: in a thread)."""
+    """Iterates batches from `next_step` on, made ahead by worker processes or in a thread."""
 
-    def __init__(self, batches: Batches, next_step: int, workers: int, timeout: float):
-        """next_step: the stream's state, the first step to deliver. timeout: seconds that a batch
-        is waited for, the first one's with the start of the workers."""
+    def __init__(self, batches: Batches, next_step: int, options: StreamOptions):
+        """next_step: the stream's state, the first step to deliver."""
+        workers = options.workers
         self._notes = tempfile.TemporaryDirectory(prefix="afmrl_workers_")
         # A worker reads ahead in a thread; without one, the thread below does.
         threads = min(workers, 1)
@@ -91,7 +101,7 @@ class Stream:
             )
         self._iterator = iter(dataset)
         self.next_step = self._first_step = next_step
-        self.timeout, self._workers = timeout, workers
+        self.timeout, self._workers = options.timeout, workers
         self._others = set(multiprocessing.active_children())
         # Grain waits without end for a worker that hangs, so that a thread must wait for Grain; as
         # a daemon it does not keep a process that ends.

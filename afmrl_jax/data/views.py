@@ -7,7 +7,7 @@ attributes join it only when asked.
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -15,6 +15,7 @@ from PIL import Image
 from afmrl_jax.attributes.text import format_attributes, normalise
 from afmrl_jax.catalog.listings import Catalog, Listing
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.options import Options, between
 from afmrl_jax.data.processor import Processor, Row
 
 VIEWS = ("image+text", "image", "text")
@@ -45,16 +46,18 @@ def parse_mixture(text: str, field: str) -> tuple[tuple[str, ...], np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Augmentation:
+class Augmentation(Options, section="data"):
     """How a training view differs from the listing as it stands."""
 
-    crop_area: float  # least share of the image's area that a crop keeps
-    flip_share: float  # of images mirrored
-    attribute_share: float  # of texts that carry the structured attributes
-    attribute_dropout: float  # of those, attributes left out
-    attribute_noise: float  # of those, values replaced by those of another of its category
-    # category -> attributes of some of its listings, whence other values come
-    others: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)
+    crop_area: float = between(0.01, 1)  # least share of the image's area that a crop keeps
+    flip_share: float = between(0, 1)  # of images mirrored
+    attribute_share: float = between(0, 1)  # of texts that carry the structured attributes
+    attribute_dropout: float = between(0, 1)  # of those, attributes left out
+    attribute_noise: float = between(0, 1)  # of those, values replaced by another listing's
+
+
+# category -> attributes of some of its listings, whence the values of attribute noise come
+OtherAttributes = Mapping[str, Sequence[Mapping[str, str]]]
 
 
 def attribute_pairs(attributes: Mapping[str, str]) -> list[str]:
@@ -133,6 +136,7 @@ def training_row(
     rng: np.random.Generator,
     options: Augmentation,
     *,
+    others: OtherAttributes,
     shorten: bool = False,
 ) -> Row:
     """One augmented view, with one image; `shorten` keeps a random half of the text's words.
@@ -148,7 +152,7 @@ def training_row(
     if "text" in view or image is None:
         attributes = None
         if rng.random() < options.attribute_share:
-            attributes = _corrupted(listing, rng, options)
+            attributes = _corrupted(listing, rng, options, others.get(listing.category, ()))
         row = listing_row(listing, (), attributes)
         if shorten:
             row = _shortened(row, rng)
@@ -172,9 +176,14 @@ def _shortened(row: Row, rng: np.random.Generator) -> Row:
     return Row(" ".join(words[i] for i in kept), attributes=tuple(places))
 
 
-def _corrupted(listing: Listing, rng: np.random.Generator, options: Augmentation) -> dict[str, str]:
+def _corrupted(
+    listing: Listing,
+    rng: np.random.Generator,
+    options: Augmentation,
+    others: Sequence[Mapping[str, str]],
+) -> dict[str, str]:
     """Attributes as a generator would give them: some missing, some with another's value."""
-    shown, others = {}, options.others.get(listing.category, ())
+    shown = {}
     for name, value in listing.attributes.items():
         if rng.random() < options.attribute_dropout:
             continue

@@ -32,11 +32,17 @@ from ml_collections import ConfigDict
 from afmrl_jax.assembly.encoder import Encoder
 from afmrl_jax.assembly.loaded import LoadedEncoder
 from afmrl_jax.assembly.model import abstract_params, placed
-from afmrl_jax.assembly.options import EncoderOptions, PresetOptions, TrainingOptions
+from afmrl_jax.assembly.options import (
+    Embedding,
+    EncoderOptions,
+    EncoderRows,
+    PresetOptions,
+    TrainingOptions,
+)
 from afmrl_jax.assembly.pretrained import Base, Pretrained, find_pretrained, planned, read_base
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.catalog.listings import Catalog
-from afmrl_jax.catalog.opening import cache_folder, open_catalogue
+from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, checkpoint_folder
 from afmrl_jax.checkpoints.record import (
     catalogue_record,
@@ -46,10 +52,9 @@ from afmrl_jax.checkpoints.record import (
 )
 from afmrl_jax.checkpoints.state import TrainState, abstract_state, init_state, zeros
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, replicated
-from afmrl_jax.core.options import check_options
+from afmrl_jax.core.options import Options, among, between, check_options
 from afmrl_jax.core.processes import first_says
 from afmrl_jax.data.answers import described
 from afmrl_jax.data.corpus import (
@@ -61,22 +66,21 @@ from afmrl_jax.data.corpus import (
 )
 from afmrl_jax.data.pairs import Composition, PairBatches, PairSampler
 from afmrl_jax.data.processor import Processor
-from afmrl_jax.data.stream import Stream
+from afmrl_jax.data.stream import Stream, StreamOptions
 from afmrl_jax.data.views import Augmentation, listing_text, parse_mixture, sampled_cuts
-from afmrl_jax.losses.contrastive import CAN_BE_OFF, Options, contrastive_loss
-from afmrl_jax.losses.contrastive import FIELDS as LOSS_FIELDS
-from afmrl_jax.losses.labels import Labels, frequent_labels, label_loss
+from afmrl_jax.losses.contrastive import Contrastive, contrastive_loss
+from afmrl_jax.losses.labels import LabelHead, Labels, frequent_labels, label_loss
 from afmrl_jax.models import lora
 from afmrl_jax.planning import cost
 from afmrl_jax.planning.report import Part, check_fits, step_part
-from afmrl_jax.retrieval.evaluator import Evaluator, catalogue_attributes, enrichment
+from afmrl_jax.retrieval.evaluator import SIDES, Evaluator, catalogue_attributes, enrichment
 from afmrl_jax.retrieval.scores import results_table, write_evaluation
 from afmrl_jax.retrieval.tasks import Task, choose_tasks, parse_task, validation_task
 from afmrl_jax.training import gradcache
 from afmrl_jax.training.goodput import Clock, abstract_host
 from afmrl_jax.training.loop import Training, fit
-from afmrl_jax.training.optimizer import RANGES as OPTIMIZER_RANGES
-from afmrl_jax.training.optimizer import make_optimizer
+from afmrl_jax.training.optimizer import Optimizer, make_optimizer
+from afmrl_jax.training.schedule import Schedule
 from afmrl_jax.training.tracing import traced_steps
 
 log = logging.getLogger(__name__)
@@ -88,31 +92,41 @@ HEAD = "head"  # the name of its parameters beside the encoder's
 EVALUATIONS = {"before": "evaluation_before.json", "after": "evaluation.json"}
 TOKENIZER_LISTINGS = 20_000  # whose texts a preset's tokenizer is trained on
 VALIDATION_LISTINGS = 600
-RANGES = {  # field -> lowest and highest, or its words
-    **OPTIMIZER_RANGES,
-    **LOSS_FIELDS,
-    "eval.attributes": ("none", "oracle"),
-    "seed": (0, 2**31 - 1),
-    "log_every": (1, math.inf),
-    "eval_every": (0, math.inf),
-    "checkpoint_every": (0, math.inf),
-    "batch": (1, math.inf),
-    "micro_batches": (1, math.inf),
-    "eval.batch": (1, math.inf),
-    "model.embedding_dim": (0, math.inf),
-    "data.workers": (0, math.inf),
-    "data.timeout": (1, 1_000_000),
-    "data.neighbours": (1, math.inf),
-    "data.hard_negatives": (0, math.inf),
-    "data.max_terms": (1, math.inf),
-    "data.crop_area": (0.01, 1),
-    "data.flip_share": (0, 1),
-    "data.attribute_share": (0, 1),
-    "data.attribute_dropout": (0, 1),
-    "data.attribute_noise": (0, 1),
-    "loss.head_weight": (0, 1000),
-    "loss.head_labels": (1, math.inf),
-}
+
+
+@dataclass(frozen=True)
+class PairTraining(Options, section=""):
+    """What a run trains on, and begins with."""
+
+    batch: int = between(1)  # pairs
+    init_from: str  # a checkpoint or a Hugging Face folder; "" = from scratch
+
+
+@dataclass(frozen=True)
+class PairRows(Options, section="data"):
+    """What the rows of a pair show."""
+
+    query_views: str
+    target_views: str
+    described_only: bool  # training listings without attributes are left out
+    max_terms: int = between(1)  # attribute terms kept of a listing
+
+
+@dataclass(frozen=True)
+class EncoderEvaluation(Options, section="eval"):
+    """How the encoder is judged."""
+
+    tasks: str
+    batch: int = between(1)  # rows embedded at once
+    attributes: str = among("none", "oracle")  # oracle: the catalogue's join the texts
+    enrich: str = among(*SIDES)  # the side whose texts they join
+
+
+OPTIONS = (
+    *(Schedule, PairTraining, Optimizer, Contrastive, LabelHead),
+    *(Embedding, EncoderRows, TrainingOptions, PresetOptions),
+    *(CatalogOptions, Composition, Augmentation, PairRows, StreamOptions, EncoderEvaluation),
+)
 
 
 @dataclass(frozen=True)
@@ -140,7 +154,7 @@ def build(
             f"micro_batches is {config.micro_batches}, which does not divide the batch of "
             f"{config.batch}"
         )
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(Optimizer.of(config), config.steps)
     params = abstract_params(enc, mesh)
     trained, frozen = lora.split(params)
     loss, head = _objective(config, enc, statistics, mesh)
@@ -231,11 +245,7 @@ def _objective(
     config: ConfigDict, enc: Encoder, statistics: CorpusStatistics, mesh: Mesh
 ) -> tuple[Callable[..., tuple[jax.Array, dict[str, jax.Array]]], Any]:
     """`_loss` of (trained, embeddings, batch), and the head's abstract parameters; {} without."""
-    asked = {name: config.loss[name] for name in Options.__annotations__}
-    # A flag can't say None, so a threshold that nothing passes turns a mask off.
-    options = Options(
-        **{k: None if v == math.inf and k in CAN_BE_OFF else v for k, v in asked.items()}
-    )
+    options = Contrastive.of(config)
     weight, labels, head = config.loss.head_weight, None, {}
     if weight:
         labels = frequent_labels(statistics, config.loss.head_labels)
@@ -251,7 +261,7 @@ def _loss(
     embeddings: jax.Array,
     batch: dict[str, jax.Array],
     *,
-    options: Options,
+    options: Contrastive,
     labels: Labels | None,
     head_weight: float,
     mesh: Mesh,
@@ -291,8 +301,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     # ---- what is asked, and what is there
     clock = Clock(workdir / "goodput.json")
     first_process = jax.process_index() == 0
-    check_ranges(flatten(config), RANGES)
-    check_options(config, (EncoderOptions, PresetOptions, TrainingOptions))
+    check_options(config, OPTIONS)
     traced_steps(config.profile, config.steps)
     tasks = [parse_task(name) for name in config.eval.tasks.split(",")]
     local = local_rows(mesh, config.batch // config.micro_batches, "batch / micro_batches")
@@ -302,9 +311,10 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             check_unchanged(saved["config"], config, workdir)
 
         # ---- catalogue and encoder
-        catalog = open_catalogue(config.data.path, config.data, workdir)
+        listings_of = CatalogOptions.of(config)
+        catalog = open_catalogue(listings_of, workdir)
         if config.data.described_only:
-            catalog = TrainedOn(catalog, described(catalog, "train", cache_folder(config.data)))
+            catalog = TrainedOn(catalog, described(catalog, "train", listings_of.cache_folder))
         if saved:
             check_catalogue(saved, catalog.fingerprint, config.data.path, workdir)
         shown = catalogue_attributes(catalog) if config.eval.attributes == "oracle" else None
@@ -321,12 +331,12 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         processor = enc.processor()
         _tell_of_cut_attributes(config.data, catalog, processor)
         record = enc.record() | {
-            "config": to_json(config),
+            "config": config.to_json(),
             "statistics": statistics.to_json(),
             **catalogue_record(catalog.fingerprint),
         }
         if first_process:
-            write_atomically(workdir / "config.json", to_json(config, indent=2))
+            write_atomically(workdir / "config.json", config.to_json(indent=2))
             write_atomically(workdir / "tokenizer.json", record["tokenizer"])
 
         # ---- state, step and judges
@@ -404,18 +414,16 @@ def _validate(
 
 def _sampler(config: ConfigDict, catalog: Catalog) -> tuple[CorpusStatistics, PairSampler]:
     """BM25's statistics of the training split, and the sampler with its look-alikes."""
-    data = config.data
-    cache = cache_folder(data) / "corpus"
-    composition = Composition(
-        config.batch, data.lookalike_share, data.lookalike_group, data.hard_negatives
-    )
+    cache = CatalogOptions.of(config).cache_folder / "corpus"
+    composition = Composition.of(config)
     statistics = corpus_statistics(catalog, "train", cache)
     if config.loss.head_weight:
-        _tell_of_cut_labels(catalog, statistics, data.max_terms)
+        _tell_of_cut_labels(catalog, statistics, config.data.max_terms)
     neighbours = None
-    if data.lookalike_share or data.hard_negatives:
-        neighbours = look_alikes(catalog, "train", data.neighbours, statistics, cache)
-    return statistics, PairSampler(catalog, "train", composition, config.seed, neighbours)
+    if composition.needs_look_alikes:
+        neighbours = look_alikes(catalog, "train", composition.neighbours, statistics, cache)
+    sampler = PairSampler(catalog, "train", config.batch, composition, config.seed, neighbours)
+    return statistics, sampler
 
 
 def _tell_of_cut_labels(catalog: Catalog, statistics: CorpusStatistics, most: int) -> None:
@@ -449,21 +457,16 @@ def _open_stream(
 ) -> Callable[[int], Stream]:
     """A function from the next step to the stream of batches that begins there."""
     data = config.data
-    noisy = data.attribute_share and data.attribute_noise
+    augmentation = Augmentation.of(config)
+    noisy = augmentation.attribute_share and augmentation.attribute_noise
     others = attributes_by_category(example_listings(catalog, "train")) if noisy else {}
     batches = PairBatches(
         catalog=catalog,
         sampler=sampler,
         processor=processor,
         statistics=statistics,
-        augmentation=Augmentation(
-            crop_area=data.crop_area,
-            flip_share=data.flip_share,
-            attribute_share=data.attribute_share,
-            attribute_dropout=data.attribute_dropout,
-            attribute_noise=data.attribute_noise,
-            others=others,
-        ),
+        augmentation=augmentation,
+        others=others,
         query_views=parse_mixture(data.query_views, "data.query_views"),
         target_views=parse_mixture(data.target_views, "data.target_views"),
         max_terms=data.max_terms,
@@ -472,7 +475,7 @@ def _open_stream(
         seed=config.seed,
         steps=config.steps,
     )
-    return lambda step: Stream(batches, step, data.workers, data.timeout)
+    return lambda step: Stream(batches, step, StreamOptions.of(config))
 
 
 def _encoder(

@@ -8,6 +8,7 @@
 
 import json
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -21,19 +22,33 @@ from afmrl_jax.assembly.model import abstract_params
 from afmrl_jax.assembly.options import DTYPES, EncoderOptions
 from afmrl_jax.assembly.pretrained import RECORD, Pretrained, find_pretrained, kind_of
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.options import Options, among, check_options
+from afmrl_jax.programs.evaluate import FOLDER_OPTIONS
 from afmrl_jax.retrieval.scores import results_table
+
+
+@dataclass(frozen=True)
+class ExportedFolder(Options, section=""):
+    """What is written, and where to."""
+
+    checkpoint: str  # a workdir, a checkpoint or a Hugging Face folder
+    best: bool  # of a workdir, the best on validation instead of the last
+    out: str  # the folder to write
+    dtype: str = among(*DTYPES)  # of the weights written
+
+
+OPTIONS = (ExportedFolder, *FOLDER_OPTIONS)
 
 
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Writes the folder config.out; see configs/export.py."""
     # ---- model
+    check_options(config, OPTIONS)
     if not config.checkpoint or not config.out:
         raise UserError(
             "say what to export and where to, as --config.checkpoint=runs/agcl "
             "--config.out=exported"
         )
-    if config.dtype not in DTYPES:
-        raise UserError(f"dtype is {config.dtype!r}: use {' or '.join(DTYPES)}")
     if jax.process_count() > 1:
         raise UserError("export runs in one process: it writes one folder from whole parameters")
     out = Path(config.out)

@@ -24,7 +24,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_ranges, flatten
+from afmrl_jax.core.options import check_options
 from afmrl_jax.planning.search import Choice, Tried, _advice, _tried_table, search
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def reports_of(config: ConfigDict, devices: list[Any]) -> list[Any]:
 
     mesh = make_mesh(dict(config.mesh), devices)
     program = importlib.import_module(f"afmrl_jax.programs.{config.program}")
-    check_ranges(flatten(config), program.RANGES)
+    check_options(config, program.OPTIONS)
     reports = []
     for part in program.plan(config, mesh):
         compiled, report = compile_part(part, mesh)

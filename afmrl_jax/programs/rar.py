@@ -20,8 +20,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,18 @@ from ml_collections import ConfigDict
 from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.loaded import LoadedEncoder, LoadedGenerator
 from afmrl_jax.assembly.model import abstract_params
-from afmrl_jax.assembly.options import DTYPES, GeneratorOptions, TrainingOptions
+from afmrl_jax.assembly.options import (
+    DTYPES,
+    Computation,
+    GeneratorOptions,
+    GeneratorRows,
+    TrainingOptions,
+)
 from afmrl_jax.assembly.pretrained import Base, find_pretrained, planned, read_base
 from afmrl_jax.attributes import comparison
 from afmrl_jax.catalog.groups import askers, whole_products
 from afmrl_jax.catalog.listings import Catalog
-from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, checkpoint_folder
 from afmrl_jax.checkpoints.record import (
     MAY_CHANGE,
@@ -50,58 +56,61 @@ from afmrl_jax.checkpoints.record import (
 )
 from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.logs import cut_back
 from afmrl_jax.core.mesh import local_rows, put_batch
-from afmrl_jax.core.options import check_options
+from afmrl_jax.core.options import Options, between, check_options
 from afmrl_jax.data.queries import QueryBatches
-from afmrl_jax.data.stream import Stream
+from afmrl_jax.data.stream import Stream, StreamOptions
 from afmrl_jax.data.views import sampled_cuts
-from afmrl_jax.losses.policy import RANGES as POLICY_RANGES
+from afmrl_jax.losses.policy import PolicyGradient
 from afmrl_jax.models import lora
 from afmrl_jax.models.partition import MATRIX
 from afmrl_jax.models.sampler import Samples
 from afmrl_jax.planning.report import Part, check_fits
 from afmrl_jax.rl.environment import Environment, Judged, Laps, append_groups, none_is_read
-from afmrl_jax.rl.gallery import Gallery, open_gallery
+from afmrl_jax.rl.gallery import Gallery, GallerySize, open_gallery
 from afmrl_jax.rl.held_out import Arms, HeldOut, Said, comparison_table
 from afmrl_jax.rl.policy import Built, build, parts
-from afmrl_jax.rl.rewards import RANGES as REWARD_RANGES
-from afmrl_jax.rl.rewards import Options as RewardOptions
-from afmrl_jax.rl.rewards import bounded_k
-from afmrl_jax.rl.watch import RANGES as WATCH_RANGES
-from afmrl_jax.rl.watch import Limits, stopped, watch
+from afmrl_jax.rl.rewards import Reward, bounded_k
+from afmrl_jax.rl.watch import WatchLimits, stopped, watch
 from afmrl_jax.training.goodput import Clock
 from afmrl_jax.training.loop import Training, fit
-from afmrl_jax.training.optimizer import RANGES as OPTIMIZER_RANGES
+from afmrl_jax.training.optimizer import Optimizer
+from afmrl_jax.training.schedule import Schedule
 from afmrl_jax.training.tracing import traced_steps
 
-RANGES = {  # field -> lowest and highest, or its words
-    **OPTIMIZER_RANGES,
-    **REWARD_RANGES,
-    **POLICY_RANGES,
-    **WATCH_RANGES,
-    "seed": (0, 2**31 - 1),
-    "log_every": (1, math.inf),
-    "eval_every": (0, math.inf),
-    "checkpoint_every": (0, math.inf),
-    "queries": (1, math.inf),
-    "samples": (2, math.inf),
-    "temperature": (0.01, 100),
-    "micro_batches": (1, math.inf),
-    "inner_epochs": (1, math.inf),
-    "vocabulary_chunk": (1, math.inf),
-    "rollouts_every": (0, math.inf),
-    "reward.gallery": (2, math.inf),
-    "reward.batch": (1, math.inf),
-    "data.workers": (0, math.inf),
-    "data.timeout": (1, 1_000_000),
-    "eval.batch": (1, math.inf),
-    "eval.validation_listings": (1, math.inf),
-    "eval.listings": (1, math.inf),
-}
 NO_EFFECT = (*MAY_CHANGE, "rollouts_every", "watch.")  # on what a run computes
+
+
+@dataclass(frozen=True)
+class RolloutOptions(Options, section=""):
+    """Whose answers are drawn, how many, and what is done with them."""
+
+    generator: str  # a workdir, a checkpoint or a Hugging Face folder
+    encoder: str  # a workdir, a checkpoint or a folder exported from one
+    queries: int = between(1)
+    samples: int = between(2)  # answers to each query
+    temperature: float = between(0.01, 100)
+    inner_epochs: int = between(1)  # updates by the answers of one step
+    vocabulary_chunk: int = between(1)  # tokens of each row whose logits are in memory at once
+    rollouts_every: int = between(0)  # queries of which one is kept; 0: none
+
+
+@dataclass(frozen=True)
+class HeldOutQueries(Options, section="eval"):
+    """How the generator is judged."""
+
+    batch: int = between(1)  # listings answered at once
+    validation_listings: int = between(1)
+    listings: int = between(1)  # of the test split
+
+
+OPTIONS = (
+    *(Schedule, RolloutOptions, Optimizer, Computation, TrainingOptions, PolicyGradient, Reward),
+    *(GallerySize, WatchLimits, CatalogOptions, StreamOptions, HeldOutQueries),
+)
+FOLDER_OPTIONS = (GeneratorRows,)  # of a generator that does not know its rows
 
 
 def sampler_weights(trained: Any, frozen: Any) -> Any:
@@ -129,7 +138,7 @@ class Step:
         self._config, self._built, self._generator = config, built, generator
         self._frozen, self._reference = frozen, reference
         self._batches, self._environment = batches, environment
-        self._limits, self._workdir, self._mesh = Limits(**config.watch), workdir, mesh
+        self._limits, self._workdir, self._mesh = WatchLimits.of(config), workdir, mesh
 
     def __call__(self, state: TrainState, rows: dict[str, jax.Array]):
         laps, number = Laps(), int(state.step)
@@ -229,8 +238,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     # ---- what is asked, and what is there
     clock = Clock(workdir / "goodput.json")
     first_process = jax.process_index() == 0
-    check_ranges(flatten(config), RANGES)
-    check_options(config, (GeneratorOptions, TrainingOptions))
+    check_options(config, OPTIONS)
     traced_steps(config.profile, config.steps)
     local = local_rows(mesh, _share(config), "queries / micro_batches")
     with Checkpoints(checkpoint_folder(config, workdir), writable=True) as checkpoints:
@@ -240,14 +248,14 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         config, generator, base = _generator(config, saved)
         if saved:
             check_unchanged(saved["config"], config, workdir, NO_EFFECT)
-        catalog = open_catalogue(config.data.path, config.data, workdir)
+        catalog = open_catalogue(CatalogOptions.of(config), workdir)
         if saved:
             check_catalogue(saved, catalog.fingerprint, config.data.path, workdir)
         encoder, encoder_base = _encoder(config, saved, mesh)
         _check_attributes_are_read(config, catalog, encoder)
 
         # ---- galleries
-        options = RewardOptions(**_fields(RewardOptions, config.reward))
+        options = Reward.of(config)
         opened = functools.partial(_gallery, config, workdir, catalog, encoder)
         gallery = opened("train")
         if gallery is None:
@@ -282,7 +290,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             said = speaker.describe(catalog, listings)
             return [Said(one.answer.text, one.sure) for one in said]
 
-        judge = Arms(workdir, held_out, say, Limits(**config.watch))
+        judge = Arms(workdir, held_out, say, WatchLimits.of(config))
         if saved:
             state = checkpoints.restore(checkpoints.latest, built.abstract)
             if not judge.has_begun():  # checkpoints elsewhere outlive a workdir
@@ -292,7 +300,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             judge.begin(state.params)
         del params
         if first_process:
-            write_atomically(workdir / "config.json", to_json(config, indent=2))
+            write_atomically(workdir / "config.json", config.to_json(indent=2))
             write_atomically(workdir / "tokenizer.json", generator.record()["tokenizer"])
             cut_back(workdir / "rollouts.jsonl", int(state.step))
 
@@ -315,9 +323,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 step=Step(
                     config, built, generator, frozen, reference, batches, environment, workdir, mesh
                 ),
-                open_stream=lambda step: Stream(
-                    batches, step, config.data.workers, config.data.timeout
-                ),
+                open_stream=lambda step: Stream(batches, step, StreamOptions.of(config)),
                 examples=config.queries * config.samples,
                 unit="answers",
                 chunk=_share(config),
@@ -326,7 +332,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 record=generator.record()
                 | base.record()
                 | {"encoder": json.dumps(dataclasses.asdict(encoder_base))}
-                | {"config": to_json(config), **catalogue_record(catalog.fingerprint)},
+                | {"config": config.to_json(), **catalogue_record(catalog.fingerprint)},
                 waits=True,
             )
             state = fit(training, state, checkpoints, clock, config, workdir, mesh)
@@ -354,10 +360,6 @@ def _share(config: ConfigDict) -> int:
     return config.queries // config.micro_batches
 
 
-def _fields(options: type, config: ConfigDict) -> dict[str, Any]:
-    return {field.name: config[field.name] for field in dataclasses.fields(options)}
-
-
 def _generator(
     config: ConfigDict, saved: dict[str, str] | None
 ) -> tuple[ConfigDict, Generator, Base]:
@@ -369,9 +371,9 @@ def _generator(
         generator = Generator.from_record(options, saved).for_training(training)
     elif config.generator:
         source = find_pretrained(config.generator, Generator)
-        options, base = GeneratorOptions.of(config), Base(source.path)
-        if source.model.options:
-            options = dataclasses.replace(options, rows=source.model.options.rows)
+        known, base = source.model.options, Base(source.path)
+        rows = known.rows if known else GeneratorRows.of(config)
+        options = GeneratorOptions(Computation.of(config), rows)
         generator = source.for_training(options, training)
     else:
         raise UserError("say which generator to train, as --config.generator=runs/sft")

@@ -20,7 +20,7 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.views import AttributeCuts
 from afmrl_jax.rl.advantages import Advantages, group_advantages
 from afmrl_jax.rl.gallery import Gallery
-from afmrl_jax.rl.rewards import Options, rewards
+from afmrl_jax.rl.rewards import Reward, rewards
 from afmrl_jax.rl.watch import Rollout
 
 COMPARED = 8  # answers a step whose approximate search is held against the exact one
@@ -119,7 +119,7 @@ class Environment:
     catalog: Catalog
     encoder: LoadedEncoder  # frozen
     gallery: Gallery
-    options: Options
+    options: Reward
     samples: int
     scale: bool
 

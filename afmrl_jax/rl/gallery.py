@@ -5,6 +5,7 @@ Axes: N gallery listings · n queries · E embedding · K ranks · R relevant li
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -14,14 +15,24 @@ from afmrl_jax.catalog.groups import Members
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.files import write_atomically
+from afmrl_jax.core.options import Options, between
 from afmrl_jax.core.processes import all_say
 from afmrl_jax.retrieval.exact import ExactIndex
 from afmrl_jax.retrieval.index import Index
 from afmrl_jax.retrieval.indexes import EXACT_BELOW, load_index
 from afmrl_jax.retrieval.scann import ScannIndex
-from afmrl_jax.rl.rewards import Found, Options, measures
+from afmrl_jax.rl.rewards import Found, Reward, measures
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class GallerySize(Options, section="reward"):
+    """What rewards search."""
+
+    gallery: int = between(2)  # listings, about so many of a larger split
+    gallery_attributes: bool  # whether attributes join their texts
+    batch: int = between(1)  # rows embedded at once
 
 
 class Gallery:
@@ -74,7 +85,7 @@ class Gallery:
         best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return self.listings[best], np.take_along_axis(scores, best, axis=1)
 
-    def agreement(self, vectors: np.ndarray, queries: np.ndarray, options: Options) -> float:
+    def agreement(self, vectors: np.ndarray, queries: np.ndarray, options: Reward) -> float:
         """The share of queries that are worth the same by the index as by an exact search."""
         found, exact = (
             measures(self.find(vectors, queries, options.k, exact=how), options.k)[options.measure]

@@ -34,8 +34,8 @@ from afmrl_jax.data.views import AttributeCuts
 from afmrl_jax.retrieval.metrics import interval95, normal95, paired
 from afmrl_jax.rl.environment import none_is_read
 from afmrl_jax.rl.gallery import Gallery
-from afmrl_jax.rl.rewards import Options, bounded_k, measures
-from afmrl_jax.rl.watch import Limits, Rollout, stopped, watch
+from afmrl_jax.rl.rewards import Reward, bounded_k, measure_at, measures
+from afmrl_jax.rl.watch import Rollout, WatchLimits, stopped, watch
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class HeldOut:
         split: str,
         gallery: Gallery,
         encoder: LoadedEncoder,
-        options: Options,
+        options: Reward,
         limit: int,
     ):
         """options: whose k is bounded by the gallery's size."""
@@ -86,7 +86,7 @@ class HeldOut:
         self.queries = np.sort(np.random.default_rng(0).permutation(asking)[:limit])
         self.k = bounded_k(options.k, len(gallery))
         # Under the names of its own k, which differs from that of training's gallery.
-        self.measure = Options(options.kind, self.k).measure
+        self.measure = measure_at(options.kind, self.k)
         self.split, self._gallery = split, gallery
         self._catalog, self._encoder = catalog, encoder
         self._listings = [catalog.listing(int(index)) for index in self.queries]
@@ -163,7 +163,7 @@ class Arms:
         workdir: Path,
         held_out: Mapping[str, HeldOut],
         say: Callable[[Any, np.ndarray], list[Said]],
-        limits: Limits,
+        limits: WatchLimits,
     ):
         """held_out: validation and test, as far as there are any. say: (trained parameters,
         listings int64[Q]) -> what the generator says of them. limits: where a validation stops the

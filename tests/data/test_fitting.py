@@ -173,7 +173,9 @@ def test_half_of_the_words_keep_those_of_attributes():
     made, words = processor(), set(format_attributes(TRUE).split())
     for seed in range(30):
         rng = np.random.default_rng(seed)
-        row = training_row(OneListing(LONG), 0, 1, "image+text", rng, options, shorten=True)
+        row = training_row(
+            OneListing(LONG), 0, 1, "image+text", rng, options, others={}, shorten=True
+        )
         kept = [row.text[start:end] for start, end in row.attributes]
         assert set(kept) <= words and made.shown(row).attributes == len(kept)
         assert len(row.text.split()) == len(listing_text(LONG, TRUE).split()) // 2
@@ -194,7 +196,7 @@ def test_training_evaluation_and_rewards_read_one_text():
     carried = [TRUE, {"color": "red"}, {}]
     _, cuts = encoder.embed_listings(catalog, np.zeros(3, int), attributes=carried.__getitem__)
     options = Augmentation(1.0, 0.0, 1.0, 0.0, 0.0)
-    row = training_row(catalog, 0, 1, "image+text", np.random.default_rng(0), options)
+    row = training_row(catalog, 0, 1, "image+text", np.random.default_rng(0), options, others={})
     seen.append(made([row])["tokens"][0])
     evaluated, rewarded, other, plain, trained = (tokens.tolist() for tokens in seen)
     assert evaluated == rewarded == trained

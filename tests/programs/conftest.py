@@ -10,7 +10,7 @@ import pytest
 from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.model import abstract_params
 from afmrl_jax.assembly.options import GeneratorOptions
-from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import Checkpoints
 from afmrl_jax.checkpoints.state import TrainState, abstract_state, init_state
 from afmrl_jax.core.mesh import make_mesh
@@ -87,7 +87,7 @@ def taught(catalogue_folder, cache_dir, tmp_path_factory):
         GeneratorOptions.of(settings), tiny.replace(**one_layer, **ids), tokenizer
     )
     workdir = tmp_path_factory.mktemp("taught")
-    catalog = open_catalogue(settings.data.path, settings.data, workdir)
+    catalog = open_catalogue(CatalogOptions.of(settings), workdir)
     processor, loss = generator.processor(answers=True), generator.answer_loss(64)
     shown = [question_and_answer(catalog, int(i), processor) for i in catalog.indices("train")]
     rows = processor(shown)

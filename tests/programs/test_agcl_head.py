@@ -12,7 +12,7 @@ import pytest
 from afmrl_jax import main
 from afmrl_jax.assembly.model import abstract_params
 from afmrl_jax.assembly.pretrained import find_pretrained
-from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.programs import agcl
@@ -73,7 +73,7 @@ def test_a_run_stopped_and_started_again_ends_bit_equal(config, headed, tmp_path
 
 
 def test_labels_that_the_rarest_terms_push_out_are_told(config, caplog):
-    catalog = open_catalogue(config.data.path, config.data, Path())
+    catalog = open_catalogue(CatalogOptions.of(config), Path())
     config.data.max_terms = 4  # two pairs, and two words
     agcl._sampler(config, catalog)
     assert not caplog.records

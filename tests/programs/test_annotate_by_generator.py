@@ -13,7 +13,7 @@ from joined import joined
 from afmrl_jax import main
 from afmrl_jax.annotation.answerers import pin_generator
 from afmrl_jax.assembly.loaded import load_generator
-from afmrl_jax.catalog.opening import open_catalogue, open_listings
+from afmrl_jax.catalog.opening import CatalogOptions, ListingOptions, open_catalogue, open_listings
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, find_checkpoints
 from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.errors import UserError
@@ -52,7 +52,7 @@ def test_every_listing_gets_what_the_generator_says_and_how_sure_it_is(config, f
     valid, invalid = annotated(config, folder)
     told = capsys.readouterr().out
     assert "40 of 40 listings are answered; this start: " in told and " tokens" in told
-    catalog = open_listings(config.data.path, config.data, folder)
+    catalog = open_listings(ListingOptions.of(config), folder)
     model = load_generator(config.generator, make_mesh(dict(config.mesh)), 16)
     said = {
         catalog.listing(i).listing_id: one
@@ -65,7 +65,7 @@ def test_every_listing_gets_what_the_generator_says_and_how_sure_it_is(config, f
         assert line["confidence"] == pytest.approx(one.confidence, abs=1e-3)
     assert all(not said[line["listing_id"]].sure(0) for line in invalid)
     config.data.unlock().attributes = str(folder / "attributes.jsonl")
-    catalog = open_catalogue(config.data.path, config.data, folder)  # confidence is no hindrance
+    catalog = open_catalogue(CatalogOptions.of(config), folder)  # confidence is no hindrance
     shown = {catalog.listing(i).listing_id: catalog.listing(i).attributes for i in range(40)}
     assert all(shown[line["listing_id"]] == line["attributes"] for line in valid)
 

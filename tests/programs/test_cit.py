@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 
 from afmrl_jax import main
-from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import with_limits
 from afmrl_jax.data.corpus import TrainedOn
 from afmrl_jax.programs.cit import Manifest, _digest, stages_of
 
@@ -151,7 +150,7 @@ def test_the_second_encoder_learns_from_the_generators_share_alone(config, run):
     assert 8 <= len(products) < 15 and not any("grey" in product for product in products)
     own = stages_of(config, run)[4].config
     assert own.data.attributes == str(run / "annotate" / "attributes.jsonl")
-    catalog = open_catalogue(own.data.path, own.data, run)
+    catalog = open_catalogue(CatalogOptions.of(own), run)
     shown = [i for i in catalog.indices("train") if catalog.listing(int(i)).listing_id in ids]
     checkpoints, step = find_checkpoints(str(run / "again"))
     found = checkpoints.record(step)["catalogue"]
@@ -233,7 +232,7 @@ def test_a_cycle_from_before_a_field_goes_on_where_its_value_computes_the_same(c
     (tmp_path / "agcl").mkdir()
     (tmp_path / "config.json").write_text(json.dumps(older))
     begun = {"stage": "agcl", "state": "begun", "began": "", "ended": "", "seconds": 1.0}
-    digest = _digest(with_limits(older), stages[0])
+    digest = _digest(older, stages[0])
     text = json.dumps({"stages": [begun | {"running": None, "configuration": digest}]})
     (tmp_path / "manifest.json").write_text(text)
     config.agcl.loss.head_weight = 0.3

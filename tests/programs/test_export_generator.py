@@ -15,7 +15,7 @@ from afmrl_jax.assembly.encoder import Encoder
 from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.loaded import load_generator
 from afmrl_jax.assembly.pretrained import find_pretrained, kind_of
-from afmrl_jax.catalog.opening import open_listings
+from afmrl_jax.catalog.opening import ListingOptions, open_listings
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.data.answers import question
 from afmrl_jax.data.processor import Row
@@ -76,7 +76,7 @@ def test_transformers_answers_greedily_as_we_do(folder, taught, agcl_config):
     from transformers import AutoTokenizer
 
     config = agcl_config
-    catalog = open_listings(config.data.path, config.data, folder)
+    catalog = open_listings(ListingOptions.of(config), folder)
     listings = np.arange(40)
     mesh = make_mesh(dict(config.mesh))
     ours, again = (
@@ -171,7 +171,7 @@ def test_rows_of_a_batch_end_together(folder, photos):
 def test_transformers_computes_our_logits_and_knows_how_answers_end(folder, agcl_config):
     source = find_pretrained(str(folder), Generator)
     generator, graph = source.model, source.model.graph()
-    catalog = open_listings(agcl_config.data.path, agcl_config.data, folder)
+    catalog = open_listings(ListingOptions.of(agcl_config), folder)
     rows, inputs = torch_inputs(generator, catalog, np.arange(4))
     with torch.no_grad():
         theirs = their_model(folder)(**inputs).logits.numpy()

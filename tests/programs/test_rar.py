@@ -19,7 +19,7 @@ from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.model import abstract_params
 from afmrl_jax.assembly.options import EncoderOptions, GeneratorOptions
 from afmrl_jax.assembly.pretrained import find_pretrained
-from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, find_checkpoints
 from afmrl_jax.checkpoints.state import abstract_state, init_state
 from afmrl_jax.core.errors import UserError
@@ -51,7 +51,7 @@ def write_checkpoint(folder, made, config, params):
 
 def half_learned(generator, config):
     """Parameters that know the format and the kinds, and guess at colours."""
-    catalog = open_catalogue(config.data.path, config.data, Path())
+    catalog = open_catalogue(CatalogOptions.of(config), Path())
     processor, graph, adam = generator.processor(answers=True), generator.graph(), optax.adam(3e-3)
     rows = processor(
         [question_and_answer(catalog, int(i), processor) for i in catalog.indices("train")]

@@ -15,7 +15,7 @@ from afmrl_jax.assembly.model import abstract_params
 from afmrl_jax.assembly.options import GeneratorOptions
 from afmrl_jax.assembly.pretrained import find_pretrained
 from afmrl_jax.attributes.text import Verdict, parse
-from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh
@@ -113,7 +113,7 @@ def test_a_checkpoint_alone_gives_the_generator_back(config, run):
     mesh = make_mesh(dict(config.mesh))
     with jax.set_mesh(mesh):
         params = source.load(abstract_params(source.model, mesh))
-        catalog = open_catalogue(config.data.path, config.data, run)
+        catalog = open_catalogue(CatalogOptions.of(config), run)
         listings = {catalog.listing(i).listing_id: i for i in range(len(catalog))}
         wanted = [s for s in lines(run / "samples.jsonl") if s["step"] == 60]
         indices = np.array([listings[sample["listing_id"]] for sample in wanted])
@@ -127,7 +127,7 @@ def test_a_checkpoint_alone_gives_the_generator_back(config, run):
 
 def test_adapters_on_a_run_learn_what_another_model_wrote(config, run, tmp_path):
     """Distillation: the base knows kinds and colours, the other model names a maker."""
-    catalog = open_catalogue(config.data.path, config.data, tmp_path)
+    catalog = open_catalogue(CatalogOptions.of(config), tmp_path)
     with (tmp_path / "written.jsonl").open("w") as file:
         for index in catalog.indices("train")[:10]:
             row = {"listing_id": catalog.listing(int(index)).listing_id}

@@ -11,6 +11,7 @@ from by_hand import loaded_encoder
 from ml_collections import ConfigDict
 from words import Words
 
+from afmrl_jax.configs.rar import get_config
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
@@ -20,8 +21,8 @@ from afmrl_jax.retrieval.evaluator import Evaluator
 from afmrl_jax.rl.environment import Environment, Laps
 from afmrl_jax.rl.gallery import open_gallery
 from afmrl_jax.rl.held_out import Arms, HeldOut, Said
-from afmrl_jax.rl.rewards import Options
-from afmrl_jax.rl.watch import Limits
+from afmrl_jax.rl.rewards import Reward
+from afmrl_jax.rl.watch import WatchLimits
 
 TAIL = " of fine make for home and garden" * 6
 CATALOG = Words(tuple(f"one {title}{TAIL}" for title in Words.titles))
@@ -29,7 +30,8 @@ TOKENIZER = train_tokenizer([*CATALOG.titles, "color: red; color: green"] * 4, 4
 CONFIG = preset("tiny").replace(
     vocab_size=TOKENIZER.get_vocab_size(), **special_token_ids(TOKENIZER)
 )
-OPTIONS = Options(kind="margin", k=1)
+OPTIONS = Reward(kind="margin", k=1, gain=False, invalid=-0.1, length_cost=0.0)
+LIMITS = WatchLimits.of(get_config())
 CONFIGURATION = ConfigDict({"encoder": "runs/agcl"})
 
 
@@ -99,7 +101,7 @@ def test_a_generator_whose_answers_are_not_read_is_refused_before_it_trains(is_d
     held_out = HeldOut(CATALOG, "test", gallery, encoder, OPTIONS, 9)
     held_out.true = [{}] * len(held_out)
     said = [Said("color: red", lambda least: {"color": "red"})] * len(held_out)
-    arms = Arms(tmp_path, {"test": held_out}, lambda trained, listings: said, Limits())
+    arms = Arms(tmp_path, {"test": held_out}, lambda trained, listings: said, LIMITS)
     with pytest.raises(UserError, match="test queries: 2 of 2 texts lose attributes"):
         arms.begin("begun")
     assert held_out.judge(said).answers["attributes_cut"] == 1

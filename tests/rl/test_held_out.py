@@ -9,10 +9,12 @@ from words import CATALOG, ENCODER, gallery_in
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.rl.held_out import Arms, HeldOut, Said, choose_confidence, comparison_table
-from afmrl_jax.rl.rewards import Options
-from afmrl_jax.rl.watch import Limits
+from afmrl_jax.rl.rewards import Reward
+from afmrl_jax.rl.watch import WatchLimits
 
-LIMITS = Limits(copied=1.0, answer_diversity=0.0, pair_diversity=0.0, held_out_gain=-2.0)
+LIMITS = WatchLimits(
+    copied=1.0, leaked=0.02, answer_diversity=0.0, pair_diversity=0.0, held_out_gain=-2.0
+)
 
 
 def said(**pairs):
@@ -30,7 +32,7 @@ INVALID = [Said("red", lambda least: {}), Said("red", lambda least: {})]
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory):
     gallery = gallery_in(tmp_path_factory.mktemp("gallery"))
-    options = Options(kind="margin", k=50)
+    options = Reward(kind="margin", k=50, gain=False, invalid=-0.1, length_cost=0.0)
     return {
         split: HeldOut(CATALOG, split, gallery, ENCODER, options, limit=9)
         for split in ("validation", "test")

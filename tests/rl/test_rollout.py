@@ -1,5 +1,6 @@
 """From answers to rewards, through the whole search path, worked out by hand."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,10 +14,13 @@ from afmrl_jax.data.queries import QueryBatches
 from afmrl_jax.programs import rar
 from afmrl_jax.rl.environment import Environment, Laps
 from afmrl_jax.rl.gallery import open_gallery
-from afmrl_jax.rl.rewards import Options
+from afmrl_jax.rl.rewards import Reward
 
 # The first says what the other listing of the mug shows, the second what another product's does.
 ANSWERS = ["color: red", "color: green", "red", "type: lamp"]
+
+RECALL = Reward(kind="recall", k=1, gain=False, invalid=-0.1, length_cost=0.0)
+MARGIN = replace(RECALL, kind="margin")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +29,7 @@ def gallery(tmp_path_factory):
 
 
 def judged(gallery, **options):
-    environment = Environment(CATALOG, ENCODER, gallery, Options(k=1, **options), 4, scale=False)
+    environment = Environment(CATALOG, ENCODER, gallery, replace(RECALL, **options), 4, scale=False)
     laps, closed = Laps(), [True] * 4
     found = environment.judge(np.array([0]), np.array([0]), ANSWERS, closed, np.arange(4), laps)
     assert list(laps.seconds) == ["seconds_parse", "seconds_embed", "seconds_search"]
@@ -51,7 +55,7 @@ def test_rewards_are_those_worked_by_hand(gallery):
 
 def test_groups_that_differ_in_their_format_alone_are_told(gallery):
     """Their rewards do differ, so that `zero_variance` says nothing of them."""
-    environment = Environment(CATALOG, ENCODER, gallery, Options(k=1, kind="margin"), 2, False)
+    environment = Environment(CATALOG, ENCODER, gallery, MARGIN, 2, False)
     texts = ["color: red", "red", "color: red", "color: green"]
     found = environment.judge(
         np.array([0, 0]), np.zeros(2, int), texts, [True] * 4, np.arange(4), Laps()
