@@ -15,8 +15,9 @@ from ml_collections import ConfigDict
 
 from afmrl_jax.annotation.answer_files import Said
 from afmrl_jax.annotation.replies import Kind
-from afmrl_jax.assembly.describer import Describer
+from afmrl_jax.assembly.description import describe
 from afmrl_jax.assembly.generator import Generator
+from afmrl_jax.assembly.loaded import LoadedGenerator
 from afmrl_jax.assembly.pretrained import find_pretrained
 from afmrl_jax.attributes.reading import read_answer
 from afmrl_jax.catalog.listings import Catalog
@@ -66,7 +67,7 @@ class BudgetLimits(Options, section="budget"):
 
 
 def pin_generator(config: ConfigDict) -> ConfigDict:
-    """The configuration with the generator's very checkpoint, the one that Describer takes of a
+    """The configuration with the generator's very checkpoint, the one that did best of a
     workdir: a run that goes on after it has got a better one would mix the answers of two."""
     pinned = ConfigDict(config.to_dict())
     pinned.generator = find_pretrained(config.generator, Generator, best=None).path
@@ -76,13 +77,14 @@ def pin_generator(config: ConfigDict) -> ConfigDict:
 class Described:
     """A generator that was trained here answers, on all processes together."""
 
-    def __init__(self, config: ConfigDict, mesh: Mesh):
-        self._describe = Describer(config.generator, mesh, config.eval.batch, otherwise=config)
+    def __init__(self, path: str, mesh: Mesh, batch: int):
+        source = find_pretrained(path, Generator, best=None)
+        self._model = LoadedGenerator.of(source, mesh, batch)
         self.spent = {"tokens": 0}  # of answers, in this start of the program
         log.info(
             "%s answers as it was trained to: this configuration's prompt, images and api fields "
             "do not count",
-            self._describe.told,
+            source.label,
         )
 
     def agree(self, done: np.ndarray) -> np.ndarray:
@@ -91,10 +93,12 @@ class Described:
 
     def answers(self, catalog: Catalog, listings: np.ndarray) -> Iterator[tuple[int, Said]]:
         """The answer to each of listings beside its number there, in order."""
-        for number, one in enumerate(self._describe(catalog, listings)):
-            self.spent["tokens"] += len(one.answer.tokens)
+        tokenizer = self._model.generator.tokenizer
+        for number, answer in enumerate(self._model.answers(catalog, listings)):
+            one = describe(answer, tokenizer)
+            self.spent["tokens"] += len(answer.tokens)
             confidence = {name: round(p, DIGITS) for name, p in one.confidence.items()}
-            yield number, Said(one.answer.text, one.parsed, confidence)
+            yield number, Said(answer.text, one.parsed, confidence)
 
 
 class Asked:

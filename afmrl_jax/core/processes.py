@@ -256,6 +256,11 @@ def first_says(flag: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.bool_(flag)))
 
 
+def all_say(flag: bool) -> bool:
+    """Whether it is so in all processes, which ask together."""
+    return bool(np.all(multihost_utils.process_allgather(np.bool_(flag))))
+
+
 def check_shared(folder: Path, patience: float = 20.0) -> None:
     """Raises UserError, in all processes, where one does not see what the first writes in `folder`.
 

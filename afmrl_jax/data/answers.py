@@ -117,13 +117,6 @@ def described(catalog: Catalog, split: str, cache: Path) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class AnswerLength(Options, section="data"):
-    """The answers that a generator gives."""
-
-    max_answer: int = between(2)  # tokens, the end of the turn among them
-
-
-@dataclass(frozen=True)
 class AnswerOptions(Options, section="data"):
     """The answers that a generator learns."""
 

@@ -17,6 +17,7 @@ import numpy as np
 from afmrl_jax.attributes import comparison
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.attributes.comparison import is_empty
+from afmrl_jax.catalog.groups import listings_by_product
 from afmrl_jax.catalog.listings import Catalog, Listing, Overlay
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.data import mining
@@ -38,18 +39,6 @@ class TrainedOn(Overlay):
 
     def indices(self, split: str) -> np.ndarray:
         return self._listings if split == "train" else super().indices(split)
-
-
-def listings_by_product(catalog: Catalog, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The split's listings grouped by product: int64 indices, and each group's start (+ the end).
-
-    Groups stand in ascending order of the catalogue's product code; none for an empty split.
-    """
-    listings = catalog.indices(split)
-    codes = catalog.products[listings]
-    order = np.argsort(codes, kind="stable")
-    starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
-    return listings[order], np.append(starts, len(order))
 
 
 def product_attributes(catalog: Catalog, split: str) -> list[dict[str, str]]:

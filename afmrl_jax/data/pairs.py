@@ -10,10 +10,10 @@ import grain
 import numpy as np
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
+from afmrl_jax.catalog.groups import listings_by_product
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.options import Options, between
-from afmrl_jax.data.corpus import listings_by_product
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.stream import Batch
 from afmrl_jax.data.views import Augmentation, OtherAttributes, listing_text, training_row

@@ -103,12 +103,29 @@ def evaluation_row(
     A part that the listing lacks is left out, even if the row is then empty. draw: as
     `training_row`'s.
     """
-    listing = catalog.listing(index, draw)
-    images = []
-    if "image" in view:
-        numbers = range(min(listing.n_images, max_images))
-        images = [catalog.image(index, number, draw) for number in numbers]
-    images = [image for image in images if image is not None]
+    images = listing_images(catalog, index, max_images, draw) if "image" in view else ()
+    return view_row(catalog.listing(index, draw), view, images, attributes)
+
+
+def listing_images(
+    catalog: Catalog, index: int, max_images: int, draw: int = 0
+) -> tuple[Image.Image, ...]:
+    """The first `max_images` images of a listing. draw: as `training_row`'s."""
+    shown = range(min(catalog.listing(index, draw).n_images, max_images))
+    images = (catalog.image(index, which, draw) for which in shown)
+    return tuple(image for image in images if image is not None)
+
+
+def view_row(
+    listing: Listing,
+    view: str,
+    images: Sequence[Image.Image],
+    attributes: Mapping[str, str] | None = None,
+) -> Row:
+    """`listing_row` for a view that shows text; for others the images, some of the view's, alone.
+
+    Every listing that is judged or rewarded passes here.
+    """
     return listing_row(listing, images, attributes) if "text" in view else Row("", tuple(images))
 
 
@@ -234,10 +251,13 @@ class AttributeCuts:
             f"{self.needed} it would read all of theirs"
         )
 
-    def tell(self, where: str) -> None:
-        """Logs what rows lose: a warning where it is attributes. where: a name of the texts."""
-        if self.losing or self.shorter:
+    def tell(self, where: str) -> bool:
+        """Logs what is lost, if anything: a warning where it is an attribute. where: in whose
+        texts. Returns whether anything was."""
+        lost = bool(self.losing or self.shorter)
+        if lost:
             log.log(logging.WARNING if self.losing else logging.INFO, "%s: %s", where, self)
+        return lost
 
 
 def sampled_cuts(

@@ -13,7 +13,6 @@ Axes: A micro-batches · C examples of one · V views of an example (query, targ
 B = A C pairs · E embedding.
 """
 
-import dataclasses
 import functools
 import json
 import logging
@@ -30,8 +29,16 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from afmrl_jax.assembly import model
-from afmrl_jax.assembly.encoder import Encoder, host_embedder
+from afmrl_jax.assembly.encoder import Encoder
+from afmrl_jax.assembly.loaded import LoadedEncoder
+from afmrl_jax.assembly.model import abstract_params, placed
+from afmrl_jax.assembly.options import (
+    Embedding,
+    EncoderOptions,
+    EncoderRows,
+    PresetOptions,
+    TrainingOptions,
+)
 from afmrl_jax.assembly.pretrained import Base, Pretrained, find_pretrained, planned, read_base
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.catalog.listings import Catalog
@@ -66,15 +73,9 @@ from afmrl_jax.losses.labels import LabelHead, Labels, frequent_labels, label_lo
 from afmrl_jax.models import lora
 from afmrl_jax.planning import cost
 from afmrl_jax.planning.report import Part, check_fits, step_part
-from afmrl_jax.retrieval.evaluation import Task, parse_task, results_table, write_evaluation
-from afmrl_jax.retrieval.tasks import (
-    SIDES,
-    Judge,
-    choose_tasks,
-    enrichment,
-    own_attributes,
-    validation_task,
-)
+from afmrl_jax.retrieval.evaluator import SIDES, Evaluator, catalogue_attributes, enrichment
+from afmrl_jax.retrieval.scores import results_table, write_evaluation
+from afmrl_jax.retrieval.tasks import Task, choose_tasks, parse_task, validation_task
 from afmrl_jax.training import gradcache
 from afmrl_jax.training.goodput import Clock, abstract_host
 from afmrl_jax.training.loop import Training, fit
@@ -105,7 +106,6 @@ class PairTraining(Options, section=""):
 class PairRows(Options, section="data"):
     """What the rows of a pair show."""
 
-    prompt: str = among("plain", "chat")
     query_views: str
     target_views: str
     described_only: bool  # training listings without attributes are left out
@@ -124,7 +124,7 @@ class EncoderEvaluation(Options, section="eval"):
 
 OPTIONS = (
     *(Schedule, PairTraining, Optimizer, Contrastive, LabelHead),
-    *(model.ModelFields, model.PresetFields, model.EmbeddingFields, model.RowFields),
+    *(Embedding, EncoderRows, TrainingOptions, PresetOptions),
     *(CatalogOptions, Composition, Augmentation, PairRows, StreamOptions, EncoderEvaluation),
 )
 
@@ -135,8 +135,6 @@ class Built:
 
     start: Callable[[Any], TrainState]  # from parameters, or from scratch with None
     step: Callable[[Any, TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
-    embed: Callable[[Any, dict[str, np.ndarray]], jax.Array]
-    embed_rows: np.ndarray  # of an evaluation batch, those that this process gives to `embed`
     abstract: TrainState
     frozen: Any  # abstract parameters beside the state's; {} where all are trained
 
@@ -150,7 +148,6 @@ def build(
     where there is no head.
     step: (frozen parameters, state, batch of arrays [A, C, V, ...]) -> (state, metrics), the state
     donated; the frozen ones are only read, so there is one copy of them.
-    embed: (params, this process's rows of eval.batch) -> float32[eval.batch, E] on every device.
     """
     if config.batch % config.micro_batches:
         raise UserError(
@@ -158,7 +155,7 @@ def build(
             f"{config.batch}"
         )
     optimizer = make_optimizer(Optimizer.of(config), config.steps)
-    params = model.abstract_params(enc, mesh)
+    params = abstract_params(enc, mesh)
     trained, frozen = lora.split(params)
     loss, head = _objective(config, enc, statistics, mesh)
     abstract = abstract_state(trained | head, optimizer, mesh)
@@ -199,7 +196,6 @@ def build(
     return Built(
         lambda given: init_state(given | zeros(head) if given else fresh, optimizer, abstract),
         step,
-        *host_embedder(embed, mesh, config.eval.batch),
         abstract,
         frozen,
     )
@@ -235,7 +231,8 @@ def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     local_rows(mesh, config.batch // config.micro_batches, "batch / micro_batches")
     if config.loss.head_weight:
         raise UserError("the head's labels depend on the catalogue: plan without loss.head_weight")
-    enc = planned(config, config.init_from or config.model.preset)
+    options, training = EncoderOptions.of(config), TrainingOptions.of(config)
+    enc = planned(config.init_from or config.model.preset, Encoder, options, training)
     return [part(config, mesh, enc, build(config, mesh, enc, None))]
 
 
@@ -254,7 +251,7 @@ def _objective(
         labels = frequent_labels(statistics, config.loss.head_labels)
         log.info("the head tells %d values of %d attributes", len(labels.terms), labels.n_names)
         width = config.model.embedding_dim or enc.model_config.text.hidden_size
-        head = model.placed({HEAD: labels.abstract_head(width)}, mesh)
+        head = placed({HEAD: labels.abstract_head(width)}, mesh)
     loss = functools.partial(_loss, options=options, labels=labels, head_weight=weight, mesh=mesh)
     return loss, head
 
@@ -320,7 +317,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             catalog = TrainedOn(catalog, described(catalog, "train", listings_of.cache_folder))
         if saved:
             check_catalogue(saved, catalog.fingerprint, config.data.path, workdir)
-        shown = own_attributes(catalog) if config.eval.attributes == "oracle" else None
+        shown = catalogue_attributes(catalog) if config.eval.attributes == "oracle" else None
         enriched = enrichment(shown, config.eval.enrich)
         listings = catalog.indices("test")
         split = "test" if len(listings) else "validation"
@@ -347,7 +344,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         step = check_fits(part(config, mesh, enc, built), mesh)
         frozen = {}
         if enc.lora:
-            base = Base.of_record(saved) if saved else Base(source.path if source else "")
+            begun = Base(source.path if source else "", seed=config.seed)
+            base = Base.of_record(saved) if saved else begun
             frozen, base = read_base(enc, built.frozen, base)
             record |= base.record()
         if saved:
@@ -360,18 +358,14 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             for name in EVALUATIONS.values():  # of a run that died before it saved anything
                 (workdir / name).unlink(missing_ok=True)
 
-        def judge(state: TrainState) -> Judge:
-            return Judge(
-                functools.partial(built.embed, encoder_params(state.params, frozen)),
-                processor,
-                catalog,
-                batch=config.eval.batch,
-                local=built.embed_rows,
-                enriched=enriched,
-            )
+        loaded = LoadedEncoder(enc, None, mesh, config.eval.batch)
+
+        def evaluator(state: TrainState) -> Evaluator:
+            params = encoder_params(state.params, frozen)
+            return Evaluator(loaded.with_params(params), catalog, enriched)
 
         def evaluate(state: TrainState, when: str) -> None:
-            results = judge(state).run(judged, listings, listings)
+            results = evaluator(state).run(judged, listings, listings)
             if first_process:
                 write_evaluation(workdir / EVALUATIONS[when], results)
 
@@ -387,7 +381,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 examples=config.batch,
                 unit="pairs",
                 chunk=config.batch // config.micro_batches,
-                validate=validated and functools.partial(_validate, judge, *validated),
+                validate=validated and functools.partial(_validate, evaluator, *validated),
                 name_listings=lambda rows: [catalog.listing(int(i)).listing_id for i in rows],
                 record=record,
             )
@@ -409,9 +403,12 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
 
 def _validate(
-    judge: Callable[[TrainState], Judge], task: Task, listings: np.ndarray, state: TrainState
+    evaluator: Callable[[TrainState], Evaluator],
+    task: Task,
+    listings: np.ndarray,
+    state: TrainState,
 ) -> dict[str, float]:
-    scores = judge(state).run([task], listings, listings)[task.name]
+    scores = evaluator(state).run([task], listings, listings)[task.name]
     return {"validation": scores["recall@1"], "validation_mrr": scores["mrr"]}
 
 
@@ -485,16 +482,16 @@ def _encoder(
     config: ConfigDict, catalog: Catalog, saved: dict[str, str] | None
 ) -> tuple[Encoder, Pretrained | None]:
     """The encoder, and the model that a new run begins with; None: from scratch, or resumed."""
-    source = None
+    options, training, source = EncoderOptions.of(config), TrainingOptions.of(config), None
     if saved:
-        enc = Encoder.from_record(config, saved)
+        enc = Encoder.from_record(options, saved)
     elif config.init_from:
         source = find_pretrained(config.init_from)
-        return source.trained(config), source
+        return source.for_training(options, training), source
     else:
         texts = [config.data.instruction]
         for index in catalog.indices("train")[:TOKENIZER_LISTINGS]:
             listing = catalog.listing(int(index))
             texts.append(listing_text(listing, listing.attributes))
-        enc = Encoder.from_preset(config, texts)
-    return dataclasses.replace(enc, lora=model.lora_of(config)), source
+        enc = Encoder.from_preset(options, PresetOptions.of(config), texts)
+    return enc.for_training(training), source

@@ -38,7 +38,7 @@ from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.logs import duration
 from afmrl_jax.core.options import Options, between, check_options
 from afmrl_jax.programs import agcl, annotate, evaluate, rar, sft
-from afmrl_jax.retrieval.evaluation import paired, results_table
+from afmrl_jax.retrieval.scores import paired, results_table
 
 SECTIONS = {  # of the configuration -> the program, and its fields that a run may change
     "agcl": (agcl, MAY_CHANGE),

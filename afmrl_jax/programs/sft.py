@@ -11,7 +11,6 @@ With a larger model's attributes (data.attributes) the same program distils that
 Axes: A micro-batches · C rows of one · S tokens.
 """
 
-import dataclasses
 import functools
 import json
 import logging
@@ -28,13 +27,15 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from afmrl_jax.assembly.generator import Answerer, Generator, batches_of
-from afmrl_jax.assembly.model import (
-    ModelFields,
-    PresetFields,
-    RowFields,
-    abstract_params,
-    lora_of,
+from afmrl_jax.assembly.generator import Generator, batches_of
+from afmrl_jax.assembly.loaded import LoadedGenerator
+from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.assembly.options import (
+    Computation,
+    GeneratorOptions,
+    GeneratorRows,
+    PresetOptions,
+    TrainingOptions,
 )
 from afmrl_jax.assembly.pretrained import Base, Pretrained, find_pretrained, planned, read_base
 from afmrl_jax.attributes.agreement import Majority, agreement, agreement_by_name
@@ -60,7 +61,6 @@ from afmrl_jax.core.processes import first_says
 from afmrl_jax.data.answers import (
     SAMPLED,
     AnswerBatches,
-    AnswerLength,
     AnswerOptions,
     described,
     learnable,
@@ -68,7 +68,7 @@ from afmrl_jax.data.answers import (
 )
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.stream import Stream, StreamOptions
-from afmrl_jax.data.views import evaluation_row, listing_text
+from afmrl_jax.data.views import listing_text
 from afmrl_jax.models import lora
 from afmrl_jax.planning import cost
 from afmrl_jax.planning.report import Part, check_fits, step_part
@@ -109,8 +109,8 @@ class AnswerEvaluation(Options, section="eval"):
 
 
 OPTIONS = (
-    *(Schedule, AnswerTraining, Optimizer, ModelFields, PresetFields, RowFields),
-    *(CatalogOptions, AnswerLength, AnswerOptions, StreamOptions, AnswerEvaluation),
+    *(Schedule, AnswerTraining, Optimizer, TrainingOptions, PresetOptions),
+    *(Computation, GeneratorRows, CatalogOptions, AnswerOptions, StreamOptions, AnswerEvaluation),
 )
 
 
@@ -204,7 +204,8 @@ def part(
 def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     """What `plan` compiles of a run with this configuration: no catalogue is opened."""
     local_rows(mesh, config.batch // config.micro_batches, "batch / micro_batches")
-    generator = planned(config, config.init_from or config.model.preset, Generator)
+    options, training = GeneratorOptions.of(config), TrainingOptions.of(config)
+    generator = planned(config.init_from or config.model.preset, Generator, options, training)
     return [part(config, mesh, generator, build(config, mesh, generator))]
 
 
@@ -256,7 +257,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         steps = {s: check_fits(one, mesh) for s, one in parts.items()}
         frozen = {}
         if generator.lora:
-            base = Base.of_record(saved) if saved else Base(source.path if source else "")
+            begun = Base(source.path if source else "", seed=config.seed)
+            base = Base.of_record(saved) if saved else begun
             frozen, base = read_base(generator, built.frozen, base)
             record |= base.record()
         if saved:
@@ -267,7 +269,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             (workdir / "evaluation.json").unlink(missing_ok=True)  # of a run that never saved
         if first_process:
             cut_back(workdir / "samples.jsonl", int(state.step))
-        judge = Judge(config, catalog, generator, built, mesh, workdir, listings["train"])
+        judge = AnswerEvaluator(config, catalog, generator, built, mesh, workdir, listings["train"])
 
         def validate(state: TrainState) -> dict[str, float]:
             scores = judge(lora.join(state.params, frozen), listings["validation"], state.step)
@@ -305,7 +307,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         print(results_table(json.loads(path.read_text(encoding="utf-8"))), flush=True)
 
 
-class Judge:
+class AnswerEvaluator:
     """Lets the generator answer held-out listings and compares with their attributes."""
 
     def __init__(
@@ -321,7 +323,7 @@ class Judge:
         """training: int64, the listings from which the guesses by category are learned."""
         self._config, self._catalog, self._workdir = config, catalog, workdir
         self._mesh, self._loss, self._training = mesh, built.loss, training
-        self._answerer = Answerer(generator, mesh, config.eval.batch, temperature=0)
+        self._generator = LoadedGenerator(generator, None, mesh, config.eval.batch)
         self._processor = generator.processor(answers=True)
         self._local = local_rows(mesh, config.eval.batch, "eval.batch")
 
@@ -338,8 +340,7 @@ class Judge:
         """
         listings = [self._catalog.listing(int(index)) for index in indices]
         true = [normalise(listing.attributes) for listing in listings]
-        question = functools.partial(evaluation_row, self._catalog)
-        answers = list(self._answerer.answers(params, indices, question))
+        answers = list(self._generator.with_params(params).answers(self._catalog, indices))
         parsed = [parse(answer.text, answer.closed) for answer in answers]
         found = {
             "generator": [one.attributes for one in parsed],
@@ -469,15 +470,16 @@ def _generator(
     config: ConfigDict, catalog: Catalog, saved: dict[str, str] | None
 ) -> tuple[Generator, Pretrained[Generator] | None]:
     """The generator, and the model that a new run begins with; None: from scratch, or resumed."""
-    source = None
+    options, training, source = GeneratorOptions.of(config), TrainingOptions.of(config), None
     if saved:
-        generator = Generator.from_record(config, saved)
+        generator = Generator.from_record(options, saved)
     elif config.init_from:
         source = find_pretrained(config.init_from, Generator, begin=True)
-        return source.trained(config), source
+        return source.for_training(options, training), source
     else:
-        generator = Generator.from_preset(config, _tokenizer_texts(config, catalog))
-    return dataclasses.replace(generator, lora=lora_of(config)), source
+        texts = _tokenizer_texts(config, catalog)
+        generator = Generator.from_preset(options, PresetOptions.of(config), texts)
+    return generator.for_training(training), source
 
 
 def _tokenizer_texts(config: ConfigDict, catalog: Catalog) -> Iterator[str]:

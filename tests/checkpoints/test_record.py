@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from afmrl_jax.assembly.model import lora_of
+from afmrl_jax.assembly.options import TrainingOptions
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.checkpoints.record import (
     MAY_CHANGE,
@@ -57,7 +57,7 @@ def test_a_run_from_before_a_field_goes_on_where_its_value_computes_the_same():
 
 def test_an_old_record_describes_its_model():
     settings = recorded(json.dumps(FIRST["agcl"]))
-    assert lora_of(settings) is None and settings.data.prompt == "plain"
+    assert TrainingOptions.of(settings).lora is None and settings.data.prompt == "plain"
     assert settings.model.preset == FIRST["agcl"]["model"]["preset"]
 
 

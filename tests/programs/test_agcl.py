@@ -14,8 +14,7 @@ from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.programs import agcl
-from afmrl_jax.retrieval.evaluation import parse_task
-from afmrl_jax.retrieval.tasks import validation_task
+from afmrl_jax.retrieval.tasks import parse_task, validation_task
 
 QUICK = True
 ROOT = Path(__file__).resolve().parents[2]
