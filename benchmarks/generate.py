@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_rows(config: QwenVLConfig, count: int, length: int, grid: int) -> Rows:
-    """Prompts of one image and random text, padded left. The shortest have two thirds of `length`."""
+    """Prompts of one image and random text, padded left: two thirds of `length` or more."""
     random, side = np.random.default_rng(0), grid // config.vision.merge_size
     image = side * side
     at = np.stack(np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij"), -1)
@@ -179,7 +179,7 @@ def agreement(graph, params, rows, answers) -> dict[str, float]:
 
 
 def against_transformers(args: argparse.Namespace, config: QwenVLConfig) -> dict:
-    """Times both libraries in turn: greedy with one sample per prompt, at temperature 1 with more."""
+    """Times both libraries in turn: greedy with one sample per prompt, else at temperature 1."""
     graph, params = make_model(config, "float32", "float32")
     halved, _ = nnx.split(
         nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0), dtype="bfloat16"))

@@ -179,7 +179,7 @@ def random_step(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict]
 
 
 def against_memory(args: argparse.Namespace, read: dict, prefill: float, decode: float) -> dict:
-    """Tokens per second, and the limit set by reading weights and cache, here and on other chips."""
+    """Tokens per second, and their limit by reading weights and cache, here and on other chips."""
     device, answers = jax.devices()[0], args.queries * args.samples
     chip = chip_of(device)
     bandwidth = chip.bandwidth if chip else measured_bandwidth()
