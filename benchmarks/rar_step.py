@@ -56,7 +56,7 @@ from afmrl_jax.training import accumulate
 PARTS = ("rollout", "parse", "embed", "search", "update")
 UNTIMED = 2  # first steps, which compile
 VOCABULARY_CHUNK = 16  # as configs/rar.py
-# The words of answers and titles; their meaning does not matter here.
+# Answers and titles of as many words as are wanted; what they say does not matter here.
 WORDS = "neckline closure sleeve volume colour fabric red blue cotton zip round long short large"
 WATCH_NOTHING = {
     "copied": 1.0, "leaked": 1.0, "answer_diversity": 0.0, "pair_diversity": 0.0,
@@ -318,8 +318,9 @@ def make_embedder(args: argparse.Namespace):
 
 
 def make_search(width: int, args: argparse.Namespace) -> Callable[..., np.ndarray]:
-    """Returns a function (vectors float32[N, G + 1, E], parsed answers) -> rewards float32[N, G].
-    The gallery is random; each query has one right listing in it."""
+    """Returns a function (vectors float32[N, G + 1, E], parsed answers) -> rewards float32[N, G]
+    that searches in a random gallery in
+    which each query has one right listing."""
     random, options = np.random.default_rng(2), RewardOptions("margin", k=50)
     vectors = random.normal(size=(args.gallery, width)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
