@@ -383,7 +383,7 @@ def _check_names_and_shapes(
     }
     if not any(problems.values()):
         return
-    counts = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
+    counts = [f"{len(names)} {how} ({_some(names)})" for how, names in problems.items() if names]
     cure = "use the config.json that belongs to them"
     if problems["missing"] == [HEAD]:
         cure = (

@@ -121,7 +121,7 @@ def _pattern(module: str) -> str:
     return re.sub(r"\.\d+\.", ".{}.", module)
 
 
-def is_adapter(folder: Any) -> bool:
+def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).exists()
 
 
