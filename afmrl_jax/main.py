@@ -73,7 +73,7 @@ def run(config: ConfigDict, workdir: Path, plan: str | None = None) -> None:
 
     initialize_distributed()
     program = importlib.import_module(f"afmrl_jax.programs.{config.program}")
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder(config.data) / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(cache_folder(config.data.cache_dir) / "xla"))
     mesh = make_mesh(dict(config.mesh))
     elsewhere = config.get("checkpoint_dir")
     if not (config.program in OWN_WORKDIRS and is_bucket(elsewhere)):

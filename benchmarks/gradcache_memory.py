@@ -1,13 +1,15 @@
-"""GradCache's memory: the compiled step's temporary bytes at global batches 256 and 4,096.
+"""Measures GradCache's memory: the compiled step's temporary bytes at batches 256 and 4,096.
 
 python benchmarks/gradcache_memory.py [--chunk 32]
 
-The tiny encoder at its default row size, the AGCL loss; nothing is run, only compiled. What grows
-with the batch by the method itself is subtracted: the embeddings with their gradient, and one B x B
-buffer of the loss, though it holds several, since XLA lays some where activations were.
+Uses the tiny encoder at its default row size and the AGCL loss; the step is compiled, not run. The
+memory that the method itself needs for a batch B is subtracted: the embeddings with their gradient,
+and one B x B buffer of the loss. The loss holds several such buffers, but XLA puts some of them
+where activations were.
 """
 
 import argparse
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -16,20 +18,22 @@ import jax.numpy as jnp
 from flax import nnx
 from running import write
 
-from afmrl_jax.losses.contrastive import Options, contrastive_loss
+from afmrl_jax.configs import agcl
+from afmrl_jax.losses.contrastive import Contrastive, contrastive_loss
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.presets import preset
 from afmrl_jax.training import gradcache
 
 ROW = SimpleNamespace(tokens=56, patches=64, terms=32)
 LIMIT = 1.3
+OPTIONS = dataclasses.replace(Contrastive.of(agcl.get_config()), temperature=0.02)
 
 
 def loss(embeddings: jax.Array, side: dict[str, jax.Array]):
     """The AGCL loss over [micro_batches, pairs, 2, E]."""
     queries, targets = (embeddings[:, :, v].reshape(-1, embeddings.shape[-1]) for v in (0, 1))
     info = {f"{s}_{name}": array for s in ("query", "target") for name, array in side.items()}
-    total, count, _ = contrastive_loss(queries, targets, info, Options(symmetric=True))
+    total, count, _ = contrastive_loss(queries, targets, info, OPTIONS)
     return total / count, {}
 
 
@@ -80,13 +84,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chunk", type=int, default=32, help="pairs")
     chunk = parser.parse_args().chunk
-    found = [measure(batch, chunk) for batch in (256, 4096)]
-    for row in found:
+    rows = [measure(batch, chunk) for batch in (256, 4096)]
+    for row in rows:
         print(json.dumps(row))
-    small, large = (row["temporary_bytes"] - row["method_bytes"] for row in found)
+    small, large = (row["temporary_bytes"] - row["method_bytes"] for row in rows)
     ratio = large / small
     print(f"temporary less method's bytes, at 4,096 / at 256: {ratio:.3f} (limit {LIMIT})")
-    write("gradcache_memory", {"chunk": chunk, "rows": found, "ratio": ratio})
+    write("gradcache_memory", {"chunk": chunk, "rows": rows, "ratio": ratio})
     if ratio > LIMIT:
         raise SystemExit(f"memory grows with the batch: {ratio:.2f}")
 

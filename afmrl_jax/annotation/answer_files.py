@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from afmrl_jax.attributes.text import Parsed, Verdict
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import to_json
 from afmrl_jax.core.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ class AnswerFiles:
 
     def __init__(self, workdir: Path, config: ConfigDict):
         """Leaves the configuration there too, which those who go on must have."""
-        write_atomically(workdir / "config.json", to_json(config, indent=2))
+        write_atomically(workdir / "config.json", config.to_json(indent=2))
         with contextlib.ExitStack() as stack:
             self._valid, self._invalid = (
                 stack.enter_context(contextlib.closing(AnswerFile(workdir / f"{name}.jsonl")))

@@ -1,21 +1,42 @@
 """Opens what a configuration names as its catalogue."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
-
-from ml_collections import ConfigDict
 
 from afmrl_jax.catalog.concat import ConcatCatalog
 from afmrl_jax.catalog.listings import Catalog, open_catalog
 from afmrl_jax.catalog.overlays import open_attributes
 from afmrl_jax.catalog.synthetic import SyntheticCatalog
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.options import Options, among
 
 
-def cache_folder(config: ConfigDict) -> Path:
-    """`config.cache_dir`, else afmrl_jax in the user's cache folder."""
-    if config.cache_dir:
-        return Path(config.cache_dir)
+@dataclass(frozen=True)
+class ListingOptions(Options, section="data"):
+    """Which listings, and how they are read."""
+
+    path: str  # "builtin", folders, Parquet files, tfds:NAME, by commas
+    shared_ids: bool  # whether several catalogues mean the same by one id
+    cache_dir: str  # "" = afmrl_jax in the user's cache folder
+    on_bad_listing: str = among("error", "skip")
+
+    @property
+    def cache_folder(self) -> Path:
+        return cache_folder(self.cache_dir)
+
+
+@dataclass(frozen=True)
+class CatalogOptions(ListingOptions, section="data"):
+    """Which listings, and whose attributes they have."""
+
+    attributes: str  # a JSONL file of them; "" = the catalogue's
+
+
+def cache_folder(cache_dir: str) -> Path:
+    """The folder, with "" afmrl_jax in the user's cache folder."""
+    if cache_dir:
+        return Path(cache_dir)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "afmrl_jax"
 
 
@@ -24,14 +45,13 @@ def catalogue_names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def open_listings(path: str, config: ConfigDict, report_dir: Path) -> Catalog:
-    """One catalogue, or several joined by commas: "builtin", a folder, a Parquet file, tfds:NAME.
+def open_listings(options: ListingOptions, report_dir: Path) -> Catalog:
+    """One catalogue, or several joined by commas, with the attributes that they have themselves.
 
-    config: the configuration's `data`. report_dir: where bad listings are listed.
-    Raises UserError as `open_catalog` does.
+    report_dir: where bad listings are listed. Raises UserError as `open_catalog` does.
     """
-    cache = cache_folder(config)
-    names = catalogue_names(path)
+    cache = options.cache_folder
+    names = catalogue_names(options.path)
     if not names:
         raise UserError('no catalogue is named: set data.path to "builtin", a folder or a file')
     catalogues = [
@@ -40,30 +60,30 @@ def open_listings(path: str, config: ConfigDict, report_dir: Path) -> Catalog:
         else open_catalog(
             name,
             cache_dir=cache,
-            on_bad_listing=config.on_bad_listing,
+            on_bad_listing=options.on_bad_listing,
             report_dir=report_dir,
         )
         for name in names
     ]
-    return catalogues[0] if len(catalogues) == 1 else ConcatCatalog(catalogues, config.shared_ids)
+    return catalogues[0] if len(catalogues) == 1 else ConcatCatalog(catalogues, options.shared_ids)
 
 
-def with_attributes(catalogue: Catalog, config: ConfigDict, report_dir: Path) -> Catalog:
-    """The catalogue with the attributes of the file `config.attributes`; as it is with "".
+def with_attributes(catalogue: Catalog, options: CatalogOptions, report_dir: Path) -> Catalog:
+    """The catalogue with the attributes of the file `options.attributes`; as it is with "".
 
     Raises UserError as `open_attributes` does.
     """
-    if not config.attributes:
+    if not options.attributes:
         return catalogue
     return open_attributes(
         catalogue,
-        config.attributes,
-        cache_dir=cache_folder(config),
-        on_bad_listing=config.on_bad_listing,
+        options.attributes,
+        cache_dir=options.cache_folder,
+        on_bad_listing=options.on_bad_listing,
         report_dir=report_dir,
     )
 
 
-def open_catalogue(path: str, config: ConfigDict, report_dir: Path) -> Catalog:
-    """`open_listings`, `with_attributes` where the configuration names some."""
-    return with_attributes(open_listings(path, config, report_dir), config, report_dir)
+def open_catalogue(options: CatalogOptions, report_dir: Path) -> Catalog:
+    """`open_listings`, `with_attributes` where the options name some."""
+    return with_attributes(open_listings(options, report_dir), options, report_dir)

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import flatten, to_json, with_limits
+from afmrl_jax.core.fields import flatten
 from afmrl_jax.core.pages import program_fields
 
 # Fields that change how a run is watched or where it runs, never what it computes.
@@ -22,11 +22,11 @@ MAY_CHANGE = (
 def recorded(saved: str | Mapping[str, Any], where: str | Path) -> ConfigDict:
     """A run's configuration, from its record.
 
-    saved: as `to_json` wrote it, or what JSON makes of that. where: the run, for the errors.
-    Raises UserError for what is neither, and for other fields than the run's program has today.
+    saved: its JSON, or what that says. where: the run, for the errors. Raises UserError for what is
+    neither, and for other fields than the run's program has today.
     """
     try:
-        config = with_limits(json.loads(saved) if isinstance(saved, str) else saved)
+        config = json.loads(saved) if isinstance(saved, str) else saved
         program, fields = config.get("program"), flatten(config)
     except (ValueError, AttributeError):
         raise UserError(
@@ -52,8 +52,7 @@ def check_unchanged(
 
     saved: the JSON of that configuration. may_change: beginnings of fields that may differ.
     """
-    before = flatten(recorded(saved, workdir))
-    now = flatten(with_limits(json.loads(to_json(config))))
+    before, now = flatten(recorded(saved, workdir)), flatten(json.loads(config.to_json()))
     if before.get("program") != now["program"]:
         raise UserError(
             f"{workdir} holds a run of {before.get('program')}: give {now['program']} another "

@@ -1,31 +1,108 @@
-"""Fields that every program shares."""
+"""Fields that several programs share: a page calls what it needs, then sets what differs."""
 
 from ml_collections import ConfigDict
 
 
+def check_arm(arm: str, arms: tuple[str, ...]) -> None:
+    """Raises ValueError, which names the arms, for one that a page does not have."""
+    if arm not in arms:
+        raise ValueError(f"there is no arm {arm!r}: it has {', '.join(arms)}")
+
+
 def get_config() -> ConfigDict:
+    """The fields of every program."""
     config = ConfigDict()
+    config.mesh = ConfigDict()  # devices along each axis; -1 = all that are left, on one axis
+    config.mesh.slice = 1  # pods joined over the data-centre network
+    config.mesh.data = -1  # replicas
+    config.mesh.fsdp = 1  # replicas that share the parameters
+    config.mesh.tensor = 1  # devices that share a matrix
+
+    config.data = ConfigDict()
+    config.data.cache_dir = ""  # "" = $XDG_CACHE_HOME/afmrl_jax, or ~/.cache/afmrl_jax
+    return config
+
+
+def catalogue(config: ConfigDict) -> None:
+    """The listings."""
+    config.data.path = "builtin"  # builtin, or folders, Parquet files, tfds:NAME, by commas
+    # With several catalogues True means that listings with one listing_id and a photo in common are
+    # one listing, and that one product_id is one product. False: each catalogue has its own ids.
+    config.data.shared_ids = True
+    config.data.on_bad_listing = "error"  # error | skip (drop, count and list them)
+
+
+def attributes(config: ConfigDict) -> None:
+    """Whose attributes the listings have."""
+    # A JSONL file of {"listing_id": ..., "attributes": {...}}, as annotate writes it, replaces the
+    # catalogue's attributes; a listing without a line then has none. "" = the catalogue's.
+    config.data.attributes = ""
+
+
+def schedule(config: ConfigDict, steps: int) -> None:
+    """How long a program trains, and how often it looks, saves and logs."""
     config.seed = 0
-    config.steps = 0  # optimizer steps of the whole run
+    config.steps = steps  # optimizer steps of the whole run
     config.log_every = 10  # steps
     config.eval_every = 0  # steps between validations; 0 = only at the end
     config.checkpoint_every = 0  # steps between checkpoints; 0 = only at the end
     config.checkpoint_dir = ""  # "" = WORKDIR/checkpoints; another folder, or gs://BUCKET/FOLDER
     config.profile = ""  # START:END, the steps to trace into WORKDIR/profile; "" = none
 
-    config.mesh = ConfigDict()  # devices along each axis; -1 = what is left, on one axis
-    config.mesh.slice = 1  # pods joined over the data-centre network
-    config.mesh.data = -1  # replicas
-    config.mesh.fsdp = 1  # replicas that share the parameters
-    config.mesh.tensor = 1  # a matrix split over devices
 
-    config.data = ConfigDict()
-    config.data.path = "builtin"  # builtin, or folders, Parquet files, tfds:NAME, by commas
-    # several catalogues: equal listing_ids with a photo in common are one listing, and equal
-    config.data.shared_ids = True  # product_ids one product; False = each catalogue numbers its own
-    # a JSONL of {"listing_id": ..., "attributes": {...}}, as annotate writes it: other attributes
-    # than the catalogue's own, and none for a listing without a line; "" = the catalogue's own
-    config.data.attributes = ""
-    config.data.cache_dir = ""  # "" = $XDG_CACHE_HOME/afmrl_jax, or ~/.cache/afmrl_jax
-    config.data.on_bad_listing = "error"  # error | skip (drop, count and list them)
-    return config
+def batches(config: ConfigDict) -> None:
+    """How a program that trains prepares and divides its batches."""
+    # The micro-batches of a batch are computed one after the other, with the same gradient.
+    config.micro_batches = 1  # 1 = the whole batch at once
+    config.data.workers = 1  # processes that prepare batches; 0 = a thread of the training process
+    config.data.timeout = 600.0  # seconds that a batch may take before the run ends
+
+
+def model(config: ConfigDict) -> None:
+    """How a model computes, and which of its parameters are trained."""
+    config.model = ConfigDict()
+    # The computation's type; trained parameters and the loss stay float32. CPUs are faster in
+    # float32, accelerators in bfloat16.
+    config.model.dtype = "float32"  # float32 | bfloat16
+    # The backward pass recomputes nothing, all but matrix products, all but attention, or all.
+    config.model.remat = "none"  # none | dots | attention | full
+    # LoRA trains narrow matrices beside the pretrained ones, which are frozen and stored in dtype.
+    # VLM2Vec-V2 takes rank 16, alpha 64 and ^layers.*(query|key|value|out|down), and adds dropout
+    # .1 and DoRA.
+    config.model.lora_rank = 0  # 0 = all parameters are trained
+    config.model.lora_alpha = 32.0  # scale of an adapter: alpha / rank
+    # A regular expression searched in kernels' paths, as layers.0.gate.kernel. This one selects the
+    # decoder; "" selects the vision tower as well.
+    config.model.lora_targets = r"^layers\."
+
+
+def optimizer(config: ConfigDict, learning_rate: float) -> None:
+    """Warm-up to the learning rate, then a cosine."""
+    config.optimizer = ConfigDict()
+    # From scratch Muon needs half of AdamW's steps, each 15 to 30% slower on CPUs; pretrained
+    # weights, and LoRA's narrow matrices, take AdamW.
+    config.optimizer.name = "adamw"  # adamw | muon
+    config.optimizer.learning_rate = learning_rate
+    config.optimizer.warmup_share = 0.1  # share of the updates
+    config.optimizer.final_share = 0.02  # share of the learning rate where the cosine ends
+    config.optimizer.weight_decay = 0.05  # matrices only
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.98
+    config.optimizer.clip_norm = 1.0  # greatest norm of the gradient; 0 = not clipped
+
+
+def rows(config: ConfigDict, max_tokens: int) -> None:
+    """The sizes of a model's inputs."""
+    config.data.instruction = ""  # text that tells the model what to do
+    config.data.max_tokens = max_tokens  # tokens of a row, images included
+    config.data.max_patches = 64  # patches of a row, over all its images
+    config.data.min_pixels = 3136  # area to which a smaller image is enlarged
+    config.data.max_pixels = 4096  # area to which a larger image is reduced
+
+
+def tiny_rows(config: ConfigDict) -> None:
+    """The smallest inputs that still show something, prepared by the process that trains."""
+    config.data.workers = 0
+    config.data.max_patches = 16
+    config.data.min_pixels = 256
+    config.data.max_pixels = 1024

@@ -1,42 +1,62 @@
 """Judges a checkpoint: python -m afmrl_jax.main --config=configs/evaluate.py
 --config.checkpoint=runs/agcl --config.eval.queries=A --config.eval.gallery=A,B
+
+configs/evaluate.py:tiny judges on the validation listings, of which there are fewer.
 """
 
 from ml_collections import ConfigDict
 
 from afmrl_jax.configs import common
 
+ARMS = ("evaluate", "tiny")
 
-def get_config() -> ConfigDict:
+
+def folder(config: ConfigDict) -> None:
+    """How to use a Hugging Face model; a run, and a folder exported from one, know this
+    themselves."""
+    config.model = ConfigDict()
+    config.model.dtype = "bfloat16"  # float32 | bfloat16: the computation's type
+    config.model.embedding_dim = 0  # first dimensions kept of the embedding; 0 = all
+    common.rows(config, max_tokens=512)
+    config.data.max_patches = 1536
+    config.data.max_pixels = 301056
+    # The instruction stands before each text. With the prompt "chat" it is the system's turn of the
+    # model's chat template, as Qwen3-VL-Embedding's, and "" is the folder's own.
+    config.data.prompt = "plain"  # plain | chat
+
+
+def get_config(arm: str = "evaluate") -> ConfigDict:
+    common.check_arm(arm, ARMS)
     config = common.get_config()
     config.program = "evaluate"
-    # a run's workdir, one folder of its checkpoints, an exported or other Hugging Face folder
+    config.seed = 0  # of the probe and of k-means
+    common.catalogue(config)
+    common.attributes(config)
+    # A run's workdir, one folder of its checkpoints, an exported or another Hugging Face folder.
     config.checkpoint = ""
     config.best = False  # of a workdir, the best on validation instead of the last
 
-    # How to use a Hugging Face model; a run, and a folder exported from one, knows this itself.
-    config.model = ConfigDict()
-    config.model.dtype = "bfloat16"  # of the computation
-    config.model.embedding_dim = 0  # first dimensions kept of the embedding; 0 = all
-    config.data.prompt = "plain"  # plain | chat: the model's chat template, as Qwen3-VL-Embedding's
-    config.data.instruction = ""  # before each text; with chat, as the system ("" = its folder's)
-    config.data.max_tokens = 512  # a row's tokens, images included
-    config.data.max_patches = 1536  # a row's patches, over all its images
-    config.data.min_pixels = 3136  # an image is enlarged to this area
-    config.data.max_pixels = 301056  # and reduced to this one
+    folder(config)
 
     config.eval = ConfigDict()
     config.eval.queries = ""  # catalogues whose listings are looked up; "" = data.path
     config.eval.gallery = ""  # catalogues searched; "" = the queries'
     config.eval.query_split = ""  # train | validation | test | all; "" = test, else all
-    config.eval.gallery_split = ""
+    config.eval.gallery_split = ""  # the same of the gallery
     config.eval.tasks = "image+text->image+text, image->image, text->text, image->text, text->image"
     config.eval.batch = 128  # rows embedded at once
-    # whose attributes join the texts: none | oracle, those of the catalogue or of data.attributes |
-    config.eval.attributes = "none"  # a generator's: a run's workdir, a checkpoint, a folder
-    config.eval.enrich = "both"  # both | queries | gallery: whose texts
-    config.eval.min_confidence = 0.0  # a generator's attributes below this are left out; in [0, 1]
-    # also judge by category: a linear probe and k-means on embeddings of the queries, as the first
-    config.eval.downstream = False  # task shows them, but for the category in their text
-    config.eval.probe_listings = 5000  # at most, of the queries' training split, for the probe
+    # Attributes that join the texts: none; oracle, those of the catalogue or of data.attributes; or
+    # a generator's, named by a run's workdir, a checkpoint or a folder.
+    config.eval.attributes = "none"
+    config.eval.enrich = "both"  # both | queries | gallery: the side whose texts they join
+    config.eval.min_confidence = 0.0  # below it a generator's attributes are left out; in [0, 1]
+    # The embeddings are judged by category too, with a linear probe and k-means. They are the
+    # queries', as the first task shows them, but for the category in their text.
+    config.eval.downstream = False
+    config.eval.probe_listings = 5000  # most of the queries' training split that the probe learns
+
+    if arm == "tiny":
+        config.eval.update(query_split="validation", gallery_split="validation")
+        config.eval.tasks = "image+text->image+text"
+        config.eval.probe_listings = 200
     return config.lock()

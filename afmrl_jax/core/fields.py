@@ -1,9 +1,8 @@
 """A configuration's fields: their dotted names, and what values they may have."""
 
 import difflib
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from afmrl_jax.core.errors import UserError
@@ -13,41 +12,10 @@ def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted field -> value, of a ConfigDict or a dict."""
     flat = {}
     for key, value in config.items():
-        # Not by its class: the losses read this file, and need no ml_collections.
+        # Not by its class: a ConfigDict is no dict.
         nested = hasattr(value, "items")
         flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat
-
-
-def to_json(config: Any, indent: int | None = None) -> str:
-    """A ConfigDict as JSON, in which inf, a limit that is off, is null: JSON has no such number."""
-    values = config.to_dict()
-    return json.dumps(_replaced(values, math.inf, None), indent=indent, allow_nan=False)
-
-
-def with_limits(read: Any) -> dict[str, Any]:
-    """What `json.loads` gives of `to_json`'s text, with inf again: no field has another null."""
-    return _replaced(read, None, math.inf)
-
-
-def _replaced(values: Any, one: float | None, other: float | None) -> Any:
-    if isinstance(values, dict):
-        return {name: _replaced(value, one, other) for name, value in values.items()}
-    return other if values == one else values
-
-
-def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, tuple]) -> None:
-    """Raises UserError for the first field outside its (lowest, highest), both allowed, or, where
-    its range is words, that is none of them; and for any that is nan, which has no place in a
-    record."""
-    for field, allowed in ranges.items():
-        if isinstance(allowed[0], str):
-            check_choice(field, values[field], allowed)
-            continue
-        check_range(field, values[field], *allowed)
-    for field, value in values.items():
-        if value != value:
-            raise UserError(f"{field} is {value!r}: give a number")
 
 
 def check_range(field: str, value: float, low: float, high: float) -> None:

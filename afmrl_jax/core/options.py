@@ -48,8 +48,8 @@ class Options:
     def of(cls, config: Mapping[str, Any] | Any) -> Self:
         """Reads the fields of a whole configuration, a ConfigDict or a dict.
 
-        Raises UserError, naming the field as a flag does, for a value outside its range and for one
-        that is missing.
+        Raises UserError, naming the field as a flag does, for a value that is outside its range or
+        of another type, and for one that is missing.
         """
         part = config
         for name in filter(None, cls.section.split(".")):
@@ -60,7 +60,7 @@ class Options:
                 values[field.name] = field.type.of(config)
                 continue
             if field.name not in part:
-                raise UserError(f"the configuration lacks {cls.name_of(field.name)}")
+                raise UserError(f"{cls.name_of(field.name)} is missing from the configuration")
             value = part[field.name]
             values[field.name] = float(value) if field.type is float else value
         return cls(**values)
@@ -75,13 +75,27 @@ class Options:
             name, value = self.name_of(field.name), getattr(self, field.name)
             if words := field.metadata.get("words"):
                 check_choice(name, value, words)
-            elif isinstance(value, float) and value != value:
+            elif field.type is bool and not isinstance(value, bool):
+                raise UserError(f"{name} is {value!r}: give True or False")
+            elif field.type in (int, float) and not _is_number(value):
                 raise UserError(f"{name} is {value!r}: give a number")
             elif bounds := field.metadata.get("range"):
                 check_range(name, value, *bounds)
 
 
-def check_options(config: Any, options: Iterable[type[Options]]) -> None:
-    """Raises UserError for the first field of these options that is missing or out of range."""
+def _is_number(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and value == value
+
+
+def check_options(config: Any, options: Iterable[type[Options]], prefix: str = "") -> None:
+    """Raises UserError for the first field of these options that is missing or out of range.
+
+    prefix: stands before the field's name in the message, as "rar." for a section of a larger
+    configuration.
+    """
     for kind in options:
-        kind.of(config)
+        try:
+            kind.of(config)
+        except UserError as error:
+            raise UserError(f"{prefix}{error}") from None

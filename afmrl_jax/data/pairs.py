@@ -1,7 +1,7 @@
 """Which listings make up a batch: a pure function of (seed, step).
 
 Axes: B pairs of a global batch · V views of a pair: the query, its target, then mined negatives ·
-P products.
+A micro-batches · C pairs of one (this process's) · P products · k look-alikes · T term slots.
 """
 
 from dataclasses import dataclass
@@ -10,89 +10,89 @@ import grain
 import numpy as np
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
+from afmrl_jax.catalog.groups import listings_by_product
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.corpus import listings_by_product
+from afmrl_jax.core.options import Options, between
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.stream import Batch
-from afmrl_jax.data.views import Augmentation, listing_text, training_row
+from afmrl_jax.data.views import Augmentation, OtherAttributes, listing_text, training_row
 
 
 @dataclass(frozen=True)
-class Composition:
-    """How a batch is put together."""
+class Composition(Options, section="data"):
+    """Which products stand beside each other in a batch."""
 
-    batch: int  # pairs
-    lookalike_share: float  # of the pairs that come in groups of look-alikes
-    lookalike_group: int  # products a group
-    hard_negatives: int  # mined negatives a query
+    lookalike_share: float = between(0, 1)  # of the pairs that come in groups of look-alikes
+    lookalike_group: int = between(2)  # products a group
+    hard_negatives: int = between(0)  # mined negatives a query
+    neighbours: int = between(1)  # look-alikes remembered of each product
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hard_negatives > self.neighbours:
+            raise UserError(
+                f"data.hard_negatives is {self.hard_negatives}, but data.neighbours keeps "
+                f"{self.neighbours}: raise data.neighbours"
+            )
+
+    @property
+    def needs_look_alikes(self) -> bool:
+        return bool(self.lookalike_share or self.hard_negatives)
 
 
 class PairSampler:
     """Draws the listings of each step's global batch from one split of a catalogue.
 
-    Leaders are taken from a shuffled order of the products, anew each epoch; look-alikes take the
-    places of others in that order. No product is the query of a batch twice. A product with one
-    listing is paired with itself.
+    Each epoch shuffles the products anew. A batch takes the next ones; where groups of look-alikes
+    are wanted, the first ones lead groups, and their look-alikes take the places of the last ones.
+    No product is the query of a batch twice. A product's only listing is paired with itself.
     """
 
     def __init__(
         self,
         catalog: Catalog,
         split: str,
+        batch: int,
         composition: Composition,
         seed: int,
         neighbours: np.ndarray | None,
     ):
-        """neighbours: int32[P, K] of `look_alikes`; None where the composition needs none.
-
-        Raises UserError for a batch larger than the number of products, or shares out of range.
-        """
+        """batch: pairs of a global batch. neighbours: int32[P, K] of `look_alikes`; None where the
+        composition needs none. Raises UserError for a batch larger than the number of products."""
         self._listings, self._starts = listings_by_product(catalog, split)
-        self._composition, self._seed, self._neighbours = composition, seed, neighbours
+        self._batch, self._composition = batch, composition
+        self._seed, self._neighbours = seed, neighbours
         products = len(self._starts) - 1
         if not products:
             raise UserError(f"{catalog.name} has no listings in its {split} split to train on")
-        if composition.batch > products:
+        if batch > products:
             raise UserError(
-                f"a batch of {composition.batch} pairs needs as many products, but the training "
+                f"a batch of {batch} pairs needs as many products, but the training "
                 f"split of {catalog.name} has {products}: set batch to {products} or less"
-            )
-        if not 0 <= composition.lookalike_share <= 1:
-            raise UserError(
-                f"data.lookalike_share is {composition.lookalike_share}: give a share of 0 to 1"
-            )
-        if composition.lookalike_group < 2:
-            raise UserError(
-                f"data.lookalike_group is {composition.lookalike_group}: a group has 2 or more"
-            )
-        if neighbours is not None and composition.hard_negatives > neighbours.shape[1]:
-            raise UserError(
-                f"data.hard_negatives is {composition.hard_negatives}, but data.neighbours keeps "
-                f"{neighbours.shape[1]}: raise data.neighbours"
             )
         self._order = grain.MapDataset.range(products).seed(seed).shuffle().repeat()
 
     def products(self, step: int) -> np.ndarray:
         """int64[B]: the products of a batch, all different; look-alikes of one leader in a row."""
-        c = self._composition
-        order = [int(self._order[step * c.batch + slot]) for slot in range(c.batch)]
+        batch, c = self._batch, self._composition
+        order = [int(self._order[step * batch + slot]) for slot in range(batch)]
         waiting = iter(order)
         chosen: dict[int, None] = {}  # an ordered set
-        grouped = round(c.lookalike_share * c.batch)
+        grouped = round(c.lookalike_share * batch)
         for leader in waiting if grouped else ():
             chosen[leader] = None
-            room = min(c.lookalike_group - 1, c.batch - len(chosen))
+            room = min(c.lookalike_group - 1, batch - len(chosen))
             fresh = (int(n) for n in self._neighbours[leader] if n >= 0 and int(n) not in chosen)
             chosen.update(dict.fromkeys(n for _, n in zip(range(room), fresh)))
             if len(chosen) >= grouped:
                 break
         for product in waiting:
-            if len(chosen) == c.batch:
+            if len(chosen) == batch:
                 break
             chosen[product] = None
         spare = iter(range(len(self._starts) - 1))
-        while len(chosen) < c.batch:  # an epoch's end, where the order repeats a product
+        while len(chosen) < batch:  # an epoch's end, where the order repeats a product
             chosen[next(spare)] = None
         return np.fromiter(chosen, np.int64)
 
@@ -105,21 +105,23 @@ class PairSampler:
             listings[row, :2] = self._two_listings(product, rng)
             for column in range(self._composition.hard_negatives):
                 negative = self._neighbours[product, column]
-                if negative < 0:  # fewer look-alikes than asked: any other product
+                if negative < 0:  # too few look-alikes: any other product
                     negative = (product + 1 + rng.integers(len(self._starts) - 2)) % (
                         len(self._starts) - 1
                     )
-                own = slice(self._starts[negative], self._starts[negative + 1])
-                listings[row, 2 + column] = rng.choice(self._listings[own])
+                listings[row, 2 + column] = rng.choice(self._listings_of(negative))
         return listings
 
+    def _listings_of(self, product: int) -> np.ndarray:
+        return self._listings[self._starts[product] : self._starts[product + 1]]
+
     def _two_listings(self, product: int, rng: np.random.Generator) -> np.ndarray:
-        own = self._listings[self._starts[product] : self._starts[product + 1]]
-        if len(own) == 1:
-            return own[[0, 0]]
-        first = rng.integers(len(own))
-        second = (first + 1 + rng.integers(len(own) - 1)) % len(own)
-        return own[[first, second]]
+        listings = self._listings_of(product)
+        if len(listings) == 1:
+            return listings[[0, 0]]
+        first = rng.integers(len(listings))
+        second = (first + 1 + rng.integers(len(listings) - 1)) % len(listings)
+        return listings[[first, second]]
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,12 @@ class PairBatches:
     processor: Processor
     statistics: CorpusStatistics
     augmentation: Augmentation
+    others: OtherAttributes
     query_views: tuple[tuple[str, ...], np.ndarray]
     target_views: tuple[tuple[str, ...], np.ndarray]
     max_terms: int
     micro_batches: int
-    rows: np.ndarray  # of each chunk's C examples, this process's
+    rows: np.ndarray  # int[C], this process's places in each micro-batch
     seed: int
     steps: int
 
@@ -146,9 +149,9 @@ class PairBatches:
         return f"PairBatches({self.catalog.fingerprint}, seed={self.seed}, steps={self.steps})"
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of a step: the processor's arrays as [A, C, V, ...], and of each listing
-        `listing` int32 (its index), `product` int32, and BM25's `terms`, `query_weights` and
-        `document_weights` [A, C, V, T].
+        """The batch of a step: the processor's arrays as [A, C, V, ...]; `listing`, the listings'
+        indices, and `product`, their products, int32[A, C, V]; and BM25's `terms`, `query_weights`
+        and `document_weights`, [A, C, V, T].
         """
         listings = self.sampler.draw(step)
         examples = np.arange(len(listings)).reshape(self.micro_batches, -1)[:, self.rows]
@@ -187,6 +190,7 @@ class PairBatches:
                 view,
                 rng,
                 self.augmentation,
+                others=self.others,
                 shorten=shorten and column < 2,
             )
             for column, (listing, draw, view) in enumerate(zip(listings, draws, chosen))

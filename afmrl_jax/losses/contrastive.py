@@ -9,18 +9,16 @@ negatives a query · E embedding · T attribute terms.
 """
 
 import functools
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from afmrl_jax.attributes.bm25 import bm25_matrix
-from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_choice
 from afmrl_jax.core.masked import masked_quantiles
+from afmrl_jax.core.options import Options, among, between
 
 # The logit of a masked candidate: its exponential is exactly 0, and no inf - inf can arise.
 MASKED = -1e30
@@ -31,68 +29,39 @@ SELF_SCORE_FLOOR = 1.0
 
 Side = Mapping[str, jax.Array]  # one side's product, terms, query_weights, document_weights
 
-CHOICES = {
-    "negative_weight": ("none", "bm25", "similarity"),
-    "weight_scale": ("self", "raw"),
-    "same_product": ("drop", "positive", "keep"),
-}
-RANGES = {  # field -> (lowest, highest), both allowed
-    "temperature": (1e-4, 10.0),
-    "weight_strength": (0.0, 100.0),
-    "similarity_strength": (0.0, 100.0),
-    "mask_target_similarity": (-1.0, 1.0),
-    "mask_margin": (-2.0, 2.0),
-    "mask_attributes": (0.0, 1.0),
-}
-SWITCHES = ("boost_positive", "symmetric")
-CAN_BE_OFF = ("mask_target_similarity", "mask_margin", "mask_attributes")
-# The same of a configuration's fields, where inf turns a mask off.
-FIELDS = {f"loss.{name}": words for name, words in CHOICES.items()} | {
-    f"loss.{name}": (low, math.inf if name in CAN_BE_OFF else high)
-    for name, (low, high) in RANGES.items()
-}
-
 
 @dataclass(frozen=True)
-class Options:
-    """Which contrastive loss; raises UserError for a value that no loss has."""
+class Contrastive(Options, section="loss"):
+    """Which contrastive loss. A mask whose threshold nothing can pass is off and costs nothing:
+    2 of cosines and of their margins, 1 of agreements."""
 
-    temperature: float = 0.02  # VLM2Vec-V2
-    negative_weight: str = "bm25"  # none (InfoNCE) | bm25 (AGCL) | similarity (LLaVE)
-    weight_scale: str = "self"  # self: B_ij / BM25(a_i, a_i), in [0, 1] | raw: the paper's B_ij
-    weight_strength: float = 1.0  # a of w = exp(a (1 + tanh(B))); 1 is the paper's
-    similarity_strength: float = 9.0  # LLaVE's alpha: negative logit + alpha * stop_gradient(s)
-    boost_positive: bool = True  # bm25: w_ii as any w_ij (the paper), else w_ii = 1
-    mask_target_similarity: float | None = None  # drop j if cos(d_j, d_i) is above; RzenEmbed .95
-    mask_margin: float | None = None  # drop j if s_ij > s_ii + margin; UniME .1
-    mask_attributes: float | None = 0.95  # drop j if attributes agree, both ways, above this
-    same_product: str = "drop"  # listings of one product: drop | positive (all pull) | keep
-    symmetric: bool = False  # average with targets -> queries over the first B targets
+    temperature: float = between(1e-4, 10)
+    negative_weight: str = among("none", "bm25", "similarity")  # InfoNCE, AGCL, LLaVE
+    weight_scale: str = among("self", "raw")  # B_ij / BM25(a_i, a_i), in [0, 1], or B_ij
+    weight_strength: float = between(0, 100)  # a of w = exp(a (1 + tanh(B)))
+    similarity_strength: float = between(0, 100)  # LLaVE's alpha: logit + alpha * stop_gradient(s)
+    boost_positive: bool  # bm25: w_ii as any w_ij (the paper), else w_ii = 1
+    mask_target_similarity: float = between(-1, 2)  # drop j if cos(d_j, d_i) is above
+    mask_margin: float = between(-2, 2)  # drop j if s_ij > s_ii + margin
+    mask_attributes: float = between(0, 2)  # drop j if attributes agree, both ways, above this
+    same_product: str = among("drop", "positive", "keep")  # listings of one product
+    symmetric: bool  # average with targets -> queries over the first B targets
 
-    def __post_init__(self):
-        for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
-            if name in CHOICES:
-                check_choice(f"loss option {name}", value, CHOICES[name])
-            elif name in SWITCHES:
-                if not isinstance(value, bool):
-                    raise UserError(f"loss option {name} is {value!r}; set it to True or False")
-            elif value is not None or name not in CAN_BE_OFF:
-                _check_number(name, value)
+    @property
+    def masks_target_similarity(self) -> bool:
+        return self.mask_target_similarity < 2
 
+    @property
+    def masks_margin(self) -> bool:
+        return self.mask_margin < 2
 
-def _check_number(name: str, value: object) -> None:
-    low, high = RANGES[name]
-    off = " or None for off" if name in CAN_BE_OFF else ""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low <= value <= high:
-        raise UserError(
-            f"loss option {name} is {value!r}, expected a number from {low:g} to {high:g}{off}"
-        )
+    @property
+    def masks_attributes(self) -> bool:
+        return self.mask_attributes < 1
 
 
 def contrastive_loss(
-    queries: jax.Array, targets: jax.Array, info: Mapping[str, jax.Array], options: Options
+    queries: jax.Array, targets: jax.Array, info: Mapping[str, jax.Array], options: Contrastive
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """The contrastive loss of a global batch, with gradient to queries and targets.
 
@@ -122,7 +91,7 @@ def contrastive_loss(
     scores, scores_back = _bm25_both_ways(asking, asked, options)
     same = asking["product"][:, None] == asked["product"][None, :]
     masks = {}
-    if options.mask_attributes is not None:
+    if options.masks_attributes:
         agreement = jnp.minimum(
             _agreement(scores, asking, axis=1), _agreement(scores_back, asked, axis=0)
         )
@@ -151,7 +120,7 @@ def _one_way(
     same: jax.Array,
     masks: Mapping[str, jax.Array],
     weights: jax.Array | None,
-    options: Options,
+    options: Contrastive,
     axis: int,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Losses [B] of one side against the other's candidates, which lie along `axis`, and metrics.
@@ -163,11 +132,11 @@ def _one_way(
     own = jnp.arange(same.shape[0])[:, None] == jnp.arange(same.shape[1])[None, :]  # the positives
     frozen, frozen_positive = lax.stop_gradient((similarity, positive))
     masks = dict(masks)
-    if options.mask_target_similarity is not None:
+    if options.masks_target_similarity:
         fixed = lax.stop_gradient(candidates)
         to_positive = _cosines(fixed[: same.shape[0]], fixed)
         masks["target_similarity"] = to_positive > options.mask_target_similarity
-    if options.mask_margin is not None:
+    if options.masks_margin:
         limit = jnp.expand_dims(frozen_positive, axis) + options.mask_margin
         masks["margin"] = frozen > limit
     extra = same & ~own  # the product's other listings
@@ -215,16 +184,16 @@ def _cosines(rows: jax.Array, columns: jax.Array) -> jax.Array:
 
 
 def _bm25_both_ways(
-    asking: Side, asked: Side, options: Options
+    asking: Side, asked: Side, options: Contrastive
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """BM25 of targets for queries, and of queries for targets, both [B, M]; None if not needed."""
     weighed = options.negative_weight == "bm25"
     there = back = None
-    if weighed or options.mask_attributes is not None:
+    if weighed or options.masks_attributes:
         there = bm25_matrix(
             asking["terms"], asking["query_weights"], asked["terms"], asked["document_weights"]
         )
-    if (weighed and options.symmetric) or options.mask_attributes is not None:
+    if (weighed and options.symmetric) or options.masks_attributes:
         # The weights change places and the terms do not: it is born as [B, M], its rows sharded.
         back = bm25_matrix(
             asking["terms"], asking["document_weights"], asked["terms"], asked["query_weights"]
@@ -242,7 +211,7 @@ def _agreement(scores: jax.Array, side: Side, axis: int) -> jax.Array:
 
 
 def _bm25_log_weights(
-    scores: jax.Array | None, side: Side, options: Options, axis: int
+    scores: jax.Array | None, side: Side, options: Contrastive, axis: int
 ) -> jax.Array | None:
     """log w = a (1 + tanh(B)), [B, M], B scaled or raw; None where BM25 does not weigh."""
     if options.negative_weight != "bm25":

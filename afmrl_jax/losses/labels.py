@@ -21,6 +21,15 @@ from jax import lax
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.options import Options, between
+
+
+@dataclass(frozen=True)
+class LabelHead(Options, section="loss"):
+    """A head beside the encoder, and what its loss counts."""
+
+    head_weight: float = between(0, 1000)  # of its loss, in nats an attribute; 0: there is no head
+    head_labels: int = between(1)  # of the most frequent pairs, which it tells
 
 
 @dataclass(frozen=True)

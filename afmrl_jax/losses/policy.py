@@ -19,34 +19,27 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from afmrl_jax.core.fields import check_ranges
-
-OBJECTIVES = ("grpo", "dr_grpo")
-RANGES = {  # field -> lowest and highest, or its words
-    "policy.objective": OBJECTIVES,
-    "policy.clip": (0.0, 1.0),
-    "policy.kl": (0.0, 100.0),
-}
+from afmrl_jax.core.options import Options, among, between
 
 
 @dataclass(frozen=True)
-class Options:
-    """Which policy gradient; raises UserError for a value that none has."""
+class PolicyGradient(Options, section="policy"):
+    """Which policy gradient. Dr. GRPO's advantages are not divided by the std either."""
 
-    objective: str = "grpo"  # grpo | dr_grpo, whose advantages are not divided by the std either
-    clip: float = 0.2  # c
-    kl: float = 0.01  # beta, the weight of the divergence from the reference; 0 needs none
+    objective: str = among("grpo", "dr_grpo")
+    clip: float = between(0, 1)  # c
+    kl: float = between(0, 100)  # beta, the weight of the divergence from the reference
     # Leave answers that were cut at the token limit out of the loss: DAPO's overlong filtering
     # (arXiv 2503.14476), TRL's mask_truncated_completions. Their rewards stay in the group's mean.
     # False lets their reward count, which teaches to end in time where cut answers are invalid.
-    mask_truncated: bool = False
-
-    def __post_init__(self):
-        check_ranges(dict(zip(RANGES, (self.objective, self.clip, self.kl))), RANGES)
+    mask_truncated: bool
 
 
 def policy_loss(
-    log_probs: jax.Array, entropy: jax.Array, answers: Mapping[str, jax.Array], options: Options
+    log_probs: jax.Array,
+    entropy: jax.Array,
+    answers: Mapping[str, jax.Array],
+    options: PolicyGradient,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """The loss of B answers, with gradient to log_probs alone.
 

@@ -13,7 +13,6 @@ Axes: A micro-batches · C examples of one · V views of an example (query, targ
 B = A C pairs · E embedding.
 """
 
-import dataclasses
 import functools
 import json
 import logging
@@ -30,12 +29,20 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from afmrl_jax.assembly import model
-from afmrl_jax.assembly.encoder import Encoder, host_embedder
+from afmrl_jax.assembly.encoder import Encoder
+from afmrl_jax.assembly.loaded import LoadedEncoder
+from afmrl_jax.assembly.model import abstract_params, placed
+from afmrl_jax.assembly.options import (
+    Embedding,
+    EncoderOptions,
+    EncoderRows,
+    PresetOptions,
+    TrainingOptions,
+)
 from afmrl_jax.assembly.pretrained import Base, Pretrained, find_pretrained, planned, read_base
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.catalog.listings import Catalog
-from afmrl_jax.catalog.opening import cache_folder, open_catalogue
+from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, checkpoint_folder
 from afmrl_jax.checkpoints.record import (
     check_catalogue,
@@ -44,9 +51,9 @@ from afmrl_jax.checkpoints.record import (
 )
 from afmrl_jax.checkpoints.state import TrainState, abstract_state, init_state, zeros
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, replicated
+from afmrl_jax.core.options import Options, among, between, check_options
 from afmrl_jax.core.processes import first_says
 from afmrl_jax.data.answers import described
 from afmrl_jax.data.corpus import (
@@ -58,27 +65,21 @@ from afmrl_jax.data.corpus import (
 )
 from afmrl_jax.data.pairs import Composition, PairBatches, PairSampler
 from afmrl_jax.data.processor import Processor
-from afmrl_jax.data.stream import Stream
+from afmrl_jax.data.stream import Stream, StreamOptions
 from afmrl_jax.data.views import Augmentation, listing_text, parse_mixture, sampled_cuts
-from afmrl_jax.losses.contrastive import CAN_BE_OFF, Options, contrastive_loss
-from afmrl_jax.losses.contrastive import FIELDS as LOSS_FIELDS
-from afmrl_jax.losses.labels import Labels, frequent_labels, label_loss
+from afmrl_jax.losses.contrastive import Contrastive, contrastive_loss
+from afmrl_jax.losses.labels import LabelHead, Labels, frequent_labels, label_loss
 from afmrl_jax.models import lora
 from afmrl_jax.planning import cost
 from afmrl_jax.planning.report import Part, check_fits, step_part
-from afmrl_jax.retrieval.evaluation import Task, parse_task, results_table, write_evaluation
-from afmrl_jax.retrieval.tasks import (
-    Judge,
-    choose_tasks,
-    enrichment,
-    own_attributes,
-    validation_task,
-)
+from afmrl_jax.retrieval.evaluator import SIDES, Evaluator, catalogue_attributes, enrichment
+from afmrl_jax.retrieval.scores import results_table, write_evaluation
+from afmrl_jax.retrieval.tasks import Task, choose_tasks, parse_task, validation_task
 from afmrl_jax.training import gradcache
 from afmrl_jax.training.goodput import Clock, abstract_host
 from afmrl_jax.training.loop import Training, fit
-from afmrl_jax.training.optimizer import RANGES as OPTIMIZER_RANGES
-from afmrl_jax.training.optimizer import make_optimizer
+from afmrl_jax.training.optimizer import Optimizer, make_optimizer
+from afmrl_jax.training.schedule import Schedule
 from afmrl_jax.training.tracing import traced_steps
 
 log = logging.getLogger(__name__)
@@ -90,32 +91,41 @@ HEAD = "head"  # the name of its parameters beside the encoder's
 EVALUATIONS = {"before": "evaluation_before.json", "after": "evaluation.json"}
 TOKENIZER_LISTINGS = 20_000  # whose texts a preset's tokenizer is trained on
 VALIDATION_LISTINGS = 600
-RANGES = {  # field -> lowest and highest, or its words
-    **OPTIMIZER_RANGES,
-    **model.RANGES,
-    **LOSS_FIELDS,
-    "eval.attributes": ("none", "oracle"),
-    "seed": (0, 2**31 - 1),
-    "log_every": (1, math.inf),
-    "eval_every": (0, math.inf),
-    "checkpoint_every": (0, math.inf),
-    "batch": (1, math.inf),
-    "micro_batches": (1, math.inf),
-    "eval.batch": (1, math.inf),
-    "model.embedding_dim": (0, math.inf),
-    "data.workers": (0, math.inf),
-    "data.timeout": (1, 1_000_000),
-    "data.neighbours": (1, math.inf),
-    "data.hard_negatives": (0, math.inf),
-    "data.max_terms": (1, math.inf),
-    "data.crop_area": (0.01, 1),
-    "data.flip_share": (0, 1),
-    "data.attribute_share": (0, 1),
-    "data.attribute_dropout": (0, 1),
-    "data.attribute_noise": (0, 1),
-    "loss.head_weight": (0, 1000),
-    "loss.head_labels": (1, math.inf),
-}
+
+
+@dataclass(frozen=True)
+class PairTraining(Options, section=""):
+    """What a run trains on, and begins with."""
+
+    batch: int = between(1)  # pairs
+    init_from: str  # a checkpoint or a Hugging Face folder; "" = from scratch
+
+
+@dataclass(frozen=True)
+class PairRows(Options, section="data"):
+    """What the rows of a pair show."""
+
+    query_views: str
+    target_views: str
+    described_only: bool  # training listings without attributes are left out
+    max_terms: int = between(1)  # attribute terms kept of a listing
+
+
+@dataclass(frozen=True)
+class EncoderEvaluation(Options, section="eval"):
+    """How the encoder is judged."""
+
+    tasks: str
+    batch: int = between(1)  # rows embedded at once
+    attributes: str = among("none", "oracle")  # oracle: the catalogue's join the texts
+    enrich: str = among(*SIDES)  # the side whose texts they join
+
+
+OPTIONS = (
+    *(Schedule, PairTraining, Optimizer, Contrastive, LabelHead),
+    *(Embedding, EncoderRows, TrainingOptions, PresetOptions),
+    *(CatalogOptions, Composition, Augmentation, PairRows, StreamOptions, EncoderEvaluation),
+)
 
 
 @dataclass(frozen=True)
@@ -124,8 +134,6 @@ class Built:
 
     start: Callable[[Any], TrainState]  # from parameters, or from scratch with None
     step: Callable[[Any, TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
-    embed: Callable[[Any, dict[str, np.ndarray]], jax.Array]
-    embed_rows: np.ndarray  # of an evaluation batch, those that this process gives to `embed`
     abstract: TrainState
     frozen: Any  # abstract parameters beside the state's; {} where all are trained
 
@@ -139,15 +147,14 @@ def build(
     where there is no head.
     step: (frozen parameters, state, batch of arrays [A, C, V, ...]) -> (state, metrics), the state
     donated; the frozen ones are only read, so there is one copy of them.
-    embed: (params, this process's rows of eval.batch) -> float32[eval.batch, E] on every device.
     """
     if config.batch % config.micro_batches:
         raise UserError(
             f"micro_batches is {config.micro_batches}, which does not divide the batch of "
             f"{config.batch}"
         )
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    params = model.abstract_params(enc, mesh)
+    optimizer = make_optimizer(Optimizer.of(config), config.steps)
+    params = abstract_params(enc, mesh)
     trained, frozen = lora.split(params)
     loss, head = _objective(config, enc, statistics, mesh)
     abstract = abstract_state(trained | head, optimizer, mesh)
@@ -188,7 +195,6 @@ def build(
     return Built(
         lambda given: init_state(given | zeros(head) if given else fresh, optimizer, abstract),
         step,
-        *host_embedder(embed, mesh, config.eval.batch),
         abstract,
         frozen,
     )
@@ -224,7 +230,8 @@ def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     local_rows(mesh, config.batch // config.micro_batches, "batch / micro_batches")
     if config.loss.head_weight:
         raise UserError("the head's labels depend on the catalogue: plan without loss.head_weight")
-    enc = planned(config, config.init_from or config.model.preset)
+    options, training = EncoderOptions.of(config), TrainingOptions.of(config)
+    enc = planned(config.init_from or config.model.preset, Encoder, options, training)
     return [part(config, mesh, enc, build(config, mesh, enc, None))]
 
 
@@ -237,17 +244,13 @@ def _objective(
     config: ConfigDict, enc: Encoder, statistics: CorpusStatistics, mesh: Mesh
 ) -> tuple[Callable[..., tuple[jax.Array, dict[str, jax.Array]]], Any]:
     """`_loss` of (trained, embeddings, batch), and the head's abstract parameters; {} without."""
-    asked = {name: config.loss[name] for name in Options.__annotations__}
-    # A flag can't say None, so a threshold that nothing passes turns a mask off.
-    options = Options(
-        **{k: None if v == math.inf and k in CAN_BE_OFF else v for k, v in asked.items()}
-    )
+    options = Contrastive.of(config)
     weight, labels, head = config.loss.head_weight, None, {}
     if weight:
         labels = frequent_labels(statistics, config.loss.head_labels)
         log.info("the head tells %d values of %d attributes", len(labels.terms), labels.n_names)
         width = config.model.embedding_dim or enc.model_config.text.hidden_size
-        head = model.placed({HEAD: labels.abstract_head(width)}, mesh)
+        head = placed({HEAD: labels.abstract_head(width)}, mesh)
     loss = functools.partial(_loss, options=options, labels=labels, head_weight=weight, mesh=mesh)
     return loss, head
 
@@ -257,7 +260,7 @@ def _loss(
     embeddings: jax.Array,
     batch: dict[str, jax.Array],
     *,
-    options: Options,
+    options: Contrastive,
     labels: Labels | None,
     head_weight: float,
     mesh: Mesh,
@@ -297,7 +300,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     # ---- what is asked, and what is there
     clock = Clock(workdir / "goodput.json")
     first_process = jax.process_index() == 0
-    check_ranges(flatten(config), RANGES)
+    check_options(config, OPTIONS)
     traced_steps(config.profile, config.steps)
     tasks = [parse_task(name) for name in config.eval.tasks.split(",")]
     local = local_rows(mesh, config.batch // config.micro_batches, "batch / micro_batches")
@@ -307,12 +310,13 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             check_unchanged(saved["config"], config, workdir)
 
         # ---- catalogue and encoder
-        catalog = open_catalogue(config.data.path, config.data, workdir)
+        listings_of = CatalogOptions.of(config)
+        catalog = open_catalogue(listings_of, workdir)
         if config.data.described_only:
-            catalog = TrainedOn(catalog, described(catalog, "train", cache_folder(config.data)))
+            catalog = TrainedOn(catalog, described(catalog, "train", listings_of.cache_folder))
         if saved:
             check_catalogue(saved, catalog.fingerprint, config.data.path, workdir)
-        shown = own_attributes(catalog) if config.eval.attributes == "oracle" else None
+        shown = catalogue_attributes(catalog) if config.eval.attributes == "oracle" else None
         enriched = enrichment(shown, config.eval.enrich)
         listings = catalog.indices("test")
         split = "test" if len(listings) else "validation"
@@ -326,12 +330,12 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         processor = enc.processor()
         _tell_of_cut_attributes(config.data, catalog, processor)
         record = enc.record() | {
-            "config": to_json(config),
+            "config": config.to_json(),
             "statistics": statistics.to_json(),
             "catalogue": catalog.fingerprint,
         }
         if first_process:
-            write_atomically(workdir / "config.json", to_json(config, indent=2))
+            write_atomically(workdir / "config.json", config.to_json(indent=2))
             write_atomically(workdir / "tokenizer.json", record["tokenizer"])
 
         # ---- state, step and judges
@@ -339,7 +343,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         step = check_fits(part(config, mesh, enc, built), mesh)
         frozen = {}
         if enc.lora:
-            base = Base.of_record(saved) if saved else Base(source.path if source else "")
+            begun = Base(source.path if source else "", seed=config.seed)
+            base = Base.of_record(saved) if saved else begun
             frozen, base = read_base(enc, built.frozen, base)
             record |= base.record()
         if saved:
@@ -352,18 +357,14 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             for name in EVALUATIONS.values():  # of a run that died before it saved anything
                 (workdir / name).unlink(missing_ok=True)
 
-        def judge(state: TrainState) -> Judge:
-            return Judge(
-                functools.partial(built.embed, encoder_params(state.params, frozen)),
-                processor,
-                catalog,
-                batch=config.eval.batch,
-                local=built.embed_rows,
-                enriched=enriched,
-            )
+        loaded = LoadedEncoder(enc, None, mesh, config.eval.batch)
+
+        def evaluator(state: TrainState) -> Evaluator:
+            params = encoder_params(state.params, frozen)
+            return Evaluator(loaded.with_params(params), catalog, enriched)
 
         def evaluate(state: TrainState, when: str) -> None:
-            results = judge(state).run(judged, listings, listings)
+            results = evaluator(state).run(judged, listings, listings)
             if first_process:
                 write_evaluation(workdir / EVALUATIONS[when], results)
 
@@ -379,7 +380,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 examples=config.batch,
                 unit="pairs",
                 chunk=config.batch // config.micro_batches,
-                validate=validated and functools.partial(_validate, judge, *validated),
+                validate=validated and functools.partial(_validate, evaluator, *validated),
                 name_listings=lambda rows: [catalog.listing(int(i)).listing_id for i in rows],
                 record=record,
             )
@@ -401,26 +402,27 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
 
 def _validate(
-    judge: Callable[[TrainState], Judge], task: Task, listings: np.ndarray, state: TrainState
+    evaluator: Callable[[TrainState], Evaluator],
+    task: Task,
+    listings: np.ndarray,
+    state: TrainState,
 ) -> dict[str, float]:
-    scores = judge(state).run([task], listings, listings)[task.name]
+    scores = evaluator(state).run([task], listings, listings)[task.name]
     return {"validation": scores["recall@1"], "validation_mrr": scores["mrr"]}
 
 
 def _sampler(config: ConfigDict, catalog: Catalog) -> tuple[CorpusStatistics, PairSampler]:
     """BM25's statistics of the training split, and the sampler with its look-alikes."""
-    data = config.data
-    cache = cache_folder(data) / "corpus"
-    composition = Composition(
-        config.batch, data.lookalike_share, data.lookalike_group, data.hard_negatives
-    )
+    cache = CatalogOptions.of(config).cache_folder / "corpus"
+    composition = Composition.of(config)
     statistics = corpus_statistics(catalog, "train", cache)
     if config.loss.head_weight:
-        _tell_of_cut_labels(catalog, statistics, data.max_terms)
+        _tell_of_cut_labels(catalog, statistics, config.data.max_terms)
     neighbours = None
-    if data.lookalike_share or data.hard_negatives:
-        neighbours = look_alikes(catalog, "train", data.neighbours, statistics, cache)
-    return statistics, PairSampler(catalog, "train", composition, config.seed, neighbours)
+    if composition.needs_look_alikes:
+        neighbours = look_alikes(catalog, "train", composition.neighbours, statistics, cache)
+    sampler = PairSampler(catalog, "train", config.batch, composition, config.seed, neighbours)
+    return statistics, sampler
 
 
 def _tell_of_cut_labels(catalog: Catalog, statistics: CorpusStatistics, most: int) -> None:
@@ -454,21 +456,16 @@ def _open_stream(
 ) -> Callable[[int], Stream]:
     """A function from the next step to the stream of batches that begins there."""
     data = config.data
-    noisy = data.attribute_share and data.attribute_noise
+    augmentation = Augmentation.of(config)
+    noisy = augmentation.attribute_share and augmentation.attribute_noise
     others = attributes_by_category(example_listings(catalog, "train")) if noisy else {}
     batches = PairBatches(
         catalog=catalog,
         sampler=sampler,
         processor=processor,
         statistics=statistics,
-        augmentation=Augmentation(
-            crop_area=data.crop_area,
-            flip_share=data.flip_share,
-            attribute_share=data.attribute_share,
-            attribute_dropout=data.attribute_dropout,
-            attribute_noise=data.attribute_noise,
-            others=others,
-        ),
+        augmentation=augmentation,
+        others=others,
         query_views=parse_mixture(data.query_views, "data.query_views"),
         target_views=parse_mixture(data.target_views, "data.target_views"),
         max_terms=data.max_terms,
@@ -477,23 +474,23 @@ def _open_stream(
         seed=config.seed,
         steps=config.steps,
     )
-    return lambda step: Stream(batches, step, data.workers, data.timeout)
+    return lambda step: Stream(batches, step, StreamOptions.of(config))
 
 
 def _encoder(
     config: ConfigDict, catalog: Catalog, saved: dict[str, str] | None
 ) -> tuple[Encoder, Pretrained | None]:
     """The encoder, and the model that a new run begins with; None: from scratch, or resumed."""
-    source = None
+    options, training, source = EncoderOptions.of(config), TrainingOptions.of(config), None
     if saved:
-        enc = Encoder.from_record(config, saved)
+        enc = Encoder.from_record(options, saved)
     elif config.init_from:
         source = find_pretrained(config.init_from)
-        return source.trained(config), source
+        return source.for_training(options, training), source
     else:
         texts = [config.data.instruction]
         for index in catalog.indices("train")[:TOKENIZER_LISTINGS]:
             listing = catalog.listing(int(index))
             texts.append(listing_text(listing, listing.attributes))
-        enc = Encoder.from_preset(config, texts)
-    return dataclasses.replace(enc, lora=model.lora_of(config)), source
+        enc = Encoder.from_preset(options, PresetOptions.of(config), texts)
+    return enc.for_training(training), source

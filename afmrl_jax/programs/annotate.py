@@ -12,11 +12,11 @@
 import contextlib
 import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,42 +24,54 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from afmrl_jax.annotation.answer_files import FILES, AnswerFiles
-from afmrl_jax.annotation.answerers import Asked, Described, open_endpoint, pin_generator
+from afmrl_jax.annotation.answerers import (
+    Api,
+    Asked,
+    BudgetLimits,
+    Described,
+    EndpointQuestion,
+    open_endpoint,
+    pin_generator,
+)
 from afmrl_jax.attributes.summary import describe_answers
 from afmrl_jax.attributes.text import Verdict
+from afmrl_jax.catalog.groups import share_of_products
 from afmrl_jax.catalog.listings import Catalog
-from afmrl_jax.catalog.opening import open_listings
+from afmrl_jax.catalog.names import SPLITS
+from afmrl_jax.catalog.opening import ListingOptions, open_listings
 from afmrl_jax.checkpoints.record import check_unchanged
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_ranges, flatten
 from afmrl_jax.core.logs import RunWriter
-
-if TYPE_CHECKING:
-    pass
+from afmrl_jax.core.options import Options, among, between, check_options
 
 log = logging.getLogger(__name__)
 
 SUSPICIOUS = 50  # answers at the start without a valid one
-RANGES = {
-    "log_every": (1, math.inf),
-    "share": (1e-9, 1),
-    "eval.batch": (1, math.inf),
-}
-ENDPOINT_RANGES = {
-    "images": (0, math.inf),
-    "image_side": (16, 10_000),
-    "text_characters": (0, math.inf),
-    "api.concurrency": (1, 1000),
-    "api.timeout": (0.01, 3600),
-    "api.retries": (0, 100),
-    "budget.requests": (0, math.inf),
-    "budget.tokens": (0, math.inf),
-}
 MAY_CHANGE = (  # when a run goes on: these change no answer
     "split", "log_every", "eval.batch", "api.base_url", "api.key_variable",
     "api.concurrency", "api.timeout", "api.retries", "budget.", "mesh.", "data.cache_dir",
-    "profile", "checkpoint_dir",
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Annotated(Options, section=""):
+    """Which listings are annotated, and by whom."""
+
+    split: str = among(*SPLITS, "all")
+    share: float = between(1e-9, 1)  # of the split's products
+    generator: str  # a workdir, a checkpoint or a folder; "" = an endpoint
+    log_every: int = between(1)  # answers
+
+
+@dataclass(frozen=True)
+class GeneratorBatch(Options, section="eval"):
+    """How a generator answers."""
+
+    batch: int = between(1)  # listings at once, on all devices
+
+
+OPTIONS = (Annotated, GeneratorBatch, ListingOptions)
+ENDPOINT_OPTIONS = (EndpointQuestion, Api, BudgetLimits)
 
 
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
@@ -68,21 +80,25 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     if jax.process_count() > 1 and not config.generator:
         raise UserError("one process asks an endpoint: give this command to one machine alone")
     # ---- model
-    check_ranges(flatten(config), RANGES)
+    check_options(config, OPTIONS)
     if config.generator:
         config = pin_generator(config)
     else:
-        check_ranges(flatten(config), ENDPOINT_RANGES)
-        endpoint = open_endpoint(config)
+        check_options(config, ENDPOINT_OPTIONS)
+        question = EndpointQuestion.of(config)
+        endpoint = open_endpoint(question, Api.of(config), BudgetLimits.of(config))
 
     # ---- what is left to ask
     if (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} holds a training run: name another --workdir for attributes")
     if (workdir / "config.json").exists():
         check_unchanged((workdir / "config.json").read_text(), config, workdir, MAY_CHANGE)
-    catalog = open_listings(config.data.path, config.data, workdir)
-    model = Described(config, mesh) if config.generator else Asked(endpoint, config)
-    listings = chosen_listings(catalog, config.split, config.share)
+    catalog = open_listings(ListingOptions.of(config), workdir)
+    if config.generator:
+        model = Described(config.generator, mesh, config.eval.batch)
+    else:
+        model = Asked(endpoint, question)
+    listings = share_of_products(catalog, catalog.indices(config.split), config.share)
     answers = AnswerFiles(workdir, config) if first_process else None
     left = listings[~model.agree(done_of(catalog, listings, answers))]
 
@@ -126,18 +142,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     print(f"Use them with --config.data.attributes={workdir / 'attributes.jsonl'}", flush=True)
 
 
-def chosen_listings(catalog: Catalog, split: str, share: float) -> np.ndarray:
-    """int64 indices of a split's listings, ascending; of a share of its products, at least one.
-
-    Products are whole: all listings of one, or none. A larger share holds the smaller one's.
-    """
-    listings = catalog.indices(split)
-    products = np.unique(catalog.products[listings])
-    chosen = np.random.default_rng(0).permutation(products)[: math.ceil(share * len(products))]
-    return listings[np.isin(catalog.products[listings], chosen)]
-
-
-def done_of(catalog: Catalog, listings: np.ndarray, answers: "AnswerFiles | None") -> np.ndarray:
+def done_of(catalog: Catalog, listings: np.ndarray, answers: AnswerFiles | None) -> np.ndarray:
     """bool[N]: which of the listings, int[N], are answered as they are now; none where no file is
     known. Tells how many have changed since their answer."""
     done = np.zeros(len(listings), bool)

@@ -27,14 +27,16 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from afmrl_jax.catalog.opening import CatalogOptions
 from afmrl_jax.checkpoints.record import MAY_CHANGE, check_unchanged
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_ranges, flatten, to_json
+from afmrl_jax.core.fields import flatten
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.logs import duration
+from afmrl_jax.core.options import Options, between, check_options
 from afmrl_jax.core.processes import meet
 from afmrl_jax.programs import agcl, annotate, evaluate, rar, sft
-from afmrl_jax.retrieval.evaluation import paired, results_table
+from afmrl_jax.retrieval.scores import paired, results_table
 
 SECTIONS = {  # of the configuration -> the program, and its fields that a run may change
     "agcl": (agcl, MAY_CHANGE),
@@ -51,6 +53,17 @@ ENRICHED = {  # how an encoder is judged -> whether with attributes, and where t
     "both": (True, "both"),
 }
 EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Cycle(Options, section=""):
+    """What all stages share."""
+
+    seed: int = between(0, 2**31 - 1)
+    share: float = between(1e-9, 1)  # of the training products, which the generator annotates
+
+
+OPTIONS = (Cycle, CatalogOptions)
 
 
 @dataclass(frozen=True)
@@ -118,11 +131,11 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     if (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} holds a training run: name another --workdir for the cycle")
     stages = stages_of(config, workdir)
-    _check_ranges(config, stages)
+    check_stages(config, stages)
     manifest = Manifest(workdir, config, stages)
     meet("begin")  # nobody writes before all have read
     if first_process:
-        write_atomically(workdir / "config.json", to_json(config, indent=2))
+        write_atomically(workdir / "config.json", config.to_json(indent=2))
 
     # ---- stages
     with _terminable():
@@ -249,15 +262,11 @@ def _belongs(field: str, section: str) -> bool:
     return owner == section and not field.removeprefix(f"{section}.").startswith(may_change)
 
 
-def _check_ranges(config: ConfigDict, stages: list[Stage]) -> None:
+def check_stages(config: ConfigDict, stages: list[Stage]) -> None:
     """A field out of its range ends the run now, not after the stages before it."""
-    check_ranges(flatten(config), {"share": (1e-9, 1)})
+    check_options(config, OPTIONS)
     for stage in stages:
-        ranges = getattr(stage.program, "RANGES", {})
-        fields = flatten(stage.config)
-        mine = {name: limits for name, limits in ranges.items() if name in fields}
-        prefixed = {f"{stage.section}.{name}": limits for name, limits in mine.items()}
-        check_ranges({f"{stage.section}.{k}": v for k, v in fields.items()}, prefixed)
+        check_options(stage.config, stage.program.OPTIONS, f"{stage.section}.")
 
 
 @contextlib.contextmanager

@@ -7,10 +7,11 @@
 5. Write and print the scores.
 """
 
+import dataclasses
 import functools
 import logging
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,63 +20,90 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from afmrl_jax.assembly.describer import Describer
-from afmrl_jax.assembly.encoder import host_embedder
-from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.assembly.loaded import LoadedEncoder, load_generator
+from afmrl_jax.assembly.options import Embedding, EncoderOptions, EncoderRows
 from afmrl_jax.assembly.pretrained import find_pretrained
 from afmrl_jax.catalog.concat import ConcatCatalog
 from afmrl_jax.catalog.listings import Catalog
-from afmrl_jax.catalog.opening import catalogue_names, open_listings, with_attributes
-from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_choice, check_ranges, flatten, to_json
-from afmrl_jax.core.files import write_atomically
-from afmrl_jax.retrieval.downstream import CategoryTask, Unlabelled
-from afmrl_jax.retrieval.evaluation import (
-    parse_task,
-    results_table,
-    write_evaluation,
-    write_queries,
+from afmrl_jax.catalog.names import SPLITS
+from afmrl_jax.catalog.opening import (
+    CatalogOptions,
+    catalogue_names,
+    open_listings,
+    with_attributes,
 )
-from afmrl_jax.retrieval.tasks import (
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.files import write_atomically
+from afmrl_jax.core.mesh import local_rows
+from afmrl_jax.core.options import Options, among, between, check_options
+from afmrl_jax.retrieval.downstream import CategoryTask, Unlabelled
+from afmrl_jax.retrieval.evaluator import (
     SIDES,
     Attributes,
     Enrichment,
-    Judge,
-    choose_tasks,
+    Evaluator,
+    catalogue_attributes,
     enrichment,
-    own_attributes,
 )
+from afmrl_jax.retrieval.scores import results_table, write_evaluation, write_queries
+from afmrl_jax.retrieval.tasks import choose_tasks, parse_task
 
 log = logging.getLogger(__name__)
 
-RANGES = {
-    "seed": (0, 2**32 - 1),
-    "eval.batch": (1, math.inf),
-    "eval.min_confidence": (0, 1),
-    "eval.probe_listings": (2, math.inf),
-}
+
+@dataclass(frozen=True)
+class JudgedCheckpoint(Options, section=""):
+    """Which model is judged."""
+
+    seed: int = between(0, 2**32 - 1)  # of the probe and of k-means
+    checkpoint: str  # a workdir, a checkpoint or a Hugging Face folder
+    best: bool  # of a workdir, the best on validation instead of the last
+
+
+@dataclass(frozen=True)
+class Retrieval(Options, section="eval"):
+    """What is looked up where, and with whose attributes."""
+
+    queries: str  # catalogues; "" = data.path
+    gallery: str  # catalogues; "" = the queries'
+    query_split: str = among("", *SPLITS, "all")  # "" = test, else all
+    gallery_split: str = among("", *SPLITS, "all")
+    tasks: str
+    batch: int = between(1)  # rows embedded at once
+    attributes: str  # none | oracle | a generator's workdir, checkpoint or folder
+    enrich: str = among(*SIDES)  # the side whose texts attributes join
+    min_confidence: float = between(0, 1)  # of a generator's attributes
+    downstream: bool  # whether categories are told as well
+    probe_listings: int = between(2)  # at most, for the probe
+
+
+OPTIONS = (JudgedCheckpoint, CatalogOptions, Retrieval)
+
+
+FOLDER_OPTIONS = (Embedding, EncoderRows)  # of a Hugging Face folder, which does not say them
 
 
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Writes `evaluation.json` and `evaluation_queries.json` into the workdir; see
     configs/evaluate.py."""
     # ---- what is asked, and the encoder
-    check_ranges(flatten(config), RANGES)
-    check_choice("eval.enrich", config.eval.enrich, SIDES)
+    check_options(config, OPTIONS)
     if not config.checkpoint:
         raise UserError("say which checkpoint to judge, as --config.checkpoint=runs/agcl")
     tasks = [parse_task(name) for name in config.eval.tasks.split(",")]
     if (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} holds a training run: name another --workdir for the scores")
     source = find_pretrained(config.checkpoint, best=config.best)
-    if source.enc.settings:
+    if source.model.options:
         log.info(
             "%s was trained with settings of its own, which are used: this configuration's "
             "model fields, prompt, instruction and row sizes do not count",
             config.checkpoint,
         )
-    enc = source.model(config)
-    embed, local = host_embedder(enc.embed(), mesh, config.eval.batch)
+    otherwise = None if source.model.options else EncoderOptions.of(config)
+    # Told before a generator is read: rows that do not fit the model, a batch that cannot be split.
+    source.with_options(otherwise).processor()
+    local_rows(mesh, config.eval.batch, "eval.batch")
 
     # ---- catalogues
     catalog, queries, gallery, training = _listings(config, workdir)
@@ -99,28 +127,20 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     enriched = _enrichment(config, mesh, catalog, shown)
 
     # ---- scores
-    params = source.load(abstract_params(enc, mesh))
-    judge = functools.partial(
-        Judge,
-        functools.partial(embed, params),
-        enc.processor(),
-        batch=config.eval.batch,
-        local=local,
-        enriched=enriched,
-    )
-    found = judge(catalog).scores(tasks, queries, gallery)
+    model = LoadedEncoder.of(source, mesh, config.eval.batch, otherwise)
+    found = Evaluator(model, catalog, enriched).scores(tasks, queries, gallery)
     if category:
-        embedded = functools.partial(judge(Unlabelled(catalog)).vectors, view)
+        embedded = functools.partial(Evaluator(model, Unlabelled(catalog)).vectors, view)
         found[category.name] = category.scores(
             functools.partial(embedded, attributes=enriched.queries)
         )
     results = {task: scores.means() for task, scores in found.items()}
     if jax.process_index() == 0:
-        write_atomically(workdir / "config.json", to_json(config, indent=2))
+        write_atomically(workdir / "config.json", config.to_json(indent=2))
         listing_ids = [catalog.listing(int(i)).listing_id for i in queries]
         write_queries(workdir / "evaluation_queries.json", found, listing_ids)
         write_evaluation(workdir / "evaluation.json", results)
-        print(f"{source.told}, on {catalog.name}:")
+        print(f"{source.label}, on {catalog.name}:")
         print(results_table({"checkpoint": results}), flush=True)
 
 
@@ -137,13 +157,15 @@ def _listings(config: ConfigDict, workdir: Path) -> _Listings:
     # Each by itself: a catalogue of data.path that is searched as well must be known as the same.
     queries = catalogue_names(config.eval.queries or config.data.path) or [""]
     gallery = catalogue_names(config.eval.gallery) or queries
+    options = CatalogOptions.of(config)
     opened = {
-        name: open_listings(name, config.data, workdir) for name in dict.fromkeys(queries + gallery)
+        name: open_listings(dataclasses.replace(options, path=name), workdir)
+        for name in dict.fromkeys(queries + gallery)
     }
     # By content: a catalogue named twice, in two ways, would let a query find itself.
     distinct = {catalog.fingerprint: catalog for catalog in opened.values()}
-    joined = ConcatCatalog(list(distinct.values()), config.data.shared_ids)
-    catalog = with_attributes(joined, config.data, workdir)
+    joined = ConcatCatalog(list(distinct.values()), options.shared_ids)
+    catalog = with_attributes(joined, options, workdir)
     starts = dict(zip(distinct, np.cumsum([0, *map(len, distinct.values())])))
 
     def indices(names: list[str], of: Callable[[Catalog], np.ndarray]) -> np.ndarray:
@@ -203,7 +225,7 @@ def _enrichment(
             f"eval.enrich={chosen.enrich}: set eval.attributes=none, or add a task as "
             "image+text->image+text"
         )
-    attributes = own_attributes(catalog)
+    attributes = catalogue_attributes(catalog)
     if chosen.attributes != "oracle":
         attributes = _described(config, mesh, catalog, np.unique(np.concatenate(needed)))
     return enrichment(attributes, chosen.enrich)
@@ -215,13 +237,13 @@ def _described(
     """What a generator says of the listings, where it is sure enough."""
     path, least = config.eval.attributes, config.eval.min_confidence
     try:
-        describer = Describer(path, mesh, config.eval.batch, otherwise=config)
+        generator = load_generator(path, mesh, config.eval.batch)
     except UserError as error:
         raise UserError(
             f"eval.attributes is {path!r}, neither none nor oracle, and as a generator: {error}"
         ) from None
-    log.info("%s describes %d listings", describer.told, len(listings))
-    said = describer(catalog, listings)
+    log.info("%s describes %d listings", path, len(listings))
+    said = generator.describe(catalog, listings)
     sure = {int(i): one.sure(least) for i, one in zip(listings, said)}
     log.info(
         "%.1f%% of them got attributes, %.1f on average",

@@ -7,6 +7,7 @@
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -16,38 +17,53 @@ from ml_collections import ConfigDict
 from afmrl_jax.assembly.encoder import Encoder
 from afmrl_jax.assembly.folder import check_processor, write_folder
 from afmrl_jax.assembly.generator import Generator
-from afmrl_jax.assembly.model import DTYPES, abstract_params
+from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.assembly.options import DTYPES, EncoderOptions
 from afmrl_jax.assembly.pretrained import RECORD, Pretrained, find_pretrained, kind_of
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.files import whole_folder
-from afmrl_jax.retrieval.evaluation import results_table
+from afmrl_jax.core.options import Options, among, check_options
+from afmrl_jax.programs.evaluate import FOLDER_OPTIONS
+from afmrl_jax.retrieval.scores import results_table
+
+
+@dataclass(frozen=True)
+class ExportedFolder(Options, section=""):
+    """What is written, and where to."""
+
+    checkpoint: str  # a workdir, a checkpoint or a Hugging Face folder
+    best: bool  # of a workdir, the best on validation instead of the last
+    out: str  # the folder to write
+    dtype: str = among(*DTYPES)  # of the weights written
+
+
+OPTIONS = (ExportedFolder, *FOLDER_OPTIONS)
 
 
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Writes the folder config.out; see configs/export.py."""
     # ---- model
+    check_options(config, OPTIONS)
     if not config.checkpoint or not config.out:
         raise UserError(
             "say what to export and where to, as --config.checkpoint=runs/agcl "
             "--config.out=exported"
         )
-    if config.dtype not in DTYPES:
-        raise UserError(f"dtype is {config.dtype!r}: use {' or '.join(DTYPES)}")
     if jax.process_count() > 1:
         raise UserError("export runs in one process: it writes one folder from whole parameters")
     out = Path(config.out)
     check_place(out)
     kind = kind_of(config.checkpoint, best=config.best)
     source = find_pretrained(config.checkpoint, kind, best=config.best)
-    enc = source.model(config)
-    check_processor(enc)  # tells of settings that do not fit the model before its weights are read
-    params = source.load(abstract_params(enc, mesh))
+    model = source.with_options(EncoderOptions.of(config))  # a generator has a run
+    check_processor(model)  # tells of rows that do not fit the model before its weights are read
+    params = source.load(abstract_params(model, mesh))
 
     # ---- folder
     with whole_folder(out, replace=True) as folder:
         evaluation = _evaluation(source, kind)
-        write_folder(folder, enc, params, source, dtype=config.dtype, evaluation=evaluation)
-    print(f"{source.told} is in {out}", flush=True)
+        write_folder(folder, model, params, source, dtype=config.dtype, evaluation=evaluation)
+    print(f"{source.label} is in {out}", flush=True)
 
 
 def check_place(out: Path) -> None:

@@ -20,7 +20,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +31,21 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from afmrl_jax.assembly.describer import describe
-from afmrl_jax.assembly.encoder import host_embedder
-from afmrl_jax.assembly.generator import Answerer, Generator
-from afmrl_jax.assembly.model import DTYPES, abstract_params, lora_of
-from afmrl_jax.assembly.model import RANGES as MODEL_RANGES
+from afmrl_jax.assembly.generator import Generator
+from afmrl_jax.assembly.loaded import LoadedEncoder, LoadedGenerator
+from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.assembly.options import (
+    DTYPES,
+    Computation,
+    GeneratorOptions,
+    GeneratorRows,
+    TrainingOptions,
+)
 from afmrl_jax.assembly.pretrained import Base, find_pretrained, planned, read_base
 from afmrl_jax.attributes import comparison
+from afmrl_jax.catalog.groups import askers, whole_products
 from afmrl_jax.catalog.listings import Catalog
-from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, checkpoint_folder
 from afmrl_jax.checkpoints.record import (
     MAY_CHANGE,
@@ -48,63 +55,61 @@ from afmrl_jax.checkpoints.record import (
 )
 from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.logs import cut_back
 from afmrl_jax.core.mesh import local_rows, put_batch
-from afmrl_jax.core.processes import all_say
-from afmrl_jax.data.answers import question
+from afmrl_jax.core.options import Options, between, check_options
 from afmrl_jax.data.queries import QueryBatches
-from afmrl_jax.data.stream import Stream
+from afmrl_jax.data.stream import Stream, StreamOptions
 from afmrl_jax.data.views import sampled_cuts
-from afmrl_jax.losses.policy import RANGES as POLICY_RANGES
+from afmrl_jax.losses.policy import PolicyGradient
 from afmrl_jax.models import lora
 from afmrl_jax.models.partition import MATRIX
 from afmrl_jax.models.sampler import Samples
 from afmrl_jax.planning.report import Part, check_fits
-from afmrl_jax.rl.environment import Environment, Judged, Laps, append_groups
-from afmrl_jax.rl.gallery import Gallery, askers, gallery_listings, open_gallery
-from afmrl_jax.rl.held_out import HeldOut, Said, comparison_table
-from afmrl_jax.rl.judging import Judge
+from afmrl_jax.rl.environment import Environment, Judged, Laps, append_groups, none_is_read
+from afmrl_jax.rl.gallery import Gallery, GallerySize, open_gallery
+from afmrl_jax.rl.held_out import Arms, HeldOut, Said, comparison_table
 from afmrl_jax.rl.policy import Built, build, parts
-from afmrl_jax.rl.rewards import RANGES as REWARD_RANGES
-from afmrl_jax.rl.rewards import Options as RewardOptions
-from afmrl_jax.rl.rewards import bounded_k
-from afmrl_jax.rl.rollout import Query, QueryEmbedder, none_is_read
-from afmrl_jax.rl.watch import RANGES as WATCH_RANGES
-from afmrl_jax.rl.watch import Limits, stopped, watch
+from afmrl_jax.rl.rewards import Reward, bounded_k
+from afmrl_jax.rl.watch import WatchLimits, stopped, watch
 from afmrl_jax.training.goodput import Clock
 from afmrl_jax.training.loop import Training, fit
-from afmrl_jax.training.optimizer import RANGES as OPTIMIZER_RANGES
+from afmrl_jax.training.optimizer import Optimizer
+from afmrl_jax.training.schedule import Schedule
 from afmrl_jax.training.tracing import traced_steps
 
-ROWS = ("instruction", "max_tokens", "max_answer", "max_patches", "min_pixels", "max_pixels")
-RANGES = {  # field -> lowest and highest, or its words
-    **OPTIMIZER_RANGES,
-    **REWARD_RANGES,
-    **POLICY_RANGES,
-    **WATCH_RANGES,
-    **MODEL_RANGES,
-    "seed": (0, 2**31 - 1),
-    "log_every": (1, math.inf),
-    "eval_every": (0, math.inf),
-    "checkpoint_every": (0, math.inf),
-    "queries": (1, math.inf),
-    "samples": (2, math.inf),
-    "temperature": (0.01, 100),
-    "micro_batches": (1, math.inf),
-    "inner_epochs": (1, math.inf),
-    "vocabulary_chunk": (1, math.inf),
-    "rollouts_every": (0, math.inf),
-    "reward.gallery": (2, math.inf),
-    "reward.batch": (1, math.inf),
-    "data.workers": (0, math.inf),
-    "data.timeout": (1, 1_000_000),
-    "eval.batch": (1, math.inf),
-    "eval.validation_listings": (1, math.inf),
-    "eval.listings": (1, math.inf),
-}
 NO_EFFECT = (*MAY_CHANGE, "rollouts_every", "watch.")  # on what a run computes
+
+
+@dataclass(frozen=True)
+class RolloutOptions(Options, section=""):
+    """Whose answers are drawn, how many, and what is done with them."""
+
+    generator: str  # a workdir, a checkpoint or a Hugging Face folder
+    encoder: str  # a workdir, a checkpoint or a folder exported from one
+    queries: int = between(1)
+    samples: int = between(2)  # answers to each query
+    temperature: float = between(0.01, 100)
+    inner_epochs: int = between(1)  # updates by the answers of one step
+    vocabulary_chunk: int = between(1)  # tokens of each row whose logits are in memory at once
+    rollouts_every: int = between(0)  # queries of which one is kept; 0: none
+
+
+@dataclass(frozen=True)
+class HeldOutQueries(Options, section="eval"):
+    """How the generator is judged."""
+
+    batch: int = between(1)  # listings answered at once
+    validation_listings: int = between(1)
+    listings: int = between(1)  # of the test split
+
+
+OPTIONS = (
+    *(Schedule, RolloutOptions, Optimizer, Computation, TrainingOptions, PolicyGradient, Reward),
+    *(GallerySize, WatchLimits, CatalogOptions, StreamOptions, HeldOutQueries),
+)
+FOLDER_OPTIONS = (GeneratorRows,)  # of a generator that does not know its rows
 
 
 def sampler_weights(trained: Any, frozen: Any) -> Any:
@@ -132,7 +137,7 @@ class Step:
         self._config, self._built, self._generator = config, built, generator
         self._frozen, self._reference = frozen, reference
         self._batches, self._environment = batches, environment
-        self._limits, self._workdir, self._mesh = Limits(**config.watch), workdir, mesh
+        self._limits, self._workdir, self._mesh = WatchLimits.of(config), workdir, mesh
 
     def __call__(self, state: TrainState, rows: dict[str, jax.Array]):
         laps, number = Laps(), int(state.step)
@@ -222,7 +227,8 @@ def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     """What `plan` compiles of a run with this configuration, whose generator may be a preset: rows
     as the configuration's data says, no catalogue and no encoder."""
     local_rows(mesh, _share(config), "queries / micro_batches")
-    generator = planned(config, config.generator, Generator)
+    options, training = GeneratorOptions.of(config), TrainingOptions.of(config)
+    generator = planned(config.generator, Generator, options, training)
     return parts(config, mesh, generator, build(config, mesh, generator))
 
 
@@ -231,27 +237,26 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     # ---- what is asked, and what is there
     clock = Clock(workdir / "goodput.json")
     first_process = jax.process_index() == 0
-    check_ranges(flatten(config), RANGES)
+    check_options(config, OPTIONS)
     traced_steps(config.profile, config.steps)
     local = local_rows(mesh, _share(config), "queries / micro_batches")
     with Checkpoints(checkpoint_folder(config, workdir), writable=True) as checkpoints:
         saved = checkpoints.record(checkpoints.latest) if checkpoints.latest else None
 
         # ---- generator, catalogue and encoder
-        generator, base = _generator(config, saved)
-        config = generator.settings
+        config, generator, base = _generator(config, saved)
         if saved:
             check_unchanged(saved["config"], config, workdir, NO_EFFECT)
-        catalog = open_catalogue(config.data.path, config.data, workdir)
+        catalog = open_catalogue(CatalogOptions.of(config), workdir)
         if saved:
             check_catalogue(saved, catalog.fingerprint, config.data.path, workdir)
-        embedder, encoder_base, version = _encoder(config, saved, catalog, mesh)
-        _check_attributes_are_read(config, catalog, embedder)
+        encoder, encoder_base = _encoder(config, saved, mesh)
+        _check_attributes_are_read(config, catalog, encoder)
 
         # ---- galleries
-        options = RewardOptions(**_fields(RewardOptions, config.reward))
-        opened = functools.partial(_gallery, config, workdir, catalog, embedder, version)
-        listings, gallery = opened("train") or (None, None)
+        options = Reward.of(config)
+        opened = functools.partial(_gallery, config, workdir, catalog, encoder)
+        gallery = opened("train")
         if gallery is None:
             raise UserError(
                 f"no product of {catalog.name}'s training split has two listings, so that none can "
@@ -259,13 +264,13 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             )
         options = dataclasses.replace(options, k=bounded_k(options.k, len(gallery)))
         environment = Environment(
-            catalog, embedder, gallery, options, config.samples, config.policy.objective == "grpo"
+            catalog, encoder, gallery, options, config.samples, config.policy.objective == "grpo"
         )
         limits = {"validation": config.eval.validation_listings, "test": config.eval.listings}
         held_out = {
-            split: HeldOut(catalog, split, *found, embedder, options, limit)
+            split: HeldOut(catalog, split, searched, encoder, options, limit)
             for split, limit in limits.items()
-            if (found := opened(split))
+            if (searched := opened(split))
         }
 
         # ---- policy and the reference that it stays near
@@ -277,15 +282,14 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         if config.policy.kl and not generator.lora:
             reference = _as_multiplied(params, DTYPES[config.model.dtype])
         reference = reference if config.policy.kl else None
-        answerer = Answerer(generator, mesh, config.eval.batch)
+        loaded = LoadedGenerator(generator, None, mesh, config.eval.batch)
 
         def say(trained: Any, listings: np.ndarray) -> list[Said]:
-            weights, show = sampler_weights(trained, frozen), functools.partial(question, catalog)
-            answers = answerer.answers(weights, listings, show)
-            found = [describe(answer, generator.tokenizer) for answer in answers]
-            return [Said(one.answer.text, one.sure) for one in found]
+            speaker = loaded.with_params(sampler_weights(trained, frozen))
+            said = speaker.describe(catalog, listings)
+            return [Said(one.answer.text, one.sure) for one in said]
 
-        judge = Judge(workdir, held_out, say, Limits(**config.watch))
+        judge = Arms(workdir, held_out, say, WatchLimits.of(config))
         if saved:
             state = checkpoints.restore(checkpoints.latest, built.abstract)
             if not judge.has_begun():  # checkpoints elsewhere outlive a workdir
@@ -295,7 +299,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             judge.begin(state.params)
         del params
         if first_process:
-            write_atomically(workdir / "config.json", to_json(config, indent=2))
+            write_atomically(workdir / "config.json", config.to_json(indent=2))
             write_atomically(workdir / "tokenizer.json", generator.record()["tokenizer"])
             cut_back(workdir / "rollouts.jsonl", int(state.step))
 
@@ -306,7 +310,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         if int(state.step) < config.steps:
             batches = QueryBatches(
                 catalog,
-                askers(catalog, "train", listings),
+                askers(catalog, "train", gallery.listings),
                 generator.processor(answers=False),
                 queries=config.queries,
                 micro_batches=config.micro_batches,
@@ -318,9 +322,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 step=Step(
                     config, built, generator, frozen, reference, batches, environment, workdir, mesh
                 ),
-                open_stream=lambda step: Stream(
-                    batches, step, config.data.workers, config.data.timeout
-                ),
+                open_stream=lambda step: Stream(batches, step, StreamOptions.of(config)),
                 examples=config.queries * config.samples,
                 unit="answers",
                 chunk=_share(config),
@@ -329,7 +331,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 record=generator.record()
                 | base.record()
                 | {"encoder": json.dumps(dataclasses.asdict(encoder_base))}
-                | {"config": to_json(config), "catalogue": catalog.fingerprint},
+                | {"config": config.to_json(), "catalogue": catalog.fingerprint},
                 waits=True,
             )
             state = fit(training, state, checkpoints, clock, config, workdir, mesh)
@@ -357,62 +359,55 @@ def _share(config: ConfigDict) -> int:
     return config.queries // config.micro_batches
 
 
-def _fields(options: type, config: ConfigDict) -> dict[str, Any]:
-    return {field.name: config[field.name] for field in dataclasses.fields(options)}
-
-
-def _generator(config: ConfigDict, saved: dict[str, str] | None) -> tuple[Generator, Base]:
-    """The generator, whose settings are the configuration with the rows that it was trained on, and
-    the parameters that it begins with, which are also those to stay near."""
+def _generator(
+    config: ConfigDict, saved: dict[str, str] | None
+) -> tuple[ConfigDict, Generator, Base]:
+    """The configuration with the rows that the generator was trained on, the generator, and the
+    parameters that it begins with, which are also those to stay near."""
+    training = TrainingOptions.of(config)
     if saved:
-        generator, base = Generator.from_record(config, saved), Base.of_record(saved)
-        own = recorded(saved["config"], "--workdir")
+        options = GeneratorOptions.of(recorded(saved["config"], "--workdir"))
+        base = Base.of_record(saved)
+        generator = Generator.from_record(options, saved).for_training(training)
     elif config.generator:
         source = find_pretrained(config.generator, Generator)
-        generator, base = source.trained(config), Base(source.path)
-        own = source.model(config).settings
+        known, base = source.model.options, Base(source.path)
+        rows = known.rows if known else GeneratorRows.of(config)
+        options = GeneratorOptions(Computation.of(config), rows)
+        generator = source.for_training(options, training)
     else:
         raise UserError("say which generator to train, as --config.generator=runs/sft")
-    settings = ConfigDict(config.to_dict())
-    settings.data.update({name: own.data[name] for name in ROWS})
-    generator = dataclasses.replace(generator, settings=settings.lock(), lora=lora_of(settings))
-    return generator, base
+    config = ConfigDict(config.to_dict())
+    config.data.update(dataclasses.asdict(options.rows))
+    return config.lock(), generator, base
 
 
 def _encoder(
-    config: ConfigDict, saved: dict[str, str] | None, catalog: Catalog, mesh: Mesh
-) -> tuple[QueryEmbedder, Base, str]:
-    """The frozen encoder, where it was read, and a name for all that its vectors depend on."""
+    config: ConfigDict, saved: dict[str, str] | None, mesh: Mesh
+) -> tuple[LoadedEncoder, Base]:
+    """The frozen encoder, and where it was read."""
     local_rows(mesh, config.reward.batch, "reward.batch")
     if not config.encoder:
         raise UserError("say which encoder rewards the answers, as --config.encoder=runs/agcl")
     base = Base(**json.loads(saved["encoder"])) if saved else Base(config.encoder)
     source = find_pretrained(base.path)
-    enc = source.enc
-    if enc.settings is None:
+    enc = source.model
+    if enc.options is None:
         raise UserError(
             f"{config.encoder} does not know how its rows are made: name a run's workdir, or a "
             "folder that was exported from one"
         )
     params, base = read_base(enc, abstract_params(enc, mesh), Base(source.path, base.fingerprint))
-    params = _as_multiplied(params, DTYPES[enc.settings.model.dtype])
-    embed, local = host_embedder(enc.embed(), mesh, config.reward.batch)
-    version = json.dumps([base.fingerprint, enc.settings.to_json(), config.reward.batch])
-    return (
-        QueryEmbedder(
-            functools.partial(embed, params), enc.processor(), catalog, config.reward.batch, local
-        ),
-        base,
-        version,
-    )
+    params = _as_multiplied(params, DTYPES[enc.options.model.dtype])
+    return LoadedEncoder(enc, params, mesh, config.reward.batch), base
 
 
 def _check_attributes_are_read(
-    config: ConfigDict, catalog: Catalog, embedder: QueryEmbedder
+    config: ConfigDict, catalog: Catalog, encoder: LoadedEncoder
 ) -> None:
     """Warns where the encoder's rows are too short for true attributes of some training listings;
     raises UserError where it reads none of them."""
-    cuts = sampled_cuts(catalog, "train", embedder.processor, embedder.processor.max_images)
+    cuts = sampled_cuts(catalog, "train", encoder.processor, encoder.processor.max_images)
     if cuts.none_is_read:
         raise none_is_read(cuts, f"true attributes, as {config.encoder} reads them")
     cuts.tell(f"true attributes, as {config.encoder} reads them")
@@ -434,34 +429,30 @@ def _gallery(
     config: ConfigDict,
     workdir: Path,
     catalog: Catalog,
-    embedder: QueryEmbedder,
-    version: str,
+    encoder: LoadedEncoder,
     split: str,
-) -> tuple[np.ndarray, Gallery] | None:
-    """A split's listings to be found and their gallery; None where nothing can be, or in a split
-    for judging nothing wrong can."""
-    listings = gallery_listings(catalog, split, config.reward.gallery)
+) -> Gallery | None:
+    """The gallery of a split's listings; None where nothing can be found, or in a split for judging
+    nothing wrong can."""
+    listings = whole_products(catalog, catalog.indices(split), config.reward.gallery)
     if not len(askers(catalog, split, listings)):
         return None
     if split != "train" and len(np.unique(catalog.products[listings])) == 1:
         return None
     attributes = config.reward.gallery_attributes
-    parts = [version, catalog.fingerprint, str(attributes), listings.tobytes().hex()]
+    parts = [encoder.version, str(encoder.batch), catalog.fingerprint, str(attributes)]
+    parts += [listings.tobytes().hex()]
     if attributes:  # as texts with attributes are since titles are cut before them; of attributes
         parts += ["kept whole", str(comparison.VERSION)]  # those stand there that say something
 
-    def embed(listings: np.ndarray) -> np.ndarray:
-        shown = (catalog.listing(int(i)).attributes if attributes else {} for i in listings)
-        vectors, cuts = embedder([Query(int(i), 0, own) for i, own in zip(listings, shown)])
-        cuts.tell("the gallery")
-        return vectors
+    def of(number: int) -> Mapping[str, str]:
+        return catalog.listing(int(listings[number])).attributes
 
-    return listings, open_gallery(
-        workdir / "gallery",
-        catalog,
-        listings,
-        embed,
-        version=hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32],
-        agreed=all_say,
-        write=jax.process_index() == 0,
-    )
+    def embed(listings: np.ndarray) -> np.ndarray:
+        carried = of if attributes else None
+        return encoder.embed_listings(
+            catalog, listings, attributes=carried, where="the gallery"
+        ).vectors
+
+    version = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
+    return open_gallery(workdir / "gallery", version, catalog, listings, embed)

@@ -11,11 +11,9 @@ With a larger model's attributes (data.attributes) the same program distils that
 Axes: A micro-batches · C rows of one · S tokens.
 """
 
-import dataclasses
 import functools
 import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,9 +27,16 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from afmrl_jax.assembly.generator import Answerer, Generator, batches_of
-from afmrl_jax.assembly.model import RANGES as MODEL_RANGES
-from afmrl_jax.assembly.model import abstract_params, lora_of
+from afmrl_jax.assembly.generator import Generator, batches_of
+from afmrl_jax.assembly.loaded import LoadedGenerator
+from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.assembly.options import (
+    Computation,
+    GeneratorOptions,
+    GeneratorRows,
+    PresetOptions,
+    TrainingOptions,
+)
 from afmrl_jax.assembly.pretrained import Base, Pretrained, find_pretrained, planned, read_base
 from afmrl_jax.attributes.agreement import Majority, agreement, agreement_by_name
 from afmrl_jax.attributes.text import (
@@ -43,27 +48,27 @@ from afmrl_jax.attributes.text import (
     parse,
 )
 from afmrl_jax.catalog.listings import Catalog
-from afmrl_jax.catalog.opening import cache_folder, open_catalogue
+from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, checkpoint_folder
 from afmrl_jax.checkpoints.record import check_catalogue, check_unchanged
 from afmrl_jax.checkpoints.state import TrainState, abstract_state, init_state
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_ranges, flatten, to_json
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.logs import cut_back
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, put_batch, replicated
+from afmrl_jax.core.options import Options, between, check_options
 from afmrl_jax.core.processes import first_says
 from afmrl_jax.core.tables import markdown_table
 from afmrl_jax.data.answers import (
     SAMPLED,
     AnswerBatches,
+    AnswerOptions,
     described,
     learnable,
-    question,
     question_and_answer,
 )
 from afmrl_jax.data.processor import Processor
-from afmrl_jax.data.stream import Stream
+from afmrl_jax.data.stream import Stream, StreamOptions
 from afmrl_jax.data.views import listing_text
 from afmrl_jax.models import lora
 from afmrl_jax.planning import cost
@@ -71,8 +76,8 @@ from afmrl_jax.planning.report import Part, check_fits, step_part
 from afmrl_jax.training import accumulate
 from afmrl_jax.training.goodput import Clock, abstract_host
 from afmrl_jax.training.loop import Training, fit
-from afmrl_jax.training.optimizer import RANGES as OPTIMIZER_RANGES
-from afmrl_jax.training.optimizer import make_optimizer
+from afmrl_jax.training.optimizer import Optimizer, make_optimizer
+from afmrl_jax.training.schedule import Schedule
 from afmrl_jax.training.tracing import traced_steps
 
 log = logging.getLogger(__name__)
@@ -83,26 +88,31 @@ ROWS = (
 )
 TOKENIZER_LISTINGS = 20_000  # whose texts a preset's tokenizer is trained on
 MAJORITY_LISTINGS = 20_000  # of the training split, from which the guesses are learned
-RANGES = {  # field -> lowest and highest, or its words
-    **OPTIMIZER_RANGES,
-    **MODEL_RANGES,
-    "seed": (0, 2**31 - 1),
-    "log_every": (1, math.inf),
-    "eval_every": (0, math.inf),
-    "checkpoint_every": (0, math.inf),
-    "batch": (1, math.inf),
-    "micro_batches": (1, math.inf),
-    "vocabulary_chunk": (1, math.inf),
-    "data.workers": (0, math.inf),
-    "data.timeout": (1, 1_000_000),
-    "data.max_answer": (2, math.inf),
-    "data.buckets": (1, math.inf),
-    "data.answer_dropout": (0, 1),
-    "eval.batch": (1, math.inf),
-    "eval.validation_listings": (1, math.inf),
-    "eval.listings": (1, math.inf),
-    "eval.samples": (0, math.inf),
-}
+
+
+@dataclass(frozen=True)
+class AnswerTraining(Options, section=""):
+    """What a run trains on, and begins with."""
+
+    batch: int = between(1)  # answers
+    vocabulary_chunk: int = between(1)  # tokens of each row whose logits are in memory at once
+    init_from: str  # a checkpoint or a Hugging Face folder; "" = from scratch
+
+
+@dataclass(frozen=True)
+class AnswerEvaluation(Options, section="eval"):
+    """How the generator is judged."""
+
+    batch: int = between(1)  # listings answered at once
+    validation_listings: int = between(1)
+    listings: int = between(1)  # of the test split
+    samples: int = between(0)  # answers shown of each evaluation
+
+
+OPTIONS = (
+    *(Schedule, AnswerTraining, Optimizer, TrainingOptions, PresetOptions),
+    *(Computation, GeneratorRows, CatalogOptions, AnswerOptions, StreamOptions, AnswerEvaluation),
+)
 
 
 @dataclass(frozen=True)
@@ -128,7 +138,7 @@ def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
             f"micro_batches is {config.micro_batches}, which does not divide the batch of "
             f"{config.batch}"
         )
-    optimizer = make_optimizer(config.optimizer, config.steps)
+    optimizer = make_optimizer(Optimizer.of(config), config.steps)
     params = abstract_params(generator, mesh)
     trained, frozen = lora.split(params)
     abstract = abstract_state(trained, optimizer, mesh)
@@ -195,7 +205,8 @@ def part(
 def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     """What `plan` compiles of a run with this configuration: no catalogue is opened."""
     local_rows(mesh, config.batch // config.micro_batches, "batch / micro_batches")
-    generator = planned(config, config.init_from or config.model.preset, Generator)
+    options, training = GeneratorOptions.of(config), TrainingOptions.of(config)
+    generator = planned(config.init_from or config.model.preset, Generator, options, training)
     return [part(config, mesh, generator, build(config, mesh, generator))]
 
 
@@ -204,7 +215,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     # ---- what is asked, and what is there
     clock = Clock(workdir / "goodput.json")
     first_process = jax.process_index() == 0
-    check_ranges(flatten(config), RANGES)
+    check_options(config, OPTIONS)
     traced_steps(config.profile, config.steps)
     local = local_rows(mesh, config.batch // config.micro_batches, "batch / micro_batches")
     with Checkpoints(checkpoint_folder(config, workdir), writable=True) as checkpoints:
@@ -213,7 +224,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             check_unchanged(saved["config"], config, workdir)
 
         # ---- catalogue and generator
-        catalog = open_catalogue(config.data.path, config.data, workdir)
+        catalog = open_catalogue(CatalogOptions.of(config), workdir)
         if saved:
             check_catalogue(saved, catalog.fingerprint, config.data.path, workdir)
         listings = _listings(config, catalog)
@@ -221,11 +232,11 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         processor = generator.processor(answers=True)
         _check_answers_fit(catalog, listings["train"], processor)
         record = generator.record() | {
-            "config": to_json(config),
+            "config": config.to_json(),
             "catalogue": catalog.fingerprint,
         }
         if first_process:
-            write_atomically(workdir / "config.json", to_json(config, indent=2))
+            write_atomically(workdir / "config.json", config.to_json(indent=2))
             write_atomically(workdir / "tokenizer.json", record["tokenizer"])
 
         # ---- state, step and judge
@@ -247,7 +258,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         steps = {s: check_fits(one, mesh) for s, one in parts.items()}
         frozen = {}
         if generator.lora:
-            base = Base.of_record(saved) if saved else Base(source.path if source else "")
+            begun = Base(source.path if source else "", seed=config.seed)
+            base = Base.of_record(saved) if saved else begun
             frozen, base = read_base(generator, built.frozen, base)
             record |= base.record()
         if saved:
@@ -258,7 +270,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             (workdir / "evaluation.json").unlink(missing_ok=True)  # of a run that never saved
         if first_process:
             cut_back(workdir / "samples.jsonl", int(state.step))
-        judge = Judge(config, catalog, generator, built, mesh, workdir, listings["train"])
+        judge = AnswerEvaluator(config, catalog, generator, built, mesh, workdir, listings["train"])
 
         def validate(state: TrainState) -> dict[str, float]:
             scores = judge(lora.join(state.params, frozen), listings["validation"], state.step)
@@ -271,9 +283,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         if int(state.step) < config.steps:
             training = Training(
                 step=lambda state, batch: steps[batch["tokens"].shape[-1]](frozen, state, batch),
-                open_stream=lambda step: Stream(
-                    batches, step, config.data.workers, config.data.timeout
-                ),
+                open_stream=lambda step: Stream(batches, step, StreamOptions.of(config)),
                 examples=config.batch,
                 unit="answers",
                 chunk=config.batch // config.micro_batches,
@@ -298,7 +308,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         print(results_table(json.loads(path.read_text(encoding="utf-8"))), flush=True)
 
 
-class Judge:
+class AnswerEvaluator:
     """Lets the generator answer held-out listings and compares with their attributes."""
 
     def __init__(
@@ -314,7 +324,7 @@ class Judge:
         """training: int64, the listings from which the guesses by category are learned."""
         self._config, self._catalog, self._workdir = config, catalog, workdir
         self._mesh, self._loss, self._training = mesh, built.loss, training
-        self._answerer = Answerer(generator, mesh, config.eval.batch)
+        self._generator = LoadedGenerator(generator, None, mesh, config.eval.batch)
         self._processor = generator.processor(answers=True)
         self._local = local_rows(mesh, config.eval.batch, "eval.batch")
 
@@ -331,9 +341,7 @@ class Judge:
         """
         listings = [self._catalog.listing(int(index)) for index in indices]
         true = [normalise(listing.attributes) for listing in listings]
-        answers = list(
-            self._answerer.answers(params, indices, functools.partial(question, self._catalog))
-        )
+        answers = list(self._generator.with_params(params).answers(self._catalog, indices))
         parsed = [parse(answer.text, answer.closed) for answer in answers]
         found = {
             "generator": [one.attributes for one in parsed],
@@ -413,7 +421,7 @@ def results_table(results: dict[str, Any]) -> str:
 def _listings(config: ConfigDict, catalog: Catalog) -> dict[str, np.ndarray]:
     """split -> int64, its listings that have attributes; of validation and test as many as are
     asked for, the same at each call."""
-    cache = cache_folder(config.data) / "answers"
+    cache = CatalogOptions.of(config).cache_folder / "answers"
     splits = {split: described(catalog, split, cache) for split in ("train", "validation", "test")}
     if not len(splits["train"]):
         raise UserError(
@@ -463,15 +471,16 @@ def _generator(
     config: ConfigDict, catalog: Catalog, saved: dict[str, str] | None
 ) -> tuple[Generator, Pretrained[Generator] | None]:
     """The generator, and the model that a new run begins with; None: from scratch, or resumed."""
-    source = None
+    options, training, source = GeneratorOptions.of(config), TrainingOptions.of(config), None
     if saved:
-        generator = Generator.from_record(config, saved)
+        generator = Generator.from_record(options, saved)
     elif config.init_from:
         source = find_pretrained(config.init_from, Generator, begin=True)
-        return source.trained(config), source
+        return source.for_training(options, training), source
     else:
-        generator = Generator.from_preset(config, _tokenizer_texts(config, catalog))
-    return dataclasses.replace(generator, lora=lora_of(config)), source
+        texts = _tokenizer_texts(config, catalog)
+        generator = Generator.from_preset(options, PresetOptions.of(config), texts)
+    return generator.for_training(training), source
 
 
 def _tokenizer_texts(config: ConfigDict, catalog: Catalog) -> Iterator[str]:

@@ -69,7 +69,7 @@ class Index(abc.ABC):
             self._dimension, self._ids, self._rows = vectors.shape[1], ids, None
         return self
 
-    def search(self, queries: np.ndarray, k: int, model_version: str | None = None) -> Results:
+    def search(self, queries: np.ndarray, k: int = 5, model_version: str | None = None) -> Results:
         """The k nearest of each query, best first.
 
         queries: float32[Q, D]. model_version: of the model that made the queries; None skips the

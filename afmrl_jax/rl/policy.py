@@ -19,7 +19,7 @@ from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.model import abstract_params
 from afmrl_jax.checkpoints.state import TrainState, abstract_state, init_state
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, replicated
-from afmrl_jax.losses.policy import Options, policy_loss, policy_metrics
+from afmrl_jax.losses.policy import PolicyGradient, policy_loss, policy_metrics
 from afmrl_jax.models import lora
 from afmrl_jax.models.sampler import Samples, generate, sample_keys
 from afmrl_jax.planning import cost
@@ -27,7 +27,7 @@ from afmrl_jax.planning.report import Part
 from afmrl_jax.rl.scoring import score_answers
 from afmrl_jax.training import accumulate
 from afmrl_jax.training.goodput import abstract_host
-from afmrl_jax.training.optimizer import make_optimizer
+from afmrl_jax.training.optimizer import Optimizer, make_optimizer
 
 Arrays = dict[str, jax.Array]
 
@@ -54,7 +54,7 @@ class Built:
 
 def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
     """Sampler and update of a configuration, jitted for a mesh; nothing is computed yet."""
-    optimizer = make_optimizer(config.optimizer, config.steps * config.inner_epochs)
+    optimizer = make_optimizer(Optimizer.of(config), config.steps * config.inner_epochs)
     params = abstract_params(generator, mesh)
     trained, frozen = lora.split(params)
     abstract = abstract_state(trained, optimizer, mesh)
@@ -111,7 +111,7 @@ def _update(
     abstract: TrainState,
 ) -> Callable[..., tuple[TrainState, Arrays, jax.Array]]:
     """`Built.update`."""
-    options = Options(**config.policy)
+    options = PolicyGradient.of(config)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
 
     def loss(params: Any, part: tuple[Arrays, Arrays]):
@@ -189,17 +189,17 @@ def parts(config: ConfigDict, mesh: Mesh, generator: Generator, built: Built) ->
             "rollout",
             built.rollout,
             (params, rows, number),
-            held={"parameters": params},
-            inside={"cache": cache},
+            named_arguments={"parameters": params},
+            intermediates={"cache": cache},
             useful=whole(lora.without(params)) / 3,
-            loops=data.max_answer,
+            default_trip_count=data.max_answer,
         ),
         Part(
             "update",
             built.update,
             (frozen, state, rows, answers, abstract_host(mesh), number),
-            held={"parameters": params, "optimizer": state.opt_state},
-            inside={},
+            named_arguments={"parameters": params, "optimizer": state.opt_state},
+            intermediates={},
             useful=whole(params),
         ),
     ]

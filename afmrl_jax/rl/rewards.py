@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from afmrl_jax.core.fields import check_ranges
+from afmrl_jax.core.options import Options, among, between
 from afmrl_jax.retrieval.metrics import (
     ndcg_at_k,
     places_of,
@@ -19,34 +19,23 @@ from afmrl_jax.retrieval.metrics import (
     relevant_ranks,
 )
 
-KINDS = ("recall", "mrr", "ndcg", "margin")
-RANGES = {  # field -> lowest and highest, or its words
-    "reward.kind": KINDS,
-    "reward.k": (1, 1_000_000),
-    "reward.invalid": (-100.0, 0.0),
-    "reward.length_cost": (0.0, 100.0),
-}
 GALLERY_SHARE = 20  # k is at most a 20th of the gallery
 
 
 @dataclass(frozen=True)
-class Options:
-    """Which reward; raises UserError for a value that none has."""
+class Reward(Options, section="reward"):
+    """Which reward."""
 
-    kind: str = "recall"  # recall (the paper's) | mrr | ndcg | margin, from coarse to smooth
-    k: int = 50  # of recall and ndcg; the paper's best of those tried
-    gain: bool = False  # less what the query finds without attributes
-    invalid: float = -0.1  # of an answer in an invalid format
-    length_cost: float = 0.0  # a token
-
-    def __post_init__(self):
-        values = (self.kind, self.k, self.invalid, self.length_cost)
-        check_ranges(dict(zip(RANGES, values)), RANGES)
+    kind: str = among("recall", "mrr", "ndcg", "margin")  # from coarse (the paper's) to smooth
+    k: int = between(1, 1_000_000)  # of recall and ndcg
+    gain: bool  # less what the query finds without attributes
+    invalid: float = between(-100, 0)  # of an answer in an invalid format
+    length_cost: float = between(0, 100)  # a token
 
     @property
     def measure(self) -> str:
         """The name of what is rewarded, among `measures`."""
-        return f"{self.kind}@{self.k}" if self.kind in ("recall", "ndcg") else self.kind
+        return measure_at(self.kind, self.k)
 
 
 @dataclass(frozen=True)
@@ -66,6 +55,11 @@ class Found:
     own: np.ndarray
 
 
+def measure_at(kind: str, k: int) -> str:
+    """The name among `measures` of a kind of reward at k."""
+    return f"{kind}@{k}" if kind in ("recall", "ndcg") else kind
+
+
 def bounded_k(k: int, gallery: int) -> int:
     """k, or less where the gallery (its number of listings) is small.
 
@@ -81,7 +75,7 @@ def rewards(
     valid: np.ndarray,
     lengths: np.ndarray,
     samples: int,
-    options: Options,
+    options: Reward,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Rewards of B answers, and their parts.
 

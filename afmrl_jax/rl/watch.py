@@ -14,7 +14,7 @@ import numpy as np
 
 from afmrl_jax.attributes.comparison import fold, words
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_ranges
+from afmrl_jax.core.options import Options, between
 
 EXAMPLES = 3  # rollouts shown for each limit that was passed
 SHORTEST_ID = 4  # characters; "12" as a product_id would be found in every "12 cm"
@@ -28,7 +28,6 @@ TOLD = {
     " training where these lose",
 }
 AT_MOST = ("copied", "leaked")  # the others are limits from below
-RANGES = {f"watch.{name}": (0.0, 1.0) for name in TOLD} | {"watch.held_out_gain": (-2.0, 2.0)}
 
 
 @dataclass(frozen=True)
@@ -44,17 +43,14 @@ class Rollout:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """Where suspicion begins; raises UserError for a limit that no figure could keep or pass."""
+class WatchLimits(Options, section="watch"):
+    """Where suspicion begins."""
 
-    copied: float = 0.9  # at most: mean share of the words of an answer's values
-    leaked: float = 0.02  # at most: share of answers
-    answer_diversity: float = 0.05  # at least: 0 the same to all queries, 1 nothing shared
-    pair_diversity: float = 0.01  # at least: the same of "name: value"
-    held_out_gain: float = -0.1  # at least: in units of the reward's measure
-
-    def __post_init__(self):
-        check_ranges({f"watch.{name}": getattr(self, name) for name in TOLD}, RANGES)
+    copied: float = between(0, 1)  # at most: mean share of the words of an answer's values
+    leaked: float = between(0, 1)  # at most: share of answers
+    answer_diversity: float = between(0, 1)  # at least: 0 the same to all queries, 1 all differs
+    pair_diversity: float = between(0, 1)  # at least: the same of "name: value"
+    held_out_gain: float = between(-2, 2)  # at least: in units of the reward's measure
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class Verdict:
 
 
 def watch(
-    rollouts: Sequence[Rollout], limits: Limits, held_out_gain: float | None = None
+    rollouts: Sequence[Rollout], limits: WatchLimits, held_out_gain: float | None = None
 ) -> Verdict:
     """The figures of B >= 1 rollouts, and a sentence with examples where one passes its limit.
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from afmrl_jax.catalog.concat import ConcatCatalog
 from afmrl_jax.catalog.listings import open_catalog
-from afmrl_jax.catalog.opening import open_listings
+from afmrl_jax.catalog.opening import ListingOptions, open_listings
 from afmrl_jax.catalog.synthetic import SyntheticCatalog
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.programs.evaluate import _listings
@@ -142,10 +142,9 @@ def test_the_fingerprint_says_whether_ids_are_shared(shop, tmp_path):
 
 def test_the_configuration_says_whether_ids_are_shared(shop, tmp_path):
     path = f"{shop('one', row(0))},{shop('two', row(0))}"
-    data = ConfigDict({"cache_dir": str(tmp_path / "cache"), "on_bad_listing": "error"})
     for shared, listings in ((True, [0]), (False, [0, 1])):
-        data.shared_ids = shared
-        assert open_listings(path, data, tmp_path).indices("all").tolist() == listings
+        options = ListingOptions(path, shared, str(tmp_path / "cache"), "error")
+        assert open_listings(options, tmp_path).indices("all").tolist() == listings
 
 
 def test_a_rendered_catalogue_is_the_same_as_itself_and_as_no_other():

@@ -7,7 +7,7 @@ import pytest
 
 from afmrl_jax.catalog.concat import ConcatCatalog
 from afmrl_jax.catalog.listings import open_catalog
-from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.catalog.overlays import open_attributes
 from afmrl_jax.catalog.synthetic import SyntheticCatalog
 from afmrl_jax.core.errors import UserError
@@ -141,12 +141,12 @@ def test_two_lines_of_one_listing_are_refused(catalog, opened):
 
 def test_a_configuration_names_the_file(agcl_config, tmp_path):
     data = agcl_config.data
-    own = open_catalogue(data.path, data, tmp_path)
+    own = open_catalogue(CatalogOptions.of(agcl_config), tmp_path)
     data.attributes = str(tmp_path / "attributes.jsonl")
     with pytest.raises(UserError, match=r"data\.attributes: there is no file"):
-        open_catalogue(data.path, data, tmp_path)
+        open_catalogue(CatalogOptions.of(agcl_config), tmp_path)
     (tmp_path / "attributes.jsonl").write_text(line(own.listing(0).listing_id, a="1"))
-    other = open_catalogue(data.path, data, tmp_path)
+    other = open_catalogue(CatalogOptions.of(agcl_config), tmp_path)
     assert other.listing(0).attributes == {"a": "1"} != own.listing(0).attributes
 
 

@@ -52,5 +52,5 @@ def test_a_word_that_is_none_of_them_is_told_with_the_nearest():
 
 
 def test_a_field_that_a_page_lacks_is_named():
-    with pytest.raises(UserError, match=r"lacks loss\.symmetric"):
+    with pytest.raises(UserError, match=r"loss\.symmetric is missing from the"):
         check_options(ConfigDict({"loss": {"temperature": 1.0}}), [Rows, Loss][1:])

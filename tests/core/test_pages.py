@@ -72,6 +72,11 @@ def test_a_page_that_fails_ends_in_a_sentence_with_its_line(folder, text, arm, s
         load_page(f"page.py{arm}")
 
 
+def test_an_arm_that_a_page_does_not_have_is_told_with_those_that_it_has():
+    with pytest.raises(UserError, match="no arm 'tyni': it has sft, tiny"):
+        load_page("configs/sft.py:tyni")
+
+
 def test_a_page_that_is_not_there_ends_with_the_nearest(folder):
     with pytest.raises(UserError, match=r"no configuration file configs/agc\.py: did you mean con"):
         load_page("configs/agc.py")

@@ -5,11 +5,11 @@ import pickle
 import numpy as np
 import pytest
 
+from afmrl_jax.catalog.groups import listings_by_product
 from afmrl_jax.catalog.listings import open_catalog
 from afmrl_jax.data.corpus import (
     TrainedOn,
     corpus_statistics,
-    listings_by_product,
     look_alikes,
     product_attributes,
 )

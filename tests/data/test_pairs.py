@@ -30,14 +30,15 @@ NEIGHBOURS = (np.arange(40)[:, None] + [1, 2, 3, 4]) % 40
 
 def sampler(counts=None, seed=0, **changes):
     composition = {
-        "batch": 12,
         "lookalike_share": 0.5,
         "lookalike_group": 3,
         "hard_negatives": 2,
+        "neighbours": 4,
     }
     return PairSampler(
         Listings([2] * 40 if counts is None else counts),
         "train",
+        changes.pop("batch", 12),
         Composition(**composition | changes),
         seed,
         NEIGHBOURS,
@@ -88,7 +89,7 @@ def test_look_alikes_stand_beside_their_leader():
     "changes, told",
     [
         ({"batch": 41}, "set batch to 40 or less"),
-        ({"lookalike_share": 1.5}, "a share of 0 to 1"),
+        ({"lookalike_share": 1.5}, "give 0 to 1"),
         ({"lookalike_group": 1}, "2 or more"),
         ({"hard_negatives": 5}, "raise data.neighbours"),
     ],

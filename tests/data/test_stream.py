@@ -16,9 +16,10 @@ from afmrl_jax.catalog.listings import open_catalog
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.pairs import Composition, PairBatches, PairSampler
 from afmrl_jax.data.processor import Processor
-from afmrl_jax.data.stream import NICENESS, Stream
+from afmrl_jax.data.stream import Stream, StreamOptions
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.data.views import Augmentation, parse_mixture
+from afmrl_jax.data.workers import NICENESS
 from afmrl_jax.models.presets import preset
 
 
@@ -34,12 +35,13 @@ def batches(catalogue_folder, tmp_path_factory):
     mixture = parse_mixture("image+text 0.5, image 0.25, text 0.25", "views")
     return PairBatches(
         catalog=catalog,
-        sampler=PairSampler(catalog, "train", Composition(8, 0.5, 2, 1), 0, neighbours),
+        sampler=PairSampler(catalog, "train", 8, Composition(0.5, 2, 1, 2), 0, neighbours),
         processor=Processor(
             tokenizer, config, max_tokens=24, max_patches=16, min_pixels=256, max_pixels=1024
         ),
         statistics=CorpusStatistics.from_documents([{"color": "red", "type": "mug"}]),
         augmentation=Augmentation(0.6, 0.5, 0.5, 0.3, 0.1),
+        others={},
         query_views=mixture,
         target_views=mixture,
         max_terms=8,
@@ -73,7 +75,7 @@ def test_two_processes_make_the_halves_of_one_process_s_batch(batches):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_goes_on_from_one_integer_whatever_the_workers(batches, workers):
-    stream = Stream(batches, 2, workers, 100)
+    stream = Stream(batches, 2, StreamOptions(workers, 100.0))
     try:
         for step in (2, 3, 4):
             assert stream.next_step == step
@@ -83,7 +85,7 @@ def test_a_stream_goes_on_from_one_integer_whatever_the_workers(batches, workers
 
 
 def test_a_worker_steps_back_for_its_trainer(batches):
-    with contextlib.closing(Stream(batches, 0, 1, 100)) as stream:
+    with contextlib.closing(Stream(batches, 0, StreamOptions(1, 100.0))) as stream:
         next(stream)
         [worker] = multiprocessing.active_children()
         assert os.getpriority(os.PRIO_PROCESS, worker.pid) == os.nice(0) + NICENESS
@@ -122,7 +124,7 @@ def take_all(stream):
 def test_a_worker_that_hangs_is_told_with_its_stack_and_all_are_ended(capfd):
     told = r"batch of step 3 .* data worker 1 of 2 \(process \d+\)"
     with pytest.raises(UserError, match=told):
-        take_all(Stream(Troubled(2, killed=False), 0, 2, 100))
+        take_all(Stream(Troubled(2, killed=False), 0, StreamOptions(2, 100.0)))
     assert capfd.readouterr().err.count("in __getitem__\n") > 1
     assert not multiprocessing.active_children()
 
@@ -131,14 +133,14 @@ def test_a_killed_worker_is_told():
     """It reads ahead: what it had ready goes with it."""
     told = r"data worker 1 of 1, .* batch of step [456], was killed by SIGKILL"
     with pytest.raises(UserError, match=told):
-        take_all(Stream(Troubled(5, killed=True), 3, 1, 100))
+        take_all(Stream(Troubled(5, killed=True), 3, StreamOptions(1, 100.0)))
 
 
 def test_a_process_ends_though_its_own_thread_hangs():
     code = """
-from test_pipeline import Stream, Troubled, take_all
+from test_stream import Stream, StreamOptions, Troubled, take_all
 try:
-    take_all(Stream(Troubled(1, killed=False), 0, 0, 100))
+    take_all(Stream(Troubled(1, killed=False), 0, StreamOptions(0, 100.0)))
 except Exception as error:
     print(error)
 """

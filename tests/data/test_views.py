@@ -61,26 +61,28 @@ def test_text_is_title_category_description_and_attributes_only_when_given():
 )
 def test_a_view_shows_what_it_names(view, has_text, images):
     for row in (
-        evaluation_row(Catalogue(), 0, view, max_images=4),
-        training_row(Catalogue(), 0, 1, view, rng(), PLAIN),
+        evaluation_row(Catalogue(), 0, 4, view=view),
+        training_row(Catalogue(), 0, 1, view, rng(), PLAIN, others={}),
     ):
         assert bool(row.text) == has_text
         assert len(row.images) == images
 
 
 def test_a_training_view_of_a_listing_without_image_shows_its_text():
-    assert training_row(Catalogue(n_images=0), 0, 1, "image", rng(), PLAIN).text
+    assert training_row(Catalogue(n_images=0), 0, 1, "image", rng(), PLAIN, others={}).text
 
 
 def test_an_evaluation_row_holds_no_more_images_than_fit():
-    row = evaluation_row(Catalogue(n_images=9), 0, "image", max_images=4)
+    row = evaluation_row(Catalogue(n_images=9), 0, 4, view="image")
     assert len(row.images) == 4
 
 
 def test_a_crop_keeps_its_least_area_and_a_flip_mirrors():
     options = Augmentation(0.5, 1.0, 0.0, 0.0, 0.0)
     for seed in range(20):
-        row = training_row(Catalogue(), 0, 1, "image", np.random.default_rng(seed), options)
+        row = training_row(
+            Catalogue(), 0, 1, "image", np.random.default_rng(seed), options, others={}
+        )
         image = row.images[0]
         assert 0.45 * 1200 <= image.width * image.height <= 1200
         pixels = np.asarray(image)[0, :, 0]
@@ -88,7 +90,7 @@ def test_a_crop_keeps_its_least_area_and_a_flip_mirrors():
 
 
 def test_shortened_text_keeps_half_of_the_words_in_order():
-    row = training_row(Catalogue(), 0, 1, "text", rng(), PLAIN, shorten=True)
+    row = training_row(Catalogue(), 0, 1, "text", rng(), PLAIN, others={}, shorten=True)
     words = listing_text(listing()).split()
     kept = row.text.split()
     assert len(kept) == len(words) // 2
@@ -99,16 +101,22 @@ def test_shortened_text_keeps_half_of_the_words_in_order():
 def test_attributes_join_a_share_of_the_texts_with_some_left_out():
     options = Augmentation(1.0, 0.0, 0.5, 0.5, 0.0)
     generator = rng()
-    texts = [training_row(Catalogue(), 0, 1, "text", generator, options).text for _ in range(400)]
+    texts = [
+        training_row(Catalogue(), 0, 1, "text", generator, options, others={}).text
+        for _ in range(400)
+    ]
     shown = sum("color: navy" in text for text in texts)
     assert 60 < shown < 140  # .5 x .5 of 400
 
 
 def test_a_share_of_the_values_is_that_of_another_listing_of_the_category():
     others = {"Dresses": [{"color": "red"}], "Mugs": [{"color": "blue", "sleeve": "none"}]}
-    options = Augmentation(1.0, 0.0, 1.0, 0.0, 0.25, others)
+    options = Augmentation(1.0, 0.0, 1.0, 0.0, 0.25)
     generator = rng()
-    texts = [training_row(Catalogue(), 0, 1, "text", generator, options).text for _ in range(400)]
+    texts = [
+        training_row(Catalogue(), 0, 1, "text", generator, options, others=others).text
+        for _ in range(400)
+    ]
     wrong = sum("color: red" in text for text in texts)
     assert 65 < wrong < 135  # .25 of 400
     assert all("sleeve: long" in text for text in texts)  # the other has no sleeve

@@ -20,12 +20,26 @@ from hypothesis import strategies as st
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.losses.contrastive import Options, contrastive_loss
+from afmrl_jax.losses.contrastive import Contrastive, contrastive_loss
 
 COSINES = [[0.8, 0.6, 0.0], [0.2, 0.9, 0.4], [0.1, 0.3, 0.7]]
-PLAIN = Options(temperature=0.5, negative_weight="none", mask_attributes=None, same_product="keep")
+NEVER = 2.0
+PLAIN = Contrastive(
+    temperature=0.5,
+    negative_weight="none",
+    weight_scale="self",
+    weight_strength=1.0,
+    similarity_strength=9.0,
+    boost_positive=True,
+    mask_target_similarity=NEVER,
+    mask_margin=NEVER,
+    mask_attributes=NEVER,
+    same_product="keep",
+    symmetric=False,
+)
 JITTED = jax.jit(contrastive_loss, static_argnames="options")
 AGCL = dataclasses.replace(PLAIN, negative_weight="bm25")
+MASKED = dataclasses.replace(AGCL, temperature=0.3, mask_attributes=0.95, same_product="drop")
 SHARED = [[5, 6, -1], [5, 7, -1], [5, 6, 8]]
 
 
@@ -51,7 +65,7 @@ def with_terms(info: dict[str, np.ndarray], terms) -> dict[str, np.ndarray]:
     return {**info, **sides}
 
 
-def loss_of(options: Options, cosines=COSINES, targets=None, info=None):
+def loss_of(options: Contrastive, cosines=COSINES, targets=None, info=None):
     queries = jnp.asarray(cosines, jnp.float32)
     targets = jnp.eye(queries.shape[1]) if targets is None else jnp.asarray(targets, jnp.float32)
     info = strangers(len(queries), len(targets)) if info is None else info
@@ -87,11 +101,13 @@ def random_batch(n: int, k: int = 0, seed: int = 0, size: int = 6):
 
 ARMS = {
     "plain": PLAIN,
-    "agcl": Options(temperature=0.3),
-    "raw": Options(temperature=0.3, weight_scale="raw", weight_strength=3.0, boost_positive=False),
-    "llave": Options(temperature=0.3, negative_weight="similarity"),
-    "all masks": Options(
-        temperature=0.3,
+    "agcl": MASKED,
+    "raw": dataclasses.replace(
+        MASKED, weight_scale="raw", weight_strength=3.0, boost_positive=False
+    ),
+    "llave": dataclasses.replace(MASKED, negative_weight="similarity"),
+    "all masks": dataclasses.replace(
+        MASKED,
         mask_target_similarity=0.6,
         mask_margin=0.4,
         same_product="positive",
@@ -238,7 +254,9 @@ def test_other_listings_of_the_same_product(rule):
 def test_a_duplicate_listing_is_never_a_negative(symmetric):
     cosines, _, info = random_batch(6)
     info["query_product"] = info["target_product"] = np.array([0, 1, 2, 3, 4, 0])
-    options = Options(symmetric=symmetric, mask_attributes=None)
+    options = dataclasses.replace(
+        MASKED, temperature=0.02, symmetric=symmetric, mask_attributes=NEVER
+    )
     # With the axes as targets, the gradient to the queries is the gradient to the cosines.
     push = jax.grad(lambda s: JITTED(s, jnp.eye(6), info, options)[0])(cosines)
     duplicates = np.zeros((6, 6), bool)
@@ -371,6 +389,14 @@ def test_eight_devices_see_the_loss_of_one_and_never_gather_the_matrix():
 # ---- options
 
 
+def test_a_mask_whose_threshold_nothing_passes_is_off_and_leaves_no_metric():
+    metrics = loss_of(PLAIN)[1]
+    assert metrics["masked"] == 0
+    assert not [name for name in metrics if name.startswith(("masked_by_", "precision_of_"))]
+    on = dataclasses.replace(PLAIN, mask_target_similarity=1.0, mask_margin=1.9)
+    assert {"masked_by_target_similarity", "masked_by_margin"} <= loss_of(on)[1].keys()
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -379,12 +405,12 @@ def test_eight_devices_see_the_loss_of_one_and_never_gather_the_matrix():
         ({"weight_scale": 2}, "expected one of self, raw"),
         ({"temperature": 0}, "temperature is 0"),
         ({"temperature": None}, "temperature is None"),
-        ({"mask_margin": "0.1"}, "or None for off"),
-        ({"mask_attributes": 95}, "from 0 to 1"),
-        ({"symmetric": 1}, "set it to True or False"),
+        ({"mask_margin": "0.1"}, r"loss\.mask_margin is '0.1': give a number"),
+        ({"mask_attributes": 95}, "give 0 to 2"),
+        ({"symmetric": 1}, "give True or False"),
         ({"weight_strength": float("nan")}, "weight_strength is nan"),
     ],
 )
 def test_a_wrong_option_is_named_with_what_was_expected(wrong, says):
     with pytest.raises(UserError, match=says):
-        Options(**wrong)
+        dataclasses.replace(PLAIN, **wrong)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from dataclasses import replace
 from math import exp, log
 
 import jax
@@ -11,10 +12,10 @@ import pytest
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.losses.language import token_log_probs
-from afmrl_jax.losses.policy import Options, policy_loss, policy_metrics
+from afmrl_jax.losses.policy import PolicyGradient, policy_loss, policy_metrics
 from afmrl_jax.rl.advantages import group_advantages
 
-GRPO = Options(kl=0.0)
+GRPO = PolicyGradient(objective="grpo", clip=0.2, kl=0.0, mask_truncated=False)
 JITTED = jax.jit(policy_loss, static_argnames="options")
 
 
@@ -70,7 +71,7 @@ def test_dr_grpo_divides_by_one_constant_length():
 def test_kl_is_the_k3_estimate_of_the_divergence_from_the_reference():
     reference = [[log(0.5), log(0.25)]]
     log_probs, answers = answers_of(np.log([[0.25, 0.5]]), [0], reference_log_probs=reference)
-    total, count, metrics = loss_of(log_probs, answers, Options(kl=0.1))
+    total, count, metrics = loss_of(log_probs, answers, replace(GRPO, kl=0.1))
     k3 = (exp(log(2)) - log(2) - 1 + exp(-log(2)) + log(2) - 1) / 2
     assert metrics["kl"] == pytest.approx(k3, rel=1e-5)
     assert total / count == pytest.approx(0.1 * k3, rel=1e-5)
@@ -81,7 +82,7 @@ def test_the_k3_estimate_averages_to_the_true_divergence():
     log_probs, answers = answers_of(
         np.log(policy)[:, None], [0, 0, 0], reference_log_probs=np.log(reference)[:, None]
     )
-    options = Options(kl=1.0)
+    options = replace(GRPO, kl=1.0)
     alone = [answers | {"mask": np.arange(3)[:, None] == i} for i in range(3)]
     values = [loss_of(log_probs, one, options)[0] for one in alone]
     assert policy @ values == pytest.approx(policy @ np.log(policy / reference), rel=1e-5)
@@ -98,7 +99,7 @@ def test_groups_without_variance_and_filling_are_left_out_and_counted():
         mask=[[True] * 2] * 3 + [[False] * 2],
         zero_variance=[False, False, True, False],
     )
-    total, count, metrics = loss_of(log_probs, answers, Options(kl=1.0))
+    total, count, metrics = loss_of(log_probs, answers, replace(GRPO, kl=1.0))
     assert count == 2
     assert total == pytest.approx(2 * (0.5 + log(2) - 1), rel=1e-5)  # KL of two answers, not three
     assert metrics["skipped"] == pytest.approx(1 / 3)
@@ -125,7 +126,7 @@ def test_a_batch_that_is_left_out_whole_gives_exactly_nothing(objective, why):
         old_log_probs=np.zeros((2, 3), "f4"),
         reference_log_probs=np.zeros((2, 3), "f4"),
     )
-    options = Options(objective=objective)
+    options = replace(GRPO, objective=objective, kl=0.01)
     run = jax.jit(jax.value_and_grad(lambda x: policy_loss(x, x, answers, options)[:2], has_aux=1))
     (total, count), gradient = run(log_probs)
     assert float(total) == float(count) == 0
@@ -149,8 +150,8 @@ def random_case(n=8, slots=6):
 
 
 ARMS = [
-    Options(kl=0.3),
-    Options(objective="dr_grpo", clip=0.1, kl=0.3, mask_truncated=True),
+    replace(GRPO, kl=0.3),
+    replace(GRPO, objective="dr_grpo", clip=0.1, kl=0.3, mask_truncated=True),
 ]
 
 
@@ -246,7 +247,11 @@ def train(reward, options, steps, inner_epochs=1, learning_rate=1.0):
 
 @pytest.mark.parametrize(
     ("options", "inner_epochs"),
-    [(Options(kl=0.001), 1), (Options(kl=0.001), 3), (Options(objective="dr_grpo", kl=0.0), 1)],
+    [
+        (replace(GRPO, kl=0.001), 1),
+        (replace(GRPO, kl=0.001), 3),
+        (replace(GRPO, objective="dr_grpo"), 1),
+    ],
 )
 def test_a_policy_learns_to_prefer_what_is_rewarded(options, inner_epochs):
     prefers = lambda tokens: tokens[:, 0] == 3  # noqa: E731
@@ -257,7 +262,7 @@ def test_a_policy_learns_to_prefer_what_is_rewarded(options, inner_epochs):
 
 
 def test_a_constant_reward_moves_no_parameter():
-    means, start, table = train(lambda tokens: np.full(len(tokens), 0.7), Options(kl=0.5), 5)
+    means, start, table = train(lambda tokens: np.full(len(tokens), 0.7), replace(GRPO, kl=0.5), 5)
     assert means[-1] == pytest.approx(0.7)
     np.testing.assert_array_equal(start, table)
 
@@ -272,4 +277,4 @@ def test_a_constant_reward_moves_no_parameter():
 )
 def test_a_wrong_policy_option_is_named_with_what_was_expected(wrong, says):
     with pytest.raises(UserError, match=says):
-        Options(**wrong)
+        replace(GRPO, **wrong)

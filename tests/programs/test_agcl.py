@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from afmrl_jax import main
-from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.programs import agcl
-from afmrl_jax.retrieval.evaluation import parse_task
-from afmrl_jax.retrieval.tasks import validation_task
+from afmrl_jax.retrieval.tasks import parse_task, validation_task
 
 QUICK = True
 ROOT = Path(__file__).resolve().parents[2]
@@ -148,7 +147,7 @@ def test_a_catalogue_without_images_is_judged_by_its_texts_or_refused_before_com
     ]
     (tmp_path / "products.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     agcl_config.data.path = str(tmp_path)
-    catalog = open_catalogue(str(tmp_path), agcl_config.data, tmp_path / "w")
+    catalog = open_catalogue(CatalogOptions.of(agcl_config), tmp_path / "w")
     images, texts = parse_task("image->image"), parse_task("text->text")
     task, listings = validation_task(catalog, [images, texts], agcl.VALIDATION_LISTINGS)
     assert task == texts and listings.tolist() == [4, 5, 6, 7]

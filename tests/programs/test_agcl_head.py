@@ -12,7 +12,7 @@ import pytest
 from afmrl_jax import main
 from afmrl_jax.assembly.model import abstract_params
 from afmrl_jax.assembly.pretrained import find_pretrained
-from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.programs import agcl
@@ -73,7 +73,7 @@ def test_a_run_stopped_and_started_again_ends_bit_equal(config, headed, tmp_path
 
 
 def test_labels_that_the_rarest_terms_push_out_are_told(config, caplog):
-    catalog = open_catalogue(config.data.path, config.data, Path())
+    catalog = open_catalogue(CatalogOptions.of(config), Path())
     config.data.max_terms = 4  # two pairs, and two words
     agcl._sampler(config, catalog)
     assert not caplog.records
@@ -97,7 +97,7 @@ def test_what_reads_a_checkpoint_gets_the_encoder_alone(config, headed, tmp_path
         names = {name.rpartition(".")[2] for name in state_of(workdir) if "params." in name}
         assert names == {"lora_a", "lora_b", "kernel", "bias"}
     source = find_pretrained(str(workdir))
-    params = source.load(abstract_params(source.enc, make_mesh(dict(config.mesh))))
-    own = jax.tree.map(np.asarray, dataclasses.replace(source.enc, lora=None).init_params(0))
+    params = source.load(abstract_params(source.model, make_mesh(dict(config.mesh))))
+    own = jax.tree.map(np.asarray, dataclasses.replace(source.model, lora=None).init_params(0))
     assert jax.tree.structure(params) == jax.tree.structure(own)
     assert not np.array_equal(jax.tree.leaves(params)[-1], jax.tree.leaves(own)[-1])

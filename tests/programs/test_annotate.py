@@ -18,7 +18,7 @@ from PIL import Image
 from afmrl_jax import main
 from afmrl_jax.annotation.answer_files import AnswerFile
 from afmrl_jax.annotation.endpoint import GIVE_UP
-from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.core.errors import TryAgain, UserError
 from afmrl_jax.programs import annotate
 
@@ -61,7 +61,7 @@ def test_every_listing_gets_the_model_s_attributes(config, server, tmp_path, cap
     assert "40 of 40 listings are answered; this start: 40 valid; 40 requests, 400 tokens" in told
     assert "40 valid, 2.0 attributes each; read as plain 40\nnames: color 40, type 40\n" in told
     config.data.unlock().attributes = str(tmp_path / "attributes.jsonl")
-    catalog = open_catalogue(config.data.path, config.data, tmp_path)
+    catalog = open_catalogue(CatalogOptions.of(config), tmp_path)
     assert catalog.listing(7).attributes == {"color": "red", "type": "mug"}
 
 
@@ -362,7 +362,7 @@ def test_a_listing_that_changed_is_asked_again_and_its_old_answer_laid_over_noth
     valid, _ = annotated(config, tmp_path / "run")
     rename(shop, valid[0]["listing_id"], "Green sofa")
     config.data.unlock().attributes = str(tmp_path / "run" / "attributes.jsonl")
-    catalog = open_catalogue(config.data.path, config.data, tmp_path)
+    catalog = open_catalogue(CatalogOptions.of(config), tmp_path)
     changed = catalog.listing_ids.index(valid[0]["listing_id"]).as_py()
     assert catalog.listing(changed).attributes == {}
     assert "1 lines were written for other texts and photos" in caplog.text
@@ -383,7 +383,7 @@ def test_one_file_tells_listings_of_two_catalogues_with_one_id_apart(
     valid, _ = annotated(config, tmp_path / "run")
     assert len(valid) == len(server.payloads) == 40 + 1  # what is the same is asked once
     config.data.unlock().attributes = str(tmp_path / "run" / "attributes.jsonl")
-    catalog = open_catalogue(config.data.path, config.data, tmp_path)
+    catalog = open_catalogue(CatalogOptions.of(config), tmp_path)
     for index in (0, 40):
         listing = catalog.listing(index)
         assert listing.listing_id == "mug-red-0"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from afmrl_jax import main
-from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.corpus import TrainedOn
@@ -149,7 +149,7 @@ def test_the_second_encoder_learns_from_the_generators_share_alone(config, run):
     assert 8 <= len(products) < 15 and not any("grey" in product for product in products)
     own = stages_of(config, run)[4].config
     assert own.data.attributes == str(run / "annotate" / "attributes.jsonl")
-    catalog = open_catalogue(own.data.path, own.data, run)
+    catalog = open_catalogue(CatalogOptions.of(own), run)
     shown = [i for i in catalog.indices("train") if catalog.listing(int(i)).listing_id in ids]
     checkpoints, step = find_checkpoints(str(run / "again"))
     found = checkpoints.record(step)["catalogue"]

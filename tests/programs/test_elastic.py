@@ -13,7 +13,7 @@ from joined import joined
 from metadata_server import PREEMPTED, serving
 
 from afmrl_jax import main
-from afmrl_jax.catalog.opening import open_catalogue
+from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.programs import agcl
 
@@ -95,7 +95,7 @@ def run(command, *envs, limit=None):
 def shown(config, workdir, first, last, shares):
     """The ids of the listings in the batches of steps first + 1 to last, as the program's streams
     give them to processes that have these shares of a batch; [step][example][view]."""
-    catalog = open_catalogue(config.data.path, config.data, workdir)
+    catalog = open_catalogue(CatalogOptions.of(config), workdir)
     checkpoints, step = find_checkpoints(str(workdir))
     statistics, sampler = agcl._sampler(config, catalog)
     enc, _ = agcl._encoder(config, catalog, checkpoints.record(step))

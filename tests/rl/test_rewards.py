@@ -5,12 +5,13 @@ Query 0 is gallery listing 0 of the product {0, 1, 2}, query 1 is no gallery lis
 """
 
 import dataclasses
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.rl.rewards import Found, Options, bounded_k, measures, rewards
+from afmrl_jax.rl.rewards import Found, Reward, bounded_k, measures, rewards
 
 OWN = np.array([0, 0, -1, -1])
 RELEVANT = np.array([[0, 1, 2], [0, 1, 2], [5, -1, -1], [5, -1, -1]])
@@ -32,6 +33,7 @@ PLAIN = Found(
     own=OWN[::2],
 )
 VALID, LENGTHS = np.ones(4, bool), np.array([10, 20, 30, 40])
+RECALL = Reward(kind="recall", k=2, gain=False, invalid=-0.1, length_cost=0.0)
 LOG = np.log2([2, 3, 4])  # the discounts of ranks 1, 2, 3
 
 
@@ -51,7 +53,7 @@ def reward_of(options, valid=VALID, plain=PLAIN):
     ],
 )
 def test_measures_of_what_was_found_without_the_query_listing(kind, expected):
-    values, parts = reward_of(Options(kind=kind, k=2))
+    values, parts = reward_of(replace(RECALL, kind=kind))
     np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-7)
     assert parts["recall@1"].tolist() == [1, 0, 0, 0]
     assert sorted(parts) == sorted([*measures(ANSWERS, 2), "gain", "valid"])
@@ -79,23 +81,25 @@ def test_a_tie_counts_against_an_answer_wherever_the_right_listing_stands_in_the
 
 def test_the_gain_is_what_the_attributes_add_to_the_same_query():
     # Alone: 1/2 and 1.
-    options = Options(kind="mrr", k=2, gain=True)
+    options = replace(RECALL, kind="mrr", gain=True)
     values, parts = reward_of(options)
     np.testing.assert_allclose(values, [1 / 2, 0, 1 / 3 - 1, -1], rtol=1e-6)
     np.testing.assert_allclose(parts["gain"], values)
     with pytest.raises(ValueError, match="give `plain`"):
         reward_of(options, plain=None)
-    assert "gain" not in reward_of(Options(k=2), plain=None)[1]
+    assert "gain" not in reward_of(RECALL, plain=None)[1]
 
 
 def test_an_invalid_format_costs_a_tenth():
-    values, parts = reward_of(Options(k=2), valid=[True, False, False, False])
+    values, parts = reward_of(RECALL, valid=[True, False, False, False])
     np.testing.assert_allclose(values, [1, -0.1, -0.1, -0.1])
     assert parts["valid"].tolist() == [1, 0, 0, 0]
     assert parts["recall@2"].tolist() == [1, 1, 0, 0]  # of what was searched
 
 
-@pytest.mark.parametrize("options", [Options("margin", k=2), Options("mrr", k=2, gain=True)])
+@pytest.mark.parametrize(
+    "options", [replace(RECALL, kind="margin"), replace(RECALL, kind="mrr", gain=True)]
+)
 def test_breaking_the_format_is_never_better_than_the_worst_valid_answer(options):
     plain, _ = reward_of(options)
     values, _ = reward_of(options, valid=[True, False, True, False])
@@ -104,7 +108,7 @@ def test_breaking_the_format_is_never_better_than_the_worst_valid_answer(options
 
 
 def test_length_costs_a_little_a_token_where_asked():
-    values, _ = reward_of(Options("mrr", k=2, length_cost=0.001))
+    values, _ = reward_of(replace(RECALL, kind="mrr", length_cost=0.001))
     np.testing.assert_allclose(values, [1 - 0.01, 1 / 2 - 0.02, 1 / 3 - 0.03, -0.04], rtol=1e-6)
 
 
@@ -136,4 +140,4 @@ def test_a_query_whose_product_has_no_other_listing_is_refused():
 )
 def test_a_wrong_reward_option_is_named_with_what_was_expected(wrong, says):
     with pytest.raises(UserError, match=says):
-        Options(**wrong)
+        replace(RECALL, **wrong)

@@ -22,7 +22,7 @@ from afmrl_jax.checkpoints.checkpoint import Checkpoints
 from afmrl_jax.checkpoints.state import TrainState, abstract_state, init_state
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh, replicated
-from afmrl_jax.data.stream import Stream
+from afmrl_jax.data.stream import Stream, StreamOptions
 from afmrl_jax.training.goodput import LOST, Clock
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.tracing import traced_steps
@@ -84,7 +84,7 @@ def trained(workdir, numbers=Numbers(), validate=None, step=None, **fields):
             state = init_state(lambda: {"w": jnp.float32(0)}, optimizer, abstract)
         training = Training(
             step=step or update,
-            open_stream=lambda first: Stream(numbers, first, 0, 100),
+            open_stream=lambda first: Stream(numbers, first, StreamOptions(0, 100.0)),
             examples=ROWS,
             unit="rows",
             chunk=ROWS,

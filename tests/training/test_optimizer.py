@@ -5,16 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ml_collections import ConfigDict
 
 from afmrl_jax.checkpoints.state import abstract_state
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import AXES
 from afmrl_jax.models.partition import param_shardings
-from afmrl_jax.training.optimizer import learning_rate, make_optimizer
+from afmrl_jax.training.optimizer import Optimizer, learning_rate, make_optimizer
 
 
-def config(**changes):
+def options(**changes):
     fields = {
         "name": "adamw",
         "learning_rate": 0.1,
@@ -25,11 +24,11 @@ def config(**changes):
         "b2": 0.98,
         "clip_norm": 1.0,
     }
-    return ConfigDict(fields | changes)
+    return Optimizer(**fields | changes)
 
 
 def test_the_rate_warms_up_and_ends_at_its_final_share():
-    rate = learning_rate(config(), 100)
+    rate = learning_rate(options(), 100)
     np.testing.assert_allclose(
         [rate(0), rate(5), rate(10), rate(55), rate(100)],
         [0, 0.05, 0.1, 0.051, 0.002],  # half a cosine down: the mean of .1 and .002
@@ -40,7 +39,7 @@ def test_the_rate_warms_up_and_ends_at_its_final_share():
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_decay_reaches_matrices_and_nothing_else(name):
     params = {"layer": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones(2)}}
-    optimizer = make_optimizer(config(name=name, warmup_share=0.0), 10)
+    optimizer = make_optimizer(options(name=name, warmup_share=0.0), 10)
     zeros = {"layer": {name: jnp.zeros_like(x) for name, x in params["layer"].items()}}
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     np.testing.assert_allclose(updates["layer"]["kernel"], -0.1 * 0.5)
@@ -48,9 +47,9 @@ def test_decay_reaches_matrices_and_nothing_else(name):
 
 
 def test_the_last_step_of_a_short_run_is_warm_where_the_share_rounds_to_all_of_it():
-    rate = learning_rate(config(warmup_share=0.99), 50)  # 49.5 steps, that is 50
+    rate = learning_rate(options(warmup_share=0.99), 50)  # 49.5 steps, that is 50
     np.testing.assert_allclose([rate(0), rate(7), rate(49)], [0, 0.1 * 7 / 49, 0.1], rtol=1e-5)
-    np.testing.assert_allclose(learning_rate(config(warmup_share=0.6), 1)(0), 0.1, rtol=1e-5)
+    np.testing.assert_allclose(learning_rate(options(warmup_share=0.6), 1)(0), 0.1, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -63,12 +62,25 @@ def test_the_last_step_of_a_short_run_is_warm_where_the_share_rounds_to_all_of_i
         (5, {"b2": math.nan}, "b2 is nan"),
         (5, {"learning_rate": math.inf}, "learning_rate is inf: give 0 to 1e.38"),
         (5, {"weight_decay": math.inf}, "weight_decay is inf: give 0 to 1000"),
-        (5, {"clip_norm": 0.0}, "clip_norm is 0.0: give more than 0"),
+        (5, {"clip_norm": -1.0}, "optimizer.clip_norm is -1.0: give 0 to"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(steps, changes, told):
     with pytest.raises(UserError, match=told):
-        make_optimizer(config(**changes), steps)
+        make_optimizer(options(**changes), steps)
+
+
+def test_a_norm_of_zero_clips_nothing():
+    params, gradients = {"kernel": jnp.ones((2, 2))}, {"kernel": jnp.full((2, 2), 1e3)}
+
+    def direction(clip_norm):
+        optimizer = make_optimizer(options(clip_norm=clip_norm, b1=0.0, b2=0.0), 10)
+        state = optimizer.init(params)
+        return jax.tree.leaves(optimizer.update(gradients, state, params)[1])
+
+    # Without decay of the moments the second one is the square of the gradient that AdamW gets.
+    assert max(float(x.max()) for x in direction(0.0)) == 1e6
+    assert max(float(x.max()) for x in direction(2.0)) == 1.0
 
 
 @pytest.mark.parametrize("changes", [{"b1": 0.999999, "b2": 0.0}, {"b1": 0.0, "b2": 0.999999}])
@@ -96,7 +108,7 @@ def random_like(shapes, seed):
 
 
 def first_update(params, gradients, **changes):
-    optimizer = make_optimizer(config(warmup_share=0.0, clip_norm=1e9, **changes), 10)
+    optimizer = make_optimizer(options(warmup_share=0.0, clip_norm=1e9, **changes), 10)
     return optimizer.update(gradients, optimizer.init(params), params)[0]
 
 
@@ -145,7 +157,7 @@ def test_moments_lie_on_the_mesh_as_their_parameters_do(name):
         shapes,
         param_shardings(shapes, mesh),
     )
-    state = abstract_state(shapes, make_optimizer(config(name=name), 10), mesh)
+    state = abstract_state(shapes, make_optimizer(options(name=name), 10), mesh)
     kernels = [x for x in jax.tree.leaves(state.opt_state) if x.shape == (2, 8, 4)]
     assert kernels and all(
         x.sharding == shapes["layers"][0]["up"]["kernel"].sharding for x in kernels
@@ -156,4 +168,4 @@ def test_moments_lie_on_the_mesh_as_their_parameters_do(name):
 
 def test_an_optimizer_that_does_not_exist_is_refused():
     with pytest.raises(UserError, match="'adam', expected one of adamw, muon"):
-        make_optimizer(config(name="adam"), 5)
+        make_optimizer(options(name="adam"), 5)

@@ -1,0 +1,63 @@
+"""The pages and the options that read them: each field has a reader, each value stands once."""
+
+import dataclasses
+import importlib
+
+import pytest
+
+from afmrl_jax.core.fields import flatten
+from afmrl_jax.core.options import check_options
+from afmrl_jax.core.pages import PROGRAMS, check_page, load_page
+
+SINGLE = [program for program in PROGRAMS if program != "cit"]
+# Read by main, before it knows the program.
+MAIN = {"program", "data.cache_dir", "mesh.slice", "mesh.data", "mesh.fsdp", "mesh.tensor"}
+
+
+def options_of(program):
+    """All options that a program reads, those of folders and endpoints among them."""
+    module = importlib.import_module(f"afmrl_jax.programs.{program}")
+    names = ("OPTIONS", "FOLDER_OPTIONS", "ENDPOINT_OPTIONS")
+    return {kind for name in names for kind in getattr(module, name, ())}
+
+
+def fields_of(program):
+    kinds = options_of(program)
+    return {kind.name_of(field.name) for kind in kinds for field in dataclasses.fields(kind)}
+
+
+@pytest.mark.parametrize("program", SINGLE)
+def test_each_field_of_a_page_is_read_and_each_field_that_is_read_stands_in_the_page(program):
+    fields = set(flatten(load_page(f"configs/{program}.py")))
+    assert fields == fields_of(program) | MAIN
+
+
+def test_each_field_of_the_cycle_is_read_by_it_or_by_a_stage():
+    config = load_page("configs/cit.py")
+    stages = {"again": "agcl"} | {name: name for name in ("agcl", "sft", "rar", "annotate")}
+    stages["evaluate"] = "evaluate"
+    for name in flatten(config):
+        section, _, field = name.partition(".")
+        read = fields_of(stages[section]) if section in stages else fields_of("cit") | MAIN
+        assert (field if section in stages else name) in read, name
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_value_stands_in_a_page_alone(program):
+    for kind in options_of(program):
+        for field in dataclasses.fields(kind):
+            assert field.default is dataclasses.MISSING, (kind, field.name)
+            assert field.default_factory is dataclasses.MISSING, (kind, field.name)
+
+
+def test_no_two_options_have_one_name():
+    kinds = {kind for program in PROGRAMS for kind in options_of(program)}
+    assert len({kind.__name__ for kind in kinds}) == len(kinds)
+
+
+@pytest.mark.parametrize("program", [program for program in PROGRAMS if program != "export"])
+def test_the_arm_tiny_of_a_page_can_be_run(program):
+    config = load_page(f"configs/{program}.py:tiny")
+    check_page(config)
+    assert config != load_page(f"configs/{program}.py")
+    check_options(config, importlib.import_module(f"afmrl_jax.programs.{program}").OPTIONS)
