@@ -167,7 +167,7 @@ def shown_rows(
 ) -> Iterator[Row]:
     """What the model is shown of each listing: its images made smaller, its text cut."""
     for index in listings:
-        row = evaluation_row(catalog, index, "image+text", max_images=question.images)
+        row = evaluation_row(catalog, index, question.images)
         for image in row.images:
             image.thumbnail((question.image_side, question.image_side))
         yield Row(row.text[: question.text_characters], row.images)

@@ -14,7 +14,8 @@ from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.options import DTYPES, sections
 from afmrl_jax.assembly.pretrained import RECORD, Pretrained
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.processor import IMAGE_STATISTICS, Processor
+from afmrl_jax.data.images import IMAGE_STATISTICS
+from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.prompts import CHATML
 from afmrl_jax.data.tokenizer import END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS
 from afmrl_jax.weights import hf_weights

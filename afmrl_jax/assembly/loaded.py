@@ -30,9 +30,8 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import local_rows, put_batch, replicated
 from afmrl_jax.core.pixels import upright_rgb
 from afmrl_jax.core.progress import with_progress
-from afmrl_jax.data.answers import question
 from afmrl_jax.data.processor import Row
-from afmrl_jax.data.views import VIEWS, AttributeCuts, listing_images, view_row
+from afmrl_jax.data.views import VIEWS, AttributeCuts, evaluation_row, listing_images, view_row
 from afmrl_jax.models import lora
 from afmrl_jax.models.sampler import generate, sample_keys
 
@@ -264,7 +263,7 @@ class LoadedGenerator:
 
     def _begin(self, catalog: Catalog, batch: np.ndarray) -> tuple[jax.Array, ...]:
         most = self._processor.max_images
-        shown = [question(catalog, int(index), most) for index in batch[self._local]]
+        shown = [evaluation_row(catalog, int(index), most) for index in batch[self._local]]
         with jax.set_mesh(self.mesh):
             rows = put_batch(self._processor(shown), self.mesh, axis=0, rows=self.batch)
             return self._compiled(self.params, rows, batch.astype(np.int32))

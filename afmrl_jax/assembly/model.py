@@ -28,7 +28,8 @@ from afmrl_jax.assembly.options import (
     TrainingOptions,
 )
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.processor import Processor, check_preprocessor, checked_ids
+from afmrl_jax.data.images import check_preprocessor
+from afmrl_jax.data.processor import Processor, checked_ids, row_arrays
 from afmrl_jax.data.prompts import CHATML, Prompt, chat_template, end_of_turn
 from afmrl_jax.data.tokenizer import (
     END_OF_TEXT,
@@ -114,22 +115,12 @@ class Assembly(abc.ABC):
     ) -> dict[str, jax.ShapeDtypeStruct]:
         """The processor's arrays, as it makes them with room for `answers` tokens; length: S, of
         the longest rows by default."""
-        rows, vision = self.options.rows, self.model_config.vision
-        s, p = length or rows.max_tokens + answers, rows.max_patches
-        shapes = {
-            "tokens": ((s,), jnp.int32),
-            "token_mask": ((s,), jnp.bool),
-            "positions": ((3, s), jnp.int32),
-            "patches": ((p, vision.patch_dim), jnp.float32),
-            "patch_positions": ((p, 2), jnp.int32),
-            "patch_segments": ((p,), jnp.int32),
-            "patch_grids": ((p, 2), jnp.int32),
-        }
-        if answers:
-            shapes["answer_mask"] = (s,), jnp.bool
+        rows = self.options.rows
+        tokens = length or rows.max_tokens + answers
+        arrays = row_arrays(self.model_config, tokens, rows.max_patches, answers=answers > 0)
         return {
-            name: jax.ShapeDtypeStruct((*leading, *shape), dtype, sharding=sharding)
-            for name, (shape, dtype) in shapes.items()
+            name: jax.ShapeDtypeStruct((*leading, *array.shape), array.dtype, sharding=sharding)
+            for name, array in arrays.items()
         }
 
     def for_training(self, training: TrainingOptions) -> Self:

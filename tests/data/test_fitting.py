@@ -209,7 +209,7 @@ def test_cut_attributes_are_counted_once_a_listing():
 
     def row(index):
         attributes = {"color": "navy"} | ({"style": "long " * 9} if index else {})
-        return evaluation_row(catalog, index, "text", max_images=1, attributes=attributes)
+        return evaluation_row(catalog, index, 1, view="text", attributes=attributes)
 
     cuts = AttributeCuts(tight)
     assert len(cuts.made(np.array([0, 1, 2, 2, 2]), row)) == 5

@@ -16,6 +16,7 @@ from openai_server import Server, said
 from PIL import Image
 
 from afmrl_jax import main
+from afmrl_jax.annotation.answer_files import AnswerFile
 from afmrl_jax.annotation.endpoint import GIVE_UP
 from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.core.errors import TryAgain, UserError
@@ -413,7 +414,7 @@ def test_a_last_line_whose_end_an_editor_left_out_is_kept(tmp_path):
     path = tmp_path / "attributes.jsonl"
     path.write_text('{"listing_id": "a"}\n{"listing_id": "b"}')
     for _ in range(2):
-        answers = annotate.AnswerFile(path)
+        answers = AnswerFile(path)
         assert answers.keys == {("a", ""), ("b", "")}
         answers.close()
     assert path.read_text() == '{"listing_id": "a"}\n{"listing_id": "b"}\n'

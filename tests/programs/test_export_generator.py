@@ -17,8 +17,8 @@ from afmrl_jax.assembly.loaded import load_generator
 from afmrl_jax.assembly.pretrained import find_pretrained, kind_of
 from afmrl_jax.catalog.opening import ListingOptions, open_listings
 from afmrl_jax.core.mesh import make_mesh
-from afmrl_jax.data.answers import question
 from afmrl_jax.data.processor import Row
+from afmrl_jax.data.views import evaluation_row
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,8 @@ def test_the_folder_gives_the_run_s_settings_back_and_holds_nothing_of_an_encode
 
 def torch_inputs(generator, catalog, listings):
     """Our rows of listings that have one photo each, and what transformers wants of them."""
-    rows = generator.processor(answers=False)([question(catalog, int(i), 1) for i in listings])
+    questions = [evaluation_row(catalog, int(i), 1) for i in listings]
+    rows = generator.processor(answers=False)(questions)
     return rows, {
         "input_ids": torch.tensor(rows["tokens"]).long(),
         "attention_mask": torch.tensor(rows["token_mask"]).long(),

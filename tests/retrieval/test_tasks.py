@@ -77,7 +77,7 @@ def test_texts_are_embedded_without_patches_and_as_they_are_with(catalog):
     vectors = evaluator.vectors("text", listings)
     evaluator.vectors("image", listings)
     assert shapes == [((4, 32), (4, 0)), ((4, 32), (4, 16))]
-    texts = [evaluation_row(catalog, int(i), "text", max_images=1) for i in listings]
+    texts = [evaluation_row(catalog, int(i), 1, view="text") for i in listings]
     np.testing.assert_allclose(vectors, jax.jit(embed)(processor(texts)), atol=1e-6)
 
 
@@ -127,7 +127,7 @@ def test_vectors_come_in_the_order_asked_for_however_they_were_made(catalog):
     later, earlier = np.array([9, 2]), np.array([30, 2, 5])
     first = evaluator.vectors("text", later)
     both = evaluator.vectors("text", np.array([5, 9, 30, 2, 9]))
-    lengths = [len(evaluation_row(catalog, i, "text", max_images=1).text) for i in range(40)]
+    lengths = [len(evaluation_row(catalog, i, 1, view="text").text) for i in range(40)]
     assert first[:, 0].tolist() == [lengths[9], lengths[2]]
     assert both[:, 0].tolist() == [lengths[i] for i in (5, 9, 30, 2, 9)]
     assert evaluator.vectors("text", earlier)[:, 0].tolist() == [lengths[i] for i in earlier]
