@@ -41,7 +41,7 @@ from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.pixels import is_one_colour
 
 X, Y = TypeVar("X"), TypeVar("Y")
-FULLY_DECODED = 100_000  # images that are decoded; of a larger catalogue's others only the header
+FULLY_DECODED = 100_000  # images; of a larger catalogue's other images only the header is read
 log = logging.getLogger(__name__)
 
 

@@ -1,4 +1,4 @@
-"""What a generator learns from: listings shown as questions, their attributes as answers.
+"""The batches that a generator learns from: listings as questions, their attributes as answers.
 
 Axes: A micro-batches · C rows of one (this process's) · S tokens · N sampled rows.
 """
@@ -179,7 +179,7 @@ class AnswerBatches:
         """The numbers of a step's examples, of all processes, and the S of its batch."""
         if len(self.lengths) == 1:
             return step * self.batch + np.arange(self.batch), self.lengths[0]
-        window, place = divmod(step, WINDOW)
+        window, position = divmod(step, WINDOW)
         if window not in self._window:
             self._window.clear()
             examples = (window * WINDOW * self.batch) + np.arange(WINDOW * self.batch)
@@ -188,7 +188,7 @@ class AnswerBatches:
             order = np.random.default_rng((self.seed, 1, window)).permutation(order)
             self._window[window] = examples[order], lengths[order].max(1)
         examples, longest = self._window[window]
-        return examples[place], next(s for s in self.lengths if s >= longest[place])
+        return examples[position], next(s for s in self.lengths if s >= longest[position])
 
     @functools.cached_property
     def _order(self) -> grain.MapDataset:

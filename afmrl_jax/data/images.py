@@ -55,8 +55,8 @@ class Patcher:
     def grids(self, images: Sequence[Image.Image], windows: int) -> list[Grid]:
         """The grid of each image, such that they take at most so many merge windows together.
 
-        Images share the windows fairly: each may take an even share, and what the small ones leave
-        of theirs.
+        Images share the windows fairly: each gets an even share, and small images leave the rest of
+        theirs to larger ones.
         """
         grids = [self._grid(image, windows) for image in images]
         # Smallest first: the windows that an image leaves of its share go to the larger ones.

@@ -119,13 +119,11 @@ def _pairs(queries: sparse.csr_array, pairable: np.ndarray, budget: int) -> spar
     rows, columns, values = _by_rarity(queries)
     common = pairable & (_frequencies(queries) > budget // PAIRED)
     rows, columns, values = (entry[common[columns]] for entry in (rows, columns, values))
-    place = np.arange(len(rows)) - np.searchsorted(rows, rows)
-    rows, columns, values, place = (
-        entry[place < PAIRED] for entry in (rows, columns, values, place)
-    )
+    rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    rows, columns, values, rank = (entry[rank < PAIRED] for entry in (rows, columns, values, rank))
     table = np.full((queries.shape[0], PAIRED), -1, np.int64)
     weights = np.zeros(table.shape, np.float32)
-    table[rows, place], weights[rows, place] = columns, values
+    table[rows, rank], weights[rows, rank] = columns, values
     first, second = np.triu_indices(PAIRED, 1)
     low, high = np.sort([table[:, first], table[:, second]], axis=0)
     row, _ = pair = np.nonzero(low >= 0)

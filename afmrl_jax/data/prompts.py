@@ -210,38 +210,38 @@ def system_words(template: str) -> str:
     return default[len(before) : -len(after)] if has_turn else ""
 
 
-def tell_system_words(name: str, kind: str, template: str, instruction: str) -> None:
+def tell_system_words(model: str, prompt: str, template: str, instruction: str) -> None:
     """Logs the system's words before rows to embed, where the configuration has none.
 
-    name: the model's; kind: data.prompt. Some models are published to read certain words:
+    model: its name; prompt: plain or chat. Some models are published to read certain words:
     Qwen3-VL-Embedding reads "Represent the user's input.", which its template says.
     """
     words = "" if instruction else system_words(template)
-    if kind == "chat" and words:
-        log.info("%s: the system says %r, from the model's folder", name, words)
-    elif kind == "chat" and not instruction:
+    if prompt == "chat" and words:
+        log.info("%s: the system says %r, from the model's folder", model, words)
+    elif prompt == "chat" and not instruction:
         log.warning(
             "%s: no words are said as the system: its folder has none, and data.instruction is "
             "empty. If the model was published to read some, give them there",
-            name,
+            model,
         )
-    elif kind == "plain" and words not in ("", GENERIC_WORDS):
+    elif prompt == "plain" and words not in ("", GENERIC_WORDS):
         log.warning(
             "%s: its chat template says %r as the system, which data.prompt=plain leaves out, with "
             "the turns around it: data.prompt=chat makes rows as the model was published to read "
             "them",
-            name,
+            model,
             words,
         )
 
 
-def embedding_prompt(kind: str, template: str, instruction: str) -> Prompt:
+def embedding_prompt(name: str, template: str, instruction: str) -> Prompt:
     """The embedder's prompt by its name in a configuration (`data.prompt`): plain or chat."""
-    if kind == "plain":
+    if name == "plain":
         return PlainPrompt(instruction)
-    if kind == "chat":
+    if name == "chat":
         return ChatPrompt(template, instruction, end=END_OF_TEXT)
-    raise UserError(f"data.prompt is {kind!r}: use plain or chat")
+    raise UserError(f"data.prompt is {name!r}: use plain or chat")
 
 
 def chat_template(folder: Path) -> str:

@@ -21,7 +21,7 @@ Inputs: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, Angles, jax.Array]
 
 SCORES = 24 * 2**20  # bytes of float32 scores at a time; v5e's vector memory holds five times that
 MIXED = "mixed"  # name, in remat policies, of the results that the backward pass needs
-LOWEST = -1e30  # score of a masked key; finite, so that a query whose keys are all masked stays so
+LOWEST = -1e30  # score of a masked key; finite, because masked keys alone would give NaN
 
 
 def attend(
@@ -107,7 +107,7 @@ def _mix_back(causal: bool, *arrays: Any) -> tuple[jax.Array, jax.Array, jax.Arr
     weights = jnp.exp(_scores(query, key) - log_total[..., None])
     weights = jnp.where(_visible(mask, causal), weights, 0)
     by_value = _einsum("nkrqs,nqkrd->nskd", weights.astype(value.dtype), gradient)
-    # Softmax: a query's weights sum to one, so the weighted mean of their gradients is taken off.
+    # A query's weights sum to one, so softmax centres their gradients by the weighted mean.
     common = (gradient.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(-1)
     common = jnp.transpose(common, (0, 2, 3, 1))[..., None]
     by_weight = _einsum("nqkrd,nskd->nkrqs", gradient, value)

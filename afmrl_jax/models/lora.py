@@ -172,12 +172,12 @@ def fingerprint(params: Any) -> str:
 
 
 def _checksum(x: jax.Array) -> jax.Array:
-    """uint32[]: the sum of each number's bits times an odd weight of its place, modulo 2^32."""
+    """uint32[]: the sum of each number's bits times an odd weight of its position, modulo 2^32."""
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    place = jnp.zeros(x.shape, jnp.uint32)
+    position = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.sum(bits.astype(jnp.uint32) * (place * 2 + 1), dtype=jnp.uint32)
+        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits.astype(jnp.uint32) * (position * 2 + 1), dtype=jnp.uint32)
 
 
 def _pick(params: Any, accepts: Callable[[str], bool]) -> Any:

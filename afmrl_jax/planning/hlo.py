@@ -198,29 +198,29 @@ def trip_count(loop: Instruction, computations: Computations, siblings: Instruct
     ]
     if compared.opcode != "compare" or len(limits) != 1 or len(counters) != 1:
         return None
-    place = int(re.search(r"index=(\d+)", counters[0].attributes)[1])
-    start = _initial(loop, place, siblings)
+    index = int(re.search(r"index=(\d+)", counters[0].attributes)[1])
+    start = _initial(loop, index, siblings)
     return max(
-        0, math.ceil((int(limits[0].written) - start) / _stride(called, place, computations))
+        0, math.ceil((int(limits[0].written) - start) / _stride(called, index, computations))
     )
 
 
-def _initial(loop: Instruction, place: int, siblings: Instructions) -> int:
+def _initial(loop: Instruction, index: int, siblings: Instructions) -> int:
     """The counter before the loop: 0 unless another constant can be read."""
     state = siblings.get(loop.operands[0])
     if state is None or state.opcode != "tuple":
         return 0
-    value = siblings.get(state.operands[place])
+    value = siblings.get(state.operands[index])
     while value is not None and value.opcode in ("copy", "bitcast"):
         value = siblings.get(value.operands[0])
     return int(value.written) if value is not None and value.opcode == "constant" else 0
 
 
-def _stride(called: dict[str, str], place: int, computations: Computations) -> int:
+def _stride(called: dict[str, str], index: int, computations: Computations) -> int:
     """The number that the body adds to the counter: 1 unless another constant can be read."""
     body = {instruction.name: instruction for instruction in computations[called["body"]]}
     root = next(instruction for instruction in body.values() if instruction.root)
-    step = body.get(root.operands[place]) if root.opcode == "tuple" else None
+    step = body.get(root.operands[index]) if root.opcode == "tuple" else None
     if step is None or step.opcode != "add":
         return 1
     added = [body[name] for name in step.operands if body[name].opcode == "constant"]
@@ -321,11 +321,11 @@ class Reader:
                 total.add(max(branches, key=lambda branch: branch.seconds))
             else:
                 work, traffic = self._work(instruction, types), self._traffic(instruction, types)
-                took = self._seconds(_cycles(instruction), work, traffic)
+                seconds = self._seconds(_cycles(instruction), work, traffic)
                 total.flops += work
                 total.bytes += traffic
-                total.computing += took
-                total.seconds += took
+                total.computing += seconds
+                total.seconds += seconds
             for collective in self._collectives(instruction, types):
                 total.collectives[collective] += 1
                 if collective.overlapped:

@@ -1,6 +1,6 @@
-"""What a compiled step needs and how long it would take: memory, FLOPs, time, exchanges.
+"""Compiles a step and reports its memory, FLOPs, time and exchanges.
 
-It holds for the devices at hand, and for TPUs that need not be there: XLA's TPU compiler runs
+The mesh is of the devices at hand, or of TPUs that need not be there: XLA's TPU compiler runs
 without one.
 """
 
@@ -21,7 +21,7 @@ from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.chips import GIB, chip_of
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.planning.exchange import axes_of, exchange_seconds
-from afmrl_jax.planning.hlo import Reader, Total
+from afmrl_jax.planning.hlo import Collective, Reader, Total
 
 # The TPU compiler's message about a program that cannot fit.
 OUT_OF_MEMORY = re.compile(r"required[^(]*\(([\d.]+)([MG])\)[^(]*\(([\d.]+)([MG])\)")
@@ -153,7 +153,7 @@ def reckon(part: Part, compiled: jax.stages.Compiled, report: Report, mesh: Mesh
             return cycles / chip.clock
         return max(flops / chip.flops, bytes_ / chip.bandwidth)
 
-    def exchange(collective: Any) -> float:
+    def exchange(collective: Collective) -> float:
         return exchange_seconds(chip, collective, devices) if chip else 0.0
 
     total = Reader(compiled.as_text(), seconds, exchange, part.default_trip_count).total()
@@ -181,7 +181,7 @@ def reckon(part: Part, compiled: jax.stages.Compiled, report: Report, mesh: Mesh
 
 
 def _exchanges(
-    total: Total, sizes: dict[str, int], exchange: Callable[[Any], float]
+    total: Total, sizes: dict[str, int], exchange: Callable[[Collective], float]
 ) -> list[dict[str, Any]]:
     """Exchanges by kind, mesh axes and whether computation overlaps them, the largest first."""
     sums: dict[tuple, np.ndarray] = defaultdict(lambda: np.zeros(3))
@@ -241,9 +241,9 @@ def exchange_table(report: Report) -> str:
     """A part's exchanges by kind and axes, as Markdown."""
     lines = [["exchange", "along", "calls", "GiB a device", "seconds", "overlapped"], ["---"] * 6]
     for row in report.exchanges:
-        size, took = f"{row['bytes'] / GIB:.3g}", f"{row['seconds']:.2g}"
+        size, seconds = f"{row['bytes'] / GIB:.3g}", f"{row['seconds']:.2g}"
         overlapped = "yes" if row["overlapped"] else "no"
-        lines.append([row["kind"], row["axes"], f"{row['calls']:.0f}", size, took, overlapped])
+        lines.append([row["kind"], row["axes"], f"{row['calls']:.0f}", size, seconds, overlapped])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

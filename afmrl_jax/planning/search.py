@@ -115,9 +115,9 @@ def trials_table(trials: list[Trial]) -> str:
     """Settings, seconds and memory of each trial, as Markdown."""
     lines = [("tried", "seconds a step", "GiB a device", "fits"), ("---",) * 4]
     for trial in trials:
-        took = "" if trial.seconds is None else f"{trial.seconds:.3g}"
+        seconds = "" if trial.seconds is None else f"{trial.seconds:.3g}"
         fits = "yes" if trial.fits else "no"
-        lines.append((trial.choice.label, took, f"{trial.needed / 2**30:.3g}", fits))
+        lines.append((trial.choice.label, seconds, f"{trial.needed / 2**30:.3g}", fits))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -210,7 +210,7 @@ def test_a_peft_adapter_is_its_base_with_the_change_added(sft, tmp_path):
     enc.tokenizer.save(str(base / "tokenizer.json"))
     plan = hf_weights.targets(lora.without(abstract_params(enc, MESH)), config)
     tensors = {
-        name: random.normal(size=target.their_shape).astype(np.float32)
+        name: random.normal(size=target.hf_shape).astype(np.float32)
         for target in plan
         for name in target.names
     }
