@@ -54,7 +54,7 @@ def end(error: BaseException, checkpoints: Path) -> int:
     """Says how a run ended; the exit status: 2 where the user got something wrong, 75 where it is
     worth starting again, 1 for what should not happen. Of several processes all end with the status
     of the first that ends by a sentence, and say it."""
-    from afmrl_jax.core.processes import TRY_AGAIN, last_words, leave, lost, say_last
+    from afmrl_jax.core.last_words import TRY_AGAIN, last_words, leave, lost, say_last
 
     if reason := lost(error):
         if words := last_words():

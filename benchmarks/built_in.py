@@ -2,9 +2,9 @@
 
 python benchmarks/built_in.py --out /tmp/built_in [--seeds 0 1 2] [--arm NAME:FIELD=VALUE,... ...]
 
-Each arm is configs/agcl.py with fields changed; `agcl` and `vlm2vec` are the file's own. Finished
-runs are kept, so that a call goes on where the last one stopped. To choose among arms use
---validation: it shows the validation split's scores alone.
+Each arm is configs/agcl.py with changed fields; `agcl` and `vlm2vec` are arms of that file.
+Finished runs are kept, so a call continues where the last call stopped. To choose among arms use
+--validation: it shows only the validation split's scores.
 """
 
 import argparse
@@ -39,8 +39,8 @@ def main() -> None:
                 before = evaluation(workdir, "evaluation_before.json")
                 scores.setdefault("untrained", {})[seed] = before
                 scores.setdefault(name, {})[seed] = evaluation(workdir)
-            told = ", ".join(f"{k} {v:.3f}" for k, v in shown(scores[name][seed]).items())
-            print(f"{name} seed {seed}: {told}", flush=True)
+            values = ", ".join(f"{k} {v:.3f}" for k, v in shown(scores[name][seed]).items())
+            print(f"{name} seed {seed}: {values}", flush=True)
     columns = list(shown(scores[name][args.seeds[0]]))
     print("\n| arm | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
     for arm, by_seed in scores.items():
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def shown(scores: dict) -> dict[str, float]:
-    """R@1 of each task of an evaluation; of a validation, its scores."""
+    """R@1 of each task of an evaluation; the scores of a validation as they are."""
     return {k: v["recall@1"] if isinstance(v, dict) else v for k, v in scores.items()}
 
 

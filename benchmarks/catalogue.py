@@ -1,10 +1,10 @@
-"""How long a large catalogue takes to convert and to open again, and what memory it holds.
+"""Measures the time to convert a large catalogue and to open it again, and the memory it takes.
 
     python benchmarks/catalogue.py --listings 10000000
 
-Makes JSON lines of text alone, converts them, and opens them a second time in a fresh process;
-prints a table and writes benchmarks/results/catalogue.json. Memory is what opening adds to the
-process (resident, including the pages of the memory map that were touched).
+Makes JSON lines without images, converts them, and opens them a second time in a fresh process;
+prints a table and writes benchmarks/results/catalogue.json. Memory is the growth of the process's
+resident memory by opening, including the pages of the memory map that were touched.
 """
 
 import argparse
@@ -23,7 +23,7 @@ TOUCHED = 10_000  # listings read after opening, spread over the catalogue
 
 
 def write_listings(path: Path, count: int) -> None:
-    """JSON lines of about 400 bytes; three listings a product."""
+    """Writes JSON lines of about 400 bytes, three listings per product."""
     description = "Hand-made stoneware, glazed twice and fired at 1,240 degrees. Dishwasher-proof. "
     colors = ("navy blue", "olive", "crimson", "sand", "charcoal")
     with path.open("w") as file:
@@ -46,7 +46,7 @@ def resident_bytes() -> int:
 
 
 def measure_open(folder: Path, cache: Path) -> dict[str, float]:
-    """Seconds to open, bytes that it adds, and the same after reading TOUCHED listings."""
+    """Seconds and bytes of memory for opening, and for reading TOUCHED listings afterwards."""
     from afmrl_jax.catalog.listings import open_catalog
 
     before, start = resident_bytes(), time.perf_counter()

@@ -1,6 +1,6 @@
 """Draws the built-in catalogue's contact sheet: python benchmarks/contact_sheet.py sheet.png
 
-One row a category: the listings of a family of look-alikes, product by product.
+Each row shows the listings of one family of look-alikes, product by product.
 """
 
 import argparse

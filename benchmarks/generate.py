@@ -1,17 +1,17 @@
-"""Times generation: ours against transformers' `generate`, or ours against what memory allows.
+"""Times generation against transformers' `generate`, or against the limit of memory bandwidth.
 
     python benchmarks/generate.py                     tiny, on CPU, both libraries, same prompts
     python benchmarks/generate.py --accelerator       qwen2_5_vl_3b, random weights, bf16, 1 GPU
 
-Prompts hold an image and text of several lengths; no answer ends before its last token. On CPU
-both libraries have the same weights and must greedily give the same tokens; their runs alternate.
-Prefill counts, compilation does not. Where the machine does other work, two threads wait for each
-other at every operation and torch's slow down many times: then hold the run to one core
-(`taskset -c 0`). On an accelerator a decode step is set against its floor: the bytes of the weights
-and of the cache that it must read, by the bandwidth of a measured copy. In every case the
-log-probs are set against those of the trainer's full forward pass.
+Prompts hold an image and text of several lengths; no answer ends before its last token. Prefill is
+timed, compilation is not. On CPU both libraries have the same weights and must give the same greedy
+tokens; their runs alternate. If the machine is busy with other work, torch's threads wait for each
+other at every operation and become many times slower: then bind the run to one core (`taskset -c
+0`). On an accelerator a decode step is compared with its floor: the bytes of weights and cache that
+it must read, divided by the bandwidth of a measured copy. In every case the log-probs are compared
+with those of the trainer's full forward pass.
 
-Axes: N prompts · G samples of a prompt · S prompt tokens · T tokens of an answer · P patches.
+Axes: N prompts · G samples per prompt · S prompt tokens · T tokens of an answer · P patches.
 """
 
 import argparse
@@ -38,12 +38,12 @@ from afmrl_jax.weights import hf_weights
 
 Rows = dict[str, np.ndarray]
 
-COPIED = 2**30  # numbers in the array whose copy measures bandwidth, in bf16
-REST = 0.2  # seconds between two libraries' runs, in which the first one's threads stop spinning
+COPIED = 2**30  # bf16 numbers in the array whose copy measures bandwidth
+REST = 0.2  # seconds between two libraries' runs, for the first library's threads to stop spinning
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags; what is not given depends on --accelerator."""
+    """The flags; the defaults depend on --accelerator."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--accelerator", action="store_true", help="ours alone, against the floor")
     parser.add_argument("--preset", help="of the model; its weights are random")
@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def make_rows(config: QwenVLConfig, count: int, length: int, grid: int) -> Rows:
-    """Prompts of one image and random text, padded left: a short one has two thirds of a long."""
+    """Prompts of one image and random text, padded left: two thirds of `length` or more."""
     random, side = np.random.default_rng(0), grid // config.vision.merge_size
     image = side * side
     at = np.stack(np.meshgrid(np.arange(grid), np.arange(grid), indexing="ij"), -1)
@@ -110,12 +110,12 @@ def make_model(config: QwenVLConfig, dtype: str, param_dtype: str) -> tuple[nnx.
 def run_ours(
     graph: nnx.GraphDef, params: dict, rows: dict[str, jax.Array], keys: jax.Array, sampling
 ) -> tuple[sampler.Samples, float, float]:
-    """The answers, and the seconds of prefill and of decode."""
+    """Generates with this project: the answers, and the seconds of prefill and of decode."""
     start = time.perf_counter()
     state = jax.block_until_ready(sampler.prefill(graph, params, rows, keys, sampling))
     middle = time.perf_counter()
     state = jax.block_until_ready(sampler.decode(graph, params, state, sampling))
-    return sampler.samples(state), middle - start, time.perf_counter() - middle
+    return sampler.samples_of(state), middle - start, time.perf_counter() - middle
 
 
 def their_generate(config: QwenVLConfig, params: dict, rows: Rows) -> Callable:
@@ -155,10 +155,11 @@ def their_generate(config: QwenVLConfig, params: dict, rows: Rows) -> Callable:
 
 @functools.partial(jax.jit, static_argnames="graph")
 def log_prob_difference(graph, params, rows, answers: sampler.Samples) -> jax.Array:
-    """|log-prob of each token of the first answers, as sampled and by the full forward pass|."""
+    """float32[N, T]: |log-prob when sampled - log-prob by the full forward pass| of each token of
+    each prompt's first answer."""
     tokens = answers.tokens[:, 0]
     length, new = rows["tokens"].shape[1], tokens.shape[1]
-    first = rows["positions"].max(axis=(1, 2)) + 1  # padding on the left counts less
+    first = rows["positions"].max(axis=(1, 2)) + 1  # the padding's positions are lower
     positions = jnp.broadcast_to(first[:, None, None] + jnp.arange(new), (len(tokens), 3, new))
     whole = {
         **rows,
@@ -178,7 +179,7 @@ def agreement(graph, params, rows, answers) -> dict[str, float]:
 
 
 def against_transformers(args: argparse.Namespace, config: QwenVLConfig) -> dict:
-    """Rounds of both in turn: greedy with one sample a prompt, drawn at temperature 1 with more."""
+    """Times both libraries in turn: greedy with one sample per prompt, else at temperature 1."""
     graph, params = make_model(config, "float32", "float32")
     halved, _ = nnx.split(
         nnx.eval_shape(lambda: QwenVL(config, rngs=nnx.Rngs(0), dtype="bfloat16"))
@@ -190,8 +191,8 @@ def against_transformers(args: argparse.Namespace, config: QwenVLConfig) -> dict
         keys = sampler.sample_keys(jax.random.key(0), range(prompts), samples)
         sampling = sampling_of(config, args.new, temperature=float(samples > 1))
         answers, *_ = run_ours(graph, params, rows, keys, sampling)
-        found = theirs(samples, sampling)
-        if not sampling.temperature and not np.array_equal(answers.tokens, found):
+        their_tokens = theirs(samples, sampling)
+        if not sampling.temperature and not np.array_equal(answers.tokens, their_tokens):
             raise AssertionError("the libraries greedily give different tokens")
         runs = {
             "ours": functools.partial(run_ours, graph, params, rows, keys, sampling),
@@ -225,7 +226,7 @@ def against_transformers(args: argparse.Namespace, config: QwenVLConfig) -> dict
 
 
 def against_memory(args: argparse.Namespace, config: QwenVLConfig) -> dict:
-    """Decode steps against their floor."""
+    """Compares decode steps with their floor."""
     graph, params = make_model(config, "bfloat16", "bfloat16")
     bandwidth = measured_bandwidth()
     results = {"copy_bandwidth_bytes_per_second": bandwidth}
@@ -266,10 +267,11 @@ def sampling_of(config: QwenVLConfig, new: int, temperature: float) -> Sampling:
 def bytes_a_step(
     config: QwenVLConfig, params: dict, token_mask: jax.Array, samples: int, new: int
 ) -> dict[str, float]:
-    """What one step must read, in bf16: the decoder's weights, and real tokens' keys and values.
+    """Bytes that a decode step must read in bf16: the decoder's weights, and the keys and values of
+    real tokens.
 
-    Of the answers' own cache the half, which is filled on average. The embedding table counts once:
-    as the head where it is tied, else its few rows not at all.
+    Of the answers' cache half is counted, since half is filled on average. A tied embedding table
+    is counted once, as the head; of an untied table only a few rows are read, so it is left out.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     names = {jax.tree_util.keystr(p, simple=True, separator="."): x.size for p, x in leaves}
@@ -288,7 +290,7 @@ def bytes_a_step(
 
 
 def measured_bandwidth() -> float:
-    """Bytes a second, read and written, of the best of ten copies."""
+    """Bytes per second, read and written, of the fastest of ten copies."""
     x = jnp.zeros(COPIED, jnp.bfloat16)
     copy = jax.jit(lambda x: x + 1)
     jax.block_until_ready(copy(x))
@@ -301,14 +303,14 @@ def measured_bandwidth() -> float:
 
 
 def report(results: dict) -> None:
-    """The table."""
+    """Prints the table."""
     for name, row in results.items():
         if not isinstance(row, dict):
             print(f"{name}: {row:.4g}")
             continue
-        told = {key: value for key, value in row.items() if "seconds" not in key or "ratio" in key}
+        shown = {key: value for key, value in row.items() if "seconds" not in key or "ratio" in key}
         print(f"\n{name} (prompts x samples)")
-        for key, value in told.items():
+        for key, value in shown.items():
             print(f"  {key:28}{value}")
 
 

@@ -1,10 +1,11 @@
-"""GradCache's memory: the compiled step's temporary bytes at global batches 256 and 4,096.
+"""Measures GradCache's memory: the compiled step's temporary bytes at batches 256 and 4,096.
 
 python benchmarks/gradcache_memory.py [--chunk 32]
 
-The tiny encoder at its default row size, the AGCL loss; nothing is run, only compiled. What grows
-with the batch by the method itself is subtracted: the embeddings with their gradient, and one B x B
-buffer of the loss, though it holds several, since XLA lays some where activations were.
+Uses the tiny encoder at its default row size and the AGCL loss; the step is compiled, not run. The
+memory that the method itself needs for a batch B is subtracted: the embeddings with their gradient,
+and one B x B buffer of the loss. The loss holds several such buffers, but XLA puts some of them
+where activations were.
 """
 
 import argparse
@@ -83,13 +84,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chunk", type=int, default=32, help="pairs")
     chunk = parser.parse_args().chunk
-    found = [measure(batch, chunk) for batch in (256, 4096)]
-    for row in found:
+    rows = [measure(batch, chunk) for batch in (256, 4096)]
+    for row in rows:
         print(json.dumps(row))
-    small, large = (row["temporary_bytes"] - row["method_bytes"] for row in found)
+    small, large = (row["temporary_bytes"] - row["method_bytes"] for row in rows)
     ratio = large / small
     print(f"temporary less method's bytes, at 4,096 / at 256: {ratio:.3f} (limit {LIMIT})")
-    write("gradcache_memory", {"chunk": chunk, "rows": found, "ratio": ratio})
+    write("gradcache_memory", {"chunk": chunk, "rows": rows, "ratio": ratio})
     if ratio > LIMIT:
         raise SystemExit(f"memory grows with the batch: {ratio:.2f}")
 

@@ -1,5 +1,6 @@
-"""kill -9 at random moments, start again: the final parameters must equal those of a run never
-stopped, bit for bit; of RAR the rollouts as well.
+"""Kills a run at random moments, resumes it, and compares it with a run that was not interrupted.
+
+The final parameters must be bit-equal; RAR's rollouts must be equal, too.
 
 python benchmarks/kill_resume.py --out DIR [--kills 3] [--steps 30]                           AGCL
 python benchmarks/kill_resume.py --out DIR --steps 12 --kills 6 --generator W/sft --encoder W/agcl
@@ -37,7 +38,7 @@ RAR = {
 
 
 def final_state(workdir: Path) -> dict:
-    """Every array of the last checkpoint, by name."""
+    """Name -> array of the last checkpoint."""
     checkpoints, step = find_checkpoints(str(workdir))
     state = checkpoints.restore_raw(step)
     return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(state)}
@@ -51,7 +52,8 @@ def steps_logged(workdir: Path) -> int:
 def kill_and_resume(
     config: str, folder: Path, fields: dict, kills: int, chance: random.Random
 ) -> list[float]:
-    """Returns how many seconds after the end of a step each kill came."""
+    """Runs to the end despite `kills` kills. Returns the seconds between the end of a step and each
+    kill."""
     steps, moments = fields["steps"], []
     for number, target in enumerate(sorted(chance.sample(range(1, steps - 1), kills))):
         process = subprocess.Popen(
@@ -63,7 +65,7 @@ def kill_and_resume(
         )
         while process.poll() is None and steps_logged(folder) < target:
             time.sleep(0.02)
-        # Somewhere within the next step, or while one is being saved.
+        # Kills at some moment within the next step, or while a step is being saved.
         moments.append(chance.uniform(0, 0.5 if config == "configs/agcl.py" else 2.0))
         time.sleep(moments[-1])
         if process.poll() is not None:
@@ -104,14 +106,14 @@ def main() -> None:
     different = sorted(first.keys() ^ again.keys())
     different += [n for n in first if n in again and not np.array_equal(first[n], again[n])]
     print(f"{len(first)} arrays, {len(different)} different")
-    found = {"fields": fields, "arrays": len(first), "kills": moments}
+    result = {"fields": fields, "arrays": len(first), "kills": moments}
     if args.generator:
         texts = [(folder / "rollouts.jsonl").read_text().splitlines() for folder in (whole, killed)]
         unlike = sum(a != b for a, b in zip(*texts)) + abs(len(texts[0]) - len(texts[1]))
         print(f"{len(texts[0])} groups of rollouts, {unlike} different")
-        found |= {"groups": len(texts[0])}
+        result |= {"groups": len(texts[0])}
         different += ["rollouts.jsonl"] * bool(unlike)
-    write("kill_resume_rar" if args.generator else "kill_resume", found | {"different": different})
+    write("kill_resume_rar" if args.generator else "kill_resume", result | {"different": different})
     if different:
         raise SystemExit(f"not bit-equal: {different}")
 

@@ -1,17 +1,17 @@
-"""The method rung by rung: what each stage adds to the one before it.
+"""Evaluates the method rung by rung: the gain of each stage over the one before it.
 
 python benchmarks/ladder.py --out DIR                              # the built-in catalogue
 python benchmarks/ladder.py --out DIR --photos ../shared/data      # fashion and garment photos
 python benchmarks/ladder.py --out DIR --smoke                      # some minutes; means nothing
 
-Where time is short, --columns queries --leave-out small annotate again does without the dearest.
+To save time, --columns queries --leave-out small annotate again skips the most expensive stages.
 
-Every stage is a run of its own, by its own command, in DIR/SEED-STAGE. What is done is not done
-again, so that a call goes on where the last one stopped, and rungs share what they have in common:
-one SFT, one RAR, one AGCL a seed. Two calls with different --seeds may run beside each other; one
-with all of them, after those, prints the tables. All encoders see attributes in most of their
-training texts, so that rungs differ in what they are named for alone. Single masks and weights are
-trained for 40% of the steps, beside a VLM2Vec of that length.
+Every stage is a separate run in DIR/SEED-STAGE. Finished stages are kept, so a call continues where
+the last one stopped, and rungs share stages: one SFT, one RAR and one AGCL per seed. Two calls with
+different --seeds may run at the same time; a later call with all seeds prints the tables. All
+encoders see attributes in most of their training texts, so that rungs differ only in what their
+names say. Single masks and weights are trained for 40% of the steps, and compared with a VLM2Vec
+trained as long.
 """
 
 import argparse
@@ -26,11 +26,12 @@ import numpy as np
 from real_photos import split_luma
 from running import evaluation, train, write
 
+from afmrl_jax.core.tables import markdown_table
 from afmrl_jax.retrieval.metrics import interval95, paired
 
 TASK = "image+text->image+text"
-SHORT = 0.4  # of the steps, for single masks and weights
-SINGLE = {  # each alone, on VLM2Vec
+SHORT = 0.4  # share of the steps for single masks and weights
+SINGLE = {  # single masks and weights on VLM2Vec
     "VLM2Vec": {},
     "mask: target similarity .95": {"loss.mask_target_similarity": 0.95},
     "mask: margin .1": {"loss.mask_margin": 0.1},
@@ -45,16 +46,17 @@ CLASSES = {"Acc": "accuracy", "NMI": "nmi", "ARI": "ari", "purity": "purity"}
 
 @dataclass(frozen=True)
 class Rung:
-    """A line of the table. attributes: whose, in the texts of the queries alone and of both."""
+    """A row of the table."""
 
     name: str
-    encoder: str
-    attributes: str = "none"  # none | oracle | a stage that trained a generator
-    sure: bool = False  # less those below the threshold that RAR chose on validation
-    needs: tuple[str, ...] = ()  # stages besides the encoder's that its compute counts
+    encoder: str  # the stage that trained the encoder
+    # Origin of the attributes in the texts: none | oracle | a stage that trained a generator.
+    attributes: str = "none"
+    sure: bool = False  # leaves out attributes below the confidence that RAR chose on validation
+    needs: tuple[str, ...] = ()  # further stages that count for its training FLOPs
 
     def stands_on(self) -> set[str]:
-        """What it would go without, for --leave-out."""
+        """The stages that the rung needs: --leave-out of one of them leaves out the rung."""
         return {self.encoder, self.attributes, *self.needs} | ({"sure"} if self.sure else set())
 
 
@@ -80,10 +82,10 @@ RUNGS = (
 
 @dataclass(frozen=True)
 class Size:
-    """How long each stage is: fields of its configuration."""
+    """The length of each stage, and other fields of its configuration."""
 
-    steps: int  # of an encoder
-    stages: dict[str, dict[str, Any]]  # of sft, rar, annotate, small
+    steps: int  # steps of an encoder
+    stages: dict[str, dict[str, Any]]  # sft, rar, annotate or small -> fields
     encoder: dict[str, Any] = field(default_factory=dict)
     evaluate: dict[str, Any] = field(default_factory=dict)
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -99,13 +101,14 @@ BUILT_IN = Size(
     },
     evaluate={"eval.probe_listings": 1000},
 )
-# Photos become some 80 px, 25 tokens; descriptions are long, and stand behind the attributes.
+# Photos are resized to some 80 px, 25 tokens. Descriptions are long, and come after the attributes.
 PHOTO = {"data.max_patches": 100, "data.min_pixels": 4096, "data.max_pixels": 6400}
 PHOTOS = Size(
     steps=60,
     stages={
         "sft": {"steps": 300} | PHOTO,
-        # With the default kl the watch stops it at step 20: all answers have become "style: Tank".
+        # With the default kl, RAR's watch stops the run at step 20, when all answers have become
+        # "style: Tank".
         "rar": {"steps": 10, "eval_every": 5, "policy.kl": 0.1},
         "annotate": {"share": 0.4},
         "small": {"steps": 150} | PHOTO,
@@ -115,7 +118,7 @@ PHOTOS = Size(
         "data.max_tokens": 84,
         "data.crop_area": 0.5,
         "data.flip_share": 0.5,
-        "data.lookalike_share": 0.0,  # most of its products have one listing
+        "data.lookalike_share": 0.0,  # since most products have one listing
     },
     evaluate={"eval.probe_listings": 1000},
 )
@@ -133,7 +136,7 @@ SMOKE = Size(
 
 
 class Ladder:
-    """The stages of one seed and what is judged of them."""
+    """The stages and evaluations of one seed."""
 
     def __init__(self, out: Path, size: Size, seed: int, photos: Path | None, left_out: set[str]):
         self.out, self.size, self.seed, self.left_out = out.absolute(), size, seed, left_out
@@ -155,7 +158,7 @@ class Ladder:
         return self.out / f"{self.seed}-{stage}"
 
     def run(self, stage: str, config: str, fields: dict[str, Any]) -> None:
-        """A stage's run, unless it is done."""
+        """Runs a stage unless it is done."""
         workdir = self.workdir(stage)
         if (self.out / f"{workdir.name}.done").exists():
             return
@@ -166,11 +169,11 @@ class Ladder:
 
     def encoder(self, stage: str, arm: str = "", **fields: Any) -> None:
         config = f"configs/agcl.py{arm and ':' + arm}"
-        given = {"steps": self.size.steps, "eval_every": 0, "eval.tasks": TASK, "seed": self.seed}
-        self.run(stage, config, given | self.data | self.size.encoder | fields)
+        shared = {"steps": self.size.steps, "eval_every": 0, "eval.tasks": TASK, "seed": self.seed}
+        self.run(stage, config, shared | self.data | self.size.encoder | fields)
 
     def train_all(self) -> None:
-        """The stages of the rungs, those first on which others stand."""
+        """Trains the stages of all rungs, in the order of their dependencies."""
         if "untrained" not in self.left_out:
             self.encoder("untrained", "vlm2vec", **{"steps": 1, "optimizer.learning_rate": 0})
         for stage, arm in (("vlm2vec", "vlm2vec"), ("head", "head"), ("agcl", "")):
@@ -179,30 +182,30 @@ class Ladder:
         self.train_generators()
 
     def train_generators(self) -> None:
-        """SFT, RAR and what comes of them."""
+        """Trains SFT and RAR, and the stages that depend on them."""
         stages, shared = self.size.stages, {"seed": self.seed}
         self.run("sft", "configs/sft.py", shared | self.data | stages["sft"])
         models = {"generator": self.workdir("sft"), "encoder": self.workdir("agcl")}
         self.run("rar", "configs/rar.py", shared | models | self.data | stages["rar"])
         if "annotate" in self.left_out:
             return
-        given = {"generator": self.workdir("rar"), "split": "train"}
-        self.run("annotate", "configs/annotate.py", given | self.data | stages["annotate"])
+        source = {"generator": self.workdir("rar"), "split": "train"}
+        self.run("annotate", "configs/annotate.py", source | self.data | stages["annotate"])
         written = {"data.attributes": self.workdir("annotate") / "attributes.jsonl"}
         if "small" not in self.left_out:
             self.run("small", "configs/sft.py", shared | self.data | written | stages["small"])
         if "again" not in self.left_out:
-            own = {"data.described_only": True, "data.attribute_noise": 0}  # as configs/cit.py's
-            self.encoder("again", **written | own)
+            cit = {"data.described_only": True, "data.attribute_noise": 0}  # as in configs/cit.py
+            self.encoder("again", **written | cit)
 
     def train_singles(self) -> None:
-        """VLM2Vec and each mask and weight alone on it, for a share of the steps."""
+        """Trains VLM2Vec without and with each single mask and weight, for SHORT of the steps."""
         short = {"steps": round(SHORT * self.size.steps)}
         for name, fields in SINGLE.items():
             self.encoder(single(name), "vlm2vec", **short, **fields)
 
     def judge(self, rung: Rung, enrich: str, *, classes: bool = True) -> dict[str, Any]:
-        """A rung's scores with its attributes in the texts of the queries, or of both."""
+        """A rung's scores. enrich: "queries" or "both", the texts that get its attributes."""
         fields = {"eval.tasks": TASK, "eval.downstream": classes, "seed": self.seed} | self.judged
         fields |= {"checkpoint": self.workdir(rung.encoder)} | self.data
         stage = f"judged-{rung.encoder}"
@@ -220,12 +223,12 @@ class Ladder:
         return evaluation(self.workdir(stage)) | {"queries": queries[TASK]}
 
     def flops(self, rung: Rung) -> float:
-        """Useful FLOPs of all training that a rung stands on."""
+        """Useful FLOPs of all training that a rung needs."""
         return sum(training_flops(self.workdir(stage)) for stage in {rung.encoder, *rung.needs})
 
 
 def training_flops(workdir: Path) -> float:
-    """Of a run, from its log; 0 of one that trains nothing."""
+    """Useful FLOPs of a run, from its log; 0 for a run that trains nothing."""
     config = evaluation(workdir, "config.json")
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     rows = [row for row in rows if "model_flops_per_second" in row]
@@ -241,48 +244,48 @@ def single(name: str) -> str:
     return "only-" + "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
-def told(found: list[np.ndarray]) -> dict[str, Any]:
-    """found: each seed's values of the same queries. mean; half: of its 95% interval over queries,
-    each query's mean over the seeds; by_seed."""
+def summary(seed_values: list[np.ndarray]) -> dict[str, Any]:
+    """The mean, half of its 95% interval over queries (of each query's mean over the seeds), and
+    the mean by seed. seed_values: each seed's values of the same queries."""
     return {
-        "mean": float(np.mean(found)),
-        "half": interval95(np.mean(found, axis=0)),
-        "by_seed": [float(np.mean(values)) for values in found],
+        "mean": float(np.mean(seed_values)),
+        "half": interval95(np.mean(seed_values, axis=0)),
+        "by_seed": [float(np.mean(values)) for values in seed_values],
     }
 
 
 def collect(ladders: list[Ladder], rung: Rung, enrich: str) -> dict[str, Any]:
-    # Queries alone are told by category, so that this is the same for both columns.
+    # Categories are scored with the queries' attributes in both columns, so that they are equal.
     classed = [ladder.judge(rung, "queries") for ladder in ladders]
     judged = [ladder.judge(rung, enrich, classes=False) for ladder in ladders]
-    asked = [found["queries"]["listing_ids"] for found in judged]
-    assert all(ids == asked[0] for ids in asked), "seeds were judged on different queries"
+    query_ids = [scores["queries"]["listing_ids"] for scores in judged]
+    assert all(ids == query_ids[0] for ids in query_ids), "seeds were judged on different queries"
     cells = {
-        name: told([np.array(found["queries"]["values"][metric]) for found in judged])
+        name: summary([np.array(scores["queries"]["values"][metric]) for scores in judged])
         for name, metric in METRICS.items()
     }
     for name, metric in CLASSES.items():
-        values = [found["category"][metric] for found in classed]
-        halves = [found["category"].get(f"{metric}_ci95", np.nan) for found in classed]
+        values = [scores["category"][metric] for scores in classed]
+        halves = [scores["category"].get(f"{metric}_ci95", np.nan) for scores in classed]
         cells[name] = {"mean": float(np.mean(values)), "half": float(np.mean(halves))}
         cells[name]["by_seed"] = values
-    recalls = [found["queries"]["values"][METRICS["R@1"]] for found in judged]
+    recalls = [scores["queries"]["values"][METRICS["R@1"]] for scores in judged]
     return {"cells": cells, "recalls": np.mean(recalls, axis=0)}
 
 
 def table(rows: dict[str, dict[str, Any]], names: list[str]) -> str:
-    lines = [["", *names, "R@1 over the rung above", "training, TFLOP"]]
+    lines = []
     for name, row in rows.items():
         cells = [f"{row['cells'][n]['mean']:.3f} ± {row['cells'][n]['half']:.3f}" for n in names]
         by_seed = row["cells"][names[0]]["by_seed"]
         cells[0] += f" ({min(by_seed):.3f}-{max(by_seed):.3f})"
         lines.append([name, *cells, row["gain"], row["tflops"]])
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    head = ["", *names, "R@1 over the rung above", "training, TFLOP"]
+    return markdown_table(head, lines) + "\n"
 
 
 def climb(ladders: list[Ladder], enrich: str) -> dict[str, dict[str, Any]]:
-    """Rung -> its cells, what it gains over the one above it, query by query, and its compute."""
+    """Rung -> its cells, its gain over the rung above (paired by query), and its training FLOPs."""
     rows, above = {}, None
     for rung in ladders[0].rungs:
         row = collect(ladders, rung, enrich)
@@ -297,17 +300,17 @@ def climb(ladders: list[Ladder], enrich: str) -> dict[str, dict[str, Any]]:
 
 
 def singles(ladders: list[Ladder]) -> dict[str, Any]:
-    """R@1 of each mask and weight alone, and what it gains over the VLM2Vec of its length."""
+    """R@1 of each single mask and weight, and its gain over the VLM2Vec trained as long."""
     rows, base = {}, None
     for name in SINGLE:
         judged = [
             ladder.judge(Rung(name, single(name)), "both", classes=False) for ladder in ladders
         ]
-        found = [np.array(one["queries"]["values"][METRICS["R@1"]]) for one in judged]
-        recalls = np.mean(found, axis=0)
+        values = [np.array(scores["queries"]["values"][METRICS["R@1"]]) for scores in judged]
+        recalls = np.mean(values, axis=0)
         base = recalls if base is None else base
         mean, half = paired(base, recalls)
-        rows[name] = told(found) | {"gain": mean, "gain_half": half}
+        rows[name] = summary(values) | {"gain": mean, "gain_half": half}
     return rows
 
 
@@ -335,7 +338,7 @@ def main() -> None:
     result = {"size": dataclasses.asdict(size), "columns": columns}
     name = "ladder_photos" if args.photos else "ladder_built_in"
     if not args.smoke:
-        write(name, result)  # singles take as long again
+        write(name, result)  # now, since the singles take as long again
     if "singles" in left_out:
         return
     for ladder in ladders:

@@ -1,10 +1,11 @@
-"""Memory of loading a checkpoint: never a shard and 2 GB above the parameters' own bytes.
+"""Measures the memory of loading a checkpoint: at most the parameters, one shard and 2 GB.
 
 python benchmarks/load_weights.py [--preset qwen2_vl_2b] [--shard_gb 1] [--folder /tmp]
 
 Writes a checkpoint of random bfloat16 numbers in shards of at most --shard_gb to a temporary
-folder, loads it as bfloat16 in a fresh process whose resident memory a thread samples (pages of
-mapped files count), and compares every tensor with what the safetensors library reads.
+folder, and loads it as bfloat16 in a fresh process. A thread samples that process's resident
+memory, which includes pages of mapped files. Every tensor is compared with the one that the
+safetensors library reads.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from afmrl_jax.models.qwen_vl import QwenVL
 from afmrl_jax.weights import hf_weights
 
 GB = 1e9
-ALLOWED = 2 * 10**9  # above the parameters and one shard
+ALLOWED = 2 * 10**9  # bytes above the parameters and one shard
 
 
 def abstract_params(config: QwenVLConfig) -> dict:
@@ -55,7 +56,7 @@ def write_checkpoint(folder: Path, config: QwenVLConfig, shard_bytes: int) -> No
 
 
 def resident() -> int:
-    """This process's resident bytes, pages of mapped files among them (Linux)."""
+    """This process's resident bytes, including pages of mapped files (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 

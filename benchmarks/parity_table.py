@@ -1,9 +1,10 @@
-"""Prints how far each family is from transformers, as the parity tests measure it.
+"""Prints the difference of each family's results from transformers', as the parity tests measure.
 
     python benchmarks/parity_table.py
 
-Float32: max |difference|. bf16: relative error and lowest cosine of the embeddings against float32,
-ours beside transformers' own, which rounds as much. Writes benchmarks/results/parity.json.
+For float32: max |difference|. For bf16: relative error and lowest cosine of the embeddings against
+float32, of this project and of transformers, which rounds as much. Writes
+benchmarks/results/parity.json.
 """
 
 import sys
@@ -22,12 +23,12 @@ def measure(name: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         case = make_case(name, Path(folder))
         result = {check: difference(case) for check, difference in CHECKS.items()}
-        for whose, embeddings in (
+        for library, embeddings in (
             ("bf16", bfloat16_embeddings),
             ("transformers' bf16", torch_bfloat16_embeddings),
         ):
             error, cosine = embeddings(case)
-            result |= {f"{whose}: relative error": error, f"{whose}: cosine": cosine}
+            result |= {f"{library}: relative error": error, f"{library}: cosine": cosine}
     return result
 
 
@@ -39,8 +40,8 @@ def main() -> None:
     for check in next(iter(table.values())):
         digits = ".5f" if "cosine" in check else ".1e"
         print(f"{check:34}", *(f"{row[check]:16{digits}}" for row in table.values()))
-    theirs = {package: version(package) for package in ("torch", "transformers")}
-    write("parity", {**theirs, "max_difference": table})
+    versions = {package: version(package) for package in ("torch", "transformers")}
+    write("parity", {**versions, "max_difference": table})
 
 
 if __name__ == "__main__":

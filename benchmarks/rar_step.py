@@ -1,19 +1,20 @@
 """Times RAR's step by its parts: rollout, parse, embed, search, update.
 
     python benchmarks/rar_step.py --out W           tiny: a real run on the built-in catalogue, CPU
-    python benchmarks/rar_step.py --out W --generator W/sft --encoder W/agcl       of models at hand
+    python benchmarks/rar_step.py --out W --generator W/sft --encoder W/agcl    with trained models
     python benchmarks/rar_step.py --accelerator     qwen2_5_vl_3b rewarded by qwen2_vl_2b, 1 GPU
     python benchmarks/rar_step.py --accelerator --preset tiny      the same path with a tiny model
 
-The tiny run is configs/rar.py with its own gallery; what it logs of each step is read, but for the
-first two, which compile. Without --generator and --encoder both are trained first, --learn steps.
-On an accelerator weights are random, in bfloat16, and no answer ends before its last token; the
-answers that are parsed are as long as those that are drawn. It needs no library beyond JAX, Flax,
-Optax, transformers' tokenizers and Pillow. A decoded token is set against its floor: the bytes of
-weights and cache that a step must read, by the chip's bandwidth (a measured copy's where unknown).
+The tiny run is configs/rar.py with its gallery. Its log is read, without the first two steps, which
+compile. If --generator or --encoder is missing, that model is trained first, for --learn steps. On
+an accelerator the weights are random, in bfloat16, and no answer ends before its last token; the
+answers that are parsed are as long as those that are drawn. That needs no library beyond JAX, Flax,
+Optax, transformers' tokenizers and Pillow. A decoded token is compared with its floor: the bytes of
+weights and cache that a step must read, divided by the chip's bandwidth (of a measured copy if the
+chip is not known).
 
-Axes: A micro-batches · C prompts of one · N = A C prompts · G answers of a prompt · S prompt tokens
-· T tokens of an answer · B = N G answers · E embedding.
+Axes: A micro-batches · C prompts of a micro-batch · N = A C prompts · G answers per prompt · S
+prompt tokens · T tokens of an answer · B = N G answers · E embedding.
 """
 
 import argparse
@@ -66,7 +67,7 @@ WATCH_NOTHING = {
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags; what is not given depends on --accelerator and on whether its model is tiny."""
+    """The flags; the defaults depend on whether the preset is tiny."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--accelerator", action="store_true", help="random weights, see above")
     parser.add_argument("--steps", type=int, default=8, help="timed, after two that are not")
@@ -110,7 +111,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def real_run(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict]:
-    """Seconds by part of the timed steps of a run of configs/rar.py, and answers' tokens."""
+    """Part -> seconds of each timed step of a run of configs/rar.py, and figures about answers."""
     models = {"generator": args.generator, "encoder": args.encoder}
     for name, config in (("generator", "sft"), ("encoder", "agcl")):
         if models[name] is None:
@@ -142,7 +143,7 @@ def real_run(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict]:
 
 
 def random_step(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict]:
-    """Seconds by part of timed steps, and decoding against its floor."""
+    """Part -> seconds of each timed step, and decoding compared with its floor."""
     config, count, samples = preset(args.preset), args.queries, args.samples
     rows = jax.device_put(make_rows(config, count, args.prompt, args.grid))
     graph, params, update = make_update(config, args)
@@ -162,7 +163,7 @@ def random_step(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict]
         parsed = [parse(tokenizer.decode(ids)) for ids in token_ids]
         clock.append(time.perf_counter())
         texts = [text for n in range(count) for text in ["", *answers[n * samples :][:samples]]]
-        vectors = embed([one for one in listings for _ in range(samples + 1)], texts)
+        vectors = embed([listing for listing in listings for _ in range(samples + 1)], texts)
         clock.append(time.perf_counter())
         values = search(vectors.reshape(count, samples + 1, -1), parsed)
         clock.append(time.perf_counter())
@@ -172,15 +173,15 @@ def random_step(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict]
             raise FloatingPointError(f"the loss became {loss}")
         times = dict(zip(PARTS, np.diff(clock).tolist())) | {"prefill": prefill, "decode": decode}
         if number >= UNTIMED:
-            for part, spent in times.items():
-                seconds[part].append(spent)
+            for part, duration in times.items():
+                seconds[part].append(duration)
     prefill, decode = (statistics.median(seconds.pop(part)) for part in ("prefill", "decode"))
     read = bytes_a_step(config, lora.without(params()), rows["token_mask"], samples, args.new)
     return seconds, against_memory(args, read, prefill, decode)
 
 
 def against_memory(args: argparse.Namespace, read: dict, prefill: float, decode: float) -> dict:
-    """Tokens a second beside what reading weights and cache allows, here and on known chips."""
+    """Tokens per second, and their limit by reading weights and cache, here and on other chips."""
     device, answers = jax.devices()[0], args.queries * args.samples
     chip = chip_of(device)
     bandwidth = chip.bandwidth if chip else measured_bandwidth()
@@ -202,14 +203,15 @@ def against_memory(args: argparse.Namespace, read: dict, prefill: float, decode:
 
 
 def make_update(config: QwenVLConfig, args: argparse.Namespace):
-    """The generator's graph, a function that gives its parameters, and one that updates them:
-    (rows [N, ...], Samples, Advantages) -> loss. The reference is the generator as it began."""
+    """Returns the generator's graph, a function that returns its parameters, and a function that
+    updates them: (rows [N, ...], Samples, Advantages) -> loss. The reference model is the generator
+    before its first update."""
     rank, full = args.lora_rank, not args.lora_rank
 
     def make(rank: int) -> QwenVL:
         rngs = nnx.Rngs(0)
-        kept = "float32" if full else args.dtype  # what no optimizer moves needs no more
-        options = {"dtype": args.dtype, "param_dtype": kept, "remat": args.remat}
+        param_dtype = "float32" if full else args.dtype  # only trained parameters need float32
+        options = {"dtype": args.dtype, "param_dtype": param_dtype, "remat": args.remat}
         model = QwenVL(config, rngs=rngs, **options)
         if rank:
             lora.adapt(model, lora.LoRA(rank, 2 * rank, r"^layers\."), rngs)
@@ -263,18 +265,18 @@ def make_update(config: QwenVLConfig, args: argparse.Namespace):
 
 
 def make_texts(args: argparse.Namespace, count: int) -> list[str]:
-    """Attributes of at least T tokens each, as a byte-level tokenizer of few words sees them."""
+    """Texts of attributes, each of at least T tokens of a byte-level tokenizer with few words."""
     random, words = np.random.default_rng(0), WORDS.split()
 
-    def one() -> str:
+    def make_text() -> str:
         pairs = {f"{name} {n}": " ".join(random.choice(words, 2)) for n, name in enumerate(words)}
         return format_attributes(pairs)
 
-    return [one() for _ in range(count)]
+    return [make_text() for _ in range(count)]
 
 
 def make_listings(args: argparse.Namespace, count: int) -> list[Row]:
-    """The queries' titles and photos, of noise."""
+    """The queries' titles, of random words, and photos, of noise."""
     random, side = np.random.default_rng(1), args.grid * 14
     return [
         Row(
@@ -286,8 +288,9 @@ def make_listings(args: argparse.Namespace, count: int) -> list[Row]:
 
 
 def make_embedder(args: argparse.Namespace):
-    """(listings, attributes' texts) -> float32[n, E] by a random encoder, a thread making the next
-    batch's rows as in a run; and the tokenizer, which serves the answers as well."""
+    """Returns a function (listings, attributes' texts) -> float32[n, E] with a random encoder, in
+    which a thread makes the next batch's rows as in a real run; and the tokenizer, which is used
+    for the answers, too."""
     name = args.encoder or ("tiny" if args.preset.startswith("tiny") else "qwen2_vl_2b")
     tokenizer = train_tokenizer([WORDS] * 4, 400)
     config = preset(name).replace(**special_token_ids(tokenizer))
@@ -306,18 +309,19 @@ def make_embedder(args: argparse.Namespace):
 
     def embed(listings: list[Row], texts: list[str]) -> np.ndarray:
         size = args.embed_batch
-        shown = [Row(f"{one.text}\n{text}", one.images) for one, text in zip(listings, texts)]
-        filled = shown + shown[:1] * (-len(shown) % size)
+        rows = [Row(f"{row.text}\n{text}", row.images) for row, text in zip(listings, texts)]
+        filled = rows + rows[:1] * (-len(rows) % size)
         batches = [filled[start : start + size] for start in range(0, len(filled), size)]
         with ThreadPoolExecutor(max_workers=1) as pool:
-            vectors = [compiled(params, rows) for rows in pool.map(processor, batches)]
-        return np.concatenate([np.asarray(x, np.float32) for x in vectors])[: len(shown)]
+            vectors = [compiled(params, batch) for batch in pool.map(processor, batches)]
+        return np.concatenate([np.asarray(x, np.float32) for x in vectors])[: len(rows)]
 
     return embed, tokenizer
 
 
 def make_search(width: int, args: argparse.Namespace) -> Callable[..., np.ndarray]:
-    """(float32[N, G + 1, E], what was parsed) -> rewards float32[N, G], from a random gallery in
+    """Returns a function (vectors float32[N, G + 1, E], parsed answers) -> rewards float32[N, G]
+    that searches in a random gallery in
     which each query has one right listing."""
     random, options = (
         np.random.default_rng(2),
@@ -329,26 +333,26 @@ def make_search(width: int, args: argparse.Namespace) -> Callable[..., np.ndarra
 
     def find(queries: np.ndarray, right: np.ndarray) -> Found:
         ids, scores = index.search(queries, options.k + 2)
-        own = (queries * vectors[right]).sum(1, keepdims=True)
-        return Found(ids, scores, right[:, None], own, np.full(len(right), -1))
+        right_scores = (queries * vectors[right]).sum(1, keepdims=True)
+        return Found(ids, scores, right[:, None], right_scores, np.full(len(right), -1))
 
-    def search(found: np.ndarray, parsed: list) -> np.ndarray:
-        count, samples = found.shape[0], found.shape[1] - 1
+    def search(queries: np.ndarray, parsed: list) -> np.ndarray:
+        count, samples = queries.shape[0], queries.shape[1] - 1
         right = np.arange(count)
-        enriched = find(found[:, 1:].reshape(count * samples, -1), np.repeat(right, samples))
-        plain = find(found[:, 0], right)
-        valid = np.array([one.verdict is Verdict.VALID for one in parsed])
+        enriched = find(queries[:, 1:].reshape(count * samples, -1), np.repeat(right, samples))
+        plain = find(queries[:, 0], right)
+        valid = np.array([answer.verdict is Verdict.VALID for answer in parsed])
         lengths = np.full(len(parsed), args.new)
         return rewards(enriched, plain, valid, lengths, samples, options)[0].reshape(count, samples)
 
     return search
 
 
-# ---- what is told
+# ---- the report
 
 
 def summary(seconds: dict[str, list[float]]) -> dict:
-    """Medians and extremes of each part, and its share of a step, which is told by the sums."""
+    """Median and extremes of each part, and its share of all steps' seconds."""
     steps = [sum(parts) for parts in zip(*seconds.values())]
     searched = [a + b for a, b in zip(seconds["parse"], seconds["search"])]
     shares = [part / whole for part, whole in zip(searched, steps)]
@@ -382,12 +386,12 @@ def main() -> None:
     print(f"search and parse: {share['of_all_steps']:.2%} of a step (at most {share['max']:.2%})")
     for name, value in figures.items():
         print(f"{name}: {value}")
-    # The real run's sizes are configs/rar.py's.
-    told = [*vars(args)] if args.accelerator else ["steps"]
+    # Only --steps applies to the real run; its sizes are those of configs/rar.py.
+    names = [*vars(args)] if args.accelerator else ["steps"]
     about = {
         "device": jax.devices()[0].device_kind,
         "load_average": {"before": load[0], "after": os.getloadavg()[0]},
-        "settings": {name: getattr(args, name) for name in told if name != "out"},
+        "settings": {name: getattr(args, name) for name in names if name != "out"},
     }
     kind = f"_{args.preset}_{jax.default_backend()}" if args.accelerator else ""
     write(f"rar_step{kind}", {**about, **figures, **result, "seconds": seconds})

@@ -1,10 +1,11 @@
-"""Real product photos: train on fashion and half of luma's garments, find luma's other half.
+"""Retrieval on real photos: trains on fashion and half of luma, tests on luma's other garments.
 
 python benchmarks/real_photos.py --data ../shared/data --out /tmp/real_photos [--seeds 0 1 2]
 
-luma is split by garment: a style is test where int(sha256(style_id), 16) % 2 == 1. Queries: the
-test listings whose product has another listing; gallery: all of luma and fashion, the query left
-out. Text is title, description and category, never the structured attributes.
+luma is split by garment: a style is in the test split if int(sha256(style_id), 16) % 2 == 1. The
+queries are the test listings whose product has another listing. The gallery is all of luma and
+fashion without the query. The texts are title, description and category, never the structured
+attributes.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from running import evaluation, spread, train, write
 
 TASKS = {"image+text": "image+text->image+text", "image alone": "image->image"}
 METRICS = ("recall@1", "recall@5", "recall@10")
-# Photos become some 80 px: at most 100 patches, 25 tokens of an image.
+# Photos are resized to some 80 px: at most 100 patches, or 25 tokens, per image.
 FIELDS = {
     "data.max_patches": 100,
     "data.max_tokens": 72,
@@ -33,7 +34,8 @@ FIELDS = {
 
 
 def split_luma(source: Path, target: Path, *, validation: bool = False) -> None:
-    """Writes luma with `split` set by garment; validation: a fifth of what is not test's."""
+    """Writes luma with `split` set by garment. validation: True puts a fifth of the training
+    garments into a validation split."""
     target.mkdir(parents=True, exist_ok=True)
     if not (target / "images").exists():
         shutil.copytree(source / "images", target / "images")
@@ -72,29 +74,29 @@ def main() -> None:
     args = parser.parse_args()
     luma, fashion = (args.out / "luma").absolute(), (args.data / "fashion").absolute()
     split_luma(args.data / "luma", luma)
-    given = dict(field.split("=", 1) for field in args.set)
+    changes = dict(field.split("=", 1) for field in args.set)
     scores = {}
     for seed in args.seeds:
-        fields = FIELDS | {"data.path": f"{fashion},{luma}", "seed": seed} | given
+        fields = FIELDS | {"data.path": f"{fashion},{luma}", "seed": seed} | changes
         for arm in ("untrained", "vlm2vec", "agcl"):
             config = "configs/agcl.py" + (":vlm2vec" if arm == "vlm2vec" else "")
             workdir = (args.out / f"{arm}-{seed}").absolute()
-            # A checkpoint to judge, of one step at a rate of 0: parameters as they were born.
+            # A step at a learning rate of 0 makes a checkpoint of the untrained parameters.
             steps = {"steps": args.steps}
             if arm == "untrained":
                 steps = {"steps": 1, "optimizer.learning_rate": 0}
             if not (workdir / "evaluation.json").exists():
                 train(config, workdir, fields | steps)
-            found = judge(workdir, args.out / f"{arm}-{seed}-luma", luma, fashion)
-            scores.setdefault(arm, {})[seed] = found
-            told = {name: round(found[task]["recall@1"], 3) for name, task in TASKS.items()}
-            print(f"{arm} seed {seed}: R@1 {told}", flush=True)
+            tasks = judge(workdir, args.out / f"{arm}-{seed}-luma", luma, fashion)
+            scores.setdefault(arm, {})[seed] = tasks
+            recalls = {name: round(tasks[task]["recall@1"], 3) for name, task in TASKS.items()}
+            print(f"{arm} seed {seed}: R@1 {recalls}", flush=True)
     print("\n| arm | view | " + " | ".join(METRICS) + " |\n|---|---|" + "---|" * len(METRICS))
     for arm, by_seed in scores.items():
         for name, task in TASKS.items():
-            cells = [spread([found[task][m] for found in by_seed.values()]) for m in METRICS]
+            cells = [spread([tasks[task][m] for tasks in by_seed.values()]) for m in METRICS]
             print(f"| {arm} | {name} | " + " | ".join(cells) + " |")
-    write("real_photos", {"steps": args.steps, "fields": FIELDS | given, "scores": scores})
+    write("real_photos", {"steps": args.steps, "fields": FIELDS | changes, "scores": scores})
 
 
 if __name__ == "__main__":

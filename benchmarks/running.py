@@ -1,4 +1,4 @@
-"""What the benchmarks share: running the program as a user does, and writing results."""
+"""Shared by the benchmarks: runs the program as a user does, and writes results."""
 
 import json
 import os
@@ -16,7 +16,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def command(config: str, workdir: Path, fields: dict) -> list[str]:
     """The command line of one run; `fields` are --config.FIELD=VALUE."""
-    given = [f"--config.{name}={value}" for name, value in fields.items()]
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
     return [
         *(
             sys.executable,
@@ -25,12 +25,13 @@ def command(config: str, workdir: Path, fields: dict) -> list[str]:
             f"--config={config}",
             f"--workdir={workdir.absolute()}",
         ),
-        *given,
+        *flags,
     ]
 
 
 def train(config: str, workdir: Path, fields: dict, env: dict | None = None) -> None:
-    """Runs to the end, or resumes; what it prints goes to WORKDIR.log. Raises where it fails."""
+    """Runs the program to its end; an earlier run is resumed. Its output goes to WORKDIR.log.
+    Raises CalledProcessError if it fails."""
     workdir.parent.mkdir(parents=True, exist_ok=True)
     with Path(f"{workdir}.log").open("a") as log:
         subprocess.run(
@@ -48,7 +49,7 @@ def evaluation(workdir: Path, name: str = "evaluation.json") -> dict:
 
 
 def losses(workdir: Path) -> dict[int, float]:
-    """Step -> loss of metrics.jsonl."""
+    """Step -> loss, from metrics.jsonl."""
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return {row["step"]: row["loss"] for row in rows}
 
@@ -59,7 +60,7 @@ def spread(values: list[float]) -> str:
 
 
 def write(name: str, result: dict) -> None:
-    """benchmarks/results/NAME.json, with the command and the versions that made it."""
+    """Writes benchmarks/results/NAME.json, with the command and versions that made the result."""
     RESULTS.mkdir(exist_ok=True)
     about = {
         "command": " ".join(["python", *sys.argv]),

@@ -1,9 +1,10 @@
-"""One run on different layouts of devices and processes: the losses must agree to 1e-5.
+"""Repeats a run on several layouts of devices and processes: the losses must agree to 1e-5.
 
 python benchmarks/same_numbers.py --out /tmp/same_numbers [--steps 20]
 
-1 device; 8 fake devices as meshes 1x8x1x1, 1x2x4x1, 1x2x2x2; 2 processes of 1 device. Adam's first
-steps are signs of gradients: at a large rate, rounding in a gradient near 0 becomes a step.
+The layouts: 1 device; 8 fake devices as meshes 1x8x1x1, 1x2x4x1, 1x2x2x2; 2 processes of 1 device.
+The learning rate is small, because Adam's first steps are signs of gradients: at a large rate,
+rounding in a gradient near 0 would become a large step.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def free_port() -> int:
 
 
 def run(layout: str, workdir: Path, fields: dict, timeout: float = 1800) -> dict[int, float]:
-    """The losses of a whole run on one layout. Raises where a process fails."""
+    """Step -> loss of a whole run on one layout. Raises RuntimeError if a process fails."""
     processes, environment, mesh = LAYOUTS[layout]
     axes = dict(zip(("mesh.slice", "mesh.data", "mesh.fsdp", "mesh.tensor"), mesh))
     address = f"127.0.0.1:{free_port()}"
@@ -87,16 +88,16 @@ def main() -> None:
         "optimizer.learning_rate": args.rate,
         "eval.tasks": "image+text->image+text",
     }
-    found = {}
+    layout_losses = {}
     for number, layout in enumerate(LAYOUTS):
-        found[layout] = run(layout, args.out / str(number), fields)
-        first = next(iter(found.values()))
-        worst = max(abs(found[layout][s] - first[s]) for s in first)
-        last = found[layout][args.steps]
+        layout_losses[layout] = run(layout, args.out / str(number), fields)
+        first = next(iter(layout_losses.values()))
+        worst = max(abs(layout_losses[layout][s] - first[s]) for s in first)
+        last = layout_losses[layout][args.steps]
         print(f"{layout:22}  last loss {last:.7f}  largest difference {worst:.2e}", flush=True)
         if worst > TOLERANCE:
             raise SystemExit(f"{layout} differs from 1 device by {worst:.2e}, above {TOLERANCE}")
-    write("same_numbers", {"fields": fields, "losses": found})
+    write("same_numbers", {"fields": fields, "losses": layout_losses})
 
 
 if __name__ == "__main__":

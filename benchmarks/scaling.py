@@ -1,11 +1,11 @@
-"""What a step of the published sizes would take on TPU pods, by XLA's own TPU compiler.
+"""Estimates the time of a step of the published sizes on TPU pods, by XLA's TPU compiler.
 
 python benchmarks/scaling.py                       # the plan tables, and how cost grows with chips
 python benchmarks/scaling.py --only agcl scaling   # some of: agcl, rar, scaling, slices
 
-Compiled without a TPU (pip install -e ".[tpu-plan]"): cycles are the compiler's estimates, bytes of
-exchanges are read from the compiled program, and what a link carries is the data sheet's. Nothing
-here has run on a TPU. A row of AGCL is full: 208 tokens, of them 144 of an image of 576 patches.
+Compiles without a TPU (pip install -e ".[tpu-plan]"); nothing is run on a TPU. Cycles are the
+compiler's estimates, the bytes of exchanges come from the compiled program, and the bandwidth of a
+link from the data sheet. AGCL's rows are full: 208 tokens, 144 of them of an image of 576 patches.
 """
 
 import argparse
@@ -22,33 +22,33 @@ from afmrl_jax.programs import plan
 
 ROW = {"max_tokens": 208, "max_patches": 576}
 PODS = ("v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v6e:8x8")
-# Of a kind of chip: remat policies in the order in which they are tried, each with the most pairs a
-# chip and chunk for which it may fit. A smaller chunk is not taken for the sake of a policy.
+# Chip -> remat policies in the order in which they are tried -> the most pairs per chip and
+# micro-batch with which the policy may fit. A micro-batch is not made smaller for a policy.
 REMAT = {
     "v5e": {"dots": 4, "attention": 32, "full": 32},
     "v5p": {"dots": 16, "attention": 128},
     "v6e": {"dots": 8, "attention": 32, "full": 64},
 }
 BATCHES = (1024, 8192, 32768)
-WEAK = 32  # pairs a chip, where the batch grows with the chips
+WEAK = 32  # pairs per chip in the rows where the batch grows with the number of chips
 GROWING = ("v5e:4x4", "v5e:8x8", "v5e:16x16")
 SLICES = ("1xv5e:8x8", "2xv5e:8x8", "4xv5e:8x8")
 
 
 def planned(config: Any, topology: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The reports of a configuration on a topology, by part; those of an earlier call if it has
-    them."""
+    """The reports of a configuration on a topology, by part. Reports that an earlier call has
+    written are reused."""
     began, path = time.monotonic(), RESULTS / "scaling.json"
-    known = json.loads(path.read_text())["result"] if path.exists() else {}
-    for found in itertools.chain.from_iterable(known.values()):
-        if (found["topology"], found["fields"]) == (topology, fields):
-            return found
+    earlier = json.loads(path.read_text())["result"] if path.exists() else {}
+    for entry in itertools.chain.from_iterable(earlier.values()):
+        if (entry["topology"], entry["fields"]) == (topology, fields):
+            return entry
     with config.unlocked():
         config.update_from_flattened_dict(fields)
     devices = plan.devices_of(topology)
-    found = {report.name: asdict(report) for report in plan.reports_of(config, devices)}
+    parts = {report.name: asdict(report) for report in plan.reports_of(config, devices)}
     print(f"{topology} {fields}: compiled in {time.monotonic() - began:.0f} s", flush=True)
-    return {"topology": topology, "chips": len(devices), "fields": fields, "parts": found}
+    return {"topology": topology, "chips": len(devices), "fields": fields, "parts": parts}
 
 
 def encoder(topology: str, batch: int) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def encoder(topology: str, batch: int) -> dict[str, Any]:
     slices = int(topology[0]) if topology[0].isdigit() else 1
     chips = slices * len(plan.devices_of(name))
     policies = REMAT[name.partition(":")[0]]
-    pairs = min(batch // chips, max(policies.values()))  # a chip and chunk
+    pairs = min(batch // chips, max(policies.values()))  # per chip and micro-batch
     for remat in (policy for policy, most in policies.items() if most >= pairs):
         fields = {
             "model.preset": "qwen2_vl_2b",
@@ -70,14 +70,14 @@ def encoder(topology: str, batch: int) -> dict[str, Any]:
             "eval.batch": max(128, chips),
             **{f"data.{k}": v for k, v in ROW.items()},
         }
-        found = planned(agcl.get_config(), topology, fields)
-        if all(part["needed"] <= part["limit"] for part in found["parts"].values()):
+        entry = planned(agcl.get_config(), topology, fields)
+        if all(part["needed"] <= part["limit"] for part in entry["parts"].values()):
             break
-    return found
+    return entry
 
 
 def generator(topology: str) -> dict[str, Any]:
-    """The 3B RAR step, all parameters trained: 8 answers to each query, 4 queries a chip."""
+    """The 3B RAR step, all parameters trained: 8 answers per query, 4 queries per chip."""
     chips = len(plan.devices_of(topology))
     fields = {
         "generator": "qwen2_5_vl_3b",
@@ -93,9 +93,9 @@ def generator(topology: str) -> dict[str, Any]:
     return planned(rar.get_config(), topology, fields)
 
 
-def row(found: dict[str, Any], part: str) -> list[str]:
-    report, fields = found["parts"][part], found["fields"]
-    cells = [found["topology"], str(fields.get("batch", fields.get("queries"))), part]
+def row(entry: dict[str, Any], part: str) -> list[str]:
+    report, fields = entry["parts"][part], entry["fields"]
+    cells = [entry["topology"], str(fields.get("batch", fields.get("queries"))), part]
     cells += [
         fields["model.remat"],
         str(fields["micro_batches"]),
@@ -104,7 +104,7 @@ def row(found: dict[str, Any], part: str) -> list[str]:
     if report["seconds"] is None:
         return [*cells, "no", *[""] * 6]
     floors = [f"{report['floors'][name]:.2f}" for name in ("products", "memory", "exchanges")]
-    sent = sum(one["bytes"] for one in report["exchanges"]) / 2**30
+    sent = sum(exchange["bytes"] for exchange in report["exchanges"]) / 2**30
     fits = "yes" if report["needed"] <= report["limit"] else "no"
     return [
         *cells, fits, f"{report['seconds']:.2f}", *floors, f"{report['utilisation']:.0%}",
@@ -135,13 +135,13 @@ def main() -> None:
         done: list[dict[str, Any]] = []
         for job in jobs[name]:
             done.append(job())
-            # What was compiled before stays until it is its turn.
-            result[name] = done + [found for found in earlier.get(name, []) if found not in done]
+            # Entries of an earlier call stay in the file until they are replaced.
+            result[name] = done + [entry for entry in earlier.get(name, []) if entry not in done]
             write("scaling", {"result": result})
         result[name] = done
         write("scaling", {"result": result})
     for name in args.only:
-        lines = [row(found, part) for found in result[name] for part in found["parts"]]
+        lines = [row(entry, part) for entry in result[name] for part in entry["parts"]]
         print(f"\n{name}\n\n| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}")
         print("\n".join(f"| {' | '.join(line)} |" for line in lines), flush=True)
 

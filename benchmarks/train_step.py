@@ -1,17 +1,17 @@
-"""Times a contrastive training step: ours against transformers' Qwen-VL with torch, or ours alone.
+"""Times a contrastive training step, on CPU also that of transformers' Qwen-VL with torch.
 
     python benchmarks/train_step.py                   tiny, on CPU, both libraries on the same batch
     python benchmarks/train_step.py --preset tiny_qwen3            another family; or tiny_qwen2_5
     python benchmarks/train_step.py --accelerator     qwen2_vl_2b, random weights, GradCache, 1 GPU
     python benchmarks/train_step.py --accelerator --preset qwen2_5_vl_3b --remat full --lora-rank 16
 
-A step embeds queries and targets, takes InfoNCE over the batch, goes back, clips, and updates all
-parameters with AdamW, or with --lora-rank the decoder's adapters alone, on a frozen base. Both
-libraries begin with the same parameters and must see the same loss. Their steps alternate, so that
-what else the machine does meets all; compilation is left out, and the batch is already where it is
-computed. Prints a table, writes JSON.
+A step embeds queries and targets, takes InfoNCE over the batch, computes and clips gradients, and
+updates all parameters with AdamW (with --lora-rank only the decoder's adapters, on a frozen base).
+Both libraries begin with the same parameters and must compute the same loss. Their steps alternate,
+so that the machine's other work slows both alike. Compilation is not timed, and the batch is
+already on the device. Prints a table, writes JSON.
 
-Axes: A micro-batches · C pairs of one · V = 2 views (query, target) · B = A · C pairs.
+Axes: A micro-batches · C pairs of a micro-batch · V = 2 views (query, target) · B = A · C pairs.
 """
 
 import argparse
@@ -61,12 +61,12 @@ PLAIN = dataclasses.replace(
 )
 DECODER = r"^layers\."  # which kernels --lora-rank adapts
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "transformers", "torch", "numpy")
-COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX reports each compilation under this
-REST = 0.2  # seconds between two libraries' steps, in which the first one's threads stop spinning
+COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event for each compilation
+REST = 0.2  # seconds between two libraries' steps, for the first library's threads to stop spinning
 
 
 def parse_args() -> argparse.Namespace:
-    """The flags; what is not given depends on --accelerator."""
+    """The flags; the defaults depend on --accelerator."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
         "--accelerator", action="store_true", help="ours alone, utilisation, memory"
@@ -104,7 +104,8 @@ def parse_args() -> argparse.Namespace:
 def make_rows(args: argparse.Namespace) -> tuple[QwenVLConfig, Rows]:
     """The model's configuration, and rows [A, C, V, ...] as the processor makes them.
 
-    Photos are noise of three aspects, texts of random tokens and lengths: every row is padded.
+    Photos are noise, in three aspect ratios; texts have random tokens and lengths, so that every
+    row is padded.
     """
     random = np.random.default_rng(0)
     tokenizer = train_tokenizer([], 270)
@@ -127,7 +128,7 @@ def make_rows(args: argparse.Namespace) -> tuple[QwenVLConfig, Rows]:
             Row("x" * int(random.integers(args.max_tokens // 4, args.max_tokens)), (image,))
         )
     batch = processor(rows)
-    # The tiny tokenizer's ids would look up a few rows of a large table only.
+    # Random ids, because the tiny tokenizer's ids would look up only a few rows of a large table.
     text = batch["tokens"] == tokenizer.token_to_id("x")
     batch["tokens"][text] = random.integers(270, config.vocab_size, text.sum())
     shape = (args.micro_batches, args.batch // args.micro_batches, 2)
@@ -160,7 +161,7 @@ def fresh_params(make: Callable[[], Embedder]) -> dict:
 def jax_step(
     config: QwenVLConfig, rows: Rows, dtype: str, remat: str, rank: int
 ) -> tuple[Step, dict]:
-    """Our step, compiled, and how much memory its arguments and temporaries take in bytes."""
+    """This project's step, compiled; numbers of parameters, bytes of arguments and temporaries."""
     make = functools.partial(make_model, config, rank, dtype=dtype, remat=remat)
     graph, _ = nnx.split(nnx.eval_shape(make))
 
@@ -207,9 +208,9 @@ def count(params: dict) -> int:
 
 
 def torch_step(config: QwenVLConfig, rows: Rows, dtype: str) -> tuple[Step, dict]:
-    """The same step by transformers' model without its language head; bfloat16 by autocast.
+    """The same step with transformers' model without its language head; bfloat16 by autocast.
 
-    Only real patches are given, and M-RoPE positions as ours: it computes neither again.
+    It gets only real patches, and M-RoPE positions, so that it does not compute them again.
     """
     import torch
     from transformers import AutoConfig, AutoModel
@@ -219,7 +220,7 @@ def torch_step(config: QwenVLConfig, rows: Rows, dtype: str) -> tuple[Step, dict
     settings = AutoConfig.for_model(settings.pop("model_type"), **settings)
     model = AutoModel.from_config(settings, dtype=torch.float32).train()
     weights = hf_weights.to_hf(fresh_params(functools.partial(make_model, config, 0)), config)
-    # Files say model.layers... and visual..., or model.language_model... and model.visual...
+    # Names in files: model.layers... and visual..., or model.language_model... and model.visual...
     place = re.compile(r"^(model\.)?((visual|language_model)\.)?")
     model.load_state_dict(
         {
@@ -263,7 +264,7 @@ def torch_step(config: QwenVLConfig, rows: Rows, dtype: str) -> tuple[Step, dict
 
 
 def first_losses(steps: dict[str, Step]) -> dict[str, float]:
-    """Each one's loss before any update; stops where two in float32 differ."""
+    """The loss of each library before any update. Exits if two float32 losses differ."""
     losses = {name: step() for name, step in steps.items()}
     exact = [loss for name, loss in losses.items() if name.endswith("float32")]
     if not np.allclose(exact, exact[:1], rtol=1e-3):
@@ -272,7 +273,8 @@ def first_losses(steps: dict[str, Step]) -> dict[str, float]:
 
 
 def time_steps(steps: dict[str, Step], count: int) -> tuple[dict[str, list[float]], int]:
-    """Seconds of `count` steps each, in turn, after one untimed; and compilations meanwhile."""
+    """Seconds of `count` steps of each library, taken in turn, after one untimed step; and the
+    number of compilations during the timed steps."""
     compilations = 0
 
     def listen(event: str, duration: float, **_) -> None:
@@ -296,7 +298,8 @@ def time_steps(steps: dict[str, Step], count: int) -> tuple[dict[str, list[float
 
 
 def utilisation(config: QwenVLConfig, rows: Rows, args: argparse.Namespace, seconds: float) -> dict:
-    """Useful FLOP/s as `training.cost` counts them, against the chip's peak in bf16; memory."""
+    """Useful FLOP/s as `planning.cost` counts them, their share of the chip's peak in bf16, and
+    the peak of memory."""
     make = functools.partial(make_model, config, args.lora_rank, dtype="float32")
     params = jax.eval_shape(lambda: nnx.to_pure_dict(nnx.state(make())))
     memory = jax.devices()[0].memory_stats() or {}
@@ -316,7 +319,7 @@ def utilisation(config: QwenVLConfig, rows: Rows, args: argparse.Namespace, seco
 
 
 def summarise(seconds: dict[str, list[float]], batch: int) -> dict[str, dict[str, float]]:
-    """Median, least and most milliseconds of each, and pairs a second by the median."""
+    """Median, least and most milliseconds of each library, and pairs per second by the median."""
     return {
         name: {
             "median_ms": 1e3 * statistics.median(times),
@@ -329,20 +332,20 @@ def summarise(seconds: dict[str, list[float]], batch: int) -> dict[str, dict[str
 
 
 def ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """How many times longer torch takes: of the medians, and the least and most of one round."""
-    found = {}
+    """Torch's time divided by JAX's: by the medians, and the least and most of a single round."""
+    ratios_by_pair = {}
     for ours in (name for name in seconds if name.startswith("jax")):
         for theirs in (name for name in seconds if name.startswith("torch")):
             rounds = [b / a for a, b in zip(seconds[ours], seconds[theirs])]
             medians = statistics.median(seconds[theirs]) / statistics.median(seconds[ours])
-            found[f"{theirs} / {ours}"] = {
+            ratios_by_pair[f"{theirs} / {ours}"] = {
                 "medians": medians, "min": min(rounds), "max": max(rounds),
             }  # fmt: skip
-    return found
+    return ratios_by_pair
 
 
 def environment() -> dict:
-    """What the figures depend on beside the code."""
+    """The command, machine and versions that the figures depend on."""
     installed = {}
     for name in PACKAGES:
         try:
@@ -361,7 +364,7 @@ def environment() -> dict:
 
 
 def report(result: dict) -> None:
-    """The table."""
+    """Prints the table."""
     print(f"\n{'':18}{'median ms':>11}{'min':>9}{'max':>9}{'pairs/s':>10}{'first loss':>12}")
     for name, row in result["steps"].items():
         print(
@@ -384,7 +387,7 @@ def main() -> None:
     args = parse_args()
     config, rows = make_rows(args)
     if args.accelerator:
-        rows["patches"] = rows["patches"].astype(jnp.bfloat16)  # what the first layer makes of them
+        rows["patches"] = rows["patches"].astype(jnp.bfloat16)  # as the first layer does
     dtypes = ("float32", "bfloat16") if args.dtype == "both" else (args.dtype,)
     steps, details = {}, {}
     for dtype in dtypes:

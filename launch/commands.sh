@@ -1,25 +1,25 @@
-# How the launchers read their arguments, and how they run or, with --dry-run, print commands; sourced.
-# Kept to what bash 3.2 knows, which is what a Mac brings.
+# Functions that the launchers share: reading arguments, running commands, or printing them with
+# --dry-run. Sourced. Works with bash 3.2, the version of macOS.
 # shellcheck shell=bash
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 dry_run=""     # "yes": print every command, run none
 verb=""        # the sub-command
-arguments=()   # what stood after --: the training's own
-exec 3>&1      # where a dry run prints, also from within $(...)
+arguments=()   # the arguments after --, for the training
+exec 3>&1      # a dry run prints there, also from inside $(...)
 
-# Ends with a sentence on what the user got wrong.
+# Prints a sentence about the user's mistake, and exits with status 2.
 fail() {
     printf '%s: %s\n' "$(basename "$0")" "$*" >&2
     exit 2
 }
 
-# The script's head comment.
+# Prints the script's head comment.
 print_help() {
     awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$0"
 }
 
-# quoted WORDS...: the words as a line that a shell (and Python's shlex) reads back as they are.
+# quoted WORDS...: prints the words as a line that a shell (or Python's shlex) splits into the same words.
 quoted() {
     local word line="" quote="'" inside="'\\''"
     for word in "$@"; do
@@ -31,19 +31,21 @@ quoted() {
     printf '%s\n' "$line"
 }
 
-# execute COMMAND...: runs it, or prints it where this is a dry run.
+# execute COMMAND...: runs the command, or prints it in a dry run.
 execute() {
     if [[ -n "$dry_run" ]]; then quoted "$@" >&3; else "$@"; fi
 }
 
-# need_program NAME WHAT: ends with a sentence where a program is not there and is to be run.
+# need_program NAME PACKAGE: fails if the program is missing, unless this is a dry run. PACKAGE: what to
+# install.
 need_program() {
     [[ -n "$dry_run" ]] || command -v "$1" >/dev/null ||
         fail "$1 is not on the PATH: install $2, or add --dry-run to see what would be run"
 }
 
-# read_arguments "VERBS" "OPTIONS" "SWITCHES" ARGUMENTS...: sets verb, arguments, and for each option
-# --some-name the variable some_name, for each switch the same to yes. Their defaults are the caller's.
+# read_arguments "VERBS" "OPTIONS" "SWITCHES" ARGUMENTS...: sets `verb` and `arguments`. An option
+# --some-name VALUE sets the variable some_name to VALUE, a switch sets it to yes. The caller sets the
+# variables' defaults before.
 read_arguments() {
     local verbs=" $1 " options=" $2 " switches=" $3 " key value
     shift 3
@@ -89,20 +91,21 @@ unknown_option() {
         "run ... -- --config=configs/agcl.py"
 }
 
-# need OPTION MEANING: ends with a sentence where an option has no value.
+# need OPTION MEANING: fails if the option has no value.
 need() {
     local variable="${1//-/_}"
     [[ -n "${!variable}" ]] || fail "--$1 is missing: $2"
 }
 
-# need_count OPTION: ends with a sentence where an option is not a whole number, 1 or more.
+# need_count OPTION: fails if the option is not a whole number of 1 or more.
 need_count() {
     local variable="${1//-/_}"
     [[ "${!variable}" =~ ^[1-9][0-9]*$ ]] ||
         fail "--$1 is '${!variable}', but must be a whole number, 1 or more"
 }
 
-# need_name OPTION: names become those of machines and pods, which is where they would fail late.
+# need_name OPTION: fails if the option is no name for machines and pods, which get it; they would refuse
+# it only later.
 need_name() {
     need "$1" "what to call it"
     [[ "${!1}" =~ ^[a-z]([-a-z0-9]{0,38}[a-z0-9])?$ ]] ||
@@ -113,8 +116,8 @@ need_training() {
     ((${#arguments[@]})) || fail "say after -- what to train, as in -- --config=configs/agcl.py"
 }
 
-# worker_command run|start KIND TIMES: sets the array `worker_command` to what trains on one worker, in
-# the repository's root. The user's own compiler flags, where set here, go along.
+# worker_command run|start KIND TIMES: sets the array `worker_command` to the command that trains on one
+# worker, in the repository's root. Compiler flags that the user has set on this machine are passed on.
 worker_command() {
     local variable users=()
     for variable in LIBTPU_INIT_ARGS XLA_FLAGS; do
@@ -124,7 +127,8 @@ worker_command() {
     ((!${#users[@]})) || worker_command=(env "${users[@]}" "${worker_command[@]}")
 }
 
-# slices_to_mesh COUNT: the training's mesh gets one slice for each, unless the user says otherwise.
+# slices_to_mesh COUNT: adds --config.mesh.slice=COUNT to the training's arguments if COUNT is above 1 and
+# the user has set no --config.mesh.slice.
 slices_to_mesh() {
     local argument
     for argument in "${arguments[@]}"; do

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Trains on TPUs or GPUs of a GKE cluster, the one that kubectl speaks to, by launch/gke_jobset.yaml.
+# Trains on TPUs or GPUs of the GKE cluster that kubectl is set to, by launch/gke_jobset.yaml.
 #
 #   launch/gke_jobset.sh build --image IMAGE --kind tpu|gpu       builds launch/Dockerfile, and pushes it
 #   launch/gke_jobset.sh run   --name N --image IMAGE --accelerator tpu-v5-lite-podslice --topology 4x4 \
 #       [--slices S] [--chips 4] [--times K] -- --config=configs/agcl.py --config.checkpoint_dir=gs://BUCKET/RUN
 #   launch/gke_jobset.sh run   --name N --image IMAGE --accelerator nvidia-h100-80gb --nodes 4 [--chips 8] -- ...
 #   launch/gke_jobset.sh show  (as run)             prints the JobSet that run would apply
-#   launch/gke_jobset.sh tail  --name N             what the first worker prints
+#   launch/gke_jobset.sh tail  --name N             prints the first worker's output
 #   launch/gke_jobset.sh stop  --name N             saves a checkpoint, and ends the training
 #
-# --chips are those of one machine: 4 for most TPU pools, 8 for most GPU pools. Several slices give the
-# training --config.mesh.slice. K times (default 10) a training that fails starts again. `run` of a
-# JobSet that is there already changes nothing. --namespace and --service-account (for gs://, by
-# workload identity; TPU pods use the machine's network, where the node pool's own account counts)
-# default to "default". --name and --image may stand in the environment, as
-# AFMRL_NAME and AFMRL_IMAGE. --dry-run prints every command and runs none.
+# --chips: chips of one machine, 4 for most TPU pools, 8 for most GPU pools. With several slices the
+# training gets --config.mesh.slice. --times: a training that fails is started again up to K times
+# (default 10). `run` changes nothing if the JobSet exists already. --namespace and --service-account
+# default to "default". The service account gives access to gs:// by workload identity, but TPU pods use
+# the machine's network, so that the node pool's account counts there. --name and --image default to the
+# environment variables AFMRL_NAME and AFMRL_IMAGE. --dry-run prints every command and runs none.
 set -euo pipefail
 # shellcheck source=launch/commands.sh
 source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
@@ -22,7 +22,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
 name="${AFMRL_NAME:-}" image="${AFMRL_IMAGE:-}" kind="" accelerator="" topology="" nodes="" slices=1
 chips="" times=10 namespace=default service_account=default
 
-# Words as a JSON list, which YAML is too. Kubernetes fills in $(NAME) and reads $$ as $: each $ is doubled.
+# json_list WORDS...: prints the words as a JSON list, which is YAML, too. Each $ is doubled, because
+# Kubernetes replaces $(NAME) and reads $$ as $.
 json_list() {
     local word list="" dollars='$$'
     for word in "$@"; do
@@ -36,7 +37,7 @@ json_list() {
     printf '[%s]' "$list"
 }
 
-# fill_in KEY VALUE: replaces each __KEY__ of `line`.
+# fill_in KEY VALUE: replaces each __KEY__ in the variable `line`.
 fill_in() {
     local mark="__$1__" done_with=""
     while [[ "$line" == *"$mark"* ]]; do
@@ -46,17 +47,18 @@ fill_in() {
     line="$done_with$line"
 }
 
-# The template, filled in, with the lines that apply.
+# Prints the template, filled in. A line that ends with "# tpu", "# gpu" or "# slices" is printed only for
+# TPUs, for GPUs, or for several slices.
 jobset() {
-    local line of hostnames="" i command
+    local line condition hostnames="" i command
     command="$(json_list "${worker_command[@]}")"
     for ((i = 0; i < nodes; i++)); do
         hostnames+="${hostnames:+,}$name-worker-$slice-$i.$name"
     done
     while IFS= read -r line; do
-        of="${line##* # }"
-        if [[ "$line" == *" # "* && "$of" =~ ^(tpu|gpu|slices)$ ]]; then
-            [[ "$of" == "$kind" || ("$of" == slices && "$slices" != 1) ]] || continue
+        condition="${line##* # }"
+        if [[ "$line" == *" # "* && "$condition" =~ ^(tpu|gpu|slices)$ ]]; then
+            [[ "$condition" == "$kind" || ("$condition" == slices && "$slices" != 1) ]] || continue
             line="${line% # *}"
         fi
         [[ "$line" != \#* ]] || continue
@@ -71,12 +73,12 @@ jobset() {
         fill_in IMAGE "$image"
         fill_in CHIPS "$chips"
         fill_in HOSTNAMES "$hostnames"
-        fill_in COMMAND "$command" # the last: what it holds is not to be filled in
+        fill_in COMMAND "$command" # last, so that a __KEY__ in the command stays as it is
         printf '%s\n' "$line"
     done <"$root/launch/gke_jobset.yaml"
 }
 
-# Checks what describes the machines, and sets kind, nodes, chips and slice.
+# Checks the options that describe the machines, and sets kind, nodes, chips and slice.
 machines() {
     local all=1 side
     need accelerator "the pool's, as tpu-v5-lite-podslice, tpu-v5p-slice, tpu-v6e-slice or nvidia-h100-80gb"

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Trains on GPUs of a Slurm cluster. The folder must lie where all nodes see it, and hold the program:
-# launch/worker.sh install --extra cuda13 (or cuda12) once, on a node.
+# Trains on GPUs of a Slurm cluster. This folder must be on a disk that all nodes share. Install the
+# program in it once, on a node: launch/worker.sh install --extra cuda13 (or cuda12).
 #
 #   launch/gpu_slurm.sh run  --name N --nodes 4 [--gpus 8] [--time 24:00:00] [--per gpu|node] [--partition P] \
 #       [--account A] [--times K] -- --config=configs/agcl.py --workdir=runs/agcl
 #   launch/gpu_slurm.sh tail --name N
 #   launch/gpu_slurm.sh stop --name N         saves a checkpoint, and ends the training
 #
-# `run` submits launch/gpu_slurm.sbatch; a job of yours of that name, waiting or running, is left alone.
-# --gpus are those of one node. One process per gpu is the default; --per node starts one that drives
-# all its GPUs. 120 seconds before --time is over the training gets SIGTERM, saves, and the job queues
-# again to go on, as it does where Slurm takes its nodes away. K times (default 3) a training that
-# fails starts again. What it prints goes to runs/N.log. --dry-run prints every command and runs none.
+# `run` submits launch/gpu_slurm.sbatch, unless you have a job of that name waiting or running. --gpus:
+# GPUs of one node. By default each GPU has a process; --per node starts one process per node, which
+# drives all its GPUs. 120 seconds before --time is over the training gets SIGTERM and saves, and the job
+# queues again to continue; so it does if Slurm takes its nodes away. --times: a training that fails is
+# started again up to K times (default 3). Its output goes to runs/N.log. --dry-run prints every command
+# and runs none.
 set -euo pipefail
 # shellcheck source=launch/commands.sh
 source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
@@ -32,7 +33,7 @@ run() {
         --open-mode=append "--chdir=$root" "--output=$root/runs/$name.log")
     [[ -z "$partition" ]] || options+=("--partition=$partition")
     [[ -z "$account" ]] || options+=("--account=$account")
-    # Slurm drops a job whose log it cannot open, without a word.
+    # Slurm silently drops a job whose log it can't open.
     execute mkdir -p "$root/runs"
     execute sbatch "${options[@]}" "$root/launch/gpu_slurm.sbatch" "$per" "$times" "${arguments[@]}"
 }
@@ -53,7 +54,7 @@ case "$verb" in
     tail) execute tail -n 100 -F "$root/runs/$name.log" ;;
     stop)
         need_program scancel "Slurm, or start this on the cluster's login node"
-        # A signal reaches only what runs; what waits, perhaps for its next turn, is cancelled.
+        # Running jobs get a signal. Waiting jobs get none, so they are cancelled.
         execute scancel --me "--name=$name" --state=PENDING
         execute scancel --me "--name=$name" --signal=TERM
         ;;

@@ -6,6 +6,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 setup base
-# Memory of a step in huge pages, where the system grants them: CPUs else zero it page by page.
+# Asks for huge pages for a step's memory; otherwise the CPU zeroes it one small page at a time.
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 exec .venv/bin/python -m afmrl_jax.main --config=configs/agcl.py "$@"

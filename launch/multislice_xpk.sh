@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on several TPU slices, joined over the data-centre network, of a cluster that xpk made.
+# Trains on several TPU slices of a cluster that xpk made; the data-centre network joins the slices.
 #
 #   launch/multislice_xpk.sh build --image IMAGE                          builds launch/Dockerfile, and pushes it
 #   launch/multislice_xpk.sh run   --name N --cluster C --type v5litepod-256 --slices 2 --image IMAGE \
@@ -8,11 +8,11 @@
 #   launch/multislice_xpk.sh list  --cluster C
 #   launch/multislice_xpk.sh stop  --name N --cluster C                   saves a checkpoint, and ends the training
 #
-# `run` gives the training --config.mesh.slice, so that only the gradients cross between slices; a
-# workload of that name that runs already is left alone. K times (default 10) a workload that fails
-# starts again. --zone Z and --project P where gcloud's own are not meant. --name, --cluster, --type,
-# --image, --zone and --project may stand in the environment, as AFMRL_NAME, AFMRL_CLUSTER, ...
-# --dry-run prints every command and runs none.
+# `run` gives the training --config.mesh.slice, so that only gradients cross between slices. It changes
+# nothing if a workload of that name exists. --times: a workload that fails is started again up to K times
+# (default 10). --zone Z and --project P default to gcloud's settings. --name, --cluster, --type, --image,
+# --zone and --project default to the environment variables AFMRL_NAME, AFMRL_CLUSTER, ... --dry-run
+# prints every command and runs none.
 set -euo pipefail
 # shellcheck source=launch/commands.sh
 source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
@@ -39,7 +39,7 @@ read_arguments "build run list stop" "name cluster type slices image times zone 
 if [[ "$verb" == build ]]; then
     need image "what to call it, as us-docker.pkg.dev/PROJECT/REPOSITORY/afmrl_jax:1"
     need_program docker "Docker"
-    build_image tpu "$image" --build-arg RUN_AS=root # whose the TPUs are there
+    build_image tpu "$image" --build-arg RUN_AS=root # only root may use the TPUs there
     exit
 fi
 need cluster "the xpk cluster (xpk cluster create makes one)"

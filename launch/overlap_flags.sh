@@ -1,10 +1,10 @@
 # Compiler flags that overlap collectives with compute; sourced by worker.sh.
-# Only what is off by default: jaxlib 0.10 and libtpu 0.0.42 already overlap all-gathers (the "async
-# collective fusion" of older recipes), and setting those flags compiles to the same program.
+# Only flags that are off by default: jaxlib 0.10 and libtpu 0.0.42 already overlap all-gathers (the
+# "async collective fusion" of older recipes), so setting those flags gives the same program.
 # shellcheck shell=bash
 
-# add_flags VARIABLE FLAG...: puts flags before what VARIABLE holds and exports it; a flag that the
-# user has set there, to whatever value, is left alone.
+# add_flags VARIABLE FLAG...: puts the flags before the value of VARIABLE and exports it. A flag that the
+# user has set in VARIABLE is not added.
 add_flags() {
     local variable="$1" flag users ours=""
     users="${!variable:-}"
@@ -19,15 +19,15 @@ add_flags() {
 # overlap_flags tpu | gpu
 overlap_flags() {
     local tpu=(
-        # All-reduces become a start and a done, with other work between ...
+        # Splits an all-reduce into a start and a done, with other work in between. Gradients of data
+        # replicas are all-reduced; without this flag and the next, every chip waits for them.
         --xla_enable_async_all_reduce=true
-        # ... which are matrix products, a piece of the all-reduce in each. The gradients of data
-        # replicas are all-reduced; without the two flags every chip waits for them.
+        # That other work is matrix products: each product carries a piece of the all-reduce.
         --xla_tpu_enable_async_collective_fusion_fuse_all_reduce=true
     )
     local gpu=(
-        # Orders the program so that a collective starts early and its result is awaited late. (The
-        # pipelined collectives of older recipes are accepted, but no longer do anything.)
+        # Orders the program so that a collective starts early and its result is awaited late. (XLA
+        # still accepts the flags for pipelined collectives of older recipes, but ignores them.)
         --xla_gpu_enable_latency_hiding_scheduler=true
     )
     if [[ "$1" == tpu ]]; then

@@ -1,19 +1,20 @@
 #!/usr/bin/env bash
-# Runs a command as N processes of one run on this machine: to try what a pod will do. They find one
-# another by COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID.
+# Runs a command as N processes of one run on this machine, to try what a pod will do. The processes
+# find each other by COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID.
 #
 #     bash launch/processes.sh N [--grace SECONDS] [--dry-run] -- COMMAND...
 #     bash launch/processes.sh 4 -- .venv/bin/python -m afmrl_jax.main --config=configs/agcl.py
 #     bash launch/restart.sh -- bash launch/processes.sh 4 -- COMMAND...   # all start again together
 #
-# --grace   where one ends otherwise than with 0, how long the others may take to notice before
-#           they are ended (default 75 seconds)
+# --grace   after a process has failed, seconds that the others may take to notice it before they
+#           are ended (default 75)
 #
-# On a machine with accelerators give each process its own: CUDA_VISIBLE_DEVICES='$PROCESS_ID' by
-# way of bash -c. Ends with 0 where all do; else with a status that is final where there is one (a
-# user's mistake), or the first other. SIGTERM and SIGINT go on to every process.
+# On a machine with accelerators give each process one of them: use bash -c to set
+# CUDA_VISIBLE_DEVICES=$PROCESS_ID in each. The status is 0 if all processes end with 0; otherwise the
+# first final status (of a user's mistake), or else the first other one. Every process gets SIGTERM and
+# SIGINT.
 set -euo pipefail
-set -m # each becomes a process group of its own: Ctrl-C reaches it once, through here
+set -m # each process gets its process group, so that Ctrl-C reaches it once, by the trap below
 
 help() { sed -n '2,/^set -/{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 die() {
@@ -42,7 +43,7 @@ done
 [[ "$count" ]] || die "say how many processes"
 (($#)) || die "give a command after --"
 
-# A port that nobody listens on, below those that the system hands out for connections.
+# Prints a port that no program listens on, below the range that the system uses for connections.
 free_port() {
     local port
     while :; do
@@ -75,7 +76,7 @@ send() {
     done
 }
 # shellcheck disable=SC2317,SC2329
-end_all() { # no process of any group is left, worker processes among them
+end_all() { # kills all process groups, with the processes' worker processes
     groups+=(${watcher:+"$watcher"})
     send KILL
 }
@@ -83,17 +84,17 @@ trap 'send TERM' TERM
 trap 'send INT' INT
 trap end_all EXIT
 
-# Runs process number $1 of the run: the command that follows.
+# one_process INDEX COMMAND...: runs the command as process number INDEX of the run.
 one_process() {
     local index="$1" status=0
     shift
-    trap : TERM INT # it has got them as well; this shell stays to tell its status
-    # What bash says of a killed command is said below, in plain words.
+    trap : TERM INT # the command gets the signals itself; this shell stays to report its status
+    # Hides bash's message about a killed command; a plainer message is printed below.
     { PROCESS_ID="$index" "$@" </dev/null 2>&4 3>&- 4>&- || status=$?; } 4>&2 2>/dev/null
     echo "$index $status" >&3
 }
 
-# Ends those that are left when the grace is over.
+# Ends the remaining processes when the grace is over.
 end_later() {
     sleep "$grace"
     echo "processes.sh: not all have ended within $grace s: ending them" >&2

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Runs a command, and starts it again where that helps: where it ended by a signal (killed, out of
-# memory, a runtime that aborts) or with status 75 (another process of the run is gone).
+# Runs a command, and starts it again if that may help: if it ended by a signal (killed, out of memory,
+# a runtime that aborts) or with status 75 (another process of the run is gone).
 #
 #     bash launch/restart.sh [--times K] [--wait SECONDS] [--dry-run] -- COMMAND...
 #     bash launch/restart.sh --times 5 -- bash launch/local.sh --config.steps=5000
 #
-# --times   how often it is started again at most (default 3)
-# --wait    the pause before (default 10 seconds)
+# --times   maximal number of restarts (default 3)
+# --wait    pause before each restart, in seconds (default 10)
 #
-# Ends with the command's last status. 0 is success and any other below 128 is final, as 2, for
-# what the user got wrong. SIGTERM and SIGINT go on to the command, and what it then ends with is
-# final too. The command resumes its run by itself: it is the same one each time.
+# Ends with the command's last status. Status 0 is success; any other status below 128 except 75 is
+# final, such as 2 for a user's mistake. SIGTERM and SIGINT are passed on to the command, and the status
+# that it then ends with is final, too. The same command is run each time: it must resume by itself.
 set -euo pipefail
-set -m # the command becomes a process group of its own: Ctrl-C reaches it once, through here
+set -m # the command gets its process group, so that Ctrl-C reaches it once, by the trap below
 
 help() { sed -n '2,/^set -/{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; }
 die() {
@@ -42,16 +42,16 @@ if [[ "$dry_run" ]]; then
     exit
 fi
 
-child="" asked="" signalled=""
+child="" stop_signal="" signalled=""
 # shellcheck disable=SC2317,SC2329 # called by the traps
 pass_on() {
-    asked="$1" signalled=yes
+    stop_signal="$1" signalled=yes
     [[ -z "$child" ]] || kill -s "$1" "$child" 2>/dev/null || true
 }
 trap 'pass_on TERM' TERM
 trap 'pass_on INT' INT
 
-# Waits for $child, however many signals arrive meanwhile, and leaves its status in $status.
+# Waits for $child, even if signals arrive meanwhile, and sets `status` to its status.
 wait_for_child() {
     while :; do
         signalled="" status=0
@@ -64,7 +64,8 @@ wait_for_child() {
 for ((again = 0; ; again++)); do
     "$@" <&0 &
     child=$!
-    [[ -z "$asked" ]] || kill -s "$asked" "$child" 2>/dev/null || true # it came before there was a child
+    # A signal may have come before the child existed.
+    [[ -z "$stop_signal" ]] || kill -s "$stop_signal" "$child" 2>/dev/null || true
     wait_for_child
     ended="status $status"
     ((status <= 128)) || ended="signal $(kill -l "$status" 2>/dev/null || echo "$status")"
@@ -72,7 +73,7 @@ for ((again = 0; ; again++)); do
     75 | 12[89] | 1[3-9]? | 2??) ;;
     *) exit "$status" ;;
     esac
-    if [[ "$asked" || "$status" == 129 || "$status" == 130 || "$status" == 143 ]]; then
+    if [[ "$stop_signal" || "$status" == 129 || "$status" == 130 || "$status" == 143 ]]; then
         exit "$status"
     fi
     if ((again >= times)); then
@@ -83,5 +84,5 @@ for ((again = 0; ; again++)); do
     sleep "$pause" &
     child=$!
     wait_for_child
-    [[ -z "$asked" ]] || exit 143
+    [[ -z "$stop_signal" ]] || exit 143
 done

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Trains on one slice of Cloud TPUs, of one machine or many, by queued resources.
+# Trains on one slice of Cloud TPUs (one machine or several), which a queued resource provides.
 #
-#   launch/tpu_pod.sh create  --name N --zone Z --type v5litepod-16 [--spot] [--runtime R]   waits until it is there
-#   launch/tpu_pod.sh install --name N --zone Z                          this folder's program, onto all workers
+#   launch/tpu_pod.sh create  --name N --zone Z --type v5litepod-16 [--spot] [--runtime R]   waits until the slice is ready
+#   launch/tpu_pod.sh install --name N --zone Z                          installs this folder's program on all workers
 #   launch/tpu_pod.sh run     --name N --zone Z [--times K] -- --config=configs/agcl.py --config.checkpoint_dir=gs://BUCKET/RUN
-#   launch/tpu_pod.sh tail    --name N --zone Z [--worker 0|1|...|all]   what a worker prints
+#   launch/tpu_pod.sh tail    --name N --zone Z [--worker 0|1|...|all]   prints a worker's output
 #   launch/tpu_pod.sh stop    --name N --zone Z                          saves a checkpoint, and ends the training
-#   launch/tpu_pod.sh delete  --name N --zone Z                          gives the slice back; until then it costs
+#   launch/tpu_pod.sh delete  --name N --zone Z                          gives the slice back, which costs money until then
 #
-# `create` uses a slice of that name where there is one, and replaces one that was taken away (spot) or
-# could not be had. `run` starts the same command on all workers in the background, so that your
-# connection may break; K times (default 3) a training that fails starts again. The same `run` after
-# `stop`, or on another slice, goes on from the last checkpoint: give agcl and sft
-# --config.checkpoint_dir=gs://BUCKET/RUN, and others a --workdir that all workers see. --project P where
-# gcloud's own is not meant. --poll SECONDS (default 30) between looks at the queue. --name, --zone,
-# --type and --project may stand in the environment, as AFMRL_NAME, AFMRL_ZONE, AFMRL_TYPE and
-# AFMRL_PROJECT. --dry-run prints every command and runs none.
+# `create` uses an existing slice of that name, and replaces one that was taken away (spot) or could not
+# be provided. `run` starts the same command on all workers in the background, so that your connection
+# may break. --times: a training that fails is started again up to K times (default 3). The same `run`
+# after `stop`, or on another slice, continues from the last checkpoint: give agcl and sft
+# --config.checkpoint_dir=gs://BUCKET/RUN, and other programs a --workdir that all workers share.
+# --project P defaults to gcloud's setting. --poll: seconds between looks at the queue (default 30).
+# --name, --zone, --type and --project default to the environment variables AFMRL_NAME, AFMRL_ZONE,
+# AFMRL_TYPE and AFMRL_PROJECT. --dry-run prints every command and runs none.
 set -euo pipefail
 # shellcheck source=launch/commands.sh
 source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
@@ -23,7 +23,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/commands.sh"
 name="${AFMRL_NAME:-}" zone="${AFMRL_ZONE:-}" type="${AFMRL_TYPE:-}" project="${AFMRL_PROJECT:-}"
 runtime="" spot="" times=3 worker=0 poll=30
 
-# The software version that Google's guide names for a type of TPU.
+# runtime_of TYPE: prints the software version that Google's guide recommends for a type of TPU.
 runtime_of() {
     case "$1" in
         v5litepod-*) echo v2-alpha-tpuv5-lite ;;
@@ -40,14 +40,14 @@ queued() {
     execute gcloud compute tpus queued-resources "$action" "$name" "${where[@]}" "$@"
 }
 
-# Prints the state of the request, or ABSENT. An error that is none of ours is told, and ends all.
+# Prints the state of the queued resource, or ABSENT. Any error but NOT_FOUND is printed, and fails.
 state_of_queue() {
-    local told
-    if ! told="$(queued describe '--format=value(state.state)' 2>&1)"; then
-        [[ "$told" == *NOT_FOUND* ]] || { printf '%s\n' "$told" >&2 && return 1; }
-        told=ABSENT
+    local output
+    if ! output="$(queued describe '--format=value(state.state)' 2>&1)"; then
+        [[ "$output" == *NOT_FOUND* ]] || { printf '%s\n' "$output" >&2 && return 1; }
+        output=ABSENT
     fi
-    printf '%s\n' "${told##*$'\n'}"
+    printf '%s\n' "${output##*$'\n'}"
 }
 
 on_workers() { # WORKER COMMAND
@@ -56,8 +56,8 @@ on_workers() { # WORKER COMMAND
 
 create() {
     local state
-    local what=("--accelerator-type=$type" "--runtime-version=$runtime")
-    [[ -z "$spot" ]] || what+=(--spot)
+    local options=("--accelerator-type=$type" "--runtime-version=$runtime")
+    [[ -z "$spot" ]] || options+=(--spot)
     state="$(state_of_queue)"
     case "$state" in
         SUSPENDED | FAILED)
@@ -67,7 +67,7 @@ create() {
             ;;
     esac
     if [[ "$state" == ABSENT || -n "$dry_run" ]]; then
-        queued create "--node-id=$name" "${what[@]}"
+        queued create "--node-id=$name" "${options[@]}"
         state="$(state_of_queue)"
     fi
     while [[ -z "$dry_run" && "$state" != ACTIVE ]]; do

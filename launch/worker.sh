@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# What runs on every worker, whatever started it: the other launchers call this.
+# Runs on every worker, whichever launcher is used: the other launchers call it.
 #
-#   launch/worker.sh install --extra tpu|cuda12|cuda13      the program and what JAX needs there, into .venv
+#   launch/worker.sh install --extra tpu|cuda12|cuda13      installs the program and its JAX into .venv
 #   launch/worker.sh run   --kind tpu|gpu [--times K] -- --config=configs/agcl.py ...
 #   launch/worker.sh start --kind tpu|gpu [--times K] -- --config=configs/agcl.py ...
 #   launch/worker.sh tail | stop
 #
-# `run` trains in the foreground: it sets the compiler's flags (launch/overlap_flags.sh; your own in
-# LIBTPU_INIT_ARGS and XLA_FLAGS win), and launch/restart.sh starts the training again where it fails,
-# at most K times (default 3). `start` is `run` in the background; its output goes to runs/worker.log,
+# `run` trains in the foreground. It sets the compiler's flags (launch/overlap_flags.sh; flags that you
+# have set in LIBTPU_INIT_ARGS and XLA_FLAGS win), and launch/restart.sh restarts a training that fails, at
+# most K times (default 3). `start` does the same in the background; the output goes to runs/worker.log,
 # which `tail` follows. `stop` sends SIGTERM and waits until the checkpoint is saved.
 # --dry-run prints every command and runs none.
 set -euo pipefail
@@ -19,11 +19,11 @@ source launch/commands.sh
 kind="" times=3 extra=""
 log=runs/worker.log pid_file=runs/worker.pid
 
-# Whether what `start` started runs still; sets `pid`.
+# Succeeds if the training that `start` started still runs; sets `pid`.
 running() {
     [[ -z "$dry_run" && -e "$pid_file" ]] || return 1
     pid="$(cat "$pid_file")"
-    # The number alone may have passed to another program since.
+    # The number alone is not enough: another program may have got it since.
     [[ "$(ps -p "$pid" -o args= 2>/dev/null)" == *launch/restart.sh* ]]
 }
 
@@ -52,8 +52,9 @@ case "$verb" in
         [[ "$extra" =~ ^(tpu|cuda12|cuda13)$ ]] || fail "--extra is '$extra': say tpu, cuda12 or cuda13"
         # shellcheck source=launch/setup.sh
         source launch/setup.sh
-        if ! find_python >/dev/null 2>&1; then # TPU VMs bring Python 3.10; uv brings one of its own
-            # The variable: later Ubuntus guard even the user's own packages, earlier pips know no flag.
+        if ! find_python >/dev/null 2>&1; then # TPU VMs have Python 3.10; uv installs a newer one
+            # Newer Ubuntus protect even the user's packages. The variable permits the installation; older
+            # versions of pip would refuse the flag --break-system-packages.
             execute env PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --user --quiet uv
             execute "$HOME/.local/bin/uv" python install 3.12
             PATH="$HOME/.local/bin:$PATH"

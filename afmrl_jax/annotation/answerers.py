@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from afmrl_jax.annotation.answer_files import Said
 from afmrl_jax.annotation.replies import Kind
-from afmrl_jax.assembly.describer import Describer
+from afmrl_jax.assembly.description import describe
 from afmrl_jax.assembly.generator import Generator
+from afmrl_jax.assembly.loaded import LoadedGenerator
 from afmrl_jax.assembly.pretrained import find_pretrained
 from afmrl_jax.attributes.reading import read_answer
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.options import Options, between
+from afmrl_jax.core.processes import first_says
 from afmrl_jax.data.processor import Row
 from afmrl_jax.data.views import evaluation_row
 
@@ -66,7 +67,7 @@ class BudgetLimits(Options, section="budget"):
 
 
 def pin_generator(config: ConfigDict) -> ConfigDict:
-    """The configuration with the generator's very checkpoint, the one that Describer takes of a
+    """The configuration with the generator's very checkpoint, the one that did best of a
     workdir: a run that goes on after it has got a better one would mix the answers of two."""
     pinned = ConfigDict(config.to_dict())
     pinned.generator = find_pretrained(config.generator, Generator, best=None).path
@@ -76,25 +77,28 @@ def pin_generator(config: ConfigDict) -> ConfigDict:
 class Described:
     """A generator that was trained here answers, on all processes together."""
 
-    def __init__(self, config: ConfigDict, mesh: Mesh):
-        self._describe = Describer(config.generator, mesh, config.eval.batch, otherwise=config)
+    def __init__(self, path: str, mesh: Mesh, batch: int):
+        source = find_pretrained(path, Generator, best=None)
+        self._model = LoadedGenerator.of(source, mesh, batch)
         self.spent = {"tokens": 0}  # of answers, in this start of the program
         log.info(
             "%s answers as it was trained to: this configuration's prompt, images and api fields "
             "do not count",
-            self._describe.told,
+            source.label,
         )
 
     def agree(self, done: np.ndarray) -> np.ndarray:
         """The first process's view, which alone has read the files."""
-        return multihost_utils.broadcast_one_to_all(done.astype(np.uint8)).astype(bool)
+        return first_says(done)
 
     def answers(self, catalog: Catalog, listings: np.ndarray) -> Iterator[tuple[int, Said]]:
         """The answer to each of listings beside its number there, in order."""
-        for number, one in enumerate(self._describe(catalog, listings)):
-            self.spent["tokens"] += len(one.answer.tokens)
+        tokenizer = self._model.generator.tokenizer
+        for number, answer in enumerate(self._model.answers(catalog, listings)):
+            one = describe(answer, tokenizer)
+            self.spent["tokens"] += len(answer.tokens)
             confidence = {name: round(p, DIGITS) for name, p in one.confidence.items()}
-            yield number, Said(one.answer.text, one.parsed, confidence)
+            yield number, Said(answer.text, one.parsed, confidence)
 
 
 class Asked:
@@ -163,7 +167,7 @@ def shown_rows(
 ) -> Iterator[Row]:
     """What the model is shown of each listing: its images made smaller, its text cut."""
     for index in listings:
-        row = evaluation_row(catalog, index, "image+text", max_images=question.images)
+        row = evaluation_row(catalog, index, question.images)
         for image in row.images:
             image.thumbnail((question.image_side, question.image_side))
         yield Row(row.text[: question.text_characters], row.images)

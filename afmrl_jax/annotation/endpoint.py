@@ -1,9 +1,9 @@
-"""Asks a multimodal model behind an OpenAI-compatible endpoint, many rows at once.
+"""Asks a multimodal model behind an OpenAI-compatible endpoint about many rows at once.
 
-Whatever comes back is somebody else's text: bounded in size and time, read without trust, and never
-shown or kept with our key in it. That a row is refused says nothing of the server, and that the
-server is away nothing of a row: where many rows in a row get no answer, a request without a row
-tells which of the two it is.
+A server's replies are not trusted: they are bounded in size and time, and the key is removed from
+them before they are shown or kept. A refused row need not mean that the server is at fault, and an
+unavailable server not that a row is. So if many consecutive rows get no answer, a request without a
+row (the probe) decides which of the two it is.
 """
 
 import base64
@@ -30,19 +30,23 @@ from afmrl_jax.core.errors import TryAgain, UserError
 from afmrl_jax.core.logs import duration
 from afmrl_jax.data.processor import Row
 
-GIVE_UP = 10  # rows in a row without an answer, before a request without a row is sent
-CONNECT_SECONDS = 10.0  # a server that is there takes a connection sooner
-SHORT_SECONDS = 15.0  # of waiting for what will hardly come: nobody was there from the start
-QUOTA_SECONDS = 75.0  # of waiting for a quota: some servers say of a minute's that it is used up
-SECRET_CHARACTERS = 8  # of a key; a shorter one, as "x" where none is needed, may be any word
-MAX_BYTES = 1 << 20  # of a response's body; an answer takes a few thousand
+GIVE_UP = 10  # consecutive rows without an answer before the probe is sent
+CONNECT_SECONDS = 10.0  # limit for a connection; a running server accepts sooner
+SHORT_SECONDS = 15.0  # wait for a server that never replied, and hence will hardly come
+QUOTA_SECONDS = 75.0  # wait for a quota, as some servers report a used-up minute as no credit
+# Keys from this length on are removed from texts. A shorter key, such as "x" for a server that
+# needs none, may be any word.
+SECRET_CHARACTERS = 8
+MAX_BYTES = 1 << 20  # limit for a response's body; an answer takes a few thousand bytes
 JPEG_QUALITY = 90
-OURS = ("model", "messages", "stream", "n")  # what `options` may not say
-AWAY = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError)  # for any request
-HEARD = (Kind.ANSWERED, Kind.STOPPED)  # the server works, and takes what it is asked
+RESERVED = ("model", "messages", "stream", "n")  # fields of a request that `options` may not set
+# Errors that mean that the server is unreachable for any request.
+UNREACHABLE = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.ProxyError)
+ACCEPTED = (Kind.ANSWERED, Kind.STOPPED)  # replies of a server that works and took the request
 WRONG_KEY = "refuses the key ({}); put the right one into the environment variable that "
 WRONG_KEY += "api.key_variable names"
-ENDING = {  # what no other row would change: why, and what to do
+# Replies that every other row would get as well: the reason, and what to do about it.
+HOPELESS = {
     Kind.WRONG_KEY: WRONG_KEY,
     Kind.FORBIDDEN: WRONG_KEY,
     Kind.WRONG_ADDRESS: "has no model {model!r}, or is no such endpoint ({}); correct api.model or "
@@ -55,16 +59,17 @@ log = logging.getLogger(__name__)
 
 
 class _Stop(openai.OpenAIError):
-    """Raised instead of sending a request. The client retries any error but its own."""
+    """Raised instead of sending a request; a subclass of the client's error, since the client
+    retries all other errors."""
 
 
 @dataclass
 class Budget:
-    """What may be spent on requests, retries among them, and what was; 0 = no limit.
+    """Limits for requests (retries count) and tokens, and what was used of them; 0 = no limit.
 
-    Tokens are what the server counts, prompts and images included; where it does not say, the
-    characters of prompt and answer. They are known once an answer is there, so that answers under
-    way may pass the limit.
+    Tokens are counted by the server, prompts and images included. If it reports no count, the
+    characters of prompt and answer are counted instead. The count arrives with an answer, so
+    requests under way may exceed the limit.
     """
 
     max_requests: int
@@ -74,7 +79,7 @@ class Budget:
 
     @property
     def spent(self) -> str | None:
-        """What is used up, in words."""
+        """The limit that is used up, in words; None if none is."""
         for used, limit, unit in (
             (self.requests, self.max_requests, "requests"),
             (self.tokens, self.max_tokens, "tokens"),
@@ -87,12 +92,15 @@ class Budget:
 class Endpoint:
     """A model at an address.
 
-    options: JSON of what is sent with each request beside the messages, as {"max_tokens": 256}.
-    key: secret, printable ASCII, "" where the server wants none. concurrency: requests at once.
-    timeout: seconds that a server may be silent, or take over one response's body. retries: of a
-    request that fails (408, 409, 5xx, broken connections), with waits that double. Where the server
-    has no time for any request (429, 502, 503, nobody there) all wait together, as long as it says
-    or ever longer, up to `patience` without an answer. Raises UserError for what can't be right.
+    options: JSON object of fields that are sent with each request, such as {"max_tokens": 256}.
+    key: a secret in printable ASCII; "" for a server that needs none. concurrency: number of
+    requests at once. timeout: seconds that a server may be silent, or take for one response's body.
+    retries: number of retries of a request that fails (408, 409, 5xx, broken connections), with
+    waits that double.
+
+    If the server is busy for all requests (429, 502, 503, unreachable), all threads wait together,
+    as long as the server says or with waits that double, until `patience` seconds have passed
+    without an answer. Raises UserError for an address or options that can't be right.
     """
 
     def __init__(
@@ -110,23 +118,23 @@ class Endpoint:
     ):
         _check_address(base_url)
         self.budget = budget
-        self.patience = timeout * (retries + 1)  # seconds, as long as one silent request may take
+        self.patience = timeout * (retries + 1)  # seconds that a silent request may take in all
         self._model, self._prompt, self._key = model, prompt, key
         self._options = _parse_options(options)
         self._concurrency, self._timeout, self._retries = concurrency, timeout, retries
         self._lock = threading.Lock()
-        self._reached = self._answered = self._shows_images = False
+        self._was_reached = self._has_answered = self._shows_images = False
         self._error: Exception | None = None
         timeouts = httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS))
         self._client = openai.OpenAI(
             base_url=base_url,
-            api_key=key or "none",  # the client insists on one
+            api_key=key or "none",  # the client refuses an empty key
             timeout=timeouts,
-            max_retries=0,  # its own would know nothing of the other threads
-            # Compressed, a small body could hold gigabytes.
+            max_retries=0,  # the client's retries would not be coordinated with other threads
+            # A small compressed body could hold gigabytes.
             default_headers={"Accept-Encoding": "identity"},
             http_client=openai.DefaultHttpxClient(
-                event_hooks={"request": [self._count], "response": [self._bound]},
+                event_hooks={"request": [self._count_request], "response": [self._bound_body]},
                 limits=httpx2.Limits(max_connections=concurrency),
                 timeout=timeouts,
             ),
@@ -134,55 +142,56 @@ class Endpoint:
         self._pace = Pace(str(self._client.base_url), concurrency, lambda: bool(budget.spent))
 
     def answers(self, rows: Iterable[Row]) -> Iterator[tuple[int, Reply]]:
-        """(the row's number, what came back), as each arrives; rows are drawn as they are needed.
+        """Yields (the row's number, its reply) as replies arrive; rows are drawn as needed.
 
-        What was refused is given out once it is known to be the row's own doing: where an answer
-        came after it, or a request without a row is answered. Ends early, in order, when the budget
-        is spent. Raises UserError where no row could be answered (key, address, model or whatever
-        is asked refused), TryAgain where the server is away; before, gives out what was under way.
+        A refusal is held back until it is known to be about the row: until a later row is answered,
+        or the probe is. Ends early, without an error, when the budget is spent. Raises UserError if
+        no row can be answered (the key, address, model or any request is refused), and TryAgain if
+        the server is unavailable; replies of requests under way are yielded first.
         """
-        held: list[tuple[int, Reply]] = []
-        unanswered = 0  # in a row
+        refusals: list[tuple[int, Reply]] = []  # held back
+        unanswered = 0  # consecutive replies without an answer
         try:
             with contextlib.closing(self._arrivals(rows)) as arrivals:
                 for number, reply in arrivals:
-                    unanswered = 0 if reply.kind in HEARD else unanswered + 1
+                    unanswered = 0 if reply.kind in ACCEPTED else unanswered + 1
                     if reply.kind is Kind.REFUSED:
-                        held.append((number, reply))
+                        refusals.append((number, reply))
                     else:
                         yield number, reply
                     if unanswered == GIVE_UP:
-                        self._ask_without_a_row(held, unanswered, reply)
+                        self._probe(refusals, unanswered, reply)
                     if unanswered in (0, GIVE_UP):
                         unanswered = 0
-                        yield from held
-                        held.clear()
-            if held and not self._pace.over:
-                self._ask_without_a_row(held, len(held), held[-1][1])
+                        yield from refusals
+                        refusals.clear()
+            if refusals and not self._pace.over:
+                self._probe(refusals, len(refusals), refusals[-1][1])
         finally:
             self._pace.stop()
-        if self._answered or self._error is None:
-            yield from held
+        if self._has_answered or self._error is None:
+            yield from refusals
         if self._error is not None:
             raise self._error
 
     def _arrivals(self, rows: Iterable[Row]) -> Iterator[tuple[int, Reply]]:
+        """Sends the rows by threads; yields the replies in the order in which they arrive."""
         todo: SimpleQueue = SimpleQueue()
         done: SimpleQueue = SimpleQueue()
         for _ in range(self._concurrency):
-            # Daemons: Ctrl-C need not wait for a silent server.
+            # Daemon threads, so that Ctrl-C need not wait for a silent server.
             threading.Thread(target=self._work, args=(todo, done), daemon=True).start()
-        waiting = 0
+        under_way = 0  # rows that are queued or being asked
         try:
             for item in enumerate(rows):
                 if self._pace.over:
                     break
                 todo.put(item)
-                waiting += 1
-                if waiting > self._concurrency:  # one more than at work, so that none is idle
-                    waiting -= 1
+                under_way += 1
+                if under_way > self._concurrency:  # one row is queued, so that no thread is idle
+                    under_way -= 1
                     yield from self._result(done)
-            for _ in range(waiting):
+            for _ in range(under_way):
                 yield from self._result(done)
         finally:
             for _ in range(self._concurrency):
@@ -191,13 +200,13 @@ class Endpoint:
     def _result(self, done: SimpleQueue) -> Iterator[tuple[int, Reply]]:
         number, reply = done.get()
         if isinstance(reply, Exception):
-            self._end(reply)
+            self._stop_sending(reply)
         elif reply is not None:
             yield number, reply
 
-    def _end(self, error: Exception) -> None:
-        """Has nothing more sent. What is under way may be paid: it is waited for, then the error is
-        raised."""
+    def _stop_sending(self, error: Exception) -> None:
+        """Sends nothing more; `answers` raises the error at its end. Requests under way may already
+        be charged, so their replies are awaited first."""
         self._pace.stop()
         if self._error is None and self._pace.sending:
             log.warning("waiting for the answers under way (%d)", self._pace.sending)
@@ -207,23 +216,27 @@ class Endpoint:
         while (item := todo.get()) is not None:
             number, row = item
             try:
-                done.put((number, self._judge(self._ask(row))))
-            except Exception as error:  # raised again by whoever reads the answers
+                done.put((number, self._explain_forbidden(self._ask(row))))
+            except Exception as error:  # `answers` raises it again
                 self._pace.stop()
                 done.put((number, error))
 
-    def _ask_without_a_row(self, held: list[tuple[int, Reply]], count: int, last: Reply) -> None:
-        """Ends the run, and drops what is held, where that gets no answer either."""
+    def _probe(self, refusals: list[tuple[int, Reply]], count: int, last: Reply) -> None:
+        """Sends a request without a row. If it gets no answer either, stops sending and drops the
+        refusals, since they were not about their rows.
+
+        count: number of rows without an answer. last: the last reply to them.
+        """
         try:
-            reply = self._ask(self._plain_row())
+            reply = self._ask(self._probe_row())
         except UserError as error:
-            held.clear()
-            return self._end(error)
-        if reply is None or reply.kind in HEARD:
+            refusals.clear()
+            return self._stop_sending(error)
+        if reply is None or reply.kind in ACCEPTED:
             return None
-        held.clear()
+        refusals.clear()
         reasons = "; then ".join(dict.fromkeys((last.reason, reply.reason)))
-        return self._end(
+        return self._stop_sending(
             (TryAgain if reply.kind is Kind.FAILED else UserError)(
                 f"{self._client.base_url} gave no answer to {count} listings in a row, and none "
                 f"where it is asked without a listing ({reasons}); mend that and give the same "
@@ -231,26 +244,29 @@ class Endpoint:
             )
         )
 
-    def _plain_row(self) -> Row:
-        """What nobody could refuse, with an image where others have one."""
+    def _probe_row(self) -> Row:
+        """A harmless row that no server has a reason to refuse, with an image if other rows have
+        images."""
         images = [Image.new("RGB", (224, 224), "red")] if self._shows_images else []
         return Row("red mug", tuple(images))
 
-    def _judge(self, reply: Reply | None) -> Reply | None:
-        """A status 403 as the row's or, raised, the key's: moderation and firewalls say it too."""
+    def _explain_forbidden(self, reply: Reply | None) -> Reply | None:
+        """Decides by a probe whether a status 403 is about the row (moderation and firewalls send
+        it, too) or about the key. Raises UserError for the key; other replies are returned as they
+        are."""
         if reply is None or reply.kind is not Kind.FORBIDDEN:
             return reply
-        plain = self._ask(self._plain_row())
-        if plain is None:
+        probe = self._ask(self._probe_row())
+        if probe is None:
             return None
-        if plain.kind is Kind.FORBIDDEN:
-            raise self._hopeless(plain)
-        return replace(reply, kind=Kind.REFUSED if plain.kind in HEARD else Kind.FAILED)
+        if probe.kind is Kind.FORBIDDEN:
+            raise self._hopeless_error(probe)
+        return replace(reply, kind=Kind.REFUSED if probe.kind in ACCEPTED else Kind.FAILED)
 
     def _ask(self, row: Row) -> Reply | None:
-        """What came back in the end; None where nothing more was to be sent at the row's turn.
+        """The final reply to a row, after retries; None if sending ended before the row's turn.
 
-        Raises UserError where no row would be answered.
+        Raises UserError if no row would be answered, and TryAgain if the server stays unavailable.
         """
         self._shows_images |= bool(row.images)
         content = [
@@ -267,9 +283,10 @@ class Endpoint:
                 patience = self._patience(reply)
                 after = reply.after if (reply.after or 0) <= patience else None
                 if not self._pace.busy(number, reply.reason, after, patience):
-                    raise self._away(reply)
+                    raise self._unavailable_error(reply)
                 first_busy = min(first_busy, time.monotonic())
-                if time.monotonic() - first_busy > self.patience:  # while others were answered
+                # Other rows were answered meanwhile, else `busy` would have ended the wait.
+                if time.monotonic() - first_busy > self.patience:
                     return replace(reply, kind=Kind.FAILED)
             elif reply.kind is Kind.FAILED:
                 self._pace.failed()
@@ -280,14 +297,14 @@ class Endpoint:
                 self._pace.rest(min(wait, LONGEST_WAIT))
             else:
                 self._pace.answered()
-                self._answered |= reply.kind in HEARD
+                self._has_answered |= reply.kind in ACCEPTED
                 if reply.kind in (Kind.WRONG_KEY, Kind.WRONG_ADDRESS):
-                    raise self._hopeless(reply)
+                    raise self._hopeless_error(reply)
                 return reply
         return None
 
     def _send(self, content: list[dict[str, Any]]) -> Reply | None:
-        """What came back for one request; None where it was not sent any more."""
+        """The reply to one request; None if it was not sent because sending has ended."""
         try:
             response = self._client.chat.completions.with_raw_response.create(
                 model=self._model,
@@ -300,36 +317,36 @@ class Endpoint:
             response = error.response
         except openai.OpenAIError as error:
             reason = quoted(f"{error} {error.__cause__ or ''}", self._without_key)
-            away = isinstance(error.__cause__, AWAY)
-            return Reply(Kind.BUSY if away else Kind.FAILED, reason=reason)
-        self._reached = True
+            is_unreachable = isinstance(error.__cause__, UNREACHABLE)
+            return Reply(Kind.BUSY if is_unreachable else Kind.FAILED, reason=reason)
+        self._was_reached = True
         reply = read_reply(
             response.status_code, response.headers, response.content, self._without_key
         )
         if response.status_code < 400:
-            known = reply.tokens is not None
-            spent = reply.tokens if known else len(content[-1]["text"]) + len(reply.text)
+            is_counted = reply.tokens is not None
+            tokens = reply.tokens if is_counted else len(content[-1]["text"]) + len(reply.text)
             with self._lock:
-                self.budget.tokens += spent
+                self.budget.tokens += tokens
         return reply
 
     def _patience(self, reply: Reply) -> float:
-        """Seconds without any answer that are waited out."""
+        """Seconds to wait for a busy server as long as no request is answered."""
         if reply.kind is Kind.OUT_OF_CREDIT:
-            return QUOTA_SECONDS if self._answered else 0.0
-        hopeful = self._reached and (reply.after or 0) <= self.patience
-        return self.patience if hopeful else min(self.patience, SHORT_SECONDS)
+            return QUOTA_SECONDS if self._has_answered else 0.0
+        is_promising = self._was_reached and (reply.after or 0) <= self.patience
+        return self.patience if is_promising else min(self.patience, SHORT_SECONDS)
 
-    def _hopeless(self, reply: Reply) -> UserError:
-        """Why no row would be answered, and what to do."""
-        told = ENDING[reply.kind].format(reply.reason, model=self._model)
-        return UserError(f"{self._client.base_url} {told}")
+    def _hopeless_error(self, reply: Reply) -> UserError:
+        """An error that says why no row would be answered, and what to do."""
+        explanation = HOPELESS[reply.kind].format(reply.reason, model=self._model)
+        return UserError(f"{self._client.base_url} {explanation}")
 
-    def _away(self, reply: Reply) -> UserError:
-        """Why the server is not waited for any longer, and what to do."""
+    def _unavailable_error(self, reply: Reply) -> UserError:
+        """An error that says why waiting for the server has ended, and what to do."""
         if reply.kind is Kind.OUT_OF_CREDIT:
-            return self._hopeless(reply)
-        if not self._reached:
+            return self._hopeless_error(reply)
+        if not self._was_reached:
             return UserError(
                 f"{self._client.base_url} can't be reached ({reply.reason}): start it, or correct "
                 "api.base_url"
@@ -343,21 +360,23 @@ class Endpoint:
         )
 
     def _without_key(self, text: str) -> str:
-        secret = len(self._key) >= SECRET_CHARACTERS
-        return text.replace(self._key, "***") if secret else text
+        is_secret = len(self._key) >= SECRET_CHARACTERS
+        return text.replace(self._key, "***") if is_secret else text
 
-    def _count(self, _: httpx2.Request) -> None:
+    def _count_request(self, _: httpx2.Request) -> None:
+        """Counts a request before it is sent; raises _Stop if none may be sent any more."""
         with self._lock:
             if self._pace.over:
                 raise _Stop
             self.budget.requests += 1
 
-    def _bound(self, response: httpx2.Response) -> None:
+    def _bound_body(self, response: httpx2.Response) -> None:
         response.stream = _Bounded(response.stream, time.monotonic() + self._timeout)
 
 
 class _Bounded(httpx2.SyncByteStream):
-    """A body of at most MAX_BYTES, read by a time; a server that drips never ends otherwise."""
+    """A body of at most MAX_BYTES that must end in time, since a server could send a few bytes at a
+    time for ever. end: limit on `time.monotonic()`."""
 
     def __init__(self, stream: httpx2.SyncByteStream, end: float):
         self._stream, self._end = stream, end
@@ -379,10 +398,10 @@ class _Bounded(httpx2.SyncByteStream):
 def _check_address(base_url: str) -> None:
     try:
         url = httpx2.URL(base_url)
-        right = url.scheme in ("http", "https") and url.host and not url.userinfo
+        is_valid = url.scheme in ("http", "https") and url.host and not url.userinfo
     except httpx2.InvalidURL:
-        right = False
-    if not right:
+        is_valid = False
+    if not is_valid:
         raise UserError(
             "api.base_url must be an address as http://localhost:8000/v1, without a name and "
             "password in it"
@@ -394,10 +413,10 @@ def _parse_options(text: str) -> dict[str, Any]:
         options = json.loads(text)
     except (ValueError, RecursionError):
         options = None
-    if not isinstance(options, dict) or any(name in options for name in OURS):
+    if not isinstance(options, dict) or any(name in options for name in RESERVED):
         raise UserError(
             f"api.options is {quote(text)}: write a JSON object as '{{\"max_tokens\": 256}}', "
-            f"without {', '.join(OURS)}"
+            f"without {', '.join(RESERVED)}"
         )
     return options
 

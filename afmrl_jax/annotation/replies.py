@@ -1,7 +1,7 @@
-"""What the replies of OpenAI-compatible servers mean: each is sorted by what can be done about it.
+"""Classifies the replies of OpenAI-compatible servers by what the client can do about them.
 
-Servers agree on little: on what they call the end of an answer, on statuses, even on where an error
-stands. What is not known to be an answer is none.
+Servers differ in the names for the end of an answer, in statuses, and even in where they put an
+error. So only a reply that is known to be an answer counts as one.
 """
 
 import email.utils
@@ -13,15 +13,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# What servers call the end of an answer (`finish_reason`; OpenAI, vLLM, SGLang, TGI, Ollama,
-# llama.cpp, Gemini, Anthropic, Cohere, Mistral and the proxies before them).
+# Values of `finish_reason` of OpenAI, vLLM, SGLang, TGI, Ollama, llama.cpp, Gemini, Anthropic,
+# Cohere, Mistral and of proxies: the model ended its answer, the token limit cut it, or the server
+# broke off.
 ENDED = {"stop", "eos", "eos_token", "stop_sequence", "end_turn", "complete"}
 CUT = {"length", "max_tokens", "model_length", "model_context_window_exceeded"}
 BROKEN = {
     "abort", "aborted", "cancelled", "canceled", "error", "load", "unload",
     "insufficient_system_resource", "network_error", "timeout",
 }  # fmt: skip
-AWAY = {429, 502, 503, 521, 522, 523, 529}  # of the server as a whole; 52x are Cloudflare's
+# Statuses of a server that has no time for any request; 52x are Cloudflare's.
+BUSY_STATUSES = {429, 502, 503, 521, 522, 523, 529}
 OUT_OF_CREDIT = (
     "insufficient_quota",
     "billing_hard_limit_reached",
@@ -29,70 +31,66 @@ OUT_OF_CREDIT = (
     "exceeded_current_quota_error",
     "arrearage",
 )
-QUOTED = 300  # characters of a server's words that are repeated
+QUOTED = 300  # characters of a server's text that are quoted
 
 
 class Kind(enum.Enum):
-    """What came back, by what can be done about it."""
+    """The kinds of replies, by what the client can do about them."""
 
-    ANSWERED = "answered"  # until the model's own end, or the limit of tokens
-    STOPPED = "stopped"  # an answer, by something else: a filter, the model itself, a tool call
-    REFUSED = "refused"  # this request, by the server: the next time too
-    UNREADABLE = "unreadable"  # no reply of a chat model
-    FAILED = "failed"  # it may pass, and may be this request's own doing: a timeout, a status 500
-    BUSY = "busy"  # it may pass, and holds for every request: too many, or nobody there
-    OUT_OF_CREDIT = "out of credit"  # some servers say so of a minute's quota too
+    ANSWERED = "answered"  # the answer ended by itself or at the token limit
+    STOPPED = "stopped"  # a filter, a refusal by the model or a tool call stopped the answer
+    REFUSED = "refused"  # the server refuses this request, and would refuse it again
+    UNREADABLE = "unreadable"  # not the reply of a chat model
+    FAILED = "failed"  # may be temporary, and may be due to this request: a timeout, a status 500
+    BUSY = "busy"  # temporary, for every request: too many requests, or the server is unreachable
+    OUT_OF_CREDIT = "out of credit"  # some servers also say so if a minute's quota is used up
     WRONG_KEY = "wrong key"
-    FORBIDDEN = "forbidden"  # the key, or this request: moderation and firewalls say 403 too
+    FORBIDDEN = "forbidden"  # 403: the key is wrong, or moderation or a firewall refuses the row
     WRONG_ADDRESS = "wrong address"
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back for one request.
-
-    closed: the answer ended by itself, not by the limit of tokens. reason: why it is no answer, in
-    words. after: seconds to wait as the server says. tokens: as the server counts, else None.
-    """
+    """The reply to one request."""
 
     kind: Kind
-    text: str = ""
-    closed: bool = True
-    reason: str = ""
-    after: float | None = None
-    tokens: int | None = None
+    text: str = ""  # the answer
+    closed: bool = True  # whether the answer ended by itself, not at the token limit
+    reason: str = ""  # why there is no answer, in words
+    after: float | None = None  # seconds that the server asks to wait
+    tokens: int | None = None  # the server's count, if it sent one
 
 
 def read_reply(
     status: int, headers: Mapping[str, str], body: bytes, hide: Callable[[str], str]
 ) -> Reply:
-    """The meaning of a response, which may hold anything. hide: takes secrets out of a text."""
+    """Classifies a response, whatever it holds. hide: removes secrets from a text."""
     try:
         payload = json.loads(body)
     except (ValueError, RecursionError):
         payload = None
     if status < 400:
-        passed_on = _status_within(payload)
-        if passed_on is None:
+        inner_status = _inner_status(payload)
+        if inner_status is None:
             return _read_choice(payload, body, hide)
-        status = passed_on
+        status = inner_status
     reason = f"status {status}: {quoted(body, hide)}"
     return Reply(_kind_of(status, body), reason=reason, after=_retry_after(headers))
 
 
 def quoted(text: str | bytes, hide: Callable[[str], str]) -> str:
-    """A server's words, short, on one line, without secrets."""
+    """The beginning of a server's text, on one line and without secrets."""
     text = text.decode(errors="replace") if isinstance(text, bytes) else text
     return json.dumps(hide(text)[:QUOTED])
 
 
 def _kind_of(status: int, body: bytes) -> Kind:
-    words = body.decode(errors="replace").lower()
-    if status == 402 or (status < 500 and any(f'"{code}"' in words for code in OUT_OF_CREDIT)):
+    text = body.decode(errors="replace").lower()
+    if status == 402 or (status < 500 and any(f'"{code}"' in text for code in OUT_OF_CREDIT)):
         return Kind.OUT_OF_CREDIT
-    if status == 429 and "request too large" in words:  # for a minute's tokens, OpenAI says
+    if status == 429 and "request too large" in text:  # OpenAI: for the quota of tokens per minute
         return Kind.REFUSED
-    if status in AWAY:
+    if status in BUSY_STATUSES:
         return Kind.BUSY
     if status in (408, 409, 425) or status >= 500:
         return Kind.FAILED
@@ -100,8 +98,8 @@ def _kind_of(status: int, body: bytes) -> Kind:
     return named.get(status, Kind.WRONG_ADDRESS if status in (404, 405, 410) else Kind.REFUSED)
 
 
-def _status_within(payload: Any) -> int | None:
-    """The status that a proxy passes on inside a response of status 200, as OpenRouter does."""
+def _inner_status(payload: Any) -> int | None:
+    """The error status inside a response of status 200; proxies such as OpenRouter put it there."""
     places = [payload]
     if isinstance(payload, dict) and isinstance(payload.get("choices"), list):
         places += payload["choices"][:1]
@@ -142,9 +140,9 @@ def _read_choice(payload: Any, body: bytes, hide: Callable[[str], str]) -> Reply
 
 
 def _parts(content: Any) -> str | None:
-    """A message's text, which may stand in parts; None where there is none to read.
+    """A message's text, which may be a list of parts; None if it can't be read.
 
-    Null is an empty text: what a model that thinks leaves where the limit comes before its answer.
+    Null is an empty text: thinking models send it if the token limit comes before their answer.
     """
     if isinstance(content, list):
         parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
@@ -153,7 +151,7 @@ def _parts(content: Any) -> str | None:
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the server wants left alone, above 0; None where it says none that can be."""
+    """Seconds (above 0) that the server asks to wait; None if it sends no usable number or date."""
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         try:
             seconds = float(headers.get(name, "")) * unit
@@ -164,7 +162,7 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
         date = email.utils.parsedate_to_datetime(headers.get("retry-after", "")).timestamp()
     except (ValueError, OverflowError):
         return None
-    try:  # by the server's own clock, where it tells the time
+    try:  # relative to the server's clock, if it sends a date
         now = email.utils.parsedate_to_datetime(headers.get("date", "")).timestamp()
     except (ValueError, OverflowError):
         now = time.time()

@@ -1,6 +1,5 @@
 """The encoder: rows of listings in, embeddings out."""
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,17 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
 from afmrl_jax.assembly.model import Assembly
-from afmrl_jax.core.mesh import local_rows, put_batch, replicated
+from afmrl_jax.assembly.options import EncoderOptions
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.prompts import chat_template, embedder_template, embedding_prompt
 from afmrl_jax.models.embedder import Embedder
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,9 +21,10 @@ class Encoder(Assembly):
     """Listings' rows to embeddings."""
 
     kind = "encoder"
+    options_type = EncoderOptions
 
     def assemble(self, **options: Any) -> Embedder:
-        dim = self.settings.model.embedding_dim or None
+        dim = self.options.model.embedding_dim or None
         return Embedder(self.model_config, embedding_dim=dim, **options)
 
     @staticmethod
@@ -49,21 +45,7 @@ class Encoder(Assembly):
         return embed
 
     def processor(self) -> Processor:
-        data = self.settings.data
+        rows = self.options.rows
         return self.make_processor(
-            embedding_prompt(data.prompt, self.chat_template, data.instruction)
+            embedding_prompt(rows.prompt, self.chat_template, rows.instruction)
         )
-
-
-def host_embedder(
-    embed: Callable[[Any, dict[str, jax.Array]], jax.Array], mesh: Mesh, batch: int
-) -> tuple[Callable[[Any, dict[str, np.ndarray]], jax.Array], np.ndarray]:
-    """A function (params, this process's rows) -> float32[batch, E] on every device, and which of
-    the batch's rows are this process's. Raises UserError where the mesh cannot split the batch.
-    """
-    jitted = jax.jit(embed, out_shardings=replicated(mesh))
-
-    def embed_rows(params: Any, rows: dict[str, np.ndarray]) -> jax.Array:
-        return jitted(params, put_batch(rows, mesh, axis=0, rows=batch))
-
-    return embed_rows, local_rows(mesh, batch, "eval.batch")

@@ -1,20 +1,21 @@
 """A model as a folder that transformers, vLLM and sentence-transformers read."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from afmrl_jax.assembly.encoder import Encoder
 from afmrl_jax.assembly.generator import Generator
-from afmrl_jax.assembly.model import DTYPES
+from afmrl_jax.assembly.options import DTYPES, sections
 from afmrl_jax.assembly.pretrained import RECORD, Pretrained
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.processor import IMAGE_STATISTICS, Processor
+from afmrl_jax.data.images import IMAGE_STATISTICS
+from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.prompts import CHATML
 from afmrl_jax.data.tokenizer import END_OF_TEXT, END_OF_TURN, SPECIAL_TOKENS
 from afmrl_jax.weights import hf_weights
@@ -134,7 +135,7 @@ NO_HEAD = (
 
 def write_folder(
     folder: Path,
-    enc: Encoder | Generator,
+    model: Encoder | Generator,
     params: Any,
     source: Pretrained,
     *,
@@ -143,7 +144,7 @@ def write_folder(
 ) -> None:
     """All files of an export. params: the model's; dtype: of the weights written; evaluation: for
     the model card, in Markdown; "" where the model was not judged."""
-    config, answers = enc.model_config, isinstance(enc, Generator)
+    config, answers = model.model_config, isinstance(model, Generator)
     hf_weights.save(folder, params, config, dtype=DTYPES[dtype])
     head = answers or config.tie_embeddings
     described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -154,7 +155,7 @@ def write_folder(
             "pad_token_id": config.pad_token_id,
         }
         if answers:
-            sampling = enc.sampling(temperature=0)
+            sampling = model.sampling(temperature=0)
             generation |= {
                 "do_sample": False,
                 "max_new_tokens": sampling.max_new_tokens,
@@ -166,34 +167,36 @@ def write_folder(
             name.replace("ForConditionalGeneration", "Model") for name in described["architectures"]
         ]
     _write_json(folder / "config.json", described)
-    _write_tokenizer(folder, enc)
-    _write_processor(folder, enc)
+    _write_tokenizer(folder, model)
+    _write_processor(folder, model)
     if answers:
         for name in ("core.pixels", "assembly.listing_rows"):
             _copy_module(folder, name)
-        _write_json(folder / "listing_rows.json", _rows(enc))
+        _write_json(folder / "listing_rows.json", _rows(model))
     else:
-        _write_sentence_transformers(folder, enc)
+        _write_sentence_transformers(folder, model)
+    described = configuration(model, source)
     record = {
-        "kind": enc.kind,
-        "config": json.loads(_settings(enc).to_json()),
+        "kind": model.kind,
+        "config": described,
         "step": source.step,
         "evaluation": source.evaluation,
     }
     _write_json(folder / RECORD, record)
-    card = generator_card(enc, evaluation) if answers else model_card(enc, evaluation, head)
+    write_card = functools.partial(model_card, head=head) if not answers else generator_card
+    card = write_card(model, described, evaluation)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def check_processor(enc: Encoder | Generator) -> Processor:
-    return enc.processor(answers=False) if isinstance(enc, Generator) else enc.processor()
+def check_processor(model: Encoder | Generator) -> Processor:
+    return model.processor(answers=False) if isinstance(model, Generator) else model.processor()
 
 
-def _write_tokenizer(folder: Path, enc: Encoder | Generator) -> None:
-    processor, answer = check_processor(enc), 0
-    if isinstance(enc, Generator):
-        answer = enc.settings.data.max_answer
-    enc.tokenizer.save(str(folder / "tokenizer.json"))
+def _write_tokenizer(folder: Path, model: Encoder | Generator) -> None:
+    processor, answer = check_processor(model), 0
+    if isinstance(model, Generator):
+        answer = model.options.rows.max_answer
+    model.tokenizer.save(str(folder / "tokenizer.json"))
     described = {
         "tokenizer_class": "Qwen2Tokenizer",
         "eos_token": END_OF_TURN,
@@ -203,22 +206,22 @@ def _write_tokenizer(folder: Path, enc: Encoder | Generator) -> None:
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left" if processor.pad_left else "right",
-        "model_max_length": enc.settings.data.max_tokens + answer,
+        "model_max_length": model.options.rows.max_tokens + answer,
         "extra_special_tokens": list(SPECIAL_TOKENS[1:]),
     }
     _write_json(folder / "tokenizer_config.json", described)
-    template = enc.chat_template or CHATML
+    template = model.chat_template or CHATML
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
-def _write_processor(folder: Path, enc: Encoder | Generator) -> None:
+def _write_processor(folder: Path, model: Encoder | Generator) -> None:
     """What transformers' image processor, to which ours is equal for one image, has to know."""
-    data, vision = enc.settings.data, enc.model_config.vision
-    most = min(data.max_pixels, _windows(enc) * _side(enc) ** 2)
-    mean, std = IMAGE_STATISTICS[enc.model_config.architecture]
+    rows, vision = model.options.rows, model.model_config.vision
+    most = min(rows.max_pixels, _windows(model) * _side(model) ** 2)
+    mean, std = IMAGE_STATISTICS[model.model_config.architecture]
     described = {
         "image_processor_type": "Qwen2VLImageProcessor",
-        "size": {"shortest_edge": min(data.min_pixels, most), "longest_edge": most},
+        "size": {"shortest_edge": min(rows.min_pixels, most), "longest_edge": most},
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.merge_size,
@@ -229,7 +232,7 @@ def _write_processor(folder: Path, enc: Encoder | Generator) -> None:
     _write_json(folder / "preprocessor_config.json", described)
 
 
-def _write_sentence_transformers(folder: Path, enc: Encoder) -> None:
+def _write_sentence_transformers(folder: Path, model: Encoder) -> None:
     """Our own first module, whose files go along, then the library's pooling and normalising."""
     for name in ("core.pixels", "assembly.listing_rows", "assembly.sentence_encoder"):
         _copy_module(folder, name)
@@ -250,19 +253,19 @@ def _write_sentence_transformers(folder: Path, enc: Encoder) -> None:
         "requirements": {"sentence_transformers": ">=6.0", "transformers": ">=5.17"},
     }
     _write_json(folder / "config_sentence_transformers.json", described)
-    described = _rows(enc) | {"embedding_dim": enc.settings.model.embedding_dim}
+    described = _rows(model) | {"embedding_dim": model.options.model.embedding_dim}
     _write_json(folder / "sentence_bert_config.json", described)
-    pooling = {"embedding_dimension": _size(enc), "pooling_mode": "lasttoken"}
+    pooling = {"embedding_dimension": _size(model), "pooling_mode": "lasttoken"}
     for name, content in (("1_Pooling", pooling), ("2_Normalize", {})):
         (folder / name).mkdir()
         _write_json(folder / name / "config.json", content)
 
 
-def _frames(enc: Encoder | Generator, processor: Processor) -> dict[str, Any]:
+def _frames(model: Encoder | Generator, processor: Processor) -> dict[str, Any]:
     """The prompt's tokens without and with an image, and what each further image adds."""
     frames = [processor.prompt.frame(n, processor.tokenizer) for n in range(4)]
     heads = [frame.head for frame in frames]
-    place = heads[1].index(enc.model_config.image_token_id) + 2  # behind <|vision_end|>
+    place = heads[1].index(model.model_config.image_token_id) + 2  # behind <|vision_end|>
     added = heads[2][place : place + len(heads[2]) - len(heads[1])]
     for n in (2, 3):
         repeated = heads[1][:place] + added * (n - 1) + heads[1][place:]
@@ -275,47 +278,53 @@ def _frames(enc: Encoder | Generator, processor: Processor) -> dict[str, Any]:
     return {"frames": named, "more_images": {"ids": added, "place": place}}
 
 
-def model_card(enc: Encoder, evaluation: str, head: bool) -> str:
-    """README.md. What it quotes stands in JSON, fenced by more backticks than it holds."""
+def model_card(encoder: Encoder, config: Mapping[str, Any], evaluation: str, *, head: bool) -> str:
+    """README.md. What it quotes stands in JSON, fenced by more backticks than it holds.
+
+    config: as `configuration` gives it. head: whether the folder has a language head.
+    """
     return CARD.format(
-        architecture=enc.model_config.architecture,
-        size=_size(enc),
+        architecture=encoder.model_config.architecture,
+        size=_size(encoder),
         use=HEAD if head else NO_HEAD,
         evaluation=evaluation or NOT_JUDGED,
-        **_quoted(enc),
+        **_quoted(config),
     )
 
 
-def generator_card(generator: Generator, evaluation: str) -> str:
+def generator_card(generator: Generator, config: Mapping[str, Any], evaluation: str) -> str:
     """README.md of a generator: how it is asked as it was trained to be."""
-    data = generator.settings.data
+    rows = generator.options.rows
     return GENERATOR_CARD.format(
         architecture=generator.model_config.architecture,
-        system=SYSTEM.format(instruction=json.dumps(data.instruction)) if data.instruction else "",
+        system=SYSTEM.format(instruction=json.dumps(rows.instruction)) if rows.instruction else "",
         evaluation=evaluation or NOT_JUDGED,
         windows=_windows(generator),
         side=_side(generator),
-        **{name: data[name] for name in ("max_tokens", "max_pixels", "max_answer")},
-        **_quoted(generator),
+        max_tokens=rows.max_tokens,
+        max_pixels=rows.max_pixels,
+        max_answer=rows.max_answer,
+        **_quoted(config),
     )
 
 
-def _quoted(enc: Encoder | Generator) -> dict[str, str]:
+def _quoted(config: Mapping[str, Any]) -> dict[str, str]:
     """The configuration for a card, and a fence of more backticks than it holds."""
-    settings = _settings(enc).to_json(indent=2)
-    ticks = max(map(len, re.findall("`+", settings)), default=0)
-    return {"config": settings, "fence": "`" * max(3, ticks + 1)}
+    text = json.dumps(config, indent=2)
+    ticks = max(map(len, re.findall("`+", text)), default=0)
+    return {"config": text, "fence": "`" * max(3, ticks + 1)}
 
 
-def _settings(enc: Encoder | Generator) -> ConfigDict:
-    """The configuration without its cache, which is a place on one machine."""
-    settings = enc.settings.to_dict()
-    settings["data"].pop("cache_dir", None)
-    return ConfigDict(settings)
+def configuration(model: Encoder | Generator, source: Pretrained) -> dict[str, Any]:
+    """The run's configuration, or how a model without a run is used; without its cache, which is a
+    place on one machine."""
+    config = dict(source.config or sections(model.options))
+    config["data"] = {name: x for name, x in config["data"].items() if name != "cache_dir"}
+    return config
 
 
-def _size(enc: Encoder) -> int:
-    return enc.settings.model.embedding_dim or enc.model_config.text.hidden_size
+def _size(model: Encoder) -> int:
+    return model.options.model.embedding_dim or model.model_config.text.hidden_size
 
 
 def _write_json(path: Path, content: Any) -> None:
@@ -329,18 +338,18 @@ def _copy_module(folder: Path, name: str) -> None:
     (folder / source.name).write_text(text, encoding="utf-8")
 
 
-def _rows(enc: Encoder | Generator) -> dict[str, Any]:
+def _rows(model: Encoder | Generator) -> dict[str, Any]:
     """How rows are made, as `assembly.listing_rows.ListingRows` takes it."""
-    processor = check_processor(enc)
+    processor = check_processor(model)
     names = ("max_tokens", "max_patches", "min_pixels", "max_pixels", "pad_left")
-    return {name: getattr(processor, name) for name in names} | _frames(enc, processor)
+    return {name: getattr(processor, name) for name in names} | _frames(model, processor)
 
 
-def _windows(enc: Encoder | Generator) -> int:
+def _windows(model: Encoder | Generator) -> int:
     """Merge windows, each a token, that a row's images share."""
-    return enc.settings.data.max_patches // enc.model_config.vision.merge_size**2
+    return model.options.rows.max_patches // model.model_config.vision.merge_size**2
 
 
-def _side(enc: Encoder | Generator) -> int:
+def _side(model: Encoder | Generator) -> int:
     """Pixels of a merge window's side."""
-    return enc.model_config.vision.patch_size * enc.model_config.vision.merge_size
+    return model.model_config.vision.patch_size * model.model_config.vision.merge_size

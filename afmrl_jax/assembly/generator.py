@@ -1,6 +1,6 @@
 """The generator as programs use it: a Qwen-VL model that answers a listing with its attributes.
 
-`find_pretrained(path, Generator)` finds one again; `Answerer` lets it answer.
+`find_pretrained(path, Generator)` finds one again; `LoadedGenerator` lets it answer.
 Axes: N rows · T tokens of an answer.
 """
 
@@ -9,18 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 
 from afmrl_jax.assembly.model import Assembly
-from afmrl_jax.core.mesh import local_rows, put_batch, replicated
-from afmrl_jax.data.processor import Processor, Row
+from afmrl_jax.assembly.options import GeneratorOptions
+from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.prompts import ChatPrompt
 from afmrl_jax.losses.language import answer_cross_entropy
 from afmrl_jax.models.qwen_vl import QwenVL
-from afmrl_jax.models.sampler import Sampling, forbidden_ids, generate, sample_keys
+from afmrl_jax.models.sampler import Sampling, forbidden_ids
 
 
 @dataclass(frozen=True)
@@ -38,20 +36,20 @@ class Answer:
 
 @dataclass(frozen=True)
 class Generator(Assembly):
-    """Listings' rows to answers. Of the configuration's data it uses the sizes of a row,
-    `instruction`, said as the system, and `max_answer`, the most tokens of an answer."""
+    """Listings' rows to answers; the instruction is said as the system."""
 
     kind = "generator"
+    options_type = GeneratorOptions
 
     def assemble(self, **options: Any) -> QwenVL:
         return QwenVL(self.model_config, **options)
 
     def processor(self, *, answers: bool) -> Processor:
         """Rows as the sampler goes on from them; or, to learn from, with room for their answers."""
-        data = self.settings.data
+        rows = self.options.rows
         return self.make_processor(
-            ChatPrompt(self.chat_template, data.instruction),
-            max_answer=data.max_answer if answers else 0,
+            ChatPrompt(self.chat_template, rows.instruction),
+            max_answer=rows.max_answer if answers else 0,
             # Answers that all end at one place lie in few chunks of the loss.
             pad_left=True,
         )
@@ -73,15 +71,15 @@ class Generator(Assembly):
 
         return loss
 
-    def sampling(self, **drawn: Any) -> Sampling:
-        """How answers are drawn and end; drawn: temperature, top_k, top_p."""
+    def sampling(self, temperature: float = 0.0) -> Sampling:
+        """How answers are drawn, greedily at temperature 0, and how they end."""
         config, named = self.model_config, self.tokenizer
         return Sampling(
-            self.settings.data.max_answer,
+            self.options.rows.max_answer,
             stop=config.end_token_ids,
             forbidden=forbidden_ids(named, config.vocab_size) if named else (),
             pad=config.pad_token_id,
-            **drawn,
+            temperature=temperature,
         )
 
     def read(self, tokens: np.ndarray, log_probs: np.ndarray, truncated: bool) -> Answer:
@@ -91,58 +89,6 @@ class Generator(Assembly):
         # A special token is no attribute: it stays in sight, so that the format is broken.
         text = self.tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
         return Answer(text, not truncated, tokens, log_probs)
-
-
-class Answerer:
-    """Lets a generator answer many listings, the same on every process.
-
-    batch: rows at once, of all processes. drawn: as `Generator.sampling`; an answer depends on the
-    seed and its own listing's number, not on those beside it.
-    """
-
-    def __init__(
-        self, generator: Generator, mesh: Mesh, batch: int, *, seed: int = 0, **drawn: Any
-    ):
-        """Raises UserError where the mesh cannot split the batch."""
-        self._generator, self._mesh, self._batch = generator, mesh, batch
-        self._local = local_rows(mesh, batch, "eval.batch")
-        self._processor = generator.processor(answers=False)
-        graph, sampling = generator.graph(), generator.sampling(**drawn)
-
-        def answer(params: Any, rows: dict[str, jax.Array], numbers: jax.Array):
-            keys = sample_keys(jax.random.key(seed), numbers, 1)
-            samples = generate(graph, params, rows, keys, sampling)
-            lengths = samples.mask.sum(-1, dtype=jnp.int32)
-            return samples.tokens, samples.log_probs, lengths, samples.truncated
-
-        self._answer = jax.jit(answer, out_shardings=replicated(mesh))
-
-    def answers(
-        self, params: Any, listings: np.ndarray, row: Callable[[int, int], Row]
-    ) -> Iterator[Answer]:
-        """The answers to listings, in their order.
-
-        params: the generator's. listings: int[N], indices. row: (index, most images of a row) ->
-        the question; it is asked for this process's listings only.
-        """
-        under_way: tuple[tuple[jax.Array, ...], int] | None = None
-        for batch, real in batches_of(listings, self._batch):
-            shown = [row(int(i), self._processor.max_images) for i in batch[self._local]]
-            rows = put_batch(self._processor(shown), self._mesh, axis=0, rows=self._batch)
-            # Returns at once: the device answers while the next batch is made here.
-            begun = self._answer(params, rows, batch.astype(np.int32)), real
-            if under_way:
-                yield from self._read(*under_way)
-            under_way = begun
-        if under_way:
-            yield from self._read(*under_way)
-
-    def _read(self, out: tuple[jax.Array, ...], real: int) -> Iterator[Answer]:
-        """Waits for a batch; real: how many of its rows are no filling."""
-        tokens, log_probs, lengths, truncated = (np.asarray(x)[:, 0] for x in out)
-        for n in range(real):
-            end = lengths[n]
-            yield self._generator.read(tokens[n, :end], log_probs[n, :end], truncated[n])
 
 
 def batches_of(listings: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, int]]:

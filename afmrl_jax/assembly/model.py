@@ -1,4 +1,4 @@
-"""A model as programs use it: layers, tokenizer and row sizes put together from a configuration.
+"""A model as programs use it: layers, tokenizer and row sizes put together.
 
 A run's record holds all of it but the parameters, so a checkpoint needs nothing beside it. The
 encoder is in encoder.py, the generator in generator.py.
@@ -18,12 +18,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
+from afmrl_jax.assembly.options import (
+    DTYPES,
+    EncoderOptions,
+    GeneratorOptions,
+    PresetOptions,
+    TrainingOptions,
+)
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.options import Options, among, between
-from afmrl_jax.data.processor import Processor, check_preprocessor, checked_ids
+from afmrl_jax.data.images import check_preprocessor
+from afmrl_jax.data.processor import Processor, checked_ids, row_arrays
 from afmrl_jax.data.prompts import CHATML, Prompt, chat_template, end_of_turn
 from afmrl_jax.data.tokenizer import (
     END_OF_TEXT,
@@ -34,7 +40,6 @@ from afmrl_jax.data.tokenizer import (
 )
 from afmrl_jax.models.config import QwenVLConfig, from_hf
 from afmrl_jax.models.embedder import Embedder
-from afmrl_jax.models.layers import REMATS
 from afmrl_jax.models.lora import LoRA, adapt, hold
 from afmrl_jax.models.partition import param_shardings
 from afmrl_jax.models.presets import preset
@@ -43,58 +48,23 @@ from afmrl_jax.weights.hf_weights import with_head_of
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-@dataclass(frozen=True)
-class ModelFields(Options, section="model"):
-    """How a model computes, and which of its parameters are trained."""
-
-    dtype: str = among(*DTYPES)
-    remat: str = among(*REMATS)
-    lora_rank: int = between(0)  # 0: all parameters are trained
-    lora_alpha: float = between(1e-6, 10_000)  # an adapter counts alpha / rank
-    lora_targets: str  # searched in kernels' paths
-
-
-@dataclass(frozen=True)
-class PresetFields(Options, section="model"):
-    """A model from scratch."""
-
-    preset: str  # a name of models/presets.py
-    vocab_size: int = between(1)  # of its tokenizer
-
-
-@dataclass(frozen=True)
-class EmbeddingFields(Options, section="model"):
-    """What an encoder makes of its last state."""
-
-    embedding_dim: int = between(0)  # first dimensions kept; 0: all
-
-
-@dataclass(frozen=True)
-class RowFields(Options, section="data"):
-    """The rows that a model reads."""
-
-    instruction: str
-    max_tokens: int = between(1)
-    max_patches: int = between(1)
-    min_pixels: int = between(1)
-    max_pixels: int = between(1)
+AnyOptions = EncoderOptions | GeneratorOptions
 
 
 @dataclass(frozen=True)
 class Assembly(abc.ABC):
     """What an encoder and a generator have in common.
 
-    settings: a configuration, of which its `model` and `data` parts are used.
+    options: None of a Hugging Face folder, which does not say how its model is used.
     """
 
     kind: ClassVar[str]  # how a record names it
-    settings: ConfigDict
+    options_type: ClassVar[type[AnyOptions]]
+    options: AnyOptions | None
     model_config: QwenVLConfig
     tokenizer: Tokenizer | None  # None where only shapes matter
     chat_template: str = CHATML  # Jinja; "" where the model's folder has none
+    remat: str = "none"  # what the backward pass computes again: one of REMATS
     lora: LoRA | None = None  # in training; a checkpoint's adapters are merged when it is read
     base_lora: tuple[LoRA, ...] = ()  # or kept apart, frozen, by a run that trains others
 
@@ -103,21 +73,18 @@ class Assembly(abc.ABC):
         """The model without adapters; options: rngs, dtype, param_dtype and remat."""
 
     def build(self, rngs: nnx.Rngs) -> Embedder | QwenVL:
-        """The model as it is trained. Raises UserError for an unknown `model.dtype`."""
-        settings = self.settings.model
-        if settings.dtype not in DTYPES:
-            raise UserError(f"model.dtype is {settings.dtype!r}: use {' or '.join(DTYPES)}")
-        dtype = DTYPES[settings.dtype]
-        # What no optimizer adds small steps to is kept as it is multiplied.
+        """The model as it is trained."""
+        dtype = DTYPES[self.options.model.dtype]
+        # Frozen parameters are stored as they are multiplied; only trained ones need float32.
         param_dtype = dtype if self.lora else jnp.float32
-        model = self.assemble(rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=settings.remat)
+        model = self.assemble(rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=self.remat)
         hold(model, self.base_lora)
         if self.lora:
             adapt(model, self.lora, rngs)
         return model
 
     def init_params(self, seed: int) -> Any:
-        """Fresh parameters as a nested dict; float32, but frozen ones in `model.dtype`."""
+        """Fresh parameters as a nested dict; float32, but frozen ones as the model computes."""
         return nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(seed))))
 
     def graph(self) -> nnx.GraphDef:
@@ -125,15 +92,15 @@ class Assembly(abc.ABC):
         return nnx.split(nnx.eval_shape(lambda: self.build(nnx.Rngs(0))))[0]
 
     def make_processor(self, prompt: Prompt, **more: Any) -> Processor:
-        """Rows of the configuration's sizes; more: the Processor's other arguments."""
-        data = self.settings.data
+        """Rows of the options' sizes; more: the Processor's other arguments."""
+        rows = self.options.rows
         return Processor(
             self.tokenizer,
             self.model_config,
-            max_tokens=data.max_tokens,
-            max_patches=data.max_patches,
-            min_pixels=data.min_pixels,
-            max_pixels=data.max_pixels,
+            max_tokens=rows.max_tokens,
+            max_patches=rows.max_patches,
+            min_pixels=rows.min_pixels,
+            max_pixels=rows.max_pixels,
             prompt=prompt,
             **more,
         )
@@ -148,26 +115,20 @@ class Assembly(abc.ABC):
     ) -> dict[str, jax.ShapeDtypeStruct]:
         """The processor's arrays, as it makes them with room for `answers` tokens; length: S, of
         the longest rows by default."""
-        data, vision = self.settings.data, self.model_config.vision
-        s, p = length or data.max_tokens + answers, data.max_patches
-        shapes = {
-            "tokens": ((s,), jnp.int32),
-            "token_mask": ((s,), jnp.bool),
-            "positions": ((3, s), jnp.int32),
-            "patches": ((p, vision.patch_dim), jnp.float32),
-            "patch_positions": ((p, 2), jnp.int32),
-            "patch_segments": ((p,), jnp.int32),
-            "patch_grids": ((p, 2), jnp.int32),
-        }
-        if answers:
-            shapes["answer_mask"] = (s,), jnp.bool
+        rows = self.options.rows
+        tokens = length or rows.max_tokens + answers
+        arrays = row_arrays(self.model_config, tokens, rows.max_patches, answers=answers > 0)
         return {
-            name: jax.ShapeDtypeStruct((*leading, *shape), dtype, sharding=sharding)
-            for name, (shape, dtype) in shapes.items()
+            name: jax.ShapeDtypeStruct((*leading, *array.shape), array.dtype, sharding=sharding)
+            for name, array in arrays.items()
         }
 
+    def for_training(self, training: TrainingOptions) -> Self:
+        """The model with the adapters that are trained."""
+        return dataclasses.replace(self, remat=training.remat, lora=training.lora)
+
     def record(self) -> dict[str, str]:
-        """What `from_record` needs beside the configuration."""
+        """What `from_record` needs beside the options."""
         return {
             "kind": self.kind,
             "model": json.dumps(self.model_config.to_hf()),
@@ -177,26 +138,27 @@ class Assembly(abc.ABC):
         }
 
     @classmethod
-    def from_record(cls, settings: ConfigDict, record: dict[str, str]) -> Self:
-        """The model of a checkpoint."""
+    def from_record(cls, options: AnyOptions | None, record: dict[str, str]) -> Self:
+        """The model of a checkpoint; options: those of the record's configuration, or None where
+        another kind of model was trained."""
         tokenizer, template = Tokenizer.from_str(record["tokenizer"]), record["chat_template"]
         described = json.loads(record["model"])
         ends = functools.partial(_ends, described, tokenizer, template)
         # Of runs from before they were kept apart it is missing: those rounded them into kernels.
         base_lora = tuple(LoRA(**lora) for lora in json.loads(record.get("base_lora", "[]")))
-        return cls(settings, from_hf(described, ends), tokenizer, template, base_lora=base_lora)
+        return cls(options, from_hf(described, ends), tokenizer, template, base_lora=base_lora)
 
     @classmethod
-    def from_preset(cls, settings: ConfigDict, texts: Iterable[str]) -> Self:
+    def from_preset(cls, options: AnyOptions, start: PresetOptions, texts: Iterable[str]) -> Self:
         """A model from scratch, with a byte-level BPE trained on `texts`."""
-        tokenizer = train_tokenizer(texts, settings.model.vocab_size)
-        config = preset(settings.model.preset).replace(
+        tokenizer = train_tokenizer(texts, start.vocab_size)
+        config = preset(start.preset).replace(
             vocab_size=tokenizer.get_vocab_size(), **special_token_ids(tokenizer)
         )
-        return cls(settings, config, tokenizer)
+        return cls(options, config, tokenizer)
 
     @classmethod
-    def from_folder(cls, settings: ConfigDict | None, folder: Path) -> Self:
+    def from_folder(cls, options: AnyOptions | None, folder: Path) -> Self:
         """The model and tokenizer of a Hugging Face folder; its weights are read apart.
 
         Raises UserError where the folder has no config.json or it is not JSON, where its files
@@ -222,7 +184,7 @@ class Assembly(abc.ABC):
             raise UserError(f"{place}{error}") from None
         config = with_head_of(folder, config)
         check_preprocessor(folder, config)
-        return cls(settings, config, tokenizer, template)
+        return cls(options, config, tokenizer, template)
 
     @staticmethod
     def template_of(folder: Path) -> str:
@@ -231,14 +193,6 @@ class Assembly(abc.ABC):
 
 
 AnyAssembly = TypeVar("AnyAssembly", bound=Assembly)
-
-
-def lora_of(settings: ConfigDict) -> LoRA | None:
-    """How training adapts the model; None where it trains all parameters."""
-    model = settings.model
-    if not model.lora_rank:
-        return None
-    return LoRA(model.lora_rank, model.lora_alpha, model.lora_targets)
 
 
 def _ends(
@@ -269,9 +223,9 @@ def _ends(
     }
 
 
-def abstract_params(enc: Assembly, mesh: Mesh) -> Any:
+def abstract_params(model: Assembly, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of the parameters."""
-    return placed(jax.eval_shape(lambda: enc.init_params(0)), mesh)
+    return placed(jax.eval_shape(lambda: model.init_params(0)), mesh)
 
 
 def placed(params: Any, mesh: Mesh) -> Any:

@@ -11,18 +11,18 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
 import jax
 from etils import epath
-from ml_collections import ConfigDict
 
 from afmrl_jax.assembly.encoder import Encoder
 from afmrl_jax.assembly.generator import Generator
-from afmrl_jax.assembly.model import AnyAssembly, Assembly, abstract_params, lora_of
+from afmrl_jax.assembly.model import AnyAssembly, AnyOptions, Assembly, abstract_params
+from afmrl_jax.assembly.options import EncoderOptions, TrainingOptions
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, find_checkpoints
 from afmrl_jax.checkpoints.integrity import is_bucket
 from afmrl_jax.checkpoints.record import recorded
@@ -44,36 +44,34 @@ RECORD = "afmrl_jax.json"
 class Pretrained(Generic[AnyAssembly]):
     """What is known of a model before its parameters are read."""
 
-    enc: AnyAssembly  # its settings are those that trained it; None of a bare folder
+    model: AnyAssembly  # its options are its run's; None of a bare folder
     load: Callable[[Any], Any]  # abstract parameters, with their shardings -> parameters
-    step: int | None
-    evaluation: dict | None  # its run's evaluation.json, where that judged this step
-    told: str  # how a report names it
+    label: str  # how a report names it
     path: str  # where it is found again, though a workdir has got newer checkpoints
     lora: tuple[LoRA, ...] = ()  # the adapters among its parameters, from the first trained on
+    step: int | None = None
+    config: Mapping[str, Any] | None = None  # of its run, as its record has it
+    evaluation: dict | None = None  # its run's evaluation.json, where that judged this step
 
-    def model(self, otherwise: ConfigDict) -> AnyAssembly:
-        """The model used as its run did; where it has none, as `otherwise` says, a configuration
-        with `model` and `data`."""
-        if self.enc.settings is not None:
-            return self.enc
-        model = otherwise.model.to_dict() | {"remat": "none"}  # there is no backward pass
-        settings = ConfigDict({"model": model, "data": otherwise.data.to_dict()})
-        self.tell_system_words(settings)
-        return dataclasses.replace(self.enc, settings=settings)
+    def with_options(self, options: AnyOptions | None) -> AnyAssembly:
+        """The model as its run used it; with these options where it has no run."""
+        if self.model.options is not None:
+            return self.model
+        self._tell_system_words(options)
+        return dataclasses.replace(self.model, options=options)
 
-    def tell_system_words(self, settings: ConfigDict) -> None:
-        """Logs what an encoder's rows begin with, where these settings leave it to the folder."""
-        if isinstance(self.enc, Encoder):
-            data = settings.data
-            tell_system_words(self.path, data.prompt, self.enc.chat_template, data.instruction)
+    def for_training(self, options: AnyOptions, training: TrainingOptions) -> AnyAssembly:
+        """The model as a run trains it, from these parameters on."""
+        self._tell_system_words(options)
+        base = self.lora if training.lora else ()
+        model = dataclasses.replace(self.model, options=options, base_lora=base)
+        return model.for_training(training)
 
-    def trained(self, settings: ConfigDict) -> AnyAssembly:
-        """The model as a run of this configuration trains it, from these parameters on."""
-        self.tell_system_words(settings)
-        lora = lora_of(settings)
-        base = self.lora if lora else ()
-        return dataclasses.replace(self.enc, settings=settings, lora=lora, base_lora=base)
+    def _tell_system_words(self, options: AnyOptions) -> None:
+        """Logs what an encoder's rows begin with, where the options leave it to the folder."""
+        if isinstance(options, EncoderOptions):
+            rows, template = options.rows, self.model.chat_template
+            tell_system_words(self.path, rows.prompt, template, rows.instruction)
 
 
 def find_pretrained(
@@ -92,44 +90,49 @@ def find_pretrained(
         return _of_folder(folder, path, kind)
     checkpoints, step = find_checkpoints(path, best=best)
     record = checkpoints.record(step)
-    found = record.get("kind", Encoder.kind)  # the oldest records are all encoders'
-    settings = recorded(record["config"])
-    enc = kind.from_record(settings, record)
-    adapters = (*enc.base_lora, *filter(None, [lora_of(settings)]))
-    enc = dataclasses.replace(enc, base_lora=())
+    found = record["kind"]
+    config = recorded(record["config"], path)
+    # An encoder's run does not say how a generator is asked.
+    options = kind.options_type.of(config) if found == kind.kind else None
+    model = kind.from_record(options, record)
+    adapters = (*model.base_lora, *filter(None, [TrainingOptions.of(config).lora]))
+    model = dataclasses.replace(model, base_lora=())
     load = functools.partial(_load_run, checkpoints, step, record)
     if found == kind.kind:
         load = functools.partial(load, kind)
-    elif begin and found == Encoder.kind and enc.model_config.tie_embeddings:
+    elif begin and found == Encoder.kind and model.model_config.tie_embeddings:
         load = functools.partial(_without_pooling, functools.partial(load, Encoder))
     else:  # an encoder whose head is not its embedding table has none
         raise UserError(f"{path} holds the {found} of a run: name what has trained the {kind.kind}")
     return Pretrained(
-        enc,
+        model,
         load,
-        step,
-        _evaluation(folder, step, settings),
         f"{path}, step {step}",
         str(checkpoints.folder / str(step)),
         adapters,
+        step=step,
+        config=json.loads(record["config"]),
+        evaluation=_evaluation(folder, step, config.steps),
     )
 
 
-def planned(settings: ConfigDict, name: str, kind: type[AnyAssembly] = Encoder) -> AnyAssembly:
+def planned(
+    name: str, kind: type[AnyAssembly], options: AnyOptions, training: TrainingOptions
+) -> AnyAssembly:
     """A model of which only shapes matter: a preset, or anything that `find_pretrained` knows, or a
-    folder with its config.json alone. Its settings are these, with LoRA as they say.
+    folder with its config.json alone.
 
     Raises UserError where there is no such thing.
     """
     if name in PRESETS:
-        found = kind(settings, preset(name), None)
+        model = kind(options, preset(name), None)
     elif (Path(name) / "config.json").exists() and not any(
         (Path(name) / other).exists() for other in ("checkpoints", peft_adapter.CONFIG)
     ):
-        found = kind.from_folder(settings, Path(name))
+        model = kind.from_folder(options, Path(name))
     else:
-        return find_pretrained(name, kind).trained(settings)
-    return dataclasses.replace(found, settings=settings, lora=lora_of(settings))
+        return find_pretrained(name, kind).for_training(options, training)
+    return model.for_training(training)
 
 
 def _without_pooling(load: Callable[[Any], Any], abstract: Any) -> Any:
@@ -148,7 +151,7 @@ def kind_of(path: str, *, best: bool = False) -> type[Encoder] | type[Generator]
     else:
         checkpoints, step = find_checkpoints(path, best=best)
         record = checkpoints.record(step)
-    return Generator if record and record.get("kind") == Generator.kind else Encoder
+    return Generator if record and record["kind"] == Generator.kind else Encoder
 
 
 def _resolve(path: str) -> Path | epath.Path:
@@ -170,8 +173,7 @@ def _record_of(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        needed = {name: record[name] for name in ("config", "step", "evaluation")}
-        return needed | {"kind": record.get("kind", Encoder.kind)}  # the oldest are encoders'
+        return {name: record[name] for name in ("kind", "config", "step", "evaluation")}
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{file} is no record of a run: export the folder again, or delete the file to use "
@@ -182,18 +184,17 @@ def _record_of(folder: Path) -> dict[str, Any] | None:
 def _of_folder(folder: Path, path: str, kind: type[AnyAssembly]) -> Pretrained[AnyAssembly]:
     """A Hugging Face folder; one that was exported here knows its run, for what that trained."""
     record = _record_of(folder)
-    settings, step, evaluation = None, None, None
+    options, known = None, {}
     if record and record["kind"] == kind.kind:
-        settings = recorded(record["config"])
-        step, evaluation = record["step"], record["evaluation"]
-    enc = kind.from_folder(settings, folder)
+        options = kind.options_type.of(recorded(record["config"], folder))
+        known = {name: record[name] for name in ("step", "config", "evaluation")}
+    model = kind.from_folder(options, folder)
     return Pretrained(
-        enc,
-        lambda abstract: hf_weights.load(folder, abstract, enc.model_config),
-        step,
-        evaluation,
+        model,
+        lambda abstract: hf_weights.load(folder, abstract, model.model_config),
         str(folder),
         path,
+        **known,
     )
 
 
@@ -204,23 +205,24 @@ def _of_adapter(folder: Path, path: str, kind: type[AnyAssembly]) -> Pretrained[
         base = hf_weights.resolve(adapter.base)
         if peft_adapter.is_adapter(base):
             raise UserError(f"{base} is an adapter itself")
-        enc = kind.from_folder(None, base)
+        model = kind.from_folder(None, base)
     except UserError as error:
         raise UserError(
             f"{folder} is a PEFT adapter, and the model that it stands on cannot be read. {error}. "
             f"Name that model, not quantised, as base_model_name_or_path in {peft_adapter.CONFIG}"
         ) from None
-    enc = dataclasses.replace(enc, chat_template=chat_template(folder) or enc.chat_template)
-    own = adapter.lora(enc.model_config)
+    template = chat_template(folder) or model.chat_template
+    model = dataclasses.replace(model, chat_template=template)
+    own = adapter.lora(model.model_config)
     log.info("%s: a PEFT adapter of %d matrices on %s", folder, len(adapter.tensors), base)
 
     def load(abstract: Any) -> Any:
         plain = lora.plain(abstract)
-        adapters = adapter.read(plain, enc.model_config)
-        params = hf_weights.load(base, plain, enc.model_config)
+        adapters = adapter.read(plain, model.model_config)
+        params = hf_weights.load(base, plain, model.model_config)
         return _combined(lora.join(adapters, params), own.scale, abstract)
 
-    return Pretrained(enc, load, None, None, str(folder), path, (own,))
+    return Pretrained(model, load, str(folder), path, (own,))
 
 
 def _combined(params: Any, scale: float, abstract: Any) -> Any:
@@ -233,13 +235,13 @@ def _combined(params: Any, scale: float, abstract: Any) -> Any:
     )
 
 
-def _evaluation(folder: Path | epath.Path, step: int, settings: ConfigDict) -> dict | None:
+def _evaluation(folder: Path | epath.Path, step: int, steps: int) -> dict | None:
     """A run judges its test listings once, after the last step."""
     workdirs = (folder, folder.parent, folder.parent.parent)
     signs = ("checkpoints", "config.json")  # of a workdir: its checkpoints may lie elsewhere
     found = (path for path in workdirs if any((path / sign).exists() for sign in signs))
     file = next(found, folder) / "evaluation.json"
-    if step != settings.steps or not file.exists():
+    if step != steps or not file.exists():
         return None
     return json.loads(file.read_text(encoding="utf-8"))
 
@@ -250,6 +252,7 @@ class Base:
 
     path: str
     fingerprint: str = ""  # "" = not read yet
+    seed: int = 0
 
     @staticmethod
     def of_record(record: dict[str, str]) -> "Base":
@@ -260,14 +263,14 @@ class Base:
         return {"base": json.dumps(dataclasses.asdict(self))}
 
 
-def read_base(enc: Assembly, frozen: Any, base: Base) -> tuple[Any, Base]:
+def read_base(model: Assembly, frozen: Any, base: Base) -> tuple[Any, Base]:
     """The parameters that `frozen` describes, with shardings, and their base with its fingerprint.
 
     Raises UserError where it is gone, or is another than the fingerprint says.
     """
     if base.path:
         try:
-            params = find_pretrained(base.path, type(enc), begin=True).load(frozen)
+            params = find_pretrained(base.path, type(model), begin=True).load(frozen)
         except UserError as error:
             raise UserError(
                 f"the model that this run stands on cannot be read. {error}. Bring {base.path} "
@@ -275,7 +278,7 @@ def read_base(enc: Assembly, frozen: Any, base: Base) -> tuple[Any, Base]:
             ) from None
     else:
         shardings = jax.tree.map(lambda x: x.sharding, frozen)
-        fresh = functools.partial(enc.init_params, enc.settings.seed)
+        fresh = functools.partial(model.init_params, base.seed)
         params = jax.jit(lambda: lora.without(fresh()), out_shardings=shardings)()
     found = lora.fingerprint(params)
     if base.fingerprint not in ("", found):
@@ -284,22 +287,22 @@ def read_base(enc: Assembly, frozen: Any, base: Base) -> tuple[Any, Base]:
             "on: bring the model back as it was (or, of a seed, JAX's version and the kind "
             "of device), or start anew with another --workdir"
         )
-    return params, Base(base.path, found)
+    return params, dataclasses.replace(base, fingerprint=found)
 
 
 def _load_run(
     checkpoints: Checkpoints, step: int, record: dict[str, str], kind: type[Assembly], abstract: Any
 ) -> Any:
     """A checkpoint's parameters as `abstract` says; adapters are merged in float32, or apart."""
-    settings = recorded(record["config"])
-    adapted, trainable = lora_of(settings), record.get("trainable", "")
-    if not adapted and not trainable:
+    config, trainable = recorded(record["config"], checkpoints.folder), record.get("trainable", "")
+    training = TrainingOptions.of(config)
+    if not training.lora and not trainable:
         return checkpoints.restore_params(step, abstract)
-    enc = dataclasses.replace(kind.from_record(settings, record), lora=adapted)
+    model = kind.from_record(kind.options_type.of(config), record).for_training(training)
     example = jax.tree.leaves(abstract)[0]
-    whole = abstract_params(enc, example.sharding.mesh)
+    whole = abstract_params(model, example.sharding.mesh)
     trained, frozen = lora.split(whole, trainable)
-    params, _ = read_base(enc, lora.without(whole), Base.of_record(record))
+    params, _ = read_base(model, lora.without(whole), Base.of_record(record))
     trained = checkpoints.restore_params(step, trained)
     params = lora.join(trained, lora.subset(params, frozen))
-    return _combined(params, adapted.scale if adapted else 1.0, abstract)
+    return _combined(params, training.lora.scale if training.lora else 1.0, abstract)

@@ -1,7 +1,8 @@
-"""How well attributes agree with those that are held to be true, and what a guess would score.
+"""Scores attributes against the true ones (F1, precision, recall), and a baseline that guesses.
 
-A pair is right where its name and its value are, compared as `attributes.comparison` does; one
-that says nothing ("unknown") is none. F1 is micro: over all pairs of all listings.
+A pair is right where both its name and its value are equal to a true pair's, compared as
+`attributes.comparison` does. A pair whose value says nothing ("unknown") is not counted. F1 is
+micro: over all pairs of all listings.
 """
 
 from collections import Counter, defaultdict
@@ -17,42 +18,44 @@ def _pairs(attributes: Attributes) -> set[tuple[str, str]]:
     return {(fold(name), fold(value)) for name, value in normalise(attributes).items()}
 
 
-def agreement(found: Sequence[Attributes], true: Sequence[Attributes]) -> dict[str, float]:
+def agreement(predicted: Sequence[Attributes], true: Sequence[Attributes]) -> dict[str, float]:
     """f1, precision and recall of the pairs, and exact_match, the share of listings whose pairs are
     all right and none is missing; 0 where there is nothing to count."""
-    right = given = wanted = exact = 0
-    for one, other in zip(map(_pairs, found), map(_pairs, true)):
-        right, given, wanted = right + len(one & other), given + len(one), wanted + len(other)
-        exact += one == other
+    n_right = n_predicted = n_true = n_exact = 0
+    for predicted_pairs, true_pairs in zip(map(_pairs, predicted), map(_pairs, true)):
+        n_right += len(predicted_pairs & true_pairs)
+        n_predicted += len(predicted_pairs)
+        n_true += len(true_pairs)
+        n_exact += predicted_pairs == true_pairs
     return {
-        "f1": 2 * right / max(given + wanted, 1),
-        "precision": right / max(given, 1),
-        "recall": right / max(wanted, 1),
-        "exact_match": exact / max(len(true), 1),
+        "f1": 2 * n_right / max(n_predicted + n_true, 1),
+        "precision": n_right / max(n_predicted, 1),
+        "recall": n_right / max(n_true, 1),
+        "exact_match": n_exact / max(len(true), 1),
     }
 
 
 def agreement_by_name(
-    found: Sequence[Attributes], true: Sequence[Attributes]
+    predicted: Sequence[Attributes], true: Sequence[Attributes]
 ) -> dict[str, dict[str, float]]:
     """The f1 of each attribute that is among the true ones, and in how many listings it is; the
     most frequent first."""
     shown = {fold(name): name for attributes in reversed(true) for name in normalise(attributes)}
-    right, given, wanted = Counter(), Counter(), Counter()
-    for one, other in zip(map(_pairs, found), map(_pairs, true)):
-        right.update(name for name, _ in one & other)
-        given.update(name for name, _ in one)
-        wanted.update(name for name, _ in other)
+    n_right, n_predicted, n_true = Counter(), Counter(), Counter()
+    for predicted_pairs, true_pairs in zip(map(_pairs, predicted), map(_pairs, true)):
+        n_right.update(name for name, _ in predicted_pairs & true_pairs)
+        n_predicted.update(name for name, _ in predicted_pairs)
+        n_true.update(name for name, _ in true_pairs)
     return {
-        shown[name]: {"f1": 2 * right[name] / (given[name] + count), "listings": count}
-        for name, count in wanted.most_common()
+        shown[name]: {"f1": 2 * n_right[name] / (n_predicted[name] + count), "listings": count}
+        for name, count in n_true.most_common()
     }
 
 
 class Majority:
-    """The answer of one who sees a listing's category alone: of each attribute that most listings
-    of the category have, the most frequent value. A category never seen gets that of all listings.
-    """
+    """A baseline that sees only a listing's category. It answers with the attributes that most
+    listings of the category have, each with its most frequent value. A category that is not among
+    the examples gets the answer for all listings together."""
 
     def __init__(self, examples: Iterable[tuple[str, Attributes]]):
         """examples: category and true attributes of listings to learn from."""
@@ -61,7 +64,7 @@ class Majority:
             lambda: defaultdict(Counter)
         )
         for category, attributes in examples:
-            for key in (category, None):  # None: all
+            for key in (category, None):  # None: all categories
                 listings[key] += 1
                 for name, value in _pairs(attributes):
                     values[key][name][value] += 1

@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from afmrl_jax.attributes.comparison import VERSION, fold, says_nothing, words
+from afmrl_jax.attributes.comparison import fold, says_nothing, words
 from afmrl_jax.attributes.identifiers import find_identifiers
 
-REMEMBERED = 1 << 15  # pairs whose terms are kept: a catalogue says the same few again and again
+REMEMBERED = 1 << 15  # pairs whose terms are cached: a catalogue repeats the same few pairs
 LONGEST_REMEMBERED = 100  # characters of a value
-TOLD = 0.5  # of what documents say on average: one that says less can't fully agree with another
+# A document must hold this share of an average document's attributes to fully agree with another.
+FULL_AGREEMENT_SHARE = 0.5
 
 
 def attribute_terms(
@@ -32,22 +33,22 @@ def attribute_terms(
     """The terms of a listing: "name=value" and the value's words, folded, repeats kept.
 
     {"color": "Navy Blue"} gives ["color=navy blue", "navy", "blue"]: two blues agree in part, two
-    navy blues fully. A value that says nothing (`is_empty`) gives nothing; of names that are equal
-    when folded the first counts, and those in `left_out`, folded, do not.
+    navy blues fully. A value that says nothing (`is_empty`) gives no term. Of names that are equal
+    when folded the first counts. left_out: folded names whose pairs give no terms.
     """
     pairs = _terms_by_name(attributes).items()
     return [term for name, terms in pairs if name not in left_out for term in terms]
 
 
 def _terms_by_name(attributes: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Folded name -> the terms of its value; none where the value says nothing."""
-    found: dict[str, tuple[str, ...]] = {}
+    """Folded name -> the terms of its value; no terms where the value says nothing."""
+    terms_by_name: dict[str, tuple[str, ...]] = {}
     for name, value in attributes.items():
         short = len(value) <= LONGEST_REMEMBERED
         name, terms = (_remembered if short else _pair_terms)(name, value)
-        if not found.get(name):
-            found[name] = terms
-    return found
+        if not terms_by_name.get(name):
+            terms_by_name[name] = terms
+    return terms_by_name
 
 
 def _pair_terms(name: str, value: str) -> tuple[str, tuple[str, ...]]:
@@ -67,7 +68,7 @@ _remembered = functools.lru_cache(REMEMBERED)(_pair_terms)
 def _count(
     documents: Sequence[Mapping[str, str]], left_out: Container[str] = frozenset()
 ) -> tuple[int, Counter[str]]:
-    """All terms of the documents, and in how many documents each is."""
+    """The number of terms in all documents, and for each term the number of documents with it."""
     n_terms, frequencies = 0, Counter()
     for attributes in documents:
         terms = attribute_terms(attributes, left_out)
@@ -77,42 +78,37 @@ def _count(
 
 
 def _empty_values(documents: Sequence[Mapping[str, str]]) -> Counter[str]:
-    """How often each value that says nothing stands in the documents, folded."""
+    """How often each value that says nothing (folded) occurs in the documents."""
     values = (fold(value) for attributes in documents for value in attributes.values())
     return Counter(value for value in values if says_nothing(value))
 
 
-def version_of(statistics: str) -> int:
-    """Of the comparison by which `CorpusStatistics.to_json` wrote them; the first named none."""
-    return json.loads(statistics).get("version", 1)
-
-
 @dataclass(frozen=True)
 class CorpusStatistics:
-    """What BM25 must know of the training catalogue; kept in checkpoints so that scores stay put.
+    """BM25's statistics of the training catalogue; kept in checkpoints so that scores stay put.
 
     idf = log(1 + (N - n + .5) / (n + .5)), which is never negative.
     """
 
     n_documents: int
     average_length: float  # terms a document, repeats counted
-    document_frequencies: dict[str, int]  # term -> documents that hold it; its place is its id
+    # Term -> number of documents that hold it. A term's position in the dict is its id.
+    document_frequencies: dict[str, int]
     k1: float = 1.2  # how slowly repeats of a term saturate
-    b: float = 0.75  # how much a long document is held back
-    identifiers: dict[str, int] = field(default_factory=dict)  # left out: name -> documents
-    empty_values: dict[str, int] = field(default_factory=dict)  # what says nothing -> how often
-    version: int = VERSION  # of the comparison that made the terms
+    b: float = 0.75  # how much a long document's weights are lowered
+    identifiers: dict[str, int] = field(default_factory=dict)  # names left out -> documents
+    empty_values: dict[str, int] = field(default_factory=dict)  # folded value -> occurrences
 
     @classmethod
     def from_documents(
         cls, documents: Sequence[Mapping[str, str]], k1: float = 1.2, b: float = 0.75
     ) -> "CorpusStatistics":
-        """Counts the terms of a catalogue's attributes, one mapping a document. Identifiers are
-        left out (`find_identifiers`), here and of what is encoded later."""
+        """Counts the terms of a catalogue's attributes, one mapping per document. Identifiers
+        (`find_identifiers`) are left out here and in everything that is encoded later."""
         n_terms, frequencies = _count(documents)
         if left_out := find_identifiers(frequencies):
             n_terms, frequencies = _count(documents, left_out)
-        # Sorted, as the ids must not hang on the hash seed of the process that counted.
+        # Sorted, because the ids must not depend on the hash seed of the process that counted.
         ordered = dict(sorted(frequencies.items()))
         average = n_terms / max(len(documents), 1)
         return cls(
@@ -126,32 +122,28 @@ class CorpusStatistics:
         return attribute_terms(attributes, self.identifiers)
 
     def to_json(self) -> str:
-        """All of it as one JSON object, read back by `from_json`."""
+        """All fields as one JSON object, read back by `from_json`."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> "CorpusStatistics":
-        """The statistics that `to_json` wrote. Raises ValueError where another version of the
-        comparison made their terms: with those of today they can't be compared."""
-        fields = json.loads(text)
-        if (version := fields.get("version", 1)) != VERSION:
-            raise ValueError(f"the statistics' terms are of version {version}, these of {VERSION}")
-        return cls(**fields)
+        """The statistics that `to_json` wrote."""
+        return cls(**json.loads(text))
 
     def encode(
         self, documents: Sequence[Mapping[str, str]], max_terms: int
     ) -> dict[str, np.ndarray]:
-        """Static arrays of N documents' attributes, for `bm25_matrix`.
+        """Arrays of a fixed shape that hold N documents' attributes, for `bm25_matrix`.
 
         Returns terms int32[N, T] (-1 pads), query_weights float32[N, T] = idf x count, and
         document_weights float32[N, T] = count (k1 + 1) / (count + k1 (1 - b + b length / average)),
         T = max_terms. A document with more distinct terms keeps those of the highest idf; its
-        length still counts them all. A term that the corpus lacks keeps the idf of an unseen one
-        and an id hashed from its text, equal in every process: two listings that share a value
-        coined after training still match.
+        length still counts them all. A term that the corpus lacks gets the idf of a term in no
+        document and an id hashed from its text, which is equal in every process: two listings that
+        share a value coined after training still match.
 
-        Weights beside a -1 are what a document leaves unsaid (`_unsaid`): a part of its score
-        against itself that no other document reaches.
+        One slot with id -1 may have weights. They hold the document's missing score
+        (`_missing_score`): a part of its score against itself that no other document reaches.
         """
         shape = (len(documents), max_terms)
         terms = np.full(shape, -1, np.int32)
@@ -159,8 +151,8 @@ class CorpusStatistics:
         document_weights = np.zeros(shape, np.float32)
         for row, attributes in enumerate(documents):
             pairs = _terms_by_name(attributes)
-            told = [terms for name, terms in pairs.items() if name not in self.identifiers]
-            listed = list(itertools.chain(*told))
+            pair_terms = [terms for name, terms in pairs.items() if name not in self.identifiers]
+            listed = list(itertools.chain(*pair_terms))
             length = len(listed) / (self.average_length or 1.0)
             saturation = self.k1 * (1 - self.b + self.b * length)
             kept = []
@@ -168,11 +160,11 @@ class CorpusStatistics:
                 term_id, idf = self._id_and_idf(term)
                 weight = count * (self.k1 + 1) / (count + saturation)
                 kept.append((term_id, idf * count, weight, idf))
-            unsaid = self._unsaid(
-                told.count(()), sum(query * weight for _, query, weight, _ in kept)
+            missing_score = self._missing_score(
+                pair_terms.count(()), sum(query * weight for _, query, weight, _ in kept)
             )
-            if unsaid:
-                kept.append((-1, unsaid, 1.0, math.inf))
+            if missing_score:
+                kept.append((-1, missing_score, 1.0, math.inf))
             if len(kept) > max_terms:
                 kept = sorted(kept, key=lambda term: (-term[3], term[0]))[:max_terms]
             for slot, (term_id, query_weight, document_weight, _) in enumerate(kept):
@@ -185,20 +177,23 @@ class CorpusStatistics:
             "document_weights": document_weights,
         }
 
-    def _unsaid(self, n_empty: int, own_score: float) -> float:
-        """What a document's score against itself would be higher by, had it said more.
+    def _missing_score(self, n_empty: int, self_score: float) -> float:
+        """The score that is added to a document's score against itself for attributes it lacks.
 
-        Two listings that say "navy" and of all else that it is unknown, or nothing at all, do not
-        agree fully. n_empty: its values that say nothing; each counts as a pair and a word of the
-        mean idf. own_score: of what it says. Together they are at least TOLD of what a document of
-        the corpus scores against itself.
+        Two listings that both say "navy", and leave everything else out or unknown, agree in
+        "navy" alone: they must not count as fully equal.
+
+        n_empty: number of values that say nothing; each counts as a pair and a word of mean idf.
+        self_score: score of the document's terms against itself. Its sum with the returned score
+        is at least FULL_AGREEMENT_SHARE of what an average document scores against itself.
         """
-        empty = 2 * n_empty * self._mean_idf
-        return max(empty, TOLD * self.average_length * self._mean_idf - own_score)
+        empty_score = 2 * n_empty * self._mean_idf
+        least = FULL_AGREEMENT_SHARE * self.average_length * self._mean_idf
+        return max(empty_score, least - self_score)
 
     @cached_property
     def _mean_idf(self) -> float:
-        """Of the terms as they stand in documents, repeats within one not counted."""
+        """The mean idf of all terms in all documents; a document's repeats of a term count once."""
         counts = self.document_frequencies.values()
         return sum(n * self._idf(n) for n in counts) / max(sum(counts), 1)
 
@@ -225,8 +220,8 @@ def bm25_matrix(
     document_terms: jax.Array,
     document_weights: jax.Array,
 ) -> jax.Array:
-    """BM25 of every document for every query: the sum of query weight x document weight over terms
-    that both hold (Robertson's BM25, split in two factors by `CorpusStatistics.encode`).
+    """BM25 of every document for every query: the sum of query weight x document weight over the
+    terms that both hold (Robertson's BM25, split into two factors by `CorpusStatistics.encode`).
 
     query_terms int32[B, T], query_weights float32[B, T], document_terms int32[M, U],
     document_weights float32[M, U]; terms below 0 match nothing. Returns float32[B, M].

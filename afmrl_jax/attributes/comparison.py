@@ -1,7 +1,7 @@
-"""When two names or two values are the same, in any writing, and when a value says nothing.
+"""Decides when two names or two values are the same, in any script, and when a value says nothing.
 
-All that compares attributes does so here: BM25's terms, the F1 of answers, names that stand twice.
-What is printed or shown to a model stays as it was written.
+Everything that compares attributes uses this file: BM25's terms, the F1 of answers, the search for
+repeated names. Text that is printed or shown to a model stays as it was written.
 """
 
 import functools
@@ -9,26 +9,28 @@ import itertools
 import re
 import unicodedata
 
-# Of what is made here. What is kept (BM25's statistics, look-alikes) carries it, so that nothing
-# made by another version is compared with this one's. 1: lower case and \w+ alone.
+# The version of the rules in this file. Files made with them (BM25's statistics, look-alikes) carry
+# it, so that they are never compared with texts folded by other rules. Version 1 knew only lower
+# case and \w+.
 VERSION = 2
 
-# Unicode's stream-safe limit (UAX 15). No writing has more marks on one letter, and Python sorts a
+# Unicode's stream-safe limit (UAX 15). No script has more marks on one letter, and Python sorts a
 # letter's marks in quadratic time.
 MAX_MARKS = 30
 
 LONGEST_EMPTY = 100  # characters of a value that says nothing
 
 
-# Fillers and selectors that no one sees, though their category is a letter's or a mark's; the
-# tatweel (U+0640) only makes an Arabic word longer.
+# Fillers and selectors that are invisible, though their Unicode category is a letter's or a mark's.
+# The tatweel (U+0640) only makes an Arabic word longer.
 _UNSEEN = {0x34F, 0x640, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x180B, 0x180C, 0x180D, 0x180F, 0x3164}
 _UNSEEN |= {0xAE, 0x2122, 0x2120}  # ® ™ ℠: "Lycra®" is "Lycra", and NFKC makes "tm" of ™
 _UNSEEN |= {0xFFA0, *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}
 
 
 class _Signs(dict):
-    """What a sign counts as, by its code, each looked up once: as itself where nothing is said."""
+    """Code point -> the text that it counts as in a comparison; each is looked up once. A code
+    point of no special category counts as itself."""
 
     def __missing__(self, code: int) -> str:
         sign = chr(code)
@@ -37,7 +39,7 @@ class _Signs(dict):
             self[code] = ""
         elif category == "Cs":  # half a character
             self[code] = "\ufffd"
-        elif category == "Nd":  # a digit of any writing
+        elif category == "Nd":  # a digit of any script
             self[code] = str(unicodedata.decimal(sign))
         elif category == "Cc":
             self[code] = " "
@@ -54,7 +56,7 @@ _SIGNS = _Signs(
         "i": "\u0131",  # no language is known, so Turkish I, İ, ı and i are one letter
     }.items() for sign in signs}
 )  # fmt: skip
-_DOTTED = re.compile("i\u0307+")  # what lower case makes of İ
+_DOTTED = re.compile("i\u0307+")  # the lower case of İ
 # ½, ² and the like after a digit: "38½" is not 381/2.
 _BEHIND_DIGIT = re.compile(
     "(?<=\\d)(?=[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u2089\u2150-\u215f])"
@@ -65,7 +67,7 @@ def fold(text: str) -> str:
     """The form in which texts are compared; doing it again changes nothing.
 
     Case folded (ß is ss, a final sigma a sigma), NFKC (full-width letters, ligatures, composed and
-    decomposed accents), digits of all writings as 0-9, signs that no one sees left out (joiners,
+    decomposed accents), digits of all scripts as 0-9, invisible signs left out (joiners,
     zero-width blanks, soft hyphens, direction marks) and ®, ™ too, typographic quotes, dashes and ×
     as on a keyboard, runs of blanks and control characters as one blank. Accents count.
     """
@@ -81,7 +83,7 @@ def fold(text: str) -> str:
 
 
 def few_marks(text: str) -> str:
-    """Without the marks of a letter beyond MAX_MARKS."""
+    """The text without those marks that exceed MAX_MARKS on one letter."""
     if len(text) <= MAX_MARKS:
         return text
     kept, run = [], 0
@@ -93,7 +95,7 @@ def few_marks(text: str) -> str:
 
 
 _ASCII_WORD = re.compile(r"\d+(?:[.,]\d+)+|\w+")  # "1.5" stays one word
-# Writings without blanks between words: Thai, Lao, Burmese, Khmer, Chinese, Japanese.
+# Scripts without blanks between words: Thai, Lao, Burmese, Khmer, Chinese, Japanese.
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3021-\u3029\u3031-\u30fa\u30fc-\u30ff"
     "\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -102,8 +104,9 @@ _UNSPACED = (
 
 @functools.cache
 def _patterns() -> tuple[re.Pattern, re.Pattern, re.Pattern]:
-    """A word; an unspaced run; a letter of one with its marks. `\\w` knows letters but no marks."""
-    codes = range(0x300, 0x1F000)  # marks behind it are none that `fold` leaves
+    """Patterns of a word or an unspaced run, of the first letter of an unspaced run, and of a
+    letter with its marks. They exist because `\\w` matches letters but no marks."""
+    codes = range(0x300, 0x1F000)  # `fold` leaves no marks beyond this range
     marks = "".join(chr(code) for code in codes if unicodedata.category(chr(code))[0] == "M")
     spaced = rf"(?:(?![{_UNSPACED}])[\w{marks}])+"
     unspaced = rf"(?:(?=[\w{marks}])[{_UNSPACED}{marks}])+"
@@ -117,7 +120,7 @@ def _patterns() -> tuple[re.Pattern, re.Pattern, re.Pattern]:
 def words(text: str) -> list[str]:
     """The words of a folded text, repeats kept. A letter's marks belong to it, as Hindi's vowels.
 
-    Where a writing has no blanks between words, every two neighbouring letters count as a word:
+    Where a script has no blanks between words, every two neighbouring letters count as a word:
     "深蓝色" and "蓝色" then share 蓝色, and a phrase can agree in part. Korean has blanks.
     """
     if text.isascii():
@@ -167,32 +170,32 @@ _EMPTY_VALUES = frozenset(
 )
 _SEEN = "specified|mentioned|stated|given|provided|listed|visible|available|known|shown|identified"
 _SEEN += "|found|indicated|disclosed|determined|applicable|clear|determinable|discernible|legible"
-_WHERE = "image|images|photo|photos|picture|pictures|text|title|description|listing|information"
-_WHAT = "brand|brand name|manufacturer|model|material|colou?r|size|information|info|details|data"
-_NOT_SAID = re.compile(
-    rf"(?:(?:(?:it|this|{_WHAT}) )?(?:is )?(?:not|none)(?: clearly| explicitly)? (?:{_SEEN})"
-    rf"|(?:unknown|unclear|unspecified)(?: (?:{_WHAT}))?"
+_PLACE = "image|images|photo|photos|picture|pictures|text|title|description|listing|information"
+_SUBJECT = "brand|brand name|manufacturer|model|material|colou?r|size|information|info|details|data"
+_NOT_STATED = re.compile(
+    rf"(?:(?:(?:it|this|{_SUBJECT}) )?(?:is )?(?:not|none)(?: clearly| explicitly)? (?:{_SEEN})"
+    rf"|(?:unknown|unclear|unspecified)(?: (?:{_SUBJECT}))?"
     rf"|no (?:information|info|data|details)(?: (?:{_SEEN}))?"
     rf"|no visible brand(?: name)?|no brand(?: name)? (?:{_SEEN})"
     r"|(?:cannot|can not|can t|could not) (?:be )?(?:determined?|identified|identify|seen?|tell)"
     r"|unable to (?:determine|identify|tell|see))"
     rf"(?:(?: (?:in|from|on|by|or|and|the|this|provided|given|product|seller s|alone))*"
-    rf" (?:{_WHERE}))*"
+    rf" (?:{_PLACE}))*"
 )
 
 
-# How a value that says nothing begins, to tell nearly all others at once.
+# The first three letters of values that say nothing: nearly all other values are ruled out by them.
 _STARTS = {value[:3] for value in _EMPTY_VALUES}
 _STARTS |= {"it", "thi", "is", "not", "non", "no", "can", "cou", "una"}
-_STARTS |= {what[:3] for what in _WHAT.split("|")}
+_STARTS |= {subject[:3] for subject in _SUBJECT.split("|")}
 
 
 def is_empty(value: str) -> bool:
     """Whether a value says nothing: blank, a dash, "unknown", "n/a", "not visible in the photo".
 
-    Such a value is no attribute anywhere: it makes no term, is not printed, shown, taught or
-    counted as an answer. Case, punctuation and blanks do not count. A modest list, in the
-    languages that sellers and models write; what it lacks is taken for a value.
+    Such a value counts as an attribute nowhere: it makes no term and is not printed, shown, taught
+    or counted as an answer. Case, punctuation and blanks do not matter. The list is modest, in the
+    languages that sellers and models write; a phrase that it lacks is taken for a value.
     """
     return says_nothing(fold(value))
 
@@ -201,9 +204,9 @@ def says_nothing(folded: str) -> bool:
     """`is_empty` of a folded value."""
     start = folded[:4]
     if start[:1].isdigit() or (start.isalpha() and start[:3] not in _STARTS):
-        return False  # nearly all values, at once
-    said = folded.partition("(")[0] or folded  # "unknown (no label is seen)"
-    if len(said) > LONGEST_EMPTY:
+        return False  # nearly all values take this quick way out
+    statement = folded.partition("(")[0] or folded  # "unknown (no label is seen)"
+    if len(statement) > LONGEST_EMPTY:
         return False
-    key = _SEPARATORS.sub(" ", said).strip()
-    return not key or key in _EMPTY_VALUES or _NOT_SAID.fullmatch(key) is not None
+    key = _SEPARATORS.sub(" ", statement).strip()
+    return not key or key in _EMPTY_VALUES or _NOT_STATED.fullmatch(key) is not None

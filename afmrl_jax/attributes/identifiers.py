@@ -1,21 +1,24 @@
-"""Attributes that tell products apart and nothing of them: sku, ean, the address of a page.
+"""Finds identifiers: attributes that tell products apart but do not describe them (sku, ean, url).
 
-Two offers of one thing differ in them. As the rarest of all terms they would outweigh in BM25
-everything that agrees, so they are found by their uniqueness and left out.
+Two offers of one product differ in their identifiers. As the rarest terms of all, identifiers would
+outweigh in BM25 everything that agrees, so they are found by their uniqueness and left out.
 """
 
 import re
 from collections import Counter
 from collections.abc import Mapping
 
-# Nearly every product has a value of its own, and there are so many that this is no chance. Of
-# those named as identifiers are, few can tell. Of others the values must look like codes too: the
-# models' names of a catalogue may be all different and still agree in their words.
-DISTINCT = 0.98  # of the products that have it
-CODES = 0.9  # of its values
-NAMED_PRODUCTS = 10
-PRODUCTS = 100
-NUMBERING = 5  # numbers to choose from, a product: drawn by chance, one in ten would stand twice
+# An attribute is an identifier if nearly every product has a different value, and if there are so
+# many products that this is no coincidence. If its name is an identifier's name, few products are
+# enough. Otherwise its values must also look like codes: the model names of a catalogue may all
+# differ and still agree in their words.
+DISTINCT = 0.98  # least share of distinct values among the products that have the attribute
+CODES = 0.9  # least share of the values that look like codes
+NAMED_PRODUCTS = 10  # least number of products for an attribute with an identifier's name
+PRODUCTS = 100  # least number of products for any other attribute
+# A numbering uses fewer than NUMBERING numbers per product. Numbers drawn at random from a range
+# that narrow would repeat: about one in ten would occur twice.
+NUMBERING = 5
 
 _NAMED = re.compile(
     r"(?<![^\W_])(?:ids?|uuid|guid|asin|sku|ean|upc|gtin|isbn|issn|mpn|url|uri|href|slug|barcode"
@@ -23,9 +26,9 @@ _NAMED = re.compile(
     r"|style|stock)[ _-]?(?:code|no|nr|number))(?![^\W_])"
 )
 _URL = re.compile(r"(?:\w+://|www\.)\S+")
-_LONG_WORD = re.compile(r"[^\W\d_]{3,}")  # of letters alone
-# Prices, sizes and the like ("12,5 cm", "67\"w x 20\"d", "rs. 999"): few products may all differ in
-# one. A dimension may stand before its number ("w 20 h 30").
+_LONG_WORD = re.compile(r"[^\W\d_]{3,}")  # letters only
+# Prices, sizes and the like ("12,5 cm", "67\"w x 20\"d", "rs. 999"): a small number of products may
+# all differ in such an amount. A dimension may stand before its number ("w 20 h 30").
 _NUMBER = r"\d{1,5}(?:[.,]\d{1,4})*"
 _UNIT = r"(?: ?(?:[\"'°]{1,2}[a-z]?|[^\W\d_]{1,4}\d?|[%€£$¥₹]))?\.?"
 _AMOUNT = re.compile(
@@ -36,11 +39,11 @@ _AMOUNT = re.compile(
 
 
 def find_identifiers(document_frequencies: Mapping[str, int]) -> dict[str, int]:
-    """The names of identifiers, each with the number of products that have it, most first.
+    """The names of identifiers, each with the number of products that have it, most frequent first.
 
-    document_frequencies: term -> products that hold it, of which "name=value" are read; see
-    `bm25.attribute_terms`. An identifier of listings, not of products, is found as well: of each
-    product one value is read.
+    document_frequencies: term -> number of products that hold it; only the terms "name=value" are
+    read, see `bm25.attribute_terms`. Identifiers of listings (not of products) are found as well,
+    because one value is read per product.
     """
     values: dict[str, list[str]] = {}
     products: Counter[str] = Counter()
@@ -65,7 +68,8 @@ def _tells_apart(name: str, values: list[str], products: int) -> bool:
 
 
 def _is_code(value: str) -> bool:
-    """Whether a folded value could be an identifier: an address, or a digit and no two words."""
+    """Whether a folded value could be an identifier: an address, or a text with a digit that is
+    neither several words nor an amount."""
     if _URL.fullmatch(value):
         return True
     has_words = " " in value and _LONG_WORD.search(value)
@@ -73,7 +77,8 @@ def _is_code(value: str) -> bool:
 
 
 def _is_numbering(values: list[str]) -> bool:
-    """Whether all are whole numbers of a range so narrow that, drawn from it, many were equal."""
+    """Whether all values are whole numbers from a range so narrow that numbers drawn at random from
+    it would repeat."""
     if not all(value.isdigit() and len(value) < 12 for value in values):
         return False
     numbers = [int(value) for value in values]

@@ -1,7 +1,7 @@
 """JSON as models write it: in prose, with single quotes or bare names, cut off, in many shapes.
 
-The text is read once from left to right and never executed; objects and lists may stand MAX_DEPTH
-deep.
+The text is read once from left to right and never executed. Objects and lists may be nested
+MAX_DEPTH deep.
 """
 
 import json
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from afmrl_jax.attributes.comparison import fold
 
 MAX_DEPTH = 8
-MAX_STARTS = 8  # brackets in a text from which reading is tried
+MAX_STARTS = 8  # opening brackets in a text at which reading is tried
 
 _START = re.compile(r"""\{(?=\s*(?:["'}]|\w[\w -]{0,50}:))|\[(?=\s*[\[{"'])""")
 _TOKEN = re.compile(
@@ -34,40 +34,41 @@ Pairs = list[tuple[str, str]]
 
 
 class Object(list):
-    """(key, node) of an object, in order, repeats kept. A node is a str, an Object or an Array."""
+    """The (key, node) pairs of an object, in order, repeats kept. A node is a str, an Object or an
+    Array."""
 
 
 class Array(list):
-    """The nodes of a list. whole: it was read to its end."""
+    """The nodes of a list. whole: True if the list was read to its end."""
 
     whole = False
 
 
 class _Ended(Exception):
-    """The text ends, or goes on as no JSON does."""
+    """The text ends, or continues in a way that JSON does not."""
 
 
 def read_json(text: str) -> tuple[Pairs, bool] | None:
-    """The pairs of the first JSON in a text, and whether it is whole; None where there is none.
+    """The pairs of the first JSON in a text, and whether it is whole; None if there is no JSON.
 
-    Of JSON that is cut off, those are read behind which something stands.
+    From JSON that is cut off, a pair is read only if more text follows it.
     """
-    found = None
+    empty_json = None
     for start, _ in zip(_START.finditer(text), range(MAX_STARTS)):
         pairs, end, whole = [], start.start(), True
-        while whole and _START.match(text, end):  # objects one after another, too
+        while whole and _START.match(text, end):  # also several objects in a row
             node, whole, end = _Reader(text, end).read()
-            # A list of two names stands in another: ["S", "M"] alone is a value.
+            # A list of two texts is a pair only inside another list: ["S", "M"] alone is a value.
             pairs += () if _is_pair(node) else _pairs(node)
             end = _BETWEEN.match(text, end).end()
         if pairs:
             return pairs, whole
-        found = found or (([], True) if whole and not node else None)
-    return found
+        empty_json = empty_json or (([], True) if whole and not node else None)
+    return empty_json
 
 
 class _Reader:
-    """Reads one value from `position` on; what was read of one that is cut off stays."""
+    """Reads one object or list from `position` on, up to its end or to where it is cut off."""
 
     def __init__(self, text: str, position: int):
         self._text, self._end = text, position
@@ -120,7 +121,7 @@ class _Reader:
 
 
 def _plain(token: str) -> str:
-    """The text of a scalar: true is "yes", null ""; a number stays as it is written."""
+    """The text of a scalar: true is "yes", null is ""; a number stays as it is written."""
     if token in tuple("{}[]:,"):
         raise _Ended
     if token[0] == '"':
@@ -134,7 +135,8 @@ def _plain(token: str) -> str:
 
 
 def _pairs(node: Object | Array | str, outer: str = "") -> Iterator[tuple[str, str]]:
-    """Names and values of a tree; a name inside another's object follows that ("size height")."""
+    """Names and values of a tree. The name of a nested object stands before the names inside it
+    ("size height")."""
     if isinstance(node, str):
         name, colon, value = node.partition(":")
         yield from [(name, value)] if colon else ()
@@ -145,16 +147,16 @@ def _pairs(node: Object | Array | str, outer: str = "") -> Iterator[tuple[str, s
         for part in node:
             yield from _pairs(part, outer)
     else:
-        yield from _of_object(node, outer)
+        yield from _object_pairs(node, outer)
 
 
 def _is_pair(node: Object | Array) -> bool:
-    """Whether it is ["color", "navy"]."""
-    is_two = isinstance(node, Array) and len(node) == 2 and node.whole
-    return is_two and all(isinstance(part, str) for part in node) and ":" not in node[0]
+    """Whether a node is a pair such as ["color", "navy"]."""
+    has_two = isinstance(node, Array) and len(node) == 2 and node.whole
+    return has_two and all(isinstance(part, str) for part in node) and ":" not in node[0]
 
 
-def _of_object(node: Object, outer: str) -> Iterator[tuple[str, str]]:
+def _object_pairs(node: Object, outer: str) -> Iterator[tuple[str, str]]:
     keys = {fold(key).replace("_", " "): child for key, child in node}
     name = next((keys[key] for key in keys if key in _NAMES), None)
     value = next((keys[key] for key in keys if key in _VALUES), None)
@@ -165,7 +167,7 @@ def _of_object(node: Object, outer: str) -> Iterator[tuple[str, str]]:
             yield name if isinstance(name, str) else outer, f"{text} {unit}".strip()
         return
     wrapped = [k for k, child in keys.items() if k in WRAPPERS and not isinstance(child, str)]
-    if len(wrapped) == 1 and "attributes" in wrapped[0]:  # the rest tells of the product
+    if len(wrapped) == 1 and "attributes" in wrapped[0]:  # the other keys hold no attributes
         yield from _pairs(keys[wrapped[0]], outer)
         return
     for key, child in node:
@@ -180,7 +182,7 @@ def _of_object(node: Object, outer: str) -> Iterator[tuple[str, str]]:
 
 
 def _text(node: Object | Array | str) -> str | None:
-    """A scalar, or a whole list of scalars joined by commas; None of what holds names itself."""
+    """A scalar, or a whole list of scalars joined by commas; None for a node that holds names."""
     if isinstance(node, str):
         return node
     if isinstance(node, Array) and node.whole and all(isinstance(part, str) for part in node):

@@ -1,8 +1,9 @@
-"""Attributes as models write them that were never taught our format, whatever they were asked for.
+"""Reads attributes from the answers of models that were not trained on this project's format.
 
-JSON of many shapes, lists, tables, commas for semicolons, markup, thoughts before and remarks
-behind: read where pairs of name and value stand, refused where none do. A generator that was
-taught here answers as it was taught: `text.parse` reads that, strictly.
+Such models answer with JSON of many shapes, lists, tables, commas for semicolons, markup, thoughts
+before and remarks behind the answer. An answer is read if it holds pairs of name and value, and
+refused otherwise. A generator that was trained here keeps the format: `text.parse` reads its
+answers, strictly.
 """
 
 import itertools
@@ -14,21 +15,21 @@ from afmrl_jax.attributes.comparison import fold, is_empty, words
 from afmrl_jax.attributes.json_text import WRAPPERS, read_json
 from afmrl_jax.attributes.text import MAX_CHARACTERS, MAX_PAIRS, Parsed, Verdict, normalise
 
-# How an answer was written; "prose" where no pair could be read.
+# The forms of an answer; "prose" if no pair could be read.
 FORMS = ("plain", "commas", "list", "table", "json", "prose")
 
-MAX_READ = 10 * MAX_CHARACTERS  # characters, thoughts left out
-LONGEST_NAME = 50
-LONGEST_VALUE = 300
-MOST_WORDS = 6  # of a name
-MOST_LETTERS = 12  # of a name in a writing without blanks
+MAX_READ = 10 * MAX_CHARACTERS  # characters of an answer without its thoughts
+LONGEST_NAME = 50  # characters
+LONGEST_VALUE = 300  # characters
+MOST_WORDS = 6  # words of a name
+MOST_LETTERS = 12  # letters of a name in a script without blanks
 
 Pairs = list[tuple[str, str]]
 
 
 @dataclass
 class _Read:
-    """form: of FORMS. pairs: as they stand there. broken: something among them is no pair."""
+    """form: one of FORMS. pairs: as they were written. broken: True if a piece is not a pair."""
 
     form: str
     pairs: Pairs = field(default_factory=list)
@@ -36,18 +37,18 @@ class _Read:
 
 
 def read_answer(text: str, closed: bool = True) -> Parsed:
-    """The attributes of any model's answer; never raises, in linear time.
+    """The attributes of any model's answer; never raises; takes linear time.
 
-    closed: whether the text ended by itself. Of one that was cut the last pair is left out. Values
-    that say nothing ("unknown") are left out, and what is said twice alike counts once. Remarks on
-    lines of their own do no harm; a piece of a line or an item of a list that is no attribute makes
-    the answer malformed, and so does a refusal. No spans are told.
+    closed: whether the model ended the text itself. The last pair of a text that was cut off is
+    left out. Values that say nothing ("unknown") are left out, and equal pairs count once. Remarks
+    on separate lines do no harm. A piece of a line or an item of a list that is no attribute makes
+    the answer malformed, and so does a refusal. The result has no spans.
     """
     body = _answer_of(text)
     long = len(body) > MAX_READ
     read = _read(body[:MAX_READ], closed and not long)
     attributes: dict[str, str] = {}
-    said: dict[str, str] = {}  # folded
+    folded_values: dict[str, str] = {}  # folded name -> folded value
     faults = set()
     for name, value in read.pairs[:MAX_PAIRS]:
         if is_empty(value):
@@ -55,10 +56,10 @@ def read_answer(text: str, closed: bool = True) -> Parsed:
         key, folded = fold(name), fold(value)
         if not _is_attribute(name, value):
             faults.add(Verdict.MALFORMED)
-        elif key not in said:
-            said[key] = folded
+        elif key not in folded_values:
+            folded_values[key] = folded
             attributes |= normalise({name: value})
-        elif said[key] != folded:
+        elif folded_values[key] != folded:
             faults.add(Verdict.DUPLICATE)
     if read.broken or (body and not read.pairs and read.form != "json"):
         faults.add(Verdict.MALFORMED)
@@ -84,7 +85,7 @@ _SPEAKING = re.compile(
     r"claro|por supuesto|estos son|gerne|natürlich|certo|к сожалению|извините|вот|конечно)"
     r"(?![\w/-])|(?:the|a|an|my|it|its)\s|抱歉|对不起|對不起|很抱歉|以下|根据|好的|当然|申し訳|죄송"
 )
-_SENTENCE = re.compile(  # how a value begins that is a sentence
+_SENTENCE = re.compile(  # the beginning of a value that is a sentence, not an attribute's value
     r"(?:i (?:can|cannot|can't|am|don't|do not|could|would|will)|i'm|sorry|unfortunately|as an ai"
     r"|(?:it|this|they|there) (?:is|are|was|has|have|can|could|looks|appears|features))(?!\w)"
     r"|抱歉|对不起|很抱歉|申し訳|죄송"
@@ -93,7 +94,7 @@ _REMARK = re.compile(
     r"explanation|reasoning|disclaimer|summary|conclusion|error|refusal|message|warning|answer|"
     r"final answer|response|result|please note"
 )
-# Where much follows; a charger has an output.
+# A remark only if many words follow: "output" may also be an attribute, of a charger.
 _NOTE = re.compile(r"notes?|nota|remark|comment|hinweis|output|注|备注|説明|说明")
 _SHORT = "max|min|no|nr|approx|avg|temp|ref|art|dim|qty|vol|est|incl|ca"  # "max. load", "no. of"
 _SHORT_WORD = re.compile(rf"(?:{_SHORT})", re.IGNORECASE)
@@ -102,15 +103,15 @@ _SENTENCE_ENDS = re.compile(r"[.!?]\s+\w")
 
 
 def _is_attribute(name: str, value: str) -> bool:
-    """Whether a pair can be one: a short name, a short value, neither a remark nor a refusal."""
+    """Whether a pair can be an attribute: a short name, a short value, no remark and no refusal."""
     folded = fold(name)
-    named = words(folded)
+    name_words = words(folded)
     n_words = len(value.split())
     is_remark = _REMARK.fullmatch(folded) or (_NOTE.fullmatch(folded) and n_words > MOST_WORDS)
     return (
         len(name) <= LONGEST_NAME
         and any(map(str.isalpha, folded))
-        and (len(folded.split()) <= MOST_WORDS and len(named) <= MOST_LETTERS)
+        and (len(folded.split()) <= MOST_WORDS and len(name_words) <= MOST_LETTERS)
         and name.count("(") == name.count(")")
         and not (is_remark or _SPEAKING.match(folded) or _MARKS_OF_CODE.search(folded))
         and len(value) <= LONGEST_VALUE
@@ -133,7 +134,8 @@ _TAGS = re.compile(r"<\|[^|<>\n]{1,40}\|>|</?(?:s|bos|eos|end_of_turn|start_of_t
 
 
 def _answer_of(text: str) -> str:
-    """What follows the thoughts, which may lack either end; without a template's tokens."""
+    """The text behind the thoughts, without a chat template's tokens. The begin or the end of the
+    thoughts may be missing."""
     start = max((end.end() for end in _THOUGHT_ENDS.finditer(text)), default=0)
     text = text[start:]
     if begin := _THOUGHT_BEGINS.search(text):
@@ -147,10 +149,10 @@ _FENCE = re.compile(r"```[\w-]*(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def _read(body: str, closed: bool) -> _Read:
-    """The first of the fenced blocks and the whole in which pairs stand."""
+    """Reads the first block that holds pairs: the fenced blocks are tried first, then all text."""
     for block in [fence[1] for fence in _FENCE.finditer(body)] + [body]:
-        if (found := read_json(block)) is not None:
-            pairs, whole = found
+        if (json_pairs := read_json(block)) is not None:
+            pairs, whole = json_pairs
             pairs = [(name.replace("_", " "), value) for name, value in pairs]
             if len(pairs) == 1 and _wraps(*pairs[0]):
                 pairs = (read := _read_lines(pairs[0][1], closed and whole)).pairs
@@ -163,7 +165,7 @@ def _read(body: str, closed: bool) -> _Read:
 
 
 def _wraps(name: str, value: str) -> bool:
-    """Whether a pair holds all others as text: {"attributes": "color: navy; sleeve: long"}."""
+    """Whether the value is a text of pairs: {"attributes": "color: navy; sleeve: long"}."""
     return fold(name) in WRAPPERS and _SIMPLE_PAIR.match(value) is not None
 
 
@@ -178,7 +180,8 @@ _COLUMN = re.compile(
 
 
 def _read_table(body: str, closed: bool) -> _Read | None:
-    """A Markdown table: a row a pair, or names in the heading and values in the one row below."""
+    """Reads a Markdown table: one pair per row, or names in the heading and values in the single
+    row below it."""
     lines = body.splitlines()
     rule = next((n for n, s in enumerate(lines) if "|" in s and _TABLE_RULE.fullmatch(s)), 0)
     if not rule:
@@ -203,19 +206,19 @@ def _cells(row: str) -> list[str]:
     return [_bare(cell.replace("\\|", "|")) for cell in _BAR.split(_MARKUP.sub("", row))]
 
 
-# What stands before attributes; not a pair's name where another pair follows.
+# Words that introduce attributes ("the attributes are:"); no pair's name if another pair follows.
 _OF_ATTRIBUTES = re.compile(
     r"attribut|atribut|eigenschaft|caracter[ií]sti|caractéristi|характеристик|атрибут|属性|속성"
     r"|(?:如下|以下の通り(?:です)?|以下のとおり(?:です)?|다음과 같습니다)$"
 )
 
 
-# ---- lines: lists, and pairs one behind another
+# ---- lines: lists, and several pairs on one line
 
 _BULLET = re.compile(
     r"\s*(?:(?:[*•·●▪◦‣–—+-]|\(?\d{1,3}[.)、]|\(?[a-z]\))\s+|[•●▪・･■□◆◇▶►➤]|[-*](?=\*\*))+"
 )
-# Signs before a name, as an emoji or the dash of an item that stands on one line with others.
+# Signs before a name, such as an emoji, or the dash of an item that shares a line with others.
 _ORNAMENT = re.compile(r"(?:[^\w\s\\(\[{<\"'“„«‘「『$€£@#%&+]|[\d#]\ufe0f?\u20e3|\s)+")
 _HEADING = re.compile(r"^\s*(?:#{1,6}|>)\s+")
 _MARKUP = re.compile(r"\*\*|__|`")
@@ -225,33 +228,32 @@ _GREETING = re.compile(
     r"|natürlich|certo|конечно)\b[^:：;；]{0,80}?[!.,]\s+",
     re.IGNORECASE,
 )
-# Behind a comma, a bar, a full stop, a dash, a number another pair begins, where a name and a colon
+# Another pair begins after a comma, a bar, a full stop, a dash or a number if a name and a colon
 # follow.
 _NEXT_PAIR = re.compile(
     r"(?:[,，、،|.。]|(?<=\S)(?:\t|\s+(?:[-–—•·/]|\(?\d{1,2}[.)])\s))\s*(?=[^:：\n]{0,50}[^\W\d_])"
     rf"(?=(?:(?i:{_SHORT})\.\s)?[^\s:：;,，、،|.。][^:：;,，、،|.。\n]{{0,{LONGEST_NAME}}}(?::\s|：))"
 )
-# What our format escapes is no separator here either.
+# Characters that the project's format escapes are no separators here either.
 _PIECE = re.compile(r"(?:\\[\\;:]|[^;；؛])++")
 _SIMPLE_PAIR = re.compile(rf"[^:：,，、،.。]{{1,{LONGEST_NAME}}}[:：]")
 _PAIR = re.compile(r"((?:\\[\\;:]|[^:：])*+)[:：](.*)", re.DOTALL)
-_LIST = re.compile(r"\[([^\[\]{}]*)\]")  # of values
+_LIST = re.compile(r"\[([^\[\]{}]*)\]")  # a list of values
 _ESCAPED = re.compile(r"\\([\\;:])")
 
 
 class _Piece(NamedTuple):
-    """What may be a pair. indent: of its line; is_item: of a list's; alone: on its line;
-    is_closed: a semicolon follows, so that a dot at its end belongs to the value."""
+    """A piece of text that may be a pair."""
 
     text: str
-    indent: int
-    is_item: bool
-    alone: bool
-    is_closed: bool
+    indent: int  # blanks before its line
+    is_item: bool  # an item of a list
+    alone: bool  # the only piece of its line
+    is_closed: bool  # a semicolon follows, so a dot at its end belongs to the value
 
 
 def _read_lines(body: str, closed: bool) -> _Read:
-    """Lists, and pairs behind one another on one line or more."""
+    """Reads lists, and pairs that follow one another on one line or on several."""
     read = _Read("plain")
     pieces: list[_Piece] = []
     for line in body.splitlines():
@@ -262,7 +264,7 @@ def _read_lines(body: str, closed: bool) -> _Read:
             read.form = "list"
         parts = [part for part in _PIECE.findall(_GREETING.sub("", text, 1)) if _bare(part)]
         within = [_pairs_in(part) for part in parts]
-        # Where semicolons part pairs, a comma or a full stop is of a value ("Alien, Part 1: x").
+        # If semicolons separate pairs, commas and full stops belong to values ("Alien, Part 1: x").
         are_pairs = len(parts) > 1 and all(map(_SIMPLE_PAIR.match, parts))
         are_pairs = are_pairs and all(len(pairs) < 3 for pairs in within)
         split = parts if are_pairs else list(itertools.chain(*within))
@@ -274,7 +276,7 @@ def _read_lines(body: str, closed: bool) -> _Read:
         for n, piece in enumerate(split, 1):
             is_closed = are_pairs and n < len(split)
             pieces.append(_Piece(piece, indent, bullet is not None, len(split) == 1, is_closed))
-    heading = None  # the place of a pair whose values stand in the items below it
+    heading = None  # index of the pair whose values are the items below it
     pieces = pieces if closed else pieces[:-1]
     for piece, below in itertools.zip_longest(pieces, pieces[1:]):
         name, value = _pair(piece.text, piece.is_closed)
@@ -285,7 +287,7 @@ def _read_lines(body: str, closed: bool) -> _Read:
             name, values = read.pairs[heading]
             read.pairs[heading] = name, f"{values}, {value}" if values else value
         elif piece.is_item and not name and below and below.is_item:
-            # A heading, where items below stand further in.
+            # This is a heading if the items below it are indented further.
             read.broken |= below.indent <= piece.indent
         elif piece.is_item or not piece.alone:
             read.broken = True
@@ -293,7 +295,7 @@ def _read_lines(body: str, closed: bool) -> _Read:
 
 
 def _pairs_in(part: str) -> list[str]:
-    """The pairs behind one another in a part of a line; "max. load" is one name."""
+    """Splits a part of a line into its pairs; "max. load" is one name."""
     split: list[str] = []
     for piece in reversed(_NEXT_PAIR.split(part)):
         if split and _SHORT_WORD.fullmatch(piece.strip()):
@@ -304,7 +306,7 @@ def _pairs_in(part: str) -> list[str]:
 
 
 def _pair(text: str, is_closed: bool = False) -> tuple[str, str]:
-    """Name and value of a piece; the name is "" where there is none."""
+    """Name and value of a piece; the name is "" if the piece has none."""
     for _ in range(2):
         pair = _PAIR.match(text)
         if not pair:
@@ -332,7 +334,8 @@ _ABBREVIATION = re.compile(
 
 
 def _bare(text: str, keeps_stop: bool = False) -> str:
-    """Without quotes around it, a comma or, unless told, a full stop behind it."""
+    """The text without quotes around it and without a comma behind it. A full stop at its end is
+    removed too, unless `keeps_stop`."""
     text = text.strip().rstrip(",，").rstrip()
     for _ in range(2):
         if not keeps_stop and text.endswith((".", "。")) and not text.endswith(".."):

@@ -1,22 +1,22 @@
-"""What a model's answers hold, in a few lines that a person can judge them by."""
+"""Summarises a model's answers in a few lines, so that a person can judge them."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-SHOWN_NAMES = 12  # the commonest
-SHOWN_ONCE = 5  # of the names that stand in one listing only
-SHOWN_CHARACTERS = 60  # of a name
-SHOWN_REASON = 300  # characters
+SHOWN_NAMES = 12  # most frequent names that are shown
+SHOWN_ONCE = 5  # names of a single listing that are shown
+SHOWN_CHARACTERS = 60  # characters of a name
+SHOWN_REASON = 300  # characters of a reason
 
 
 def describe_answers(
     valid: Iterable[Mapping[str, Any]], invalid: Iterable[Mapping[str, Any]]
 ) -> str:
-    """Lines without an end: how many answers there are, how they were read, the attributes' names.
+    """Lines about the number of answers, their forms and the attributes' names; no final newline.
 
-    valid: {"attributes": {name: value}}, with "form" where an answer was not plain. invalid:
-    {"verdict": ..., "answer": ...}, with "reason" where no answer came.
+    valid: {"attributes": {name: value}}, with "form" if the answer's form was not plain.
+    invalid: {"verdict": ..., "answer": ...}, with "reason" if no answer came.
     """
     forms, names, listings = Counter(), Counter(), 0
     for line in valid:
@@ -24,10 +24,10 @@ def describe_answers(
         listings += 1
         forms[str(line.get("form", "plain"))] += 1
         names.update(list(attributes) if isinstance(attributes, dict) else ())
-    told = [f"{listings} valid"]
+    lines = [f"{listings} valid"]
     if listings:
-        told[0] += f", {names.total() / listings:.1f} attributes each; read as {_counts(forms)}"
-        told.append(_describe_names(names, listings))
+        lines[0] += f", {names.total() / listings:.1f} attributes each; read as {_counts(forms)}"
+        lines.append(_describe_names(names, listings))
     verdicts, reasons, silent = Counter(), Counter(), 0
     for line in invalid:
         verdict = str(line.get("verdict"))
@@ -36,33 +36,34 @@ def describe_answers(
         if "reason" in line:
             reasons[str(line["reason"])] += 1
     if verdicts:
-        told.append(
+        lines.append(
             f"{verdicts.total()} invalid: {_counts(verdicts)}; to have some asked again, delete "
             "their lines from invalid.jsonl"
         )
     if silent:
-        told.append(
+        lines.append(
             f"{silent} of the unclosed hold no word: where a model thinks first, raise the limit "
             "of tokens in api.options, or have it not think"
         )
     if reasons:
         reason, count = reasons.most_common(1)[0]
         reason = reason if len(reason) <= SHOWN_REASON else reason[: SHOWN_REASON - 3] + "..."
-        told.append(f"the commonest reason for no answer ({count}): {reason}")
-    return "\n".join(told)
+        lines.append(f"the commonest reason for no answer ({count}): {reason}")
+    return "\n".join(lines)
 
 
 def _describe_names(names: Counter, listings: int) -> str:
-    """The commonest, then those that one listing alone has: many of these are a misread format."""
+    """The most frequent names, then those of a single listing: many such names are a sign that the
+    format was misread."""
     shown = Counter(dict(names.most_common(SHOWN_NAMES)))
-    told = f"names: {_counts(shown)}"
+    description = f"names: {_counts(shown)}"
     if more := len(names) - len(shown):
-        told += f" and {more} more"
+        description += f" and {more} more"
     once = [name for name, count in names.items() if count == 1] if listings > 1 else []
     if once:
         examples = ", ".join(_shown(name) for name in once[:SHOWN_ONCE])
-        told += f"; {len(once)} of {len(names)} in one listing only, as {examples}"
-    return told
+        description += f"; {len(once)} of {len(names)} in one listing only, as {examples}"
+    return description
 
 
 def _counts(counter: Counter) -> str:
@@ -70,6 +71,6 @@ def _counts(counter: Counter) -> str:
 
 
 def _shown(name: str) -> str:
-    """A name that fits a line and moves no terminal's cursor."""
+    """The name, shortened to fit a line and without control characters that move a cursor."""
     name = name if len(name) <= SHOWN_CHARACTERS else name[: SHOWN_CHARACTERS - 3] + "..."
     return name if name.isprintable() else ascii(name)

@@ -1,10 +1,10 @@
-r"""Attributes as text: "name: value; name: value", printed in one way and read in many.
+r"""Prints attributes as text, "name: value; name: value", and reads them back.
 
-What is printed reads back as it was, whatever the Unicode: `parse(format_attributes(x))` gives
-`normalise(x)`. Inside a name or a value `\`, `;` stand as `\\`, `\;`, and in a name `:` as `\:`;
-a name that begins as JSON, a list or a table does has a `\` before it.
-The reader also takes line breaks for ";", and blanks and ";" where none are needed. It is strict:
-it reads a generator that was taught this format. `attributes.reading` reads any model.
+`parse(format_attributes(x))` gives `normalise(x)`, whatever Unicode x holds. Inside a name or a
+value `\`, `;` are written as `\\`, `\;`, and in a name `:` as `\:`. A name that begins as JSON, a
+list or a table does gets a `\` before it.
+The reader also accepts line breaks for ";", and superfluous blanks and ";". Otherwise it is strict:
+it reads the answers of generators trained on this format. `attributes.reading` reads any model's.
 """
 
 import enum
@@ -20,32 +20,33 @@ MAX_PAIRS = 50
 
 _CONTROLS = dict.fromkeys((*range(32), *range(127, 160)), " ")
 _SURROGATES = re.compile("[\ud800-\udfff]")
-# Possessive, so that hostile text is never read twice.
+# The quantifiers are possessive, so that no text makes the pattern backtrack.
 _PIECE = re.compile(r"((?:\\[\\;:]|[^;\r\n])*+)(?:[;\r\n]|\Z)")
 _PAIR = re.compile(r"((?:\\[\\;:]|[^:])*+):(.*)", re.DOTALL)
 _ESCAPED = re.compile(r"\\([\\;:])")
-# How JSON, lists, tables, markup begin: where a name begins so, another format was written.
+# The beginnings of JSON, lists, tables and markup: a name that begins so is of another format.
 _FOREIGN = re.compile(r"[{}\[\"“<>|`*•·●▪‣–—-]|__|\d+[.)](?!\d)")
 
 
 class Verdict(enum.Enum):
-    """Whether a text keeps the format. Of several faults the first of these is told."""
+    """Whether a text keeps the format. A text with several faults gets the first of this list."""
 
     UNCLOSED = "unclosed"  # the token limit came before the end
     TOO_LONG = "too_long"  # more characters or pairs than allowed
-    EMPTY = "empty"  # no pair, or only such as say nothing
-    MALFORMED = "malformed"  # something is no pair, or half of it is missing
-    DUPLICATE = "duplicate"  # a name stands twice
+    EMPTY = "empty"  # no pair, or only pairs that say nothing
+    MALFORMED = "malformed"  # a piece is not a pair, or lacks its name or its value
+    DUPLICATE = "duplicate"  # a name occurs twice
     VALID = "valid"
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """What was read. attributes: all pairs that could be, whatever the verdict; normalised.
+    """The result of reading a text.
 
-    spans: each name's value in the text as it was given, (first character, behind the last), from
-    behind the colon to before the separator, blanks and all; `attributes.reading` tells none.
-    form: how the text was written, see `attributes.reading`.
+    attributes: all pairs that could be read, whatever the verdict; normalised.
+    spans: name -> (start, end) of its value in the text before stripping, from behind the colon to
+    before the separator, blanks included; `attributes.reading` leaves it empty.
+    form: one of `attributes.reading.FORMS`.
     """
 
     attributes: dict[str, str]
@@ -55,12 +56,12 @@ class Parsed:
 
 
 def normalise(attributes: Mapping[str, str]) -> dict[str, str]:
-    """The same attributes in the form that is printed and read; doing it again changes nothing.
+    """The same attributes in the form that is printed and read; normalising twice changes nothing.
 
     Names and values: NFC, at most MAX_MARKS marks a letter, half characters (lone surrogates)
-    replaced by U+FFFD, white space and control characters collapsed to one space. Names in lower
-    case. A pair whose name is blank or whose value says nothing (`is_empty`) is left out; of names
-    that are equal when folded the first stays.
+    replaced by U+FFFD, white space and control characters collapsed to one space. Names are in
+    lower case. A pair whose name is blank or whose value says nothing (`is_empty`) is left out. Of
+    names that are equal when folded the first stays.
     """
     normal: dict[str, tuple[str, str]] = {}
     for name, value in attributes.items():
@@ -71,7 +72,7 @@ def normalise(attributes: Mapping[str, str]) -> dict[str, str]:
 
 
 def format_attributes(attributes: Mapping[str, str]) -> str:
-    """ "name: value; name: value", normalised, in the order given; "" where there are none."""
+    """ "name: value; name: value", normalised, in the mapping's order; "" if there are none."""
     pairs = normalise(attributes).items()
     return "; ".join(f"{_print_name(name)}: {_escape(value, ';')}" for name, value in pairs)
 
@@ -83,10 +84,10 @@ def parse(
     max_characters: int = MAX_CHARACTERS,
     max_pairs: int = MAX_PAIRS,
 ) -> Parsed:
-    """Reads what `format_attributes` wrote, or a model; never raises, in linear time.
+    """Reads a text that `format_attributes` or a model wrote; never raises; takes linear time.
 
-    closed: whether the text ended by itself, not by a limit of tokens. Of a text that is cut, by
-    that limit or here by `max_characters`, the last pair is not trusted, and left out.
+    closed: whether the text ended by itself, not by a limit of tokens. If the text is cut, by that
+    limit or here by `max_characters`, its last pair may be incomplete and is left out.
     """
     blank = len(text) - len(text.lstrip())
     text = text.strip()
@@ -105,7 +106,7 @@ def parse(
         if not key or not value:
             faults.add(Verdict.MALFORMED)
         elif is_empty(value):
-            continue  # said in the format, and says nothing
+            continue  # well formed, but the value says nothing
         elif key in names:
             faults.add(Verdict.DUPLICATE)
         else:
@@ -139,7 +140,7 @@ def _print_name(name: str) -> str:
 
 
 def _read_name(text: str) -> str:
-    """The name that was printed as the text; "" where another format was written."""
+    """The name that was printed as this text; "" if the text is of another format."""
     text = _clean(text)
     if _FOREIGN.match(text):
         return ""

@@ -1,8 +1,8 @@
-"""Which rows of a converted catalogue are good listings: duplicates out, images looked at.
+"""Finds the good listings among a converted catalogue's rows: drops duplicates, checks images.
 
-What is known of a catalogue's content is known of every byte: its fingerprint, and its listings'
-`texts` and `photos`, are hashes of texts and of whole image files. A file is read again only where
-its state differs from when it was read (`conversion.file_state`).
+A catalogue's fingerprint, and its listings' `texts` and `photos`, are hashes of whole texts and
+whole image files: no byte is left out. A file is read again only if its state
+(`conversion.file_state`) differs from the state in which it was read.
 
 Axes: R rows of the converted source · N good listings among them · I images of a batch of rows · J
 images of all good listings.
@@ -31,22 +31,21 @@ from afmrl_jax.catalog.conversion import (
     FileState,
     file_state,
     hash_bytes,
-    new_folder,
     open_columns,
 )
 from afmrl_jax.catalog.names import SPLITS
 from afmrl_jax.catalog.sources import Source
 from afmrl_jax.catalog.validation import BadListing, ImageFolder, quote, read_image
-from afmrl_jax.core.files import write_atomically
+from afmrl_jax.core.files import whole_folder, write_atomically
 from afmrl_jax.core.pixels import is_one_colour
 
 X, Y = TypeVar("X"), TypeVar("Y")
-FULLY_DECODED = 100_000  # images; of a larger catalogue's others only the header is read
+FULLY_DECODED = 100_000  # images; of a larger catalogue's other images only the header is read
 log = logging.getLogger(__name__)
 
 
 def split_of_product(product_id: str) -> str:
-    """The split of a product whose catalogue names none: 1 in 20 is validation, the rest train."""
+    """The split of a product whose listings name none: 1 in 20 is validation, the rest train."""
     digest = hashlib.sha256(product_id.encode()).hexdigest()
     return "validation" if int(digest, 16) % 20 == 0 else "train"
 
@@ -54,21 +53,21 @@ def split_of_product(product_id: str) -> str:
 class SharedProducts(NamedTuple):
     """Products that have listings in two splits."""
 
-    held_out: str
-    other: str
-    products: int  # in both
-    of: int  # all products of the held-out split
-    listings: int  # of the held-out split, of products in both
-    example: int  # the index of one of these listings
+    held_out: str  # the split that should share nothing
+    other: str  # the split that it shares products with
+    products: int  # number of products in both splits
+    of: int  # number of products in the held-out split
+    listings: int  # number of the held-out split's listings of shared products
+    example: int  # index of one of these listings
 
 
 def shared_products(
     products: np.ndarray, listings: Mapping[str, np.ndarray]
 ) -> list[SharedProducts]:
-    """Which of validation and test share products with train, and test with validation.
+    """The pairs of splits that share products: validation or test with train, test with validation.
 
-    products: int32[N], codes 0..P-1. listings: split -> indices of its listings, of N; a split
-    that is left out is empty.
+    products: int32[N], codes 0..P-1. listings: split -> indices of its listings; a split that is
+    left out is empty.
     """
     n_products = int(products.max(initial=-1)) + 1
     inside = {split: np.zeros(n_products, bool) for split in SPLITS}
@@ -85,9 +84,9 @@ def shared_products(
 
 
 def describe_shared(shared: Sequence[SharedProducts], product_id: Callable[[int], str]) -> str:
-    """What `shared_products` gave, what it means, and what to do.
+    """A message that describes shared products, what they mean, and what to do.
 
-    product_id: the index of a listing -> its product_id.
+    shared: the result of `shared_products`. product_id: maps a listing's index to its product_id.
     """
     counts = [
         f"{s.products:,} of the {s.of:,} products of {s.held_out} are in {s.other} as well (with "
@@ -102,20 +101,20 @@ def describe_shared(shared: Sequence[SharedProducts], product_id: Callable[[int]
 
 
 def check(source: Source, converted: Path, *, workers: int, anew: bool = False) -> Path:
-    """The folder that says which rows of the converted source are good listings.
+    """Checks a converted source; returns the folder that lists its good listings.
 
-    It holds kept.npy int32[N] (rows), products.npy int32[N], splits.npy int32[N], texts.npy
-    uint64[N] (a hash of each listing's text, see `text_hash`), photos.npy uint64[J] (of each image
-    file), photo_starts.npy int64[N + 1] (each listing's first), bad.jsonl and summary.json. Images
-    are read and decoded in threads where the cache does not know them by their state; anew=True
-    looks at every image's state, not only at the watched ones'.
+    The folder holds kept.npy int32[N] (rows), products.npy int32[N], splits.npy int32[N], texts.npy
+    uint64[N] (a hash of each listing's text, see `text_hash`), photos.npy uint64[J] (a hash of each
+    image file), photo_starts.npy int64[N + 1] (the index in photos.npy of each listing's first),
+    bad.jsonl and summary.json. Threads read and decode the images whose state the cache does not
+    know. anew=True looks at every image's state; otherwise only the watched images are looked at.
     """
     with ThreadPoolExecutor(workers) as pool:
         state = _images_state(source, converted, pool)
         folder = converted / state
         if folder.exists() and not anew:
             return folder
-        with new_folder(folder) as temporary:
+        with whole_folder(folder) as temporary:
             _check_into(temporary, source, converted, pool)
             if anew:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -144,7 +143,7 @@ def _stat(root: Path, name: str) -> FileState:
 def _in_chunks(
     pool: Executor, function: Callable[[X], Y], items: list[X], size: int = 64
 ) -> list[Y]:
-    """[function(item) for item in items], a chunk of items to a task."""
+    """[function(item) for item in items]; each task of the pool takes `size` items."""
     chunks = [items[start : start + size] for start in range(0, len(items), size)]
     return [y for ys in pool.map(lambda chunk: [function(x) for x in chunk], chunks) for y in ys]
 
@@ -200,7 +199,7 @@ def _origin(table: pa.Table, row: int) -> tuple[str, int, int]:
 
 
 def _encode(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
-    """(int32[R] codes in order of first appearance, the values that they stand for)."""
+    """(int32[R] codes in order of first appearance, the value of each code). Null is -1."""
     encoded = column.dictionary_encode()
     if not encoded.num_chunks:
         return np.zeros(0, np.int32), pa.array([], column.type)
@@ -209,7 +208,7 @@ def _encode(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
 
 
 def _duplicates(table: pa.Table, source: Source) -> Iterator[tuple[int, BadListing]]:
-    """The rows whose listing_id an earlier row has."""
+    """The rows whose listing_id an earlier row already has."""
     codes, _ = _encode(table["listing_id"])
     _, first = np.unique(codes, return_index=True)
     repeated = np.ones(len(codes), bool)
@@ -229,22 +228,22 @@ def _duplicates(table: pa.Table, source: Source) -> Iterator[tuple[int, BadListi
 def _codes(table: pa.Table, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """The good listings' products int32[N], their splits int32[N], and the splits' names."""
     products, product_ids = _encode(table["product_id"])
-    said, values = _encode(table["split"])
+    row_codes, values = _encode(table["split"])
     names = sorted({*values.to_pylist(), "train", "validation"})
     code_of = {name: code for code, name in enumerate(names)}
     codes = [code_of[value] for value in values.to_pylist()]
-    splits = np.array([*codes, -1], np.int32)[said]  # said is -1 where a listing names none
+    splits = np.array([*codes, -1], np.int32)[row_codes]  # -1: the listing names no split
     if (splits < 0).any():
         rule = [code_of[split_of_product(str(product))] for product in product_ids]
         splits = np.where(splits < 0, np.array(rule, np.int32)[products], splits)
     _, first, dense = np.unique(products[kept], return_index=True, return_inverse=True)
-    order = np.empty(len(first), np.int32)  # codes in the order of the good listings
+    order = np.empty(len(first), np.int32)  # dense code -> code in the order of the good listings
     order[np.argsort(first)] = np.arange(len(first))
     return order[dense], splits[kept], names
 
 
 def _case_twins(table: pa.Table) -> tuple[int, list[str]]:
-    """How many product_ids differ from another by upper and lower case alone, and two such."""
+    """The number of product_ids that differ from another only in case, and an example of two."""
     ids = pc.unique(table["product_id"])
     lower = pc.utf8_lower(ids)
     counts = pc.value_counts(lower)
@@ -254,11 +253,12 @@ def _case_twins(table: pa.Table) -> tuple[int, list[str]]:
 
 
 class _ImageCheck:
-    """Looks at every image of a converted catalogue; remembers the good ones between runs.
+    """Checks every image of a converted catalogue; remembers the good images between runs.
 
-    An image file is known by a 64-bit hash of its name and state (of its bytes where they are
-    stored), whose last two bits say whether it was decoded or only its header read, and whether it
-    is of one colour; beside it stands the hash of its bytes.
+    The memory has one row per good image, uint64[n, 2]: a key and a hash of the file's bytes. The
+    key is a 64-bit hash of the file's name and state, or of its bytes if the source stores them.
+    The key's last two bits are flags: bit 0, the image was decoded (else only its header was read);
+    bit 1, it shows a single colour.
     """
 
     def __init__(
@@ -273,12 +273,12 @@ class _ImageCheck:
         self._memory = converted.parent / f"good_images-{FORMAT}.npy"
         exists = self._memory.exists()
         self._known = np.load(self._memory) if exists else np.zeros((0, 2), np.uint64)
-        self._good: list[np.ndarray] = []  # [n, 2]: the hash of name and state, that of the bytes
-        self._photos: list[np.ndarray] = []  # hashes of the bytes of all images in order
-        self.one_coloured: list[int] = []  # rows, of the images that were decoded
+        self._good: list[np.ndarray] = []  # rows of the memory, uint64[n, 2] each
+        self._photos: list[np.ndarray] = []  # hashes of the bytes of all images, in order
+        self.one_coloured: list[int] = []  # rows with a decoded image of one colour
 
     def problems(self) -> Iterator[tuple[int, BadListing]]:
-        """(row, what is wrong) of every image that can't be used."""
+        """(row, problem) of every image that can't be used."""
         start = 0
         batches = self._table.to_batches()
         stored = self._stored.to_batches() if self._stored else [None] * len(batches)
@@ -299,23 +299,24 @@ class _ImageCheck:
             start += len(batch)
 
     def of_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The hashes of some rows' images, uint64[J], and where each row's begin, int64[N + 1].
+        """The hashes of some rows' images, uint64[J], and each row's first index in them,
+        int64[N + 1].
 
-        rows: int32[N], ascending. Only after `problems` was read whole.
+        rows: int32[N], ascending. Call it only after the iterator `problems` has ended.
         """
         lengths = pc.list_value_length(self._table["images"]).to_numpy()
         photos = np.concatenate([np.zeros(0, np.uint64), *self._photos])
-        wanted = np.zeros(len(lengths), bool)
-        wanted[rows] = True
-        return photos[np.repeat(wanted, lengths)], np.cumsum([0, *lengths[rows]], dtype=np.int64)
+        in_rows = np.zeros(len(lengths), bool)
+        in_rows[rows] = True
+        return photos[np.repeat(in_rows, lengths)], np.cumsum([0, *lengths[rows]], dtype=np.int64)
 
     def remember(self) -> None:
-        """Keeps what is known of the good images for the next run."""
+        """Writes the memory of good images for the next run."""
         good = np.unique(np.concatenate([np.zeros((0, 2), np.uint64), *self._good]), axis=0)
         write_atomically(self._memory, good)
 
     def _look(self, image: tuple[str, pa.Scalar | None]) -> tuple[int, int, BadListing | None]:
-        """(hash of its name and state, hash of its bytes, what is wrong) of one image."""
+        """(key, hash of its bytes, problem) of one image; see the class for the key."""
         name, scalar = image
         data = scalar.as_py() if scalar is not None else None
         try:
@@ -327,9 +328,9 @@ class _ImageCheck:
             photo = None if data is None else key
             decode = (key >> 2) % self._decode_each == 0
             key &= ~3
-            for known in (key | 1, key | 3) if decode else (key | 1, key | 3, key):
-                if (seen := self._known_photo(known)) is not None:
-                    return known, seen, None
+            for flagged in (key | 1, key | 3) if decode else (key | 1, key | 3, key):
+                if (known_photo := self._known_photo(flagged)) is not None:
+                    return flagged, known_photo, None
             image = read_image(path, name, decode=decode)
             photo = _hash_of_file(path) if photo is None else photo
         except BadListing as problem:
@@ -337,9 +338,10 @@ class _ImageCheck:
         return key if image is None else key | 1 | 2 * is_one_colour(image), photo, None
 
     def _known_photo(self, key: int) -> int | None:
+        """The hash of an image's bytes if the memory has its key."""
         keys = self._known[:, 0]
-        place = np.searchsorted(keys, np.uint64(key))
-        return int(self._known[place, 1]) if place < len(keys) and int(keys[place]) == key else None
+        row = np.searchsorted(keys, np.uint64(key))
+        return int(self._known[row, 1]) if row < len(keys) and int(keys[row]) == key else None
 
 
 def _hash_of_file(path: str) -> int:

@@ -1,6 +1,6 @@
-"""Several catalogues as one.
+"""Joins several catalogues into one.
 
-Axes: N listings · P products, of all of them.
+Axes: N listings of all catalogues · P products of all catalogues.
 """
 
 import hashlib
@@ -21,16 +21,17 @@ log = logging.getLogger(__name__)
 
 
 class ConcatCatalog:
-    """Several catalogues one after another: see Catalog.
+    """A Catalog of several catalogues' listings, one catalogue after another.
 
-    A listing that several of them hold (identity.py says what makes two the same) belongs to the
-    first one's splits alone, so that no split holds it twice and no two splits hold it.
+    A listing that several catalogues hold (identity.py decides which listings are the same) belongs
+    only to its split in the first of them, so that no listing is in a split twice or in two splits.
     """
 
     def __init__(self, catalogs: Sequence[Catalog], shared_ids: bool = True):
-        """shared_ids: equal ids of two catalogues mean the same; else each numbers its own.
+        """shared_ids: True if equal ids in two catalogues mean the same listing or product; False
+        if each catalogue has its own numbering.
 
-        Tells what is shared. Raises UserError where one listing is said to be of two products.
+        Logs what is shared. Raises UserError if a listing has different products in two catalogues.
         """
         if not catalogs:
             raise ValueError("ConcatCatalog needs at least one catalogue")
@@ -40,30 +41,29 @@ class ConcatCatalog:
         mode = () if shared_ids else ("apart",)
         key = " ".join([*(catalog.fingerprint for catalog in catalogs), *mode])
         self.fingerprint = hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-        who = identify_listings(catalogs) if shared_ids else keep_apart(catalogs)
-        self.products, self.identities = who.products, who.listings
+        identities = identify_listings(catalogs) if shared_ids else keep_apart(catalogs)
+        self.products, self.identities = identities.products, identities.listings
         cure = "where each catalogue numbers its own, set data.shared_ids=False"
-        if who.disputed:
+        if disputed := identities.disputed:
             raise UserError(
-                f"{self.name}: {len(who.disputed):,} listings are of one product in one catalogue "
-                f"and of another in the next (as {who.disputed[0]!r}): correct their product_id, "
+                f"{self.name}: {len(disputed):,} listings are of one product in one catalogue "
+                f"and of another in the next (as {disputed[0]!r}): correct their product_id, "
                 f"or, {cure}"
             )
-        if report := who.report():
-            log.log(
-                logging.WARNING if who.apart else logging.INFO, f"{self.name}: {report}; {cure}"
-            )
-        self._tell_of_shared_products()
+        if report := identities.report():
+            level = logging.WARNING if identities.apart else logging.INFO
+            log.log(level, f"{self.name}: {report}; {cure}")
+        self._warn_of_shared_products()
 
-    def _tell_of_shared_products(self) -> None:
-        """Warns of products in two splits that several of the catalogues have: each one has told of
-        its own."""
+    def _warn_of_shared_products(self) -> None:
+        """Warns of products that are in several catalogues and in two splits. Products in two
+        splits of a single catalogue were reported when that catalogue was opened."""
         codes = [np.unique(part) for part in np.split(self.products, self._starts[1:-1])]
-        several = np.bincount(np.concatenate(codes)) > 1
+        in_several = np.bincount(np.concatenate(codes)) > 1
         listings = {}
         for split in SPLITS:
-            inside = self.indices(split)
-            listings[split] = inside[several[self.products[inside]]]
+            indices = self.indices(split)
+            listings[split] = indices[in_several[self.products[indices]]]
         if shared := shared_products(self.products, listings):
             log.warning(
                 "%s: of the products that several of them have, %s",
@@ -93,8 +93,8 @@ class ConcatCatalog:
     def _find(self, index: int) -> tuple[Catalog, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"listing {index} of {len(self)}")
-        which = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._catalogs[which], int(index - self._starts[which])
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return self._catalogs[number], int(index - self._starts[number])
 
     def listing(self, index: int, draw: int = 0) -> Listing:
         catalog, index = self._find(index)

@@ -1,14 +1,14 @@
-"""Turns a catalogue's source into memory-mapped Arrow columns, once.
+"""Converts a catalogue's source into memory-mapped Arrow columns, once.
 
-The cache holds, for each catalogue, CATALOGUE/CONTENT/ with the listings as Arrow IPC (and the
-image bytes, where the source stores them), a hash of each one's text, the records that are no
-listings, and a summary. CONTENT is a hash of every byte of the source: a changed source leads to
-another folder, and folders are only ever added, whole, by renaming, so that several processes may
-convert at once. The cache may be deleted whenever no program runs.
+The cache holds a folder CATALOGUE/CONTENT/ with the listings as Arrow IPC (and the image bytes, if
+the source stores them), a hash of each listing's text, the bad records, and a summary. CONTENT is a
+hash of every byte of the source, so a changed source gets another folder. Folders are only added,
+never changed, and appear whole by renaming, so several processes may convert at once. The cache may
+be deleted whenever no program runs.
 
-Bytes are hashed again only where a file's inode, size or times differ (`file_state`). Its time of
-change (ctime) is among them: tar, rsync and image layers keep size and modification time of what
-they replace, but no program can set the time of change.
+A file's bytes are hashed again only if its inode, size or times differ (`file_state`). The times
+include the time of change (ctime): tar, rsync and image layers keep size and modification time of
+the file that they replace, but no program can set the time of change.
 """
 
 import array
@@ -17,8 +17,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,13 +36,14 @@ from afmrl_jax.catalog.validation import (
     identify,
 )
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.files import write_atomically
+from afmrl_jax.core.files import whole_folder, write_atomically
 
-FORMAT = 2  # of what the cache holds; raise it with any change of this file or catalog/checking.py
+# The version of the cache's contents; raise it with any change of this file or catalog/checking.py.
+FORMAT = 2
 BATCH_ROWS = 8192
 BATCH_BYTES = 32 << 20
-NAMED = 1000  # unread fields, and names of splits, that are counted one by one
-WATCHED_IMAGES = 100_000  # images whose state is looked at each time a catalogue opens
+NAMED = 1000  # unread fields, and names of splits, that are counted separately
+WATCHED_IMAGES = 100_000  # images whose state is checked each time a catalogue opens
 
 LISTING_COLUMNS = pa.schema(
     [
@@ -57,33 +56,15 @@ LISTING_COLUMNS = pa.schema(
         ("split", pa.string()),
         ("images", pa.list_(pa.string())),
         ("part", pa.int32()),
-        ("number", pa.int64()),  # with `part`, where the listing stands in its source
+        ("number", pa.int64()),  # line, row or record of the listing in its part of the source
     ]
 )
 IMAGE_COLUMNS = pa.schema([("images", pa.list_(pa.large_binary()))])
 log = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that takes the name `path` once it is whole.
-
-    Where another process was faster, its folder stays.
-    """
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".unfinished-"))
-    try:
-        yield temporary
-        try:
-            temporary.rename(path)
-        except OSError:
-            if not path.exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 class BadListings:
-    """Writes down the bad listings of one pass, and counts them by kind."""
+    """Writes the bad listings of one pass to a file, and counts them by kind."""
 
     def __init__(self, path: Path, source: Source):
         self._file = path.open("w")
@@ -100,12 +81,13 @@ class BadListings:
 
 
 class Readings:
-    """Counts what good listings say that is not read, or read otherwise than it is written."""
+    """Counts the good listings' fields that are not read, and values that are changed when read."""
 
     def __init__(self) -> None:
-        self._unread: Counter[str] = Counter()  # fields -> listings
-        self._cleaned: dict[str, list] = {}  # identifier -> [listings, as written, as read]
-        self._splits: dict[str, list] = {}  # as written -> [listings, as read]
+        self._unread: Counter[str] = Counter()  # field -> number of listings
+        # Field -> [number of listings, an example as written, the same as read].
+        self._cleaned: dict[str, list] = {}
+        self._splits: dict[str, list] = {}  # split as written -> [number of listings, as read]
         self._without_split = 0
 
     def add(self, record: Mapping[str, Any], listing: CheckedListing) -> None:
@@ -119,7 +101,7 @@ class Readings:
             text, value = record.get(field), getattr(listing, field)
             if text == value or not value:
                 continue
-            text = text.decode() if isinstance(text, bytes) else text  # of TFDS
+            text = text.decode() if isinstance(text, bytes) else text  # TFDS stores bytes
             if text == value:
                 continue
             text, value = text[:LONGEST], value[:LONGEST]
@@ -154,8 +136,8 @@ FileState = tuple[int, int, int, int]
 
 
 def file_state(status: os.stat_result) -> FileState:
-    """What differs once a file was written again or replaced: inode, bytes, and its times of
-    modification and of change in ns."""
+    """(inode, size in bytes, time of modification in ns, time of change in ns) of a file: at least
+    one of them differs once the file was rewritten or replaced."""
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
@@ -166,7 +148,8 @@ def _source_state(source: Source) -> str:
 
 
 def _source_content(source: Source, home: Path, state: str) -> str:
-    """A hash of the source files' names and bytes; remembered in `home` for the state they have."""
+    """A hash of the source files' names and bytes. `home` keeps it for the files' state, so that
+    unchanged files are hashed once."""
     remembered = home / f"{state}.content"
     if not remembered.exists():
         parts = [FORMAT]
@@ -182,7 +165,7 @@ def _hash_of(value: object) -> str:
 
 
 def convert(source: Source, cache_dir: Path) -> Path:
-    """The folder of the converted source, converted now where the cache has none."""
+    """The folder of the converted source; converts it now if the cache has no such folder."""
     path_hash = hashlib.blake2b(str(source.path).encode(), digest_size=6).hexdigest()
     home = cache_dir / f"{source.name}-{path_hash}"
     try:
@@ -195,7 +178,7 @@ def convert(source: Source, cache_dir: Path) -> Path:
     folder = home / _source_content(source, home, state)
     if not folder.exists():
         log.info("%s: converting %s", source.name, source.path)
-        with new_folder(folder) as temporary:
+        with whole_folder(folder) as temporary:
             _convert_into(temporary, source)
             if _source_state(source) != state:
                 raise UserError(f"{source.path} changed while it was read: start again")
@@ -208,7 +191,7 @@ def hash_bytes(data: bytes) -> int:
 
 
 def text_hash(title: str, description: str, category: str) -> int:
-    """64 bits of what a listing says, in whichever form of Unicode and with whichever blanks."""
+    """A 64-bit hash of a listing's text. Unicode's forms and the number of blanks do not matter."""
     texts = (
         " ".join(unicodedata.normalize("NFC", t).split()) for t in (title, description, category)
     )
@@ -256,21 +239,22 @@ def _good_records(
 
 
 def _watched(folder: Path, n_images: int) -> list[str]:
-    """Names of image files whose state is looked at whenever the catalogue opens.
+    """Names of image files whose state is checked whenever the catalogue opens.
 
-    Of more than WATCHED_IMAGES, at most as many, spread evenly, and the folders of all: whoever
-    replaces a file by another (as tar and rsync do) changes its folder too.
+    If there are more than WATCHED_IMAGES, at most that many are watched, spread evenly, and all
+    images' folders too: a program that replaces a file by another (as tar and rsync do) changes the
+    folder.
     """
     step = max(1, -(-n_images // WATCHED_IMAGES))
     names: list[str] = []
     folders: set[str] = set()
-    seen = 0
+    n_seen = 0
     for batch in open_columns(folder / "listings.arrow").to_batches():
         flat = batch.column("images").flatten()
-        names += [name for name in flat[-seen % step :: step].to_pylist() if name]
+        names += [name for name in flat[-n_seen % step :: step].to_pylist() if name]
         if step > 1:
             folders.update(name.rpartition("/")[0] for name in flat.to_pylist() if name)
-        seen += len(flat)
+        n_seen += len(flat)
     return names + sorted(folders)
 
 
@@ -322,10 +306,10 @@ class _Writer:
 def _to_batch(rows: Iterable[tuple], schema: pa.Schema) -> pa.RecordBatch:
     columns = zip(*rows)
     return pa.record_batch(
-        [pa.array(column, kind) for column, kind in zip(columns, schema.types)], schema=schema
+        [pa.array(column, dtype) for column, dtype in zip(columns, schema.types)], schema=schema
     )
 
 
 def open_columns(path: Path) -> pa.Table:
-    """An Arrow IPC file as a table that stays on disk until it is read."""
+    """An Arrow IPC file as a memory-mapped table."""
     return pa.ipc.open_file(pa.memory_map(os.fspath(path))).read_all()

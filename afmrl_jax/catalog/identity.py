@@ -1,11 +1,12 @@
-"""Which listings of several catalogues are the same listing, and which only look so.
+"""Decides which listings of several catalogues are the same listing.
 
-Two listings are the same where their listing_id and product_id are equal and they share a photo, or
-their text where one of them has no photo: a query of one catalogue must not find itself in another.
-Two that are the same as a third are one as well.
+Two listings are the same if their listing_id and product_id are equal and they share a photo (or,
+if one of them has no photo, their text). They must be recognised because a query of one catalogue
+must not find itself in another. Two listings that are both the same as a third are the same, too.
 
-Equal ids alone are not enough. One id may have been given to two listings, and one listing may be
-shown by a customer's photo here and by a studio's there, which is a query worth asking.
+Equal ids alone are not enough. Two different listings may have got the same id. And one catalogue
+may show a listing by a customer's photo and another by a studio's photo: finding the one by the
+other is a real query.
 
 Axes: N listings of all catalogues · P products of all catalogues.
 """
@@ -22,13 +23,14 @@ from afmrl_jax.catalog.conversion import text_hash
 if TYPE_CHECKING:
     from afmrl_jax.catalog.listings import Catalog
 
-# What stands in a key for no text and for no photos: nothing is alike in these.
+# The halves of a key that stand for no text and for no photos. Two listings that both lack a text
+# (or photos) are not alike in it.
 NO_TEXT, NO_PHOTOS = f"{text_hash('', '', ''):016x}", "0" * 16
 EXAMPLES = 3  # ids that a report quotes
 
 
 class Content(NamedTuple):
-    """What a listing shows, as hashes of 64 bits: of its text, and of each photo's file."""
+    """A listing's content as 64-bit hashes: one of its text, and one of each photo's file."""
 
     text: int
     photos: frozenset[int]
@@ -42,50 +44,50 @@ class Content(NamedTuple):
         return f"{self.text:016x}{photos:016x}"
 
 
-def match_keys(written: str, now: str) -> Literal["whole", "part", "none"]:
-    """How much of a listing is still as it was: its text and photos, one of them, or none.
+def match_keys(old: str, new: str) -> Literal["whole", "part", "none"]:
+    """How much of a listing is unchanged: its text and its photos, one of the two, or neither.
 
-    written, now: its `Content.key` at two times.
+    old, new: the listing's `Content.key` at two times.
     """
-    if written == now:
+    if old == new:
         return "whole"
-    half = len(now) // 2
-    same_text = written[:half] == now[:half] != NO_TEXT
-    same_photos = written[half:] == now[half:] != NO_PHOTOS
+    half = len(new) // 2
+    same_text = old[:half] == new[:half] != NO_TEXT
+    same_photos = old[half:] == new[half:] != NO_PHOTOS
     return "part" if same_text or same_photos else "none"
 
 
 @dataclass(frozen=True)
 class Identities:
-    """Who is who in several catalogues, listed one after the other.
+    """The listings and products of several catalogues, with equal ones recognised.
 
-    listings: int32[N], the number of the first listing that is the same one. products: int32[N],
-    dense codes. The rest are ids for a report, those that several catalogues have.
+    Listings are numbered through all catalogues, one catalogue after the other.
     """
 
-    listings: np.ndarray
-    products: np.ndarray
+    listings: np.ndarray  # int32[N]: the number of the first listing that is the same
+    products: np.ndarray  # int32[N]: dense codes of products
+    # For reports, ids that several catalogues have:
     merged: list[str]  # listing_ids of listings that are the same
-    apart: list[str]  # listing_ids of listings that are not
-    disputed: list[str]  # of listings that are the same but for their product_id
-    shared_products: list[str]
+    apart: list[str]  # listing_ids of listings that are different
+    disputed: list[str]  # listing_ids of listings that differ only in their product_id
+    shared_products: list[str]  # product_ids
 
     def report(self) -> str:
-        """What is shared and how it is taken, in a sentence; "" where nothing is."""
+        """A sentence about the shared ids and what they are taken for; "" if none are shared."""
         parts = (
             (self.merged, "listings stand in several of them and count once"),
             (self.apart, "listing_ids name different listings, which stay apart"),
             (self.shared_products, "product_ids stand in several and name one product each"),
         )
         return "; ".join(
-            f"{len(ids):,} {what} (as {', '.join(map(repr, ids[:EXAMPLES]))})"
-            for ids, what in parts
+            f"{len(ids):,} {meaning} (as {', '.join(map(repr, ids[:EXAMPLES]))})"
+            for ids, meaning in parts
             if ids
         )
 
 
 def identify_listings(catalogs: Sequence["Catalog"]) -> Identities:
-    """Who is who where equal ids of the catalogues mean the same."""
+    """The identities if equal ids in two catalogues mean the same listing or product."""
     starts = np.cumsum([0, *map(len, catalogs)])
     products, shared_products = _products(catalogs)
     listings = np.arange(starts[-1], dtype=np.int32)
@@ -94,9 +96,9 @@ def identify_listings(catalogs: Sequence["Catalog"]) -> Identities:
     for listing_id, rows in _repeated(ids):
         contents = []
         for row in rows:
-            which = int(np.searchsorted(starts, row, side="right")) - 1
-            contents.append(catalogs[which].content(int(row - starts[which])))
-        groups = _alike(contents)
+            number = int(np.searchsorted(starts, row, side="right")) - 1
+            contents.append(catalogs[number].content(int(row - starts[number])))
+        groups = _group_contents(contents)
         for group in groups:
             listings[rows[group]] = rows[group[0]]
         if any(len(group) > 1 for group in groups):
@@ -109,19 +111,20 @@ def identify_listings(catalogs: Sequence["Catalog"]) -> Identities:
 
 
 def keep_apart(catalogs: Sequence["Catalog"]) -> Identities:
-    """Who is who where each catalogue numbers its own: nobody is in two of them."""
+    """The identities if each catalogue has its own numbering: no listing or product is shared."""
     counts = [len(catalog.product_ids) for catalog in catalogs]
     parts = [catalog.products + start for catalog, start in zip(catalogs, np.cumsum([0, *counts]))]
     products = np.concatenate(parts).astype(np.int32)
     return Identities(np.arange(len(products), dtype=np.int32), products, [], [], [], [])
 
 
-def _alike(contents: Sequence[Content]) -> list[list[int]]:
-    """Which of the contents are of one listing: groups of their numbers, ascending, the first one's
-    first. Whatever two have in common with a third makes them one too, in whichever order."""
+def _group_contents(contents: Sequence[Content]) -> list[list[int]]:
+    """Groups the contents of the same listing. A group holds indices, ascending; the groups are
+    ordered by their first index. Two contents that are both the same as a third are in one group,
+    whatever their order."""
     groups: list[list[int]] = []
-    for place, content in enumerate(contents):
-        apart, joined = [], [place]
+    for index, content in enumerate(contents):
+        apart, joined = [], [index]
         for group in groups:
             if any(_same_content(contents[other], content) for other in group):
                 joined += group
@@ -131,14 +134,14 @@ def _alike(contents: Sequence[Content]) -> list[list[int]]:
     return groups
 
 
-def _same_content(one: Content, other: Content) -> bool:
-    if one.photos and other.photos:
-        return bool(one.photos & other.photos)
-    return one.text == other.text
+def _same_content(left: Content, right: Content) -> bool:
+    if left.photos and right.photos:
+        return bool(left.photos & right.photos)
+    return left.text == right.text
 
 
 def _products(catalogs: Sequence["Catalog"]) -> tuple[np.ndarray, list[str]]:
-    """int32[N], the code of each listing's product, and the product_ids that several have."""
+    """int32[N], the code of each listing's product, and the product_ids of several catalogues."""
     ids = pa.chunked_array([catalog.product_ids for catalog in catalogs], pa.large_string())
     codes = _codes(ids)
     parts = np.split(codes, np.cumsum([len(catalog.product_ids) for catalog in catalogs])[:-1])
@@ -147,15 +150,15 @@ def _products(catalogs: Sequence["Catalog"]) -> tuple[np.ndarray, list[str]]:
 
 
 def _codes(values: pa.ChunkedArray) -> np.ndarray:
-    """int32[n]: equal for equal values, in order of first appearance."""
+    """int32[n]: codes, equal for equal values, in order of first appearance."""
     chunks = values.combine_chunks().dictionary_encode()
     return chunks.indices.to_numpy().astype(np.int32)
 
 
 def _repeated(values: pa.ChunkedArray) -> list[tuple[str, np.ndarray]]:
-    """The values that stand more than once, each with its places, ascending."""
+    """The values that occur more than once, each with its row numbers, ascending."""
     codes = _codes(values)
-    places = np.flatnonzero(np.bincount(codes)[codes] > 1)
-    places = places[np.argsort(codes[places], kind="stable")]
-    groups = np.split(places, np.flatnonzero(np.diff(codes[places])) + 1) if len(places) else []
-    return [(values[int(rows[0])].as_py(), rows) for rows in groups]
+    rows = np.flatnonzero(np.bincount(codes)[codes] > 1)
+    rows = rows[np.argsort(codes[rows], kind="stable")]
+    groups = np.split(rows, np.flatnonzero(np.diff(codes[rows])) + 1) if len(rows) else []
+    return [(values[int(group[0])].as_py(), group) for group in groups]

@@ -1,7 +1,7 @@
-"""Catalogues: the listings that everything else reads.
+"""Catalogues: the listings that all programs read.
 
-`open_catalog` opens the user's products; `data/builtin` renders some. Conversion, checks and their
-cache are told in conversion.py and checking.py.
+`open_catalog` opens the user's products; `catalog/synthetic.py` renders built-in ones. See
+conversion.py and checking.py for the conversion, the checks and their cache.
 
 Axes: N listings · P products.
 """
@@ -43,7 +43,7 @@ __all__ = [
     "split_name",
     "split_of_product",
 ]
-REPORTED = 20  # bad listings told one by one before the report turns to counts
+REPORTED = 20  # bad listings that a report describes; the rest are only counted
 SKIP_HINT = 'set data.on_bad_listing="skip"'
 log = logging.getLogger(__name__)
 
@@ -59,21 +59,21 @@ class Listing:
     category: str
     attributes: dict[str, str]
     n_images: int
-    split: str | None  # of the source, as `split_name` reads it; None: by the split rule
+    split: str | None  # the source's split, as `split_name` reads it; None: `split_of_product`
 
 
 class Catalog(Protocol):
-    """What every catalogue can do, real or rendered. Picklable, and used from worker processes."""
+    """The interface of every catalogue, real or rendered. Picklable, for worker processes."""
 
     name: str
-    fingerprint: str  # hex; changes with any text or image file, and with nothing else
+    fingerprint: str  # hex digits that change if and only if a text or an image file changes
     products: np.ndarray  # int32[N]: each listing's product as a dense code 0..P-1
 
     def __len__(self) -> int: ...
 
     @property
     def identities(self) -> np.ndarray:
-        """int32[N]: the number of the first listing that is the same one; see identity.py."""
+        """int32[N]: the number of the first listing that is the same; see identity.py."""
 
     @property
     def listing_ids(self) -> pa.Array:
@@ -84,13 +84,13 @@ class Catalog(Protocol):
         """large_string[P], in the order of their codes."""
 
     def content(self, index: int) -> Content:
-        """What the listing shows, in hashes."""
+        """The hashes of the listing's text and photos."""
 
     def listing(self, index: int, draw: int = 0) -> Listing:
         """The listing's text. draw > 0 asks a rendered catalogue for a fresh rendering."""
 
     def image(self, index: int, which: int = 0, draw: int = 0) -> Image.Image | None:
-        """The listing's image number `which`, RGB; None where a bad image is skipped."""
+        """The listing's image number `which`, RGB; None if the image is bad and is skipped."""
 
     def indices(self, split: str) -> np.ndarray:
         """int64 indices of a split ("train", "validation", "test", "all"), ascending."""
@@ -104,14 +104,14 @@ def open_catalog(
     report_dir: str | Path | None = None,
     workers: int | None = None,
 ) -> "ArrowCatalog":
-    """Opens a catalogue, converted and checked now where the cache does not know it.
+    """Opens a catalogue; converts and checks it first if the cache does not have it.
 
     path: a folder with products.jsonl, products-*.jsonl, *.jsonl or the same in .parquet; one such
     file; the folder of a TFDS dataset in the array_record format, or "tfds:NAME[:VERSION]".
     on_bad_listing: "error" refuses a catalogue with any bad listing; "skip" leaves bad listings
-    out and writes each to report_dir/bad_listings.jsonl. An image that can't be read any more
-    later on follows the same rule. workers: threads that decode images, by default one a core.
-    Listings keep the source's order. Raises UserError, with a report of the bad listings.
+    out and writes each to report_dir/bad_listings.jsonl. The same rule holds for an image that
+    becomes unreadable later. workers: threads that decode images, by default one per core.
+    Listings keep the source's order. Raises UserError with a report of the bad listings.
     """
     if on_bad_listing not in ("error", "skip"):
         raise UserError(f'data.on_bad_listing is {on_bad_listing!r}; write "error" or "skip"')
@@ -122,7 +122,8 @@ def open_catalog(
         checked = check(source, converted, workers=workers)
         bad = sum(_bad_counts(converted, checked).values())
         if bad and on_bad_listing == "error" and not watches_every_image(converted):
-            # Never refuse by an old verdict: the images at fault may have been mended unwatched.
+            # An image that is not watched may have been mended since the last check, so a catalogue
+            # is refused only after every image's state was checked again.
             checked = check(source, converted, workers=workers, anew=True)
     except OSError as error:  # a file that may not be read, a full disk
         raise UserError(
@@ -152,7 +153,8 @@ def open_catalog(
 
 
 def _notices(catalog: "ArrowCatalog", converted: Path, checked: Path) -> Iterator[tuple[int, str]]:
-    """(level, sentence) of all that is read otherwise than it is written, or not at all."""
+    """(log level, sentence) for everything in the source that is not read, or changed when read,
+    and for splits that training or evaluation can't use as they are."""
     source = json.loads((converted / "summary.json").read_text())
     checks = json.loads((checked / "summary.json").read_text())
     readings, sizes = source["readings"], checks["split_sizes"]
@@ -185,8 +187,9 @@ def _notices(catalog: "ArrowCatalog", converted: Path, checked: Path) -> Iterato
             f"{n_plain:,} images of the {source['n_images']:,} show one colour and nothing else, "
             f"as of listing {quote(plain[0])}",
         )
-    if said := {f"{text} = {value}": n for text, (n, value) in readings["splits_read"].items()}:
-        yield logging.INFO, f"names of splits: {_counted(said)}"
+    renamed = {f"{text} = {value}": n for text, (n, value) in readings["splits_read"].items()}
+    if renamed:
+        yield logging.INFO, f"names of splits: {_counted(renamed)}"
     if 0 < (count := readings["without_split"]) < source["n_rows"]:
         yield (
             logging.WARNING,
@@ -216,7 +219,7 @@ def _listings(count: int) -> str:
 
 
 def _counted(counts: dict[str, int]) -> str:
-    """Names with their numbers of listings, the first REPORTED of them."""
+    """A list of names with their numbers of listings; only the first REPORTED names are written."""
     named = [f"{quote(name)} ({_listings(count)})" for name, count in counts.items()]
     more = [f"{len(named) - REPORTED:,} more"] if len(named) > REPORTED else []
     return ", ".join(named[:REPORTED] + more)
@@ -230,7 +233,7 @@ def _bad_counts(*folders: Path) -> Counter[str]:
 
 
 def report_bad(source: Source, folders: Sequence[Path], counts: Counter[str], n_good: int) -> str:
-    """What is wrong: one sentence for one bad listing, else the first of them and counts."""
+    """A report of bad listings: the first REPORTED are described, and all are counted."""
     rows: list[dict[str, Any]] = []
     for folder in folders:
         with (folder / "bad.jsonl").open() as file:
@@ -249,8 +252,8 @@ def report_bad(source: Source, folders: Sequence[Path], counts: Counter[str], n_
 
 
 def append_new(report: Path, lines: Iterable[str]) -> None:
-    """Adds lines to the report that it does not have yet: runs resume, catalogues and processes
-    share it."""
+    """Adds the lines that the report does not have yet. It may have some, because runs resume, and
+    because catalogues and processes share a report."""
     report.parent.mkdir(parents=True, exist_ok=True)
     with report.open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # one process reads and adds at a time
@@ -324,7 +327,7 @@ class ArrowCatalog:
         return self._table[name].take(pa.array(rows)).combine_chunks()
 
     def content(self, index: int) -> Content:
-        """What the listing shows, in hashes of its text and of its image files."""
+        """The hashes of the listing's text and of its image files."""
         start, end = self._photo_starts[index : index + 2]
         photos = frozenset(map(int, self._photos[start:end]))
         return Content(int(self._texts[index]), photos)
@@ -345,8 +348,9 @@ class ArrowCatalog:
     def image(self, index: int, which: int = 0, draw: int = 0) -> Image.Image | None:
         """The image, RGB, upright, transparency on white; `draw` is for rendered catalogues.
 
-        None where it can't be read any more and bad listings are skipped (told once in the
-        report), else UserError. Raises IndexError where the listing has no such image.
+        An image that has become unreadable gives None if bad listings are skipped (the report then
+        gets one line about it); otherwise it raises UserError. Raises IndexError if the listing has
+        no image of this number.
         """
         name = self._get("images", index)[which]
         stored = self._stored[int(self._rows[index])][which].as_py() if self._stored else None
@@ -368,7 +372,7 @@ class ArrowCatalog:
             return None
 
     def indices(self, split: str) -> np.ndarray:
-        """int64 indices of a split's listings, ascending; "all" for all of them.
+        """int64 indices of a split's listings, ascending; "all" gives all listings.
 
         Raises UserError for a split that is neither one of the standard three nor in the source.
         """
@@ -384,7 +388,7 @@ class ArrowCatalog:
 
 
 class Overlay:
-    """A catalogue that is another one, but for what a subclass says: see Catalog."""
+    """A Catalog that forwards everything to another catalogue; subclasses override parts of it."""
 
     def __init__(self, catalog: Catalog, fingerprint: str):
         self._catalog, self.fingerprint = catalog, fingerprint

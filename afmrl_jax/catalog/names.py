@@ -1,4 +1,4 @@
-"""The names that a catalogue uses, of fields, splits and identifiers; and nearly right ones."""
+"""The names of a catalogue's fields and splits, and how misspelt names are recognised."""
 
 import difflib
 import functools
@@ -16,9 +16,9 @@ FIELDS = (
     "split",
 )
 FIELD_NAMES = frozenset(FIELDS)
-LONGEST = 60  # characters of a name that is looked at, or told
+LONGEST = 60  # characters; longer names are not compared, and are cut in messages
 SPLITS = ("train", "validation", "test")
-# What others call our fields. Qualifiers are taken off first: "main_image_path" is "image".
+# Other catalogues' names of the fields. Qualifiers are removed first: "main_image_path" is "image".
 _SYNONYMS = {
     "listing_id": "id listing item_id offer_id sku asin",
     "product_id": "product pid group_id item_group_id product_group parent_id",
@@ -34,7 +34,8 @@ _FIELD_OF = {
 _QUALIFIERS = frozenset(
     ("product", "item", "listing", "main", "primary", "name", "path", "file", "filename", "list")
 )
-# As Hugging Face's datasets read them, but for "eval": validation to some, test to others.
+# Hugging Face's datasets read the same names, and also "eval". That is left out, because it is
+# validation to some people and test to others.
 _SPLIT_OF = {
     "training": "train",
     "val": "validation",
@@ -48,7 +49,7 @@ _PICTURE = re.compile(r"image|img|photo|picture|thumbnail", re.IGNORECASE)
 
 
 def similar_field(name: str) -> str | None:
-    """The field of a listing that an unknown field's name stands for, or nearly spells."""
+    """The field that an unknown field's name is a synonym or a misspelling of, else None."""
     return _similar_field(name) if len(name) <= LONGEST else None
 
 
@@ -67,25 +68,27 @@ def _similar_field(name: str) -> str | None:
                 return word
             if word in _FIELD_OF:
                 return _FIELD_OF[word]
-    # "category_id" and "subtitle" hold a field's name whole, and mean something else.
+    # "category_id" and "subtitle" contain a field's whole name, but mean something else.
     others = [field for field in FIELDS if field.removesuffix("s") not in plain]
     return next(iter(difflib.get_close_matches(plain, others, n=1, cutoff=0.8)), None)
 
 
 def may_hold_images(name: str) -> bool:
-    """Whether an unknown field's name says that pictures, or their addresses, lie there."""
+    """Whether an unknown field's name suggests that it holds pictures or their addresses."""
     return bool(_PICTURE.search(name)) or similar_field(name) == "images"
 
 
 def split_name(split: str) -> str:
-    """The split's name as catalogues keep it: "Valid " is "validation"."""
+    """The split's normalised name: "Valid " gives "validation"."""
     plain = clean_identifier(split).casefold()
     return _SPLIT_OF.get(plain, plain)
 
 
 def similar_splits(split: str) -> tuple[str, ...]:
-    """Which splits a name, as `split_name` gives it, may be meant for; () where it stands for
-    itself."""
+    """The splits that a name may be a misspelling of; () if it is a proper name of a split.
+
+    split: a name normalised by `split_name`.
+    """
     return _similar_splits(split) if len(split) <= LONGEST else ()
 
 
@@ -95,9 +98,9 @@ def _similar_splits(split: str) -> tuple[str, ...]:
         return ()
     if split in ("eval", "evaluation"):
         return "validation", "test"
-    if split == "all":  # which means every listing wherever a split is asked for
+    if split == "all":  # reserved: `Catalog.indices("all")` gives every listing
         return SPLITS
-    # "test2" and "train_small" hold a split's name whole, and are others.
+    # "test2" and "train_small" contain a split's whole name, but are different splits.
     known = [name for name in (*SPLITS, *_SPLIT_OF) if name not in split]
     near = [name for name in known if sorted(name) == sorted(split)]
     near = near or difflib.get_close_matches(split, known, n=1, cutoff=0.8)
@@ -105,9 +108,9 @@ def _similar_splits(split: str) -> tuple[str, ...]:
 
 
 def clean_identifier(text: str) -> str:
-    """An identifier without what nobody sees: NFC, no invisible characters, no blanks at its ends.
+    """An identifier in NFC without invisible characters and without blanks at its ends.
 
-    Upper and lower case stay, and so do blanks within.
+    Upper and lower case stay, and so do blanks inside.
     """
     if text.isascii() and text.isprintable():
         return text.strip(" ")

@@ -1,8 +1,8 @@
-"""Attributes that somebody else wrote: a JSONL laid over a catalogue.
+"""Replaces a catalogue's attributes by those of a JSONL file.
 
 Each line is {"listing_id": ..., "attributes": {name: value}}, from any model or person. Lines of
-`programs/annotate.py` have "content" as well, the `Content.key` of the listing that the model was
-shown: it tells listings of equal ids apart, and old answers from those to the listing of today.
+`programs/annotate.py` also have "content", the `Content.key` of the listing that the model was
+shown. It distinguishes listings with equal ids, and answers about an earlier state of a listing.
 Other fields are ignored.
 
 Axes: N listings of the catalogue · L good lines of the file.
@@ -21,14 +21,15 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from afmrl_jax.catalog.conversion import BATCH_ROWS, BadListings, new_folder, open_columns
+from afmrl_jax.catalog.conversion import BATCH_ROWS, BadListings, open_columns
 from afmrl_jax.catalog.identity import match_keys
 from afmrl_jax.catalog.listings import Catalog, Listing, Overlay, append_new, report_bad
 from afmrl_jax.catalog.sources import Source, line_source
 from afmrl_jax.catalog.validation import BadListing, check_annotation, identify, quote
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.files import whole_folder
 
-FORMAT = 3  # of what the cache holds; raise it with any change of `_convert`
+FORMAT = 3  # version of the cache's contents; raise it with any change of `_convert`
 COLUMNS = pa.schema([("attributes", pa.large_string())])
 log = logging.getLogger(__name__)
 
@@ -41,16 +42,17 @@ def open_attributes(
     on_bad_listing: Literal["error", "skip"] = "error",
     report_dir: str | Path | None = None,
 ) -> "WithAttributes":
-    """The catalogue with the attributes of a JSONL instead of its own.
+    """The catalogue with its attributes replaced by those of a JSONL file.
 
-    A listing without a line has no attributes: its own would pass for the writer's. A line that
-    names a content goes to the listing of that id and content; where only one listing has the id,
-    its text or its photos, whichever it has, must still be those of the line. Lines of no listing,
-    and of what a listing was before it changed, are counted and told. Bad lines, and second ones of
-    one listing and content, follow on_bad_listing as in `open_catalog`. The file is read once for
-    each of its contents and kept in the cache. Raises UserError, with a report of the bad lines,
-    where no line is of this catalogue, or where a line without content has an id of several
-    listings.
+    A listing without a line has no attributes: the catalogue's attributes would be mistaken for the
+    file's. A line with a content belongs to the listing of that id and content. If only one listing
+    has the id, it is enough that its text or its photos are still those of the line's content.
+    Lines that belong to no listing, and lines about an earlier state of a listing, are counted and
+    logged. Bad lines, and second lines of the same listing and content, follow on_bad_listing as in
+    `open_catalog`. The cache keeps the converted file by a hash of its bytes.
+
+    Raises UserError with a report of the bad lines; if no line belongs to this catalogue; or if a
+    line without content has an id that several listings have.
     """
     source = line_source(path, "data.attributes")
     with source.path.open("rb") as file:
@@ -61,7 +63,7 @@ def open_attributes(
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / f"attributes-{fingerprint}"
     if not folder.exists():
-        with new_folder(folder) as temporary:
+        with whole_folder(folder) as temporary:
             _convert(catalog, source, temporary)
     summary = json.loads((folder / "summary.json").read_text())
     if summary["bad"]:
@@ -72,13 +74,13 @@ def open_attributes(
             with (folder / "bad.jsonl").open() as lines:
                 append_new(Path(report_dir) / "bad_listings.jsonl", lines)
         log.warning("%s\nThey are left out.", report)
-    _tell(catalog, source, summary)
+    _log_coverage(catalog, source, summary)
     return WithAttributes(catalog, folder)
 
 
-def _tell(catalog: Catalog, source: Source, summary: dict[str, Any]) -> None:
-    """What of a file was laid over the catalogue. Raises UserError where that is nothing, or not
-    certain."""
+def _log_coverage(catalog: Catalog, source: Source, summary: dict[str, Any]) -> None:
+    """Logs how many listings and lines were matched. Raises UserError if no line was, or if a line
+    fits several listings."""
     if summary["ambiguous"]:
         example = summary["ambiguous"][0]
         raise UserError(
@@ -119,9 +121,9 @@ def _tell(catalog: Catalog, source: Source, summary: dict[str, Any]) -> None:
 
 
 class WithAttributes(Overlay):
-    """A catalogue with other attributes. `open_attributes` makes it.
+    """A catalogue with replaced attributes, made by `open_attributes`.
 
-    Memory-mapped: beside the catalogue it holds nothing.
+    The attributes are memory-mapped, so it takes no more memory than the catalogue.
     """
 
     def __init__(self, catalog: Catalog, folder: Path):
@@ -141,15 +143,15 @@ class WithAttributes(Overlay):
 
 
 class _Line(NamedTuple):
-    """A good line of the file: its row among these, and the content that it names, if any."""
+    """A good line of the file."""
 
-    row: int
-    content: str
+    row: int  # its number among the good lines
+    content: str  # the `Content.key` that it names; "" if none
 
 
 def _convert(catalog: Catalog, source: Source, folder: Path) -> None:
-    """Writes attributes.arrow (L rows of JSON), rows.npy int32[N] (each listing's row, -1 where it
-    has none), bad.jsonl and summary.json."""
+    """Writes attributes.arrow (L rows of JSON), rows.npy int32[N] (each listing's row of it, -1 for
+    none), bad.jsonl and summary.json."""
     lines: dict[str, list[_Line]] = {}
     count = 0
     bad = BadListings(folder / "bad.jsonl", source)
@@ -173,39 +175,40 @@ def _convert(catalog: Catalog, source: Source, folder: Path) -> None:
 
 
 def _assign(catalog: Catalog, lines: dict[str, list[_Line]]) -> tuple[np.ndarray, dict[str, Any]]:
-    """Each listing's row, int32[N], -1 where it has none, and what came of the lines."""
+    """Each listing's row of the file, int32[N] (-1 for none), and counts of lines and listings."""
     ids = catalog.listing_ids.to_pylist()
-    first_only = catalog.identities == np.arange(len(ids))
-    listings_of = Counter(i for i, first in zip(ids, first_only) if first and i in lines)
+    is_first = catalog.identities == np.arange(len(ids))
+    # listing_id -> number of different listings with it; only ids of the file.
+    listings_of = Counter(i for i, first in zip(ids, is_first) if first and i in lines)
     rows = np.full(len(ids), -1, np.int32)
     changed, ambiguous = 0, {}
     for index, listing_id in enumerate(ids):
-        for line in reversed(lines.get(listing_id, ())):  # of several, the last answer
-            alone = listings_of[listing_id] == 1
+        for line in reversed(lines.get(listing_id, ())):  # the last matching answer counts
+            is_unique = listings_of[listing_id] == 1
             if not line.content:
-                if not alone:
+                if not is_unique:
                     ambiguous[listing_id] = None
                 rows[index] = line.row
                 break
             match = match_keys(line.content, catalog.content(index).key)
-            if match == "whole" or (alone and match == "part"):
+            if match == "whole" or (is_unique and match == "part"):
                 rows[index] = line.row
                 changed += match == "part"
                 break
     used = set(rows.tolist())
-    waiting = [line for listing_id in listings_of for line in lines[listing_id]]
+    known_lines = [line for listing_id in listings_of for line in lines[listing_id]]
     return rows, {
         "listings": int((rows >= 0).sum()),
         "changed": changed,
-        "outdated": sum(line.row not in used for line in waiting),
-        "unknown": sum(len(of_id) for i, of_id in lines.items() if i not in listings_of),
+        "outdated": sum(line.row not in used for line in known_lines),
+        "unknown": sum(len(id_lines) for i, id_lines in lines.items() if i not in listings_of),
         "ambiguous": list(ambiguous),
     }
 
 
 def _good_lines(source: Source, bad: BadListings) -> Iterator[tuple[str, str, str]]:
-    """(listing_id, content or "", attributes as JSON) of each good line, the first of each listing
-    and content."""
+    """(listing_id, content or "", attributes as JSON) of each good line. Only the first line of a
+    listing and content is good."""
     line_of: dict[tuple[str, str], int] = {}
     for number, record in source.read(source.parts[0]):
         try:

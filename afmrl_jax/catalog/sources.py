@@ -1,7 +1,7 @@
-"""Where listings come from: folders of JSON lines, Parquet files, TFDS datasets.
+"""Reads a catalogue's records from folders of JSON lines, Parquet files or TFDS datasets.
 
-A source yields its records in order, each with its number (from 1), as plain Python values; what
-can't even be read as a record is yielded as the BadListing that says why.
+A source yields its records in order as plain Python values, each with its number (from 1). For a
+record that can't be read it yields a BadListing that says why.
 """
 
 import difflib
@@ -28,26 +28,26 @@ class Source:
     """The files of one catalogue. `parts` are read in order, each by `read(part)`."""
 
     name: str
-    path: Path  # what the user named
-    root: Path  # image paths are relative to it
-    files: tuple[Path, ...]  # what the cache's freshness hangs on
-    parts: tuple[str, ...]
-    unit: str  # what a record's number counts: "line", "row" or "record"
-    stores_images: bool  # image bytes lie in the files themselves
+    path: Path  # the path or dataset that the user named
+    root: Path  # the folder that image paths are relative to
+    files: tuple[Path, ...]  # if one of them changes, the cache is outdated
+    parts: tuple[str, ...]  # names of files, or of a TFDS dataset's splits
+    unit: str  # "line", "row" or "record": the unit of a record's number
+    stores_images: bool  # whether the files hold the images' bytes
 
     def read(self, part: str) -> Iterator[Record]:
         reader = {"line": _read_lines, "row": _read_rows, "record": _read_records}[self.unit]
         return reader(self, part)
 
     def place(self, part: int, number: int) -> str:
-        """Where a record stands, for messages: "products.jsonl line 412"."""
+        """A record's place in the source, for messages: "products.jsonl line 412"."""
         return f"{self.parts[part]} {self.unit} {number}"
 
 
 def find_source(path: str | Path) -> Source:
     """The source at a path: a folder or file of JSON lines or Parquet, a TFDS dataset, tfds:NAME.
 
-    Raises UserError where there is none, or two of them.
+    Raises UserError if there is no source, or if there are files of two formats.
     """
     if str(path).startswith("tfds:"):
         return _tfds_source(_tfds_folder(str(path)[len("tfds:") :]))
@@ -73,7 +73,8 @@ def find_source(path: str | Path) -> Source:
 
 
 def line_source(path: str | Path, field: str) -> Source:
-    """One file of JSON lines that `field` of the configuration names. Raises UserError."""
+    """The source of one file of JSON lines. field: the configuration field that names the file, for
+    messages. Raises UserError if there is no such file."""
     path = Path(path).expanduser().absolute()
     if not path.is_file():
         raise UserError(f"{field}: there is no file {path}{_suggestion(path, field)}")
@@ -88,8 +89,8 @@ def _suggestion(path: Path, field: str = "data.path") -> str:
 
 
 def _file_source(path: Path, files: tuple[Path, ...]) -> Source:
-    kind = files[0].suffix
-    if kind not in (".jsonl", ".parquet"):
+    suffix = files[0].suffix
+    if suffix not in (".jsonl", ".parquet"):
         raise UserError(f"{files[0]} is no catalogue: expected .jsonl or .parquet")
     return Source(
         name=path.name if path.is_dir() else path.stem,
@@ -97,8 +98,8 @@ def _file_source(path: Path, files: tuple[Path, ...]) -> Source:
         root=files[0].parent,
         files=files,
         parts=tuple(file.name for file in files),
-        unit="line" if kind == ".jsonl" else "row",
-        stores_images=kind == ".parquet",
+        unit="line" if suffix == ".jsonl" else "row",
+        stores_images=suffix == ".parquet",
     )
 
 
@@ -148,8 +149,8 @@ def _parse_line(line: bytes) -> dict[str, Any] | BadListing:
     except ValueError as error:  # a number of thousands of digits, NaN
         return BadListing("bad JSON", f"is not JSON ({error}); correct it")
     if not isinstance(value, dict):
-        kind = "a list" if isinstance(value, list) else "a bare value"
-        return BadListing("bad JSON", f"is {kind}; write one JSON object a line")
+        json_type = "a list" if isinstance(value, list) else "a bare value"
+        return BadListing("bad JSON", f"is {json_type}; write one JSON object a line")
     return value
 
 
@@ -167,7 +168,8 @@ def _read_rows(source: Source, part: str) -> Iterator[Record]:
             _check_columns(file.schema_arrow, source.root / part)
             names = file.schema_arrow.names
             columns = [name for name in names if name in FIELDS or similar_field(name)]
-            unread = dict.fromkeys(set(names).difference(columns), "not read")  # to be counted
+            # The other columns are not read; the records name them so that they are counted.
+            unread = dict.fromkeys(set(names).difference(columns), "not read")
             for batch in file.iter_batches(batch_size=256, columns=columns):
                 for record in _rows_of(batch):
                     number += 1
@@ -180,7 +182,7 @@ def _read_rows(source: Source, part: str) -> Iterator[Record]:
 
 
 def _check_columns(schema: pa.Schema, file: Path) -> None:
-    """Raises UserError where a column's type makes every row wrong."""
+    """Raises UserError if a missing or repeated column, or a column's type, makes all rows bad."""
     for field in ("listing_id", "product_id"):
         if field not in schema.names:
             near = [quote(name) for name in schema.names if similar_field(name) == field]
@@ -191,18 +193,20 @@ def _check_columns(schema: pa.Schema, file: Path) -> None:
             continue
         if schema.names.count(field) > 1:
             raise UserError(f"{file} has two columns {field}; keep one of the two")
-        kind = schema.field(field).type
-        if pa.types.is_struct(kind):
-            parts = [part.name for part in kind]
+        dtype = schema.field(field).type
+        if pa.types.is_struct(dtype):
+            parts = [part.name for part in dtype]
             if twice := [name for name in parts if parts.count(name) > 1]:
                 raise UserError(
                     f"{file}: column {field} names {quote(twice[0])} twice; keep one of the two"
                 )
         if field in ("attributes", "images"):
             continue
-        kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
-            raise UserError(f"{file}: column {field} is {kind}, expected string; cast it to string")
+        dtype = dtype.value_type if pa.types.is_dictionary(dtype) else dtype
+        if pa.types.is_integer(dtype) or pa.types.is_floating(dtype) or pa.types.is_boolean(dtype):
+            raise UserError(
+                f"{file}: column {field} is {dtype}, expected string; cast it to string"
+            )
 
 
 def _rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | BadListing]:
@@ -210,7 +214,7 @@ def _rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | BadListing]:
         yield from batch.to_pylist()
         return
     except UnicodeDecodeError:
-        pass  # nothing was yielded yet: to_pylist builds the whole list first
+        pass  # no row was yielded yet, because to_pylist builds the whole list first
     for row in range(len(batch)):
         try:
             yield batch.slice(row, 1).to_pylist()[0]
@@ -222,7 +226,7 @@ def _rows_of(batch: pa.RecordBatch) -> Iterator[dict[str, Any] | BadListing]:
 
 
 def _tfds_folder(name: str) -> Path:
-    """The folder of a dataset already prepared: NAME or NAME:VERSION, by default the newest."""
+    """The folder of a prepared dataset. name: NAME:VERSION, or NAME for the newest version."""
     name, _, version = name.partition(":")
     home = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     folder = Path(home).expanduser() / name
@@ -258,11 +262,11 @@ def _tfds_source(folder: Path) -> Source:
 
 
 def _read_records(source: Source, part: str) -> Iterator[Record]:
-    import tensorflow_datasets as tfds  # half a second that other sources need not pay
+    import tensorflow_datasets as tfds  # here, because the import takes half a second
     from tensorflow_datasets.proto import tf_example_pb2
 
-    # TFDS's own reader would decode every image here (without TensorFlow it can't skip that for a
-    # sequence of images), so the records are taken as the protocol buffers that they are.
+    # TFDS's reader would decode every image here (without TensorFlow it can't skip decoding for a
+    # sequence of images), so the records are read as raw protocol buffers.
     number = 0
     try:
         records = tfds.builder_from_directory(str(source.root)).as_data_source(
@@ -271,7 +275,7 @@ def _read_records(source: Source, part: str) -> Iterator[Record]:
         for number, data in enumerate(records, start=1):
             example = tf_example_pb2.Example.FromString(data)
             yield number, _example_record(example.features.feature, part)
-    except Exception as error:  # array_record and protobuf raise many kinds for a broken file
+    except Exception as error:  # array_record and protobuf raise many types for a broken file
         raise UserError(
             f"{source.root} can't be read as a TFDS dataset after record {number} of {part} "
             f"({type(error).__name__}: {error}); prepare it again"
@@ -279,7 +283,7 @@ def _read_records(source: Source, part: str) -> Iterator[Record]:
 
 
 def _example_record(features: Mapping[str, Any], split: str) -> dict[str, Any]:
-    """A tf.train.Example, whose nested features are keys with slashes, as a record."""
+    """The record of a tf.train.Example, in which nested features have keys with slashes."""
     record: dict[str, Any] = {"split": split, "attributes": {}}
     for key, feature in features.items():
         kind = feature.WhichOneof("kind")

@@ -1,6 +1,6 @@
 """The built-in catalogue: product photos and sellers' texts, rendered from a seed.
 
-Everything is a pure function of (seed, index, draw): draw 0 is the listing itself, any other draw
+Everything is a pure function of (seed, index, draw). Draw 0 is the listing itself; any other draw
 is another seller's photo and text of the same product.
 
 Axes: N listings · S pixels a side.
@@ -30,8 +30,8 @@ from afmrl_jax.core.files import write_atomically
 __all__ = ["FAMILIES", "SyntheticCatalog"]
 log = logging.getLogger(__name__)
 
-# Families of look-alikes a split; a family has 4 to 6 products, a product 2 to 6 listings. With 660
-# for training a generator learnt the products by heart instead of reading what it was shown.
+# Families of look-alikes per split. A family has 4 to 6 products, a product 2 to 6 listings. With
+# 660 families for training, a generator memorised the products instead of reading their listings.
 FAMILIES: Mapping[str, int] = MappingProxyType({"train": 2000, "validation": 24, "test": 52})
 
 
@@ -39,8 +39,8 @@ class SyntheticCatalog:
     """A catalogue (see catalog.Catalog) of rendered products.
 
     families: split ("train", "validation", "test") -> number of families; a split that is left
-    out is empty. image_size: S. cache_dir: where the photos of validation and test are kept once
-    rendered, so that they are read from disk afterwards; None renders them each time.
+    out is empty. image_size: S. cache_dir: folder for the photos of validation and test, which are
+    rendered once and read from disk afterwards; None renders them each time.
     """
 
     def __init__(
@@ -59,8 +59,8 @@ class SyntheticCatalog:
         counts = [product.n_listings for product in self._products]
         self.products = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         self._splits = np.repeat(np.array([p.split for p in self._products]), counts)
-        self._kept = self._splits != "train"  # its photos are rendered once
-        self._row = np.cumsum(self._kept) - 1  # of the cached photos
+        self._is_cached = self._splits != "train"  # bool[N]: photos that are rendered once
+        self._cache_row = np.cumsum(self._is_cached) - 1  # int64[N]: rows of the cached photos
         key = f"{_renderer()} {seed} {sorted(families.items())} {image_size}"
         self.fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
         self._photos: np.ndarray | None = None
@@ -82,7 +82,7 @@ class SyntheticCatalog:
         return pa.array([product.product_id for product in self._products], pa.large_string())
 
     def content(self, index: int) -> Content:
-        """A hash for both text and photo: what renders them, and the listing's number."""
+        """One hash for both text and photo: they are determined by the fingerprint and `index`."""
         digest = hashlib.blake2b(f"{self.fingerprint} {index}".encode(), digest_size=8).digest()
         rendered = int.from_bytes(digest)
         return Content(rendered, frozenset([rendered]))
@@ -107,7 +107,7 @@ class SyntheticCatalog:
         return np.flatnonzero(self._splits == split)
 
     def listing(self, index: int, draw: int = 0) -> Listing:
-        """The listing's text; its attributes are the product's own, complete and true."""
+        """The listing's text; its attributes are the product's, complete and true."""
         product = self._products[self.products[index]]
         title, description = write(
             self._random("text", index, draw), product.category, product.attributes
@@ -127,18 +127,18 @@ class SyntheticCatalog:
         """The listing's photo, RGB, S x S."""
         if which:
             raise IndexError(f"listing {index} has one image, asked for number {which}")
-        if draw == 0 and self._cache_dir is not None and self._kept[index]:
+        if draw == 0 and self._cache_dir is not None and self._is_cached[index]:
             if self._photos is None:
                 self._photos = self._open_photos(self._cache_dir)
-            return Image.fromarray(self._photos[self._row[index]])
+            return Image.fromarray(self._photos[self._cache_row[index]])
         return Image.fromarray(self._photograph(index, draw))
 
     def family(self, index: int) -> int:
         """Number of the family of look-alikes that the listing's product belongs to."""
         return self._products[self.products[index]].family
 
-    def _random(self, what: str, index: int, draw: int) -> random.Random:
-        return random.Random(f"{self.seed}/{what}/{index}/{draw}")
+    def _random(self, stream: str, index: int, draw: int) -> random.Random:
+        return random.Random(f"{self.seed}/{stream}/{index}/{draw}")
 
     def _photograph(self, index: int, draw: int) -> np.ndarray:
         product = self._products[self.products[index]]
@@ -146,18 +146,18 @@ class SyntheticCatalog:
         return photograph(rng, product.category, product.attributes, self.image_size)
 
     def _open_photos(self, cache_dir: Path) -> np.ndarray:
-        """The evaluation photos, memory-mapped: uint8[n, S, S, 3]; rendered if nobody has yet."""
+        """The evaluation photos, memory-mapped: uint8[n, S, S, 3]; renders them the first time."""
         path = cache_dir / f"builtin-{self.fingerprint}.npy"
         if not path.exists():
-            kept = np.flatnonzero(self._kept)
-            log.info("rendering %d evaluation photos into %s", len(kept), path)
-            write_atomically(path, np.stack([self._photograph(index, 0) for index in kept]))
+            indices = np.flatnonzero(self._is_cached)
+            log.info("rendering %d evaluation photos into %s", len(indices), path)
+            write_atomically(path, np.stack([self._photograph(index, 0) for index in indices]))
         return np.load(path, mmap_mode="r")
 
 
 @functools.cache
 def _renderer() -> str:
-    """A digest of the renderer's source: an edit there is another catalogue."""
+    """A digest of the renderer's source code: an edit of the code makes another catalogue."""
     folder = Path(builtin.__file__).parent
     sources = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))
     return hashlib.sha256(sources).hexdigest()

@@ -1,4 +1,4 @@
-"""What a listing and its images must be: one mistake, one sentence that names it and its cure."""
+"""Checks a listing and its images. Each mistake gets one sentence that names it and its cure."""
 
 import functools
 import io
@@ -22,10 +22,10 @@ from afmrl_jax.catalog.names import (
 )
 from afmrl_jax.core.pixels import Unshowable, upright_rgb
 
-MAX_IMAGE_PIXELS = 89_478_485  # Pillow's own mark of a decompression bomb, here an error
+MAX_IMAGE_PIXELS = 89_478_485  # Pillow warns of a decompression bomb above it; here it is an error
 MAX_IMAGE_BYTES = 64 << 20
 MAX_ASPECT_RATIO = 200  # the image processors of Qwen-VL refuse more
-# Named, so that Pillow never starts Ghostscript or an obscure parser on somebody's upload.
+# Listed, so that Pillow never starts Ghostscript or an obscure parser on an unknown file.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 NOTHING: tuple = (None, "", b"", [], {})
 
@@ -39,7 +39,7 @@ class BadListing(Exception):
 
 
 class CheckedListing(NamedTuple):
-    """A listing whose fields are right. Its images are named, but not yet looked at."""
+    """A listing whose fields are right. Its images are named, but not yet checked."""
 
     listing_id: str
     product_id: str
@@ -48,13 +48,13 @@ class CheckedListing(NamedTuple):
     category: str
     attributes: str  # JSON of {name: value}
     split: str | None
-    image_names: list[str]  # relative to the catalogue; "" where the bytes are stored
+    image_names: list[str]  # paths relative to the catalogue; "" if the bytes are stored
     image_bytes: list[bytes | None]
 
 
 def check_listing(record: Mapping[str, Any]) -> CheckedListing:
-    """The fields of a record as a listing; unknown fields are ignored. Raises BadListing, also
-    where an unknown field nearly has the name of one that the record lacks."""
+    """The fields of a record as a listing; unknown fields are ignored. Raises BadListing if a field
+    is wrong, or if an unknown field's name resembles a field that the record lacks."""
     listing_id, product_id = (_identifier(record, field) for field in ("listing_id", "product_id"))
     _refuse_similar_fields(record, FIELD_NAMES)
     title, description, category = (
@@ -82,7 +82,7 @@ def check_listing(record: Mapping[str, Any]) -> CheckedListing:
 
 
 def check_annotation(record: Mapping[str, Any]) -> tuple[str, str]:
-    """(listing_id, attributes as JSON) of a record that has only these. Raises BadListing."""
+    """(listing_id, attributes as JSON) of a record that has only these two. Raises BadListing."""
     listing_id = _identifier(record, "listing_id")
     _refuse_similar_fields(record, ("attributes",))
     if record.get("attributes") is None:
@@ -91,7 +91,7 @@ def check_annotation(record: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def identify(record: Any) -> str | None:
-    """The record's listing_id for a report, if it has a usable one."""
+    """The record's listing_id for a report; None if it is missing or unusable."""
     try:
         return _identifier(record, "listing_id")
     except (BadListing, AttributeError):
@@ -150,7 +150,7 @@ def _identifier(record: Mapping[str, Any], field: str) -> str:
 
 
 def _refuse_similar_fields(record: Mapping[str, Any], fields: Collection[str]) -> None:
-    """Raises BadListing where another field holds what belongs into one of `fields`."""
+    """Raises BadListing if an unknown field seems to hold the value of an empty one of `fields`."""
     for name in sorted(record.keys() - FIELD_NAMES):
         field = similar_field(name)
         if field in fields and record[name] not in NOTHING and record.get(field) in NOTHING:
@@ -171,8 +171,8 @@ def _split(record: Mapping[str, Any]) -> str | None:
 
 
 def read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object (`json.loads`' object_pairs_hook). Raises BadListing where a name stands twice,
-    of which JSON readers keep the last without a word."""
+    """A JSON object, for `json.loads`' object_pairs_hook. Raises BadListing if a name occurs twice:
+    JSON readers would silently keep the last value."""
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
@@ -189,7 +189,7 @@ def _folded(name: str) -> str:
 
 
 def _attributes(value: object) -> str:
-    if isinstance(value, str | bytes):  # columns and features of changing keys travel as JSON
+    if isinstance(value, str | bytes):  # Parquet and TFDS store objects of changing keys as JSON
         text = _text(value, "attributes")
         try:
             value = json.loads(text, object_pairs_hook=read_object) if text else None
@@ -280,11 +280,11 @@ class ImageFolder:
         self._real_parent = functools.lru_cache(maxsize=4096)(os.path.realpath)
 
     def locate(self, name: str) -> tuple[str, os.stat_result]:
-        """The path of a named image, and what the system knows of the file. Raises BadListing."""
+        """The path of a named image, and the status of its file. Raises BadListing."""
         path = f"{self.root}/{name}"
         try:
             status = os.lstat(path)
-            # The folder's real path is remembered; only a file that is itself a link is resolved.
+            # The folder's real path is cached; the file is resolved only if it is itself a link.
             parent, leaf = os.path.split(path)
             real = f"{self._real_parent(parent)}/{leaf}"
             if stat.S_ISLNK(status.st_mode):
@@ -306,55 +306,55 @@ class ImageFolder:
         return path, status
 
 
-def _too_many_bytes(what: str, size: int) -> str:
-    return f"{what} has {size:,} bytes, more than {MAX_IMAGE_BYTES:,}; make it smaller"
+def _too_many_bytes(image: str, size: int) -> str:
+    return f"{image} has {size:,} bytes, more than {MAX_IMAGE_BYTES:,}; make it smaller"
 
 
 def read_image(source: str | bytes, name: str, *, decode: bool = True) -> Image.Image | None:
     """An image as RGB, upright by its EXIF orientation, transparency laid on white: see
-    `models/pixels.upright_rgb`.
+    `core/pixels.upright_rgb`.
 
-    source: a path, or the encoded bytes. name: for the message. Where decode is False only the
-    header is read, and None returned. Raises BadListing, whatever is wrong with the image.
+    source: a path, or the encoded bytes. name: the image's name for messages. decode=False reads
+    only the header and returns None. Raises BadListing, whatever is wrong with the image.
     """
-    what = f"image {quote(name)}" if name else "an image"
+    label = f"image {quote(name)}" if name else "an image"
     try:
         size = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
         if size > MAX_IMAGE_BYTES:
-            raise BadListing("huge image", _too_many_bytes(what, size))
+            raise BadListing("huge image", _too_many_bytes(label, size))
         with Image.open(
             io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS
         ) as image:
-            _check_size(image.size, what)
+            _check_size(image.size, label)
             return upright_rgb(image) if decode else None
     except BadListing:
         raise
     except Unshowable as error:
-        raise BadListing(error.kind, f"{what} {error}") from None
+        raise BadListing(error.kind, f"{label} {error}") from None
     except Image.DecompressionBombError:
         raise BadListing(
-            "huge image", f"{what} has far more than {MAX_IMAGE_PIXELS:,} pixels; make it smaller"
+            "huge image", f"{label} has far more than {MAX_IMAGE_PIXELS:,} pixels; make it smaller"
         ) from None
-    except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
+    except Exception as error:  # Pillow's decoders raise many types for a broken file
         reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         if "cannot identify" in reason:
             reason = "empty" if size == 0 else f"no {', '.join(IMAGE_FORMATS)} that can be read"
         raise BadListing(
-            "damaged image", f"{what} can't be decoded ({reason[:120]}); replace it"
+            "damaged image", f"{label} can't be decoded ({reason[:120]}); replace it"
         ) from None
 
 
-def _check_size(size: tuple[int, int], what: str) -> None:
+def _check_size(size: tuple[int, int], label: str) -> None:
     width, height = size
     if width * height > MAX_IMAGE_PIXELS:
         raise BadListing(
             "huge image",
-            f"{what} has {width} x {height} pixels, more than {MAX_IMAGE_PIXELS:,}; make it "
+            f"{label} has {width} x {height} pixels, more than {MAX_IMAGE_PIXELS:,}; make it "
             "smaller",
         )
     if max(size) > MAX_ASPECT_RATIO * min(size):
         raise BadListing(
             "huge image",
-            f"{what} has {width} x {height} pixels, one side more than {MAX_ASPECT_RATIO} times "
+            f"{label} has {width} x {height} pixels, one side more than {MAX_ASPECT_RATIO} times "
             "the other; crop it",
         )

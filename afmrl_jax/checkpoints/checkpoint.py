@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,8 +27,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
+from afmrl_jax.checkpoints import orbax_fixes
 from afmrl_jax.checkpoints.integrity import (
-    MANIFEST,
     agree,
     check_reachable,
     find_damage,
@@ -39,6 +38,7 @@ from afmrl_jax.checkpoints.integrity import (
 )
 from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.errors import TryAgain, UserError
+from afmrl_jax.core.processes import meet
 
 log = logging.getLogger("afmrl_jax")
 
@@ -75,7 +75,7 @@ class Checkpoints:
             # A plain function: Orbax copies its options, and a method's object with them.
             self._orbax = _writer(self.folder, lambda: self._seal())
             if jax.process_count() > 1:
-                self._hear_of_errors()
+                orbax_fixes.hear_of_errors(self._orbax, self._set_error)
 
     @property
     def latest(self) -> int | None:
@@ -122,7 +122,6 @@ class Checkpoints:
                 step,
                 _parts(state) | {"run": record},
                 metrics=None if validation is None else {"validation": validation},
-                custom_metadata={"manifest": MANIFEST},
             )
         except Exception as error:  # Orbax's, TensorStore's, the system's: all end the same way
             raise self._failed(error) from error
@@ -131,7 +130,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Until all is written. Raises UserError where it could not be."""
         try:
-            while self._error is None and jax.process_count() > 1 and self._is_saving():
+            while self._error is None and jax.process_count() > 1 and orbax_fixes.is_saving():
                 time.sleep(0.02)
             if self._error:
                 raise self._error
@@ -249,19 +248,19 @@ class Checkpoints:
     def _set_aside(self) -> None:
         """Renames what is damaged and newer than the newest whole one: the run comes by there. And
         what is older where its score is torn: Orbax reads all scores, and fails at one."""
-        _meet("cleaned")
+        meet("checkpoints cleaned")
         self._see_newest()
         whole = self.latest
         steps = self._steps() if whole is not None else []
         damaged = [step for step in steps if step > whole or self._is_torn(step)]
-        _meet("looked through")
+        meet("checkpoints looked through")
         for step in damaged if jax.process_index() == 0 else ():
             path = self.folder / str(step)
             names = (f"{step}.damaged{n or ''}" for n in itertools.count())
             aside = next(a for name in names if not (a := self.folder / name).exists())
             path.rename(aside)
             log.warning("%s is set aside as %s; step %d goes on", path, aside.name, whole)
-        _meet("set aside")
+        meet("checkpoints set aside")
 
     def _see_newest(self, patience: float = 90.0) -> None:
         """Until this process sees the newest checkpoint that any of them sees: network file systems
@@ -282,23 +281,8 @@ class Checkpoints:
                 )
             time.sleep(0.2)
 
-    def _hear_of_errors(self) -> None:
-        """Keeps the error of a save in `_error`. Orbax's own thread tells it only when it has met
-        those of the other processes, which wait for this one elsewhere: 20 minutes."""
-        manager = self._orbax._manager  # there is no public way
-        wait = manager._wait_for_checkpointers
-
-        def heard() -> None:
-            try:
-                wait()
-            except BaseException as error:
-                self._error = error
-                raise
-
-        manager._wait_for_checkpointers = heard
-
-    def _is_saving(self) -> bool:
-        return any(thread.name == "save_finalize" for thread in threading.enumerate())
+    def _set_error(self, error: BaseException) -> None:
+        self._error = error
 
     def _seal(self) -> None:
         """Writes the manifest of the step that is being written, before Orbax calls it whole."""
@@ -419,11 +403,6 @@ def _writer(folder: epath.Path, seal: Callable[[], None]) -> ocp.training.Checkp
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
         preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(_KEPT), best]),
     )
-
-
-def _meet(when: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"checkpoints {when}")
 
 
 def _size(state: TrainState) -> int:

@@ -84,7 +84,7 @@ def get_config(arm: str = "rar") -> ConfigDict:
     config.eval = ConfigDict()
     config.eval.batch = 128  # listings answered at once
     # Queries of the validation split also choose how sure of a pair a generator must be
-    # (rl/judging.py).
+    # (rl/held_out.py).
     config.eval.validation_listings = 480  # queries at each validation
     config.eval.listings = 2000  # queries of the test split at the end
 

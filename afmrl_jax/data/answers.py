@@ -1,6 +1,6 @@
-"""What a generator learns from: listings shown as questions, their attributes as answers.
+"""The batches that a generator learns from: listings as questions, their attributes as answers.
 
-Axes: A micro-batches · C rows of one (this process's) · S tokens · P patches.
+Axes: A micro-batches · C rows of one (this process's) · S tokens · N sampled rows.
 """
 
 import dataclasses
@@ -27,24 +27,17 @@ from afmrl_jax.data.views import SEPARATOR, attribute_pairs, evaluation_row
 
 log = logging.getLogger(__name__)
 
-WINDOW = 16  # steps whose rows are sorted by their length; more would save little padding
-SAMPLED = 1024  # rows whose lengths tell which to pad to
-ROUNDED = 8  # lengths are multiples of it
-
-
-def question(
-    catalog: Catalog, index: int, max_images: int, draw: int = 0, view: str = "image+text"
-) -> Row:
-    """What a generator is shown of a listing: its first images, title, category, description."""
-    return evaluation_row(catalog, index, view, max_images=max_images, draw=draw)
+WINDOW = 16  # steps whose rows are sorted by length together; more would save little padding
+SAMPLED = 1024  # rows from whose lengths the padded lengths are chosen
+ROUNDED = 8  # tokens; padded lengths are multiples of it
 
 
 class Learnable(NamedTuple):
-    """Of a listing's attributes what an answer can say.
+    """The answer that a generator can learn for a listing.
 
-    answer: whole pairs, as many as `parse` reads and max_answer holds; None where that is no pair,
-    because an empty answer would teach silence. pairs: how many; left_out: how many are not in it;
-    needed: the max_answer that holds all that `parse` reads.
+    answer: whole attributes, as many as `parse` reads and max_answer holds; None where that is no
+    attribute, because an empty answer would teach silence. pairs: attributes in the answer;
+    left_out: attributes that are not; needed: the max_answer that holds all that `parse` reads.
     """
 
     answer: str | None
@@ -54,10 +47,11 @@ class Learnable(NamedTuple):
 
 
 def learnable(attributes: Mapping[str, str], processor: Processor) -> Learnable:
-    """The whole, valid answer to be learned; pairs that do not fit are left out, each in its turn.
+    """The whole, valid answer to learn; attributes that do not fit are left out, and shorter ones
+    behind them are kept.
 
-    attributes: normalised. processor: whose max_answer is the room, the end token included; raises
-    ValueError where it has none.
+    attributes: normalised. processor: its max_answer limits the answer, the end token included.
+    Raises ValueError where max_answer is 0.
     """
     if not processor.max_answer:
         raise ValueError("max_answer=0 leaves no room for an answer: make rows that have some")
@@ -89,45 +83,37 @@ def question_and_answer(
     left_out: Callable[[], bool] = lambda: False,
     view: str = "image+text",
 ) -> Row:
-    """The question, and the listing's attributes in their format as what to answer, as far as they
-    are `learnable`.
+    """The listing as the question, its attributes as the answer, as far as they are `learnable`.
 
-    processor: with room for answers. left_out: asked of each attribute; one stays in any case.
-    view: "text" opens no image.
+    processor: with room for answers. left_out: called once an attribute, True to leave it out; the
+    first attribute stays where all would go. view: "text" opens no image.
     """
-    given = normalise(catalog.listing(index, draw).attributes)
-    kept = {name: value for name, value in given.items() if not left_out()}
-    answer = learnable(kept or dict(list(given.items())[:1]), processor).answer
-    shown = question(catalog, index, processor.max_images, draw, view)
-    return dataclasses.replace(shown, answer=answer)
+    attributes = normalise(catalog.listing(index, draw).attributes)
+    kept = {name: value for name, value in attributes.items() if not left_out()}
+    answer = learnable(kept or dict(list(attributes.items())[:1]), processor).answer
+    question = evaluation_row(catalog, index, processor.max_images, draw, view=view)
+    return dataclasses.replace(question, answer=answer)
 
 
 def described(catalog: Catalog, split: str, cache: Path) -> np.ndarray:
-    """int64 indices of a split's listings that have attributes that say something, ascending.
+    """int64 indices of a split's listings with at least one attribute that is not empty, ascending.
 
     Read from the catalogue once and kept in the cache: a catalogue of millions takes a minute.
     """
     path = cache / f"described-{VERSION}-{catalog.fingerprint}-{split}.npy"
     if not path.exists():
         listings = catalog.indices(split)
-        given = (catalog.listing(int(i)).attributes for i in listings)
-        has = [(bool(format_attributes(one)), bool(one)) for one in given]
-        say_something, stand = np.array(has, bool).reshape(-1, 2).T
-        if mute := np.count_nonzero(stand & ~say_something):
+        each = (catalog.listing(int(i)).attributes for i in listings)
+        flags = [(bool(format_attributes(attributes)), bool(attributes)) for attributes in each]
+        is_described, has_attributes = np.array(flags, bool).reshape(-1, 2).T
+        if empty := np.count_nonzero(has_attributes & ~is_described):
             log.info(
                 "%s: %d listings of the %s split have only attributes that say nothing, as "
                 '"unknown", and count as having none',
-                *(catalog.name, mute, split),
+                *(catalog.name, empty, split),
             )
-        write_atomically(path, listings[say_something])
+        write_atomically(path, listings[is_described])
     return np.load(path)
-
-
-@dataclass(frozen=True)
-class AnswerLength(Options, section="data"):
-    """The answers that a generator gives."""
-
-    max_answer: int = between(2)  # tokens, the end of the turn among them
 
 
 @dataclass(frozen=True)
@@ -140,24 +126,24 @@ class AnswerOptions(Options, section="data"):
 
 @dataclass(frozen=True)
 class AnswerBatches:
-    """The batches of a run, a pure function of (seed, step); see pipeline.Batches.
+    """The batches of a run, a pure function of (seed, step); see stream.Batches.
 
-    Each epoch shows all listings once, in an order of its own; a rendered catalogue renders each
-    anew every time. Images are neither cropped nor mirrored: the answer would not be true of them.
+    Each epoch shows every listing once, in another order; a rendered catalogue renders it anew
+    every time. Images are neither cropped nor mirrored: the answer might not be true of them.
 
-    Rows of like length make up a batch, which is padded to the first of `lengths` that holds it:
-    the rows of each WINDOW steps are sorted by length, and the batches so made are shuffled. Every
-    process knows the lengths of all rows, from their texts alone: it opens its own rows' images.
+    Rows of similar length make up a batch, which is padded to the first of `lengths` that holds it:
+    the rows of WINDOW steps are sorted by length and cut into batches, and these are shuffled. Each
+    process computes the lengths of all rows from their texts, and opens the images of its own rows.
     """
 
     catalog: Catalog
-    listings: np.ndarray  # int64, those to learn from
+    listings: np.ndarray  # int64, to learn from
     processor: Processor
     batch: int  # rows of a step, of all processes
     micro_batches: int  # A
-    rows: np.ndarray  # of each chunk's rows, this process's
-    dropout: float  # share of the attributes that answers leave out, at random
-    buckets: int  # how many lengths rows are padded to, at most
+    rows: np.ndarray  # int[C], this process's places in each micro-batch
+    dropout: float  # share of attributes left out of answers, at random
+    buckets: int  # padded lengths, at most
     seed: int
     steps: int
     _window: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
@@ -179,9 +165,9 @@ class AnswerBatches:
 
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
-        """S of the run's batches, ascending; the last holds any row.
+        """The S to which batches are padded, ascending; the last holds any row.
 
-        Those by which a sample of the run's rows is padded the least.
+        They are chosen to pad a sample of the run's rows the least.
         """
         longest = self.processor.max_tokens + self.processor.max_answer
         if self.buckets == 1:
@@ -190,10 +176,10 @@ class AnswerBatches:
         return padded_lengths(sampled, self.buckets, longest)
 
     def _of_step(self, step: int) -> tuple[np.ndarray, int]:
-        """The numbers of a step's examples, those of all processes, and S."""
+        """The numbers of a step's examples, of all processes, and the S of its batch."""
         if len(self.lengths) == 1:
             return step * self.batch + np.arange(self.batch), self.lengths[0]
-        window, place = divmod(step, WINDOW)
+        window, position = divmod(step, WINDOW)
         if window not in self._window:
             self._window.clear()
             examples = (window * WINDOW * self.batch) + np.arange(WINDOW * self.batch)
@@ -202,7 +188,7 @@ class AnswerBatches:
             order = np.random.default_rng((self.seed, 1, window)).permutation(order)
             self._window[window] = examples[order], lengths[order].max(1)
         examples, longest = self._window[window]
-        return examples[place], next(s for s in self.lengths if s >= longest[place])
+        return examples[position], next(s for s in self.lengths if s >= longest[position])
 
     @functools.cached_property
     def _order(self) -> grain.MapDataset:
@@ -228,13 +214,13 @@ class AnswerBatches:
 def padded_lengths(lengths: np.ndarray, most: int, longest: int) -> tuple[int, ...]:
     """At most `most` lengths to pad to, ascending, the last `longest`; multiples of ROUNDED.
 
-    lengths: int[N], of a sample. From all multiples one is taken after the other away, each time
-    the one that costs the fewest tokens of padding.
+    lengths: int[N], of a sample. Starts from all multiples and removes one after another, each time
+    the one whose removal adds the fewest tokens of padding.
     """
     kept = np.append(np.arange(ROUNDED, longest, ROUNDED), longest)
     rows = np.bincount(np.searchsorted(kept, lengths), minlength=len(kept))
     while len(kept) > most:
-        gone = np.argmin(rows[:-1] * np.diff(kept))
-        rows[gone + 1] += rows[gone]
-        kept, rows = np.delete(kept, gone), np.delete(rows, gone)
+        cheapest = np.argmin(rows[:-1] * np.diff(kept))
+        rows[cheapest + 1] += rows[cheapest]
+        kept, rows = np.delete(kept, cheapest), np.delete(rows, cheapest)
     return tuple(kept.tolist())

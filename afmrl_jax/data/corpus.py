@@ -1,9 +1,9 @@
-"""What training knows of its products' attributes: BM25's statistics, and who looks like whom.
+"""BM25's statistics of a split's products, and each product's look-alikes.
 
-Read from the catalogue once and kept in the cache under its fingerprint, since a catalogue of
+They are read from the catalogue once and kept in the cache under its fingerprint: a catalogue of
 millions takes minutes to read listing by listing.
 
-Axes: P products · K neighbours.
+Axes: P products · k look-alikes.
 """
 
 import hashlib
@@ -17,21 +17,22 @@ import numpy as np
 from afmrl_jax.attributes import comparison
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.attributes.comparison import is_empty
+from afmrl_jax.catalog.groups import listings_by_product
 from afmrl_jax.catalog.listings import Catalog, Listing, Overlay
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.data import mining
 
 log = logging.getLogger(__name__)
 
-EXAMPLES = 5_000  # listings that are read where some tell enough
-TOLD = 10  # names and values that are told with their counts
+EXAMPLES = 5_000  # listings, where a sample of a split is enough
+LOGGED = 10  # names and values that a message lists with their counts
 
 
 class TrainedOn(Overlay):
-    """A catalogue of whose training split only some listings are left."""
+    """A catalogue whose training split is cut down to some of its listings."""
 
     def __init__(self, catalog: Catalog, listings: np.ndarray):
-        """listings: int64, what is left of the training split; the other splits stay whole."""
+        """listings: int64, the whole of the new training split; other splits stay as they are."""
         key = catalog.fingerprint.encode() + listings.tobytes()
         super().__init__(catalog, hashlib.blake2b(key, digest_size=16).hexdigest())
         self._listings = listings
@@ -40,21 +41,10 @@ class TrainedOn(Overlay):
         return self._listings if split == "train" else super().indices(split)
 
 
-def listings_by_product(catalog: Catalog, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """The split's listings grouped by product: int64 indices, and each group's start (+ the end).
-
-    Groups stand in ascending order of the catalogue's product code; none for an empty split.
-    """
-    listings = catalog.indices(split)
-    codes = catalog.products[listings]
-    order = np.argsort(codes, kind="stable")
-    starts = np.flatnonzero(np.diff(codes[order], prepend=-1))
-    return listings[order], np.append(starts, len(order))
-
-
 def product_attributes(catalog: Catalog, split: str) -> list[dict[str, str]]:
-    """The attributes of each product of a split, its listings' together; the last that says
-    something says it where two differ. Products in the order of `listings_by_product`."""
+    """The attributes of each product of a split: those of its listings together. Where two listings
+    differ the last value that is not empty counts. Products in the order of `listings_by_product`.
+    """
     listings, starts = listings_by_product(catalog, split)
     products = []
     for start, end in itertools.pairwise(starts):
@@ -68,21 +58,21 @@ def product_attributes(catalog: Catalog, split: str) -> list[dict[str, str]]:
 
 
 def example_listings(catalog: Catalog, split: str) -> list[Listing]:
-    """EXAMPLES of a split, the same at every call; all where it has no more."""
+    """EXAMPLES listings of a split, the same at every call; all where it has fewer."""
     listings = np.random.default_rng(0).permutation(catalog.indices(split))[:EXAMPLES]
     return [catalog.listing(int(index)) for index in listings]
 
 
 def attributes_by_category(listings: list[Listing]) -> dict[str, list[dict[str, str]]]:
-    """Category -> the attributes of its listings."""
-    found: dict[str, list[dict[str, str]]] = {}
+    """Category -> the attributes of each of its listings."""
+    by_category: dict[str, list[dict[str, str]]] = {}
     for listing in listings:
-        found.setdefault(listing.category, []).append(dict(listing.attributes))
-    return found
+        by_category.setdefault(listing.category, []).append(dict(listing.attributes))
+    return by_category
 
 
 def corpus_statistics(catalog: Catalog, split: str, cache: Path) -> CorpusStatistics:
-    """BM25's statistics over a split, a document a product; tells what they leave out."""
+    """BM25's statistics over a split, a document a product; logs which attributes they ignore."""
     path = cache / f"statistics-{comparison.VERSION}-{catalog.fingerprint}-{split}.json"
     if path.exists():
         statistics = CorpusStatistics.from_json(path.read_text(encoding="utf-8"))
@@ -104,19 +94,19 @@ def corpus_statistics(catalog: Catalog, split: str, cache: Path) -> CorpusStatis
     return statistics
 
 
-def _counts(counted: Mapping[str, int], unit: str) -> str:
-    """The first TOLD of them, each with its count."""
-    shown = [f"{name} ({unit % count})" for name, count in itertools.islice(counted.items(), TOLD)]
-    more = len(counted) - len(shown)
+def _counts(counts: Mapping[str, int], unit: str) -> str:
+    """The first LOGGED names, each with its count."""
+    shown = [f"{name} ({unit % count})" for name, count in itertools.islice(counts.items(), LOGGED)]
+    more = len(counts) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def look_alikes(
     catalog: Catalog, split: str, k: int, statistics: CorpusStatistics, cache: Path
 ) -> np.ndarray:
-    """int32[P, K]: of each of a split's products those with the most similar attributes, as
-    positions among them; -1 pads."""
-    version = f"{mining.VERSION}-{statistics.version}"
+    """int32[P, k]: the products with the most similar attributes to each of a split's products, as
+    numbers in the order of `listings_by_product`; -1 pads."""
+    version = f"{mining.VERSION}-{comparison.VERSION}"
     path = cache / f"look-alikes-{version}-{catalog.fingerprint}-{split}-{k}.npy"
     if path.exists():
         return np.load(path)

@@ -1,16 +1,17 @@
-"""What stays of a text that is too long for its row: attributes before all else, and each whole.
+"""Shortens a text that is too long for its row: attributes are kept before all else, each whole.
 
-A listing's text is title, category, attributes, description. What is cut of any text is its end, so
-that the description goes first; a title alone would then push attributes out of the row.
+A listing's text is title, category, attributes, description. A text is cut from its end, so that
+the description goes first; next a long title would push attributes out of the row, and is cut here.
 """
 
 import re
 from collections.abc import Callable, Sequence
 
 # Title and category keep this part of the room, however many attributes there are: without their
-# first words nobody knows what the attributes are of.
+# first words nobody knows which product the attributes describe.
 KEPT_AHEAD = 1 / 4
-# What is left of a word that is cut may be another word. Longer ones have no blanks between words.
+# A word that is cut in the middle may read as another word, so it is dropped. More than 20 letters
+# are no word: the script writes no blanks.
 _CUT_WORD = re.compile(r"\s\S{1,20}\Z")
 
 
@@ -19,11 +20,11 @@ def fit_attributes(
 ) -> tuple[str, int]:
     """A shorter text that fits, and how many of its attributes it still holds.
 
-    attributes: where in `text` each of them stands, at least one: its first character and behind
-    its last. room: tokens, fewer than all up to the last attribute takes. count: text -> tokens.
-    What stands behind the attributes is left out, then the end of what stands before them, down to
-    KEPT_AHEAD of the room; then those attributes that do not fit any more, each in its turn. Where
-    none of them fits the text is as it would be without attributes.
+    attributes: the span of each in `text`, (first character, behind the last), at least one. room:
+    tokens, fewer than the text up to the last attribute takes. count: text -> tokens.
+    Left out are the text behind the attributes; then the end of the text before them, down to
+    KEPT_AHEAD of the room; then each attribute that does not fit into the rest. Where no attribute
+    fits, the text is as it would be without attributes.
     """
     first, last = attributes[0][0], attributes[-1][1]
     ahead, gap = text[: max(first - 1, 0)], text[max(first - 1, 0) : first]
@@ -54,11 +55,11 @@ def fitting(
     count: Callable[[str], int],
     put_together: Callable[[Sequence[str]], str],
 ) -> list[str]:
-    """Those of the pieces that fit into so many tokens, each in its turn: a long one is left out
-    and shorter ones behind it are not.
+    """The pieces that fit into `room` tokens, taken in order: a long piece is left out, and shorter
+    ones behind it are still taken.
 
-    count: text -> tokens. put_together: some of the pieces, with `between` between two of them, and
-    what else stands there -> the text that has to fit.
+    count: text -> tokens. put_together: some of the pieces -> the text that has to fit, in which
+    `between` joins them.
     """
     if count(put_together(pieces)) <= room:
         return list(pieces)
@@ -70,15 +71,15 @@ def fitting(
         if (tokens := count(between * bool(kept) + piece) - alone) <= left:
             kept.append(piece)
             left -= tokens
-    # Put together they may be other tokens than one by one.
+    # The joined text may have more tokens than its pieces one by one.
     while kept and count(put_together(kept)) > room:
         kept.pop()
     return kept
 
 
 def longest(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from low to high that fits, where those do that are smaller; low is taken
-    to fit."""
+    """The largest number from low to high that fits, by bisection. fits: True up to some number;
+    low is assumed to fit."""
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)

@@ -1,6 +1,6 @@
 """Look-alikes: for each product, the other products whose attributes resemble its own the most.
 
-Axes: P products · k neighbours · T term slots · V distinct terms.
+Axes: P products · k neighbours · T term slots · W distinct terms.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,11 @@ from scipy import sparse
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 
-VERSION = 1  # of the algorithm: whoever keeps its results must know of a change
-MAX_TERMS = 32  # a product
-BLOCK_ENTRIES = 4_000_000  # scores held at a time, 12 bytes each
-PAIRED = 8  # common attributes of a product that are also read two at a time
-SPARE = 4  # candidates a neighbour that an approximate search hands to the exact one
+VERSION = 1  # of the algorithm, for caches of its results
+MAX_TERMS = 32  # terms a product
+BLOCK_ENTRIES = 4_000_000  # scores in memory at a time, 12 bytes each
+PAIRED = 8  # common attributes of a product whose pairs are terms too
+SPARE = 4  # candidates a neighbour that the approximate search passes to the exact scores
 
 
 def mine_neighbours(
@@ -27,16 +27,16 @@ def mine_neighbours(
     """The k nearest other products of each product by BM25 of its attributes.
 
     attributes: one mapping a product, P of them. Returns (neighbours int32[P, k], best first, equal
-    scores by index; scores float32[P, k]). A product never is its own neighbour; where fewer than k
+    scores by index; scores float32[P, k]). A product is never its own neighbour; where fewer than k
     others share a term, -1 with score 0 pads.
 
     Exact up to some 20,000 products. In larger catalogues the search reads a product's terms, and
-    pairs of its common attributes, from the rarest on, as far as max_work / P postings (at least
-    2,000) go; what they find is ranked by its exact score. There a term that a large part of the
-    products has finds nobody by itself, and a product of only such terms may get nobody.
+    pairs of its common attributes, from the rarest on, until it has read max_work / P postings (at
+    least 2,000), and ranks the candidates by their exact scores. A term of many products then finds
+    no candidates by itself, and a product that has only such terms may get no neighbours.
     Deterministic, one core. Memory: some 1 KB a product, and BLOCK_ENTRIES scores at a time.
     """
-    # Ids follow the dictionary; words hold no "=", so what does is a whole attribute.
+    # Ids follow the dictionary; words hold no "=", so a term with "=" is a whole attribute.
     is_whole = np.array(["=" in term for term in statistics.document_frequencies], bool)
     encoded = statistics.encode(attributes, MAX_TERMS)
     return _search(encoded, is_whole, k, max_work)
@@ -53,17 +53,17 @@ def _search(
     if not documents.nnz:
         return neighbours, scores
     budget = max(2_000, max_work // n_products)
-    probes, keys, wanted = _rarest(queries, budget), documents, k
+    probes, keys, candidates = _rarest(queries, budget), documents, k
     exact = probes.nnz == queries.nnz
     if not exact:
         pairs = _pairs(queries, pairable, budget)
-        probes, wanted = _rarest(sparse.hstack([queries, pairs], "csr"), budget), k * SPARE
+        probes, candidates = _rarest(sparse.hstack([queries, pairs], "csr"), budget), k * SPARE
         keys = sparse.hstack([documents, pairs.astype(bool)], "csr")
     postings = keys.T.tocsr()
     rows_a_block = max(1, BLOCK_ENTRIES // min(budget, n_products))
     for start in range(0, n_products, rows_a_block):
         stop = min(start + rows_a_block, n_products)
-        row, column, value = _best(probes[start:stop] @ postings, start, wanted)
+        row, column, value = _best(probes[start:stop] @ postings, start, candidates)
         if not exact:
             value = np.asarray(queries[start + row].multiply(documents[column]).sum(axis=1))
         order = np.lexsort((column, -value, row))
@@ -78,8 +78,8 @@ def _search(
 def _matrices(
     encoded: dict[str, np.ndarray], is_whole: np.ndarray
 ) -> tuple[sparse.csr_array, sparse.csr_array, np.ndarray]:
-    """Query and document weights as [P, V] matrices of one sparsity, and which terms are whole
-    attributes, bool[V]."""
+    """Query and document weights as [P, W] matrices of one sparsity, and which terms are whole
+    attributes, bool[W]."""
     used = encoded["terms"] >= 0
     ids, columns = np.unique(encoded["terms"][used], return_inverse=True)
     starts = np.concatenate([[0], np.cumsum(used.sum(axis=1))])
@@ -92,19 +92,19 @@ def _matrices(
 
 
 def _frequencies(queries: sparse.csr_array) -> np.ndarray:
-    """In how many rows each column stands, int64[V]."""
+    """The number of rows with an entry in each column, int64[W]."""
     return np.bincount(queries.indices, minlength=queries.shape[1])
 
 
 def _by_rarity(queries: sparse.csr_array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(row, column, value) of all entries, each row's from its rarest column on."""
+    """(row, column, value) of all entries, row by row, the rarest columns first."""
     rows = np.repeat(np.arange(queries.shape[0]), np.diff(queries.indptr))
     order = np.lexsort((queries.indices, _frequencies(queries)[queries.indices], rows))
     return rows, queries.indices[order], queries.data[order]
 
 
 def _rarest(queries: sparse.csr_array, budget: int) -> sparse.csr_array:
-    """Each row's rarest columns, as many as have no more than `budget` postings together."""
+    """Each row's rarest columns, with at most `budget` postings together."""
     rows, columns, values = _by_rarity(queries)
     read = np.concatenate([[0], np.cumsum(_frequencies(queries)[columns])])
     kept = read[1:] - read[queries.indptr[rows]] <= budget
@@ -112,20 +112,18 @@ def _rarest(queries: sparse.csr_array, budget: int) -> sparse.csr_array:
 
 
 def _pairs(queries: sparse.csr_array, pairable: np.ndarray, budget: int) -> sparse.csr_array:
-    """Pairs of a product's common attributes as terms of their own, weighing as both, [P, pairs].
+    """Pairs of a product's common attributes as terms with the weight of both, [P, pairs].
 
     Where every attribute is common (a type, a colour, a season), two together are still rare.
     """
     rows, columns, values = _by_rarity(queries)
     common = pairable & (_frequencies(queries) > budget // PAIRED)
     rows, columns, values = (entry[common[columns]] for entry in (rows, columns, values))
-    place = np.arange(len(rows)) - np.searchsorted(rows, rows)
-    rows, columns, values, place = (
-        entry[place < PAIRED] for entry in (rows, columns, values, place)
-    )
+    rank = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    rows, columns, values, rank = (entry[rank < PAIRED] for entry in (rows, columns, values, rank))
     table = np.full((queries.shape[0], PAIRED), -1, np.int64)
     weights = np.zeros(table.shape, np.float32)
-    table[rows, place], weights[rows, place] = columns, values
+    table[rows, rank], weights[rows, rank] = columns, values
     first, second = np.triu_indices(PAIRED, 1)
     low, high = np.sort([table[:, first], table[:, second]], axis=0)
     row, _ = pair = np.nonzero(low >= 0)
@@ -137,20 +135,20 @@ def _pairs(queries: sparse.csr_array, pairable: np.ndarray, budget: int) -> spar
 def _best(
     scores: sparse.csr_array, start: int, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(row, column, value) of the `count` highest scores of each of products start, start + 1, ...;
-    of equal ones, the lowest columns."""
+    """(row, column, value) of the `count` highest scores of each row; of equal scores the lowest
+    columns. start: the product of the first row."""
     rows, columns, values = [], [], []
     for row in range(scores.shape[0]):
         span = slice(scores.indptr[row], scores.indptr[row + 1])
         column, value = scores.indices[span], scores.data[span]
-        other = column != start + row  # never itself
-        column, value = column[other], value[other]
+        is_other = column != start + row  # a product is not its own neighbour
+        column, value = column[is_other], value[is_other]
         if len(value) > count:
             least = np.partition(value, len(value) - count)[len(value) - count]
             above = np.flatnonzero(value > least)
-            level = np.flatnonzero(value == least)
-            level = level[np.argsort(column[level])[: count - len(above)]]
-            chosen = np.concatenate([above, level])
+            equal = np.flatnonzero(value == least)
+            equal = equal[np.argsort(column[equal])[: count - len(above)]]
+            chosen = np.concatenate([above, equal])
             column, value = column[chosen], value[chosen]
         rows.append(np.full(len(column), row))
         columns.append(column)

@@ -1,7 +1,7 @@
 """Which listings make up a batch: a pure function of (seed, step).
 
 Axes: B pairs of a global batch · V views of a pair: the query, its target, then mined negatives ·
-P products.
+A micro-batches · C pairs of one (this process's) · P products · k look-alikes · T term slots.
 """
 
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ import grain
 import numpy as np
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
+from afmrl_jax.catalog.groups import listings_by_product
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.options import Options, between
-from afmrl_jax.data.corpus import listings_by_product
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.stream import Batch
 from afmrl_jax.data.views import Augmentation, OtherAttributes, listing_text, training_row
@@ -44,9 +44,9 @@ class Composition(Options, section="data"):
 class PairSampler:
     """Draws the listings of each step's global batch from one split of a catalogue.
 
-    Leaders are taken from a shuffled order of the products, anew each epoch; look-alikes take the
-    places of others in that order. No product is the query of a batch twice. A product with one
-    listing is paired with itself.
+    Each epoch shuffles the products anew. A batch takes the next ones; where groups of look-alikes
+    are wanted, the first ones lead groups, and their look-alikes take the places of the last ones.
+    No product is the query of a batch twice. A product's only listing is paired with itself.
     """
 
     def __init__(
@@ -105,21 +105,23 @@ class PairSampler:
             listings[row, :2] = self._two_listings(product, rng)
             for column in range(self._composition.hard_negatives):
                 negative = self._neighbours[product, column]
-                if negative < 0:  # fewer look-alikes than asked: any other product
+                if negative < 0:  # too few look-alikes: any other product
                     negative = (product + 1 + rng.integers(len(self._starts) - 2)) % (
                         len(self._starts) - 1
                     )
-                own = slice(self._starts[negative], self._starts[negative + 1])
-                listings[row, 2 + column] = rng.choice(self._listings[own])
+                listings[row, 2 + column] = rng.choice(self._listings_of(negative))
         return listings
 
+    def _listings_of(self, product: int) -> np.ndarray:
+        return self._listings[self._starts[product] : self._starts[product + 1]]
+
     def _two_listings(self, product: int, rng: np.random.Generator) -> np.ndarray:
-        own = self._listings[self._starts[product] : self._starts[product + 1]]
-        if len(own) == 1:
-            return own[[0, 0]]
-        first = rng.integers(len(own))
-        second = (first + 1 + rng.integers(len(own) - 1)) % len(own)
-        return own[[first, second]]
+        listings = self._listings_of(product)
+        if len(listings) == 1:
+            return listings[[0, 0]]
+        first = rng.integers(len(listings))
+        second = (first + 1 + rng.integers(len(listings) - 1)) % len(listings)
+        return listings[[first, second]]
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class PairBatches:
     target_views: tuple[tuple[str, ...], np.ndarray]
     max_terms: int
     micro_batches: int
-    rows: np.ndarray  # of each chunk's C examples, this process's
+    rows: np.ndarray  # int[C], this process's places in each micro-batch
     seed: int
     steps: int
 
@@ -147,9 +149,9 @@ class PairBatches:
         return f"PairBatches({self.catalog.fingerprint}, seed={self.seed}, steps={self.steps})"
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of a step: the processor's arrays as [A, C, V, ...], and of each listing
-        `listing` int32 (its index), `product` int32, and BM25's `terms`, `query_weights` and
-        `document_weights` [A, C, V, T].
+        """The batch of a step: the processor's arrays as [A, C, V, ...]; `listing`, the listings'
+        indices, and `product`, their products, int32[A, C, V]; and BM25's `terms`, `query_weights`
+        and `document_weights`, [A, C, V, T].
         """
         listings = self.sampler.draw(step)
         examples = np.arange(len(listings)).reshape(self.micro_batches, -1)[:, self.rows]

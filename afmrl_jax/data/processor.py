@@ -1,17 +1,15 @@
 """Turns texts and photos into the model's static arrays; the model's ragged work is done here.
 
-A row is a prompt (`prompts`) in which each <|image_pad|> is repeated for its image's features. Its
-images lie one after another in the patches, each in the order of the vision tower: merge window by
-merge window.
+A row is a prompt (`prompts`) in which each <|image_pad|> is repeated once a feature of its image;
+`images` makes the patches.
 
-Axes: N rows · S tokens · P patches · C = 3 · temporal patch · patch²
+Axes: N rows · S tokens · P patches · F numbers of a flattened patch · L tokens of an unpadded row.
 """
 
 import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,30 +18,25 @@ from tokenizers import Tokenizer
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.fitting import fit_attributes
+from afmrl_jax.data.images import Grid, Patcher
 from afmrl_jax.data.prompts import Frame, PlainPrompt, Prompt
-from afmrl_jax.data.tokenizer import encode_text, read_json, special_token_ids, text_tokenizer
+from afmrl_jax.data.tokenizer import encode_text, special_token_ids, text_tokenizer
 from afmrl_jax.models.config import QwenVLConfig
 
 _PLAIN = PlainPrompt()
-# Mean and standard deviation of a pixel's channels, by which images are normalised.
-_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-IMAGE_STATISTICS = {
-    "qwen2_vl": _CLIP,
-    "qwen2_5_vl": _CLIP,
-    "qwen3_vl": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
-# Qwen2-VL's processor refuses images longer than this; a training run only squeezes them to it.
-_LONGEST_ASPECT = 200
 # A text is cut to so many characters a token before it is tokenised: a megabyte of description
 # would cost more than the rest of its batch, and tokens this long do not occur in language.
 _CHARACTERS_PER_TOKEN = 32
 
+TEXT_ARRAYS = ("tokens", "token_mask", "positions")
+PATCH_ARRAYS = ("patches", "patch_positions", "patch_segments", "patch_grids")
+
 
 @dataclass(frozen=True)
 class Row:
-    """A text (may be empty) and RGB images (may be none), and what to learn to answer to them.
+    """A text (may be empty), RGB images (may be none), and the answer to learn, if any.
 
-    attributes: where in the text each of them stands, (its first character, behind its last), in
+    attributes: the span of each attribute in the text, (first character, behind the last), in
     order: too long a text is cut around them (`fit_attributes`).
     """
 
@@ -53,12 +46,40 @@ class Row:
     attributes: tuple[tuple[int, int], ...] = ()
 
 
-class Shown(NamedTuple):
-    """What the model reads of a row's text.
+class RowArray(NamedTuple):
+    """One of a row's arrays."""
 
-    text: a plain row of it gives the same tokens (its end, behind the attributes, may be cut);
-    attributes: how many of the row's it holds, each whole; needed: tokens of a row that holds all
-    of them and what stands before them, whole too; max_tokens where this one does.
+    shape: tuple[int, ...]
+    dtype: type[np.generic]
+    padding: int = 0  # the value of padded tokens or patches
+
+
+def row_arrays(
+    config: QwenVLConfig, tokens: int, patches: int, *, answers: bool
+) -> dict[str, RowArray]:
+    """The arrays of one row by name; a batch of rows has these axes behind its own.
+
+    tokens: S; patches: P; answers: whether rows hold an answer to learn.
+    """
+    arrays = {
+        "tokens": RowArray((tokens,), np.int32, config.pad_token_id),
+        "token_mask": RowArray((tokens,), np.bool_),
+        "positions": RowArray((3, tokens), np.int32),
+        "patches": RowArray((patches, config.vision.patch_dim), np.float32),
+        "patch_positions": RowArray((patches, 2), np.int32),
+        "patch_segments": RowArray((patches,), np.int32),
+        "patch_grids": RowArray((patches, 2), np.int32, 1),
+    }
+    return arrays | ({"answer_mask": RowArray((tokens,), np.bool_)} if answers else {})
+
+
+class Shown(NamedTuple):
+    """The part of a row's text that the model reads.
+
+    text: a plain row of this text gives the same tokens (its end, behind the attributes, may be
+    cut). attributes: how many of the row's attributes the text holds, each whole. needed: the
+    max_tokens of a row that holds all attributes and the text before them, whole; this processor's
+    max_tokens where its row does.
     """
 
     text: str
@@ -71,20 +92,20 @@ class _Line(NamedTuple):
 
     tokens: np.ndarray  # int32[L], L <= S
     positions: np.ndarray  # int32[3, L]
-    answer: int  # how many of the last tokens are the answer
-    grids: list[tuple[int, int]]  # rows and columns of merge windows of each image
+    answer: int  # length of the answer, which ends the tokens
+    grids: list[Grid]  # of each image
 
 
 class Processor:
     """Rows to arrays of fixed shapes; pure, picklable, without JAX or torch.
 
-    max_tokens, max_patches: the size of every prompt. Images that do not fit are resized until all
-    of a row's do, sharing the budget fairly; the text is cut from its end, and attributes in it
-    only where they are too many beside the first words of what stands before them.
+    max_tokens, max_patches: the size of every prompt. A row's images share both and are resized
+    until they fit. Its text is cut from the end; attributes are left out only where they do not fit
+    beside the first words of the text before them.
     min_pixels, max_pixels: bounds on a resized image's area, as in Qwen2-VL's processor.
-    prompt: what stands around images and text; by default nothing but the marks of a plain row.
-    max_answer: room behind each prompt for a row's answer, which ends with the config's
-    eos_token_id; a longer one is refused. A prompt is the same with and without its answer.
+    prompt: the tokens around images and text; by default only the marks of a plain row.
+    max_answer: tokens for an answer behind each prompt, the closing eos_token_id of the config
+    included; a longer answer is refused. The prompt does not depend on the answer.
     pad_left: whether padding stands before the rows, for a sampler that goes on from them.
     Raises UserError where these leave no room for an image or do not fit the tokenizer.
     """
@@ -104,32 +125,25 @@ class Processor:
     ):
         self.tokenizer = text_tokenizer(tokenizer)
         self.max_tokens, self.max_patches, self.max_answer = max_tokens, max_patches, max_answer
-        self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.prompt, self.pad_left = prompt, pad_left
-        self.patch_size, self.merge_size = config.vision.patch_size, config.vision.merge_size
-        self.temporal_patch_size = config.vision.temporal_patch_size
         self.ids = checked_ids(tokenizer, config)
-        self._levels = _normalised_levels(config.architecture)
-        # Frames of so many images are made here: a worker would have to import what renders them.
+        self._config = config.replace(pad_token_id=self.ids["pad_token_id"])
+        self._patcher = Patcher(config, min_pixels, max_pixels)
+        # Frames up to two images are made here: a worker process would have to import jinja2.
         self._frames: dict[int, tuple[Frame, int]] = {}
-        _, one, two = (self._frame(n)[1] for n in range(3))
-        self._check(one)
+        _, fixed_of_one, fixed_of_two = (self._frame(n)[1] for n in range(3))
+        self._check(fixed_of_one)
         # Each further image takes its marks and at least one merge window.
-        further = (max_tokens - one - 1) // (two - one + 1)
-        self.max_images = min(max_patches // self.merge_size**2, 1 + further)
+        further = (max_tokens - fixed_of_one - 1) // (fixed_of_two - fixed_of_one + 1)
+        self.max_images = min(max_patches // self._patcher.window, 1 + further)
 
     def _check(self, fixed: int) -> None:
-        """fixed: how many tokens a row of one image has without text and the image's features."""
-        window = self.merge_size**2
+        """fixed: tokens of a row of one image, without its text and the image's features."""
+        window = self._patcher.window
         if self.max_patches < window or self.max_patches % window:
             raise UserError(
                 f"max_patches={self.max_patches} is no multiple of the {window} patches that the "
                 f"model merges into one token: choose one"
-            )
-        if not 0 < self.min_pixels <= self.max_pixels:
-            raise UserError(
-                f"min_pixels={self.min_pixels} and max_pixels={self.max_pixels} are no range: "
-                f"expected 0 < min_pixels <= max_pixels"
             )
         needed = self.max_patches // window + fixed
         if self.max_tokens < needed:
@@ -145,43 +159,36 @@ class Processor:
         """The model's input.
 
         tokens int32[N, S], padded with <|endoftext|>; token_mask bool[N, S]; positions
-        int32[N, 3, S], M-RoPE's time, height and width, 0 on padding; patches float32[N, P, C];
+        int32[N, 3, S], M-RoPE's time, height and width, 0 on padding; patches float32[N, P, F];
         patch_positions int32[N, P, 2], the patch's row and column in its image; patch_segments
         int32[N, P], the image's number within the row from 1, 0 on padding; patch_grids
         int32[N, P, 2], rows and columns of the patch's whole image, in patches, 1 on padding; with
         max_answer also answer_mask bool[N, S].
 
-        buckets: the (S, P) to choose from; taken is the first that holds the rows, whose content
-        does not depend on it. By default the one (max_tokens + max_answer, max_patches). Several
-        processes see different rows of one batch: they must offer one bucket, for what they know of
-        all rows, as `text_bucket`.
-        Raises UserError for a row with more than max_images images, ValueError where no bucket
+        buckets: the (S, P) to choose from; the first that holds all rows is taken, and the rows'
+        content does not depend on it. By default the only bucket is (max_tokens + max_answer,
+        max_patches). Processes see different rows of one batch: each must offer the same single
+        bucket, chosen by what is known of all rows, as `text_bucket`.
+        Raises UserError for a row with more than max_images images; ValueError where no bucket
         holds the rows, or max_answer not an answer: cut, it would be learned as if it were whole.
         """
         lines = [self._line(row) for row in rows]
-        n, (s, p) = len(rows), self._bucket(lines, buckets)
-        channels = 3 * self.temporal_patch_size * self.patch_size**2
+        length, patches = self._bucket(lines, buckets)
+        arrays = row_arrays(self._config, length, patches, answers=self.max_answer > 0)
         batch = {
-            "tokens": np.full((n, s), self.ids["pad_token_id"], np.int32),
-            "token_mask": np.zeros((n, s), bool),
-            "positions": np.zeros((n, 3, s), np.int32),
-            "patches": np.zeros((n, p, channels), np.float32),
-            "patch_positions": np.zeros((n, p, 2), np.int32),
-            "patch_segments": np.zeros((n, p), np.int32),
-            "patch_grids": np.ones((n, p, 2), np.int32),
+            name: np.full((len(rows), *array.shape), array.padding, array.dtype)
+            for name, array in arrays.items()
         }
-        if self.max_answer:
-            batch["answer_mask"] = np.zeros((n, s), bool)
         for i, (row, line) in enumerate(zip(rows, lines)):
-            end = s if self.pad_left else len(line.tokens)
+            end = length if self.pad_left else len(line.tokens)
             start = end - len(line.tokens)
             batch["tokens"][i, start:end] = line.tokens
             batch["token_mask"][i, start:end] = True
             batch["positions"][i, :, start:end] = line.positions
             if self.max_answer:
                 batch["answer_mask"][i, end - line.answer : end] = True
-            out = {key: array[i] for key, array in batch.items()}
-            self._fill_patches(out, line.grids, row.images)
+            views = {name: batch[name][i] for name in PATCH_ARRAYS}
+            self._patcher.fill(views, row.images, line.grids)
         return batch
 
     @property
@@ -192,7 +199,7 @@ class Processor:
     def _bucket(self, lines: list[_Line], buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
         tokens = max((len(line.tokens) for line in lines), default=0)
         windows = max((sum(map(math.prod, line.grids)) for line in lines), default=0)
-        patches = windows * self.merge_size**2
+        patches = windows * self._patcher.window
         for bucket in buckets or [(self.max_tokens + self.max_answer, self.max_patches)]:
             if tokens <= bucket[0] and patches <= bucket[1]:
                 return bucket
@@ -201,7 +208,7 @@ class Processor:
         )
 
     def _frame(self, n_images: int) -> tuple[Frame, int]:
-        """A row's frame, and how many tokens it has without text and images' features."""
+        """The frame of so many images, and its number of tokens without their features."""
         if n_images not in self._frames:
             frame = self.prompt.frame(n_images, self.tokenizer)
             prefix = encode_text(self.tokenizer, frame.prefix)
@@ -210,7 +217,7 @@ class Processor:
         return self._frames[n_images]
 
     def _line(self, row: Row) -> _Line:
-        grids = self._window_grids(row.images)
+        grids = self._grids(row.images)
         frame, _ = self._frame(len(row.images))
         text, _ = self._fitted(row, self._room(grids))
         answer = self._answer(row)
@@ -231,8 +238,8 @@ class Processor:
         return answer
 
     def shown(self, row: Row) -> Shown:
-        """What of the row's text stands in its tokens, beside its images."""
-        grids = self._window_grids(row.images)
+        """The part of the row's text that fits into its tokens, beside its images."""
+        grids = self._grids(row.images)
         room = self._room(grids)
         _, (text, attributes) = self._fitted(row, room)
         if text == row.text:
@@ -240,19 +247,19 @@ class Processor:
         frame, _ = self._frame(len(grids))
         ahead = row.text[: row.attributes[-1][1]]
         needed = self.max_tokens - room + len(encode_text(self.tokenizer, frame.piece(ahead)))
-        if grids:  # in longer rows those that are squeezed by these are larger as well
-            needed += self.max_patches // self.merge_size**2 - self._most_windows(len(grids))
+        if grids:  # max_tokens may limit the images too: longer rows would show them larger
+            needed += self.max_patches // self._patcher.window - self._most_windows(len(grids))
         return Shown(text, attributes, max(needed, -(-len(ahead) // _CHARACTERS_PER_TOKEN)))
 
     def _fitted(self, row: Row, room: int) -> tuple[list[int], tuple[str, int]]:
-        """The tokens of the row's text, as many as there is room for; the text that they are of,
-        and how many of the row's attributes it holds."""
+        """Tokens of the row's text, at most `room`; then the text that they are tokens of, and how
+        many of the row's attributes it holds."""
         n_images, longest = len(row.images), self._longest_text
         text, kept = row.text, len(row.attributes)
         tokens = self._tokens(text, n_images)
 
         def count(text: str) -> int:
-            if len(text) > longest:  # not looked at: no language has tokens that long
+            if len(text) > longest:  # too long to be worth tokenising: it cannot fit
                 return len(text)
             return len(self._tokens(text, n_images))
 
@@ -265,6 +272,7 @@ class Processor:
 
     @property
     def _longest_text(self) -> int:
+        """Characters of a text that are tokenised at most."""
         return _CHARACTERS_PER_TOKEN * self.max_tokens
 
     def _tokens(self, text: str, n_images: int) -> list[int]:
@@ -272,127 +280,45 @@ class Processor:
         frame, _ = self._frame(n_images)
         return encode_text(self.tokenizer, frame.piece(text[: self._longest_text]))
 
-    def _room(self, grids: Sequence[tuple[int, int]]) -> int:
-        """For how many tokens of text its images leave room in a row."""
+    def _room(self, grids: Sequence[Grid]) -> int:
+        """Tokens that images of these grids leave for the text of a row."""
         return self.max_tokens - self._around(len(grids), sum(map(math.prod, grids)))
 
     def _around(self, n_images: int, windows: int) -> int:
-        """How many tokens stand around the text with so many images, of so many windows
-        together."""
+        """Tokens around the text of a row whose images have so many merge windows together."""
         frame, _ = self._frame(n_images)
         return len(frame.head) - n_images + windows + len(frame.tail)
 
     def _most_windows(self, n_images: int) -> int:
-        """How many merge windows a row's images may take together."""
+        """Merge windows that a row's images may have together."""
         fixed = self._frame(n_images)[1]
-        return min(self.max_patches // self.merge_size**2, self.max_tokens - fixed)
+        return min(self.max_patches // self._patcher.window, self.max_tokens - fixed)
 
     def most_tokens(self, row: Row, n_images: int) -> int:
-        """How many tokens the row, given without its images, takes at most with those.
+        """The largest number of tokens that the row can take once its images are added.
 
-        n_images: how many it has, of any size; of more than max_images the first are meant.
+        row: without images. n_images: how many to add, of any size; max_images where it is larger.
         """
         n_images = min(n_images, self.max_images)
         windows = self._most_windows(n_images) if n_images else 0
         tokens = self._around(n_images, windows) + len(self._tokens(row.text, n_images))
         return min(tokens, self.max_tokens) + len(self._answer(row))
 
-    def _window_grids(self, images: Sequence[Image.Image]) -> list[tuple[int, int]]:
-        """Rows and columns of merge windows of each image of a row, so that all fit together."""
+    def _grids(self, images: Sequence[Image.Image]) -> list[Grid]:
+        """The grids of a row's images, which fit the row together."""
         if len(images) > self.max_images:
             raise UserError(
                 f"a row has {len(images)} images, and max_tokens={self.max_tokens} with "
                 f"max_patches={self.max_patches} hold {self.max_images} of the smallest: "
                 f"raise these or take fewer images a listing"
             )
-        budget = self._most_windows(len(images))
-        wanted = [self._window_grid(image, budget) for image in images]
-        # The smallest first: what it leaves of its even share is the larger ones' to divide.
-        for done, k in enumerate(sorted(range(len(images)), key=lambda k: math.prod(wanted[k]))):
-            wanted[k] = self._window_grid(images[k], budget // (len(images) - done))
-            budget -= math.prod(wanted[k])
-        return wanted
-
-    def _window_grid(self, image: Image.Image, limit: int) -> tuple[int, int]:
-        return window_grid(
-            image.height,
-            image.width,
-            factor=self.patch_size * self.merge_size,
-            min_pixels=self.min_pixels,
-            max_pixels=self.max_pixels,
-            limit=limit,
-        )
-
-    def _fill_patches(
-        self,
-        out: dict[str, np.ndarray],
-        grids: list[tuple[int, int]],
-        images: Sequence[Image.Image],
-    ) -> None:
-        start = 0
-        for number, (grid, image) in enumerate(zip(grids, images), 1):
-            end = start + math.prod(grid) * self.merge_size**2
-            self._patchify(image, grid, out["patches"][start:end])
-            out["patch_positions"][start:end] = _patch_positions(*grid, self.merge_size)
-            out["patch_segments"][start:end] = number
-            out["patch_grids"][start:end] = [side * self.merge_size for side in grid]
-            start = end
-
-    def _patchify(self, image: Image.Image, grid: tuple[int, int], out: np.ndarray) -> None:
-        """Writes an image's normalised patches to out: float32[patches, C].
-
-        Equal bit by bit to `Qwen2VLImageProcessorPil` at a fifth of its time: its arithmetic on a
-        pixel has only 3 × 256 outcomes, which are looked up.
-        """
-        if image.mode != "RGB":
-            from transformers.image_transforms import convert_to_rgb
-
-            image = Image.fromarray(convert_to_rgb(image, return_numpy=True))
-        (rows, columns), merge, patch = grid, self.merge_size, self.patch_size
-        size = (columns * merge * patch, rows * merge * patch)
-        pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-        pixels = pixels.reshape(rows, merge, patch, columns, merge, patch, 3)
-        pixels = np.ascontiguousarray(pixels.transpose(6, 0, 3, 1, 4, 2, 5)).reshape(
-            3, len(out), -1
-        )
-        out = out.reshape(len(out), 3, self.temporal_patch_size, patch**2)
-        for channel in range(3):
-            # A still image is the same at every moment of the temporal patch.
-            out[:, channel] = self._levels[channel][pixels[channel]][:, None]
-
-
-def window_grid(
-    height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int, limit: int
-) -> tuple[int, int]:
-    """Rows and columns of merge windows (factor × factor pixels) that an image is resized to.
-
-    Qwen2-VL's `smart_resize` where its result is within limit windows; where not, the largest that
-    is. Sides more than 200:1 apart are resized as 200:1. Raises UserError for an empty image.
-    """
-    if min(height, width) < 1:
-        raise UserError(f"an image is {width} x {height} pixels: remove it from the catalogue")
-    max_pixels = min(max_pixels, limit * factor**2)
-    min_pixels = min(min_pixels, max_pixels)
-    height, width = (max(side, max(height, width) / _LONGEST_ASPECT) for side in (height, width))
-    rows, columns = round(height / factor), round(width / factor)
-    if rows * columns * factor**2 > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        rows = max(1, math.floor(height / shrink / factor))
-        columns = max(1, math.floor(width / shrink / factor))
-    elif rows * columns * factor**2 < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows = math.ceil(height * grow / factor)
-        columns = math.ceil(width * grow / factor)
-    # Rounding up a side, to 1 or to min_pixels, can pass the limit.
-    while rows * columns > limit:
-        rows, columns = (rows - 1, columns) if rows > columns else (rows, columns - 1)
-    return rows, columns
+        return self._patcher.grids(images, self._most_windows(len(images)))
 
 
 def _expanded(
-    ids: np.ndarray, image_id: int, grids: list[tuple[int, int]]
+    ids: np.ndarray, image_id: int, grids: Sequence[Grid]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens with each image's repeated for its features, and M-RoPE's positions: int32[3, L].
+    """Tokens with each image's repeated once a feature, and M-RoPE's positions: int32[3, L].
 
     Text advances by one a token on all three axes. An image's features stand still in time and
     count rows and columns; text goes on behind the longer side (Qwen2-VL's `get_rope_index`, the
@@ -411,32 +337,12 @@ def _expanded(
 
 @functools.lru_cache(maxsize=256)
 def _image_positions(rows: int, columns: int) -> np.ndarray:
-    """Each image token's row and column, int32[2, rows · columns]."""
+    """Row and column of each of an image's tokens, int32[2, rows · columns]."""
     return np.indices((rows, columns), np.int32).reshape(2, -1)
 
 
-@functools.lru_cache(maxsize=256)
-def _patch_positions(rows: int, columns: int, merge: int) -> np.ndarray:
-    """Each patch's row and column in merge-window-major order, int32[patches, 2]."""
-    indices = np.indices((rows * merge, columns * merge), np.int32)
-    indices = indices.reshape(2, rows, merge, columns, merge)
-    return indices.transpose(1, 3, 2, 4, 0).reshape(-1, 2)
-
-
-def _normalised_levels(architecture: str) -> np.ndarray:
-    """What the image processor makes of each of a channel's 256 levels: float32[3, 256]."""
-    # Here and not above, so that worker processes, which unpickle the table, start at once.
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    mean, std = IMAGE_STATISTICS[architecture]
-    library = Qwen2VLImageProcessorPil()
-    levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
-    levels = library.rescale(levels, library.rescale_factor)
-    return library.normalize(levels, list(mean), list(std))[:, 0]
-
-
 def checked_ids(tokenizer: Tokenizer, config: QwenVLConfig) -> dict[str, int]:
-    """The special tokens of rows: the tokenizer's, but for the model's end of an answer.
+    """The ids of a row's special tokens: the tokenizer's, but eos_token_id the model's.
 
     Raises UserError where the tokenizer is not the model's.
     """
@@ -453,39 +359,3 @@ def checked_ids(tokenizer: Tokenizer, config: QwenVLConfig) -> dict[str, int]:
             f"knows {config.vocab_size}, 0 to {config.vocab_size - 1}: take both from one folder"
         )
     return ids
-
-
-def check_preprocessor(folder: Path, config: QwenVLConfig) -> None:
-    """Raises UserError where a Hugging Face folder asks for other patches than the model's.
-
-    Its pixel bounds are advice: the configuration's min_pixels and max_pixels rule.
-    """
-    path = folder / "preprocessor_config.json"
-    if path.is_file():
-        settings = read_json(path)
-    elif (path := folder / "processor_config.json").is_file():
-        settings = read_json(path).get("image_processor") or {}
-    else:
-        return
-    mean, std = IMAGE_STATISTICS[config.architecture]
-    expected = {
-        "patch_size": config.vision.patch_size,
-        "merge_size": config.vision.merge_size,
-        "temporal_patch_size": config.vision.temporal_patch_size,
-        "image_mean": list(mean),
-        "image_std": list(std),
-        "resample": int(Image.Resampling.BICUBIC),
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-    }
-    wrong = [
-        f"{name} is {settings[name]}, expected {value}"
-        for name, value in expected.items()
-        if settings.get(name) is not None and settings[name] != value
-    ]
-    if wrong:
-        raise UserError(
-            f"{path} does not fit a {config.architecture} model with its config.json: "
-            f"{'; '.join(wrong)}; take both files from one model"
-        )

@@ -28,7 +28,7 @@ from afmrl_jax.data.tokenizer import (
 
 log = logging.getLogger(__name__)
 
-# What Qwen2-VL and Qwen2.5-VL say, for models that come with no template of their own.
+# The template of Qwen2-VL and Qwen2.5-VL, for models that come without one.
 CHATML = """\
 {%- for message in messages %}
     {%- if loop.first and message.role != 'system' %}
@@ -52,9 +52,9 @@ CHATML = """\
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-GENERIC_WORDS = "You are a helpful assistant."  # of models that were not trained to embed
-# Stand-ins for text while a template is rendered: private characters, between spaces that must come
-# back too, because a template that strips what it is given would not say the same of real text.
+GENERIC_WORDS = "You are a helpful assistant."  # the system's, of models not trained to embed
+# Stand-ins for text while a template is rendered: private characters between spaces. The spaces
+# must come back too: a template that strips them would also change real text.
 _TEXT, _INSTRUCTION = " \ue000text\ue001 ", " \ue000instruction\ue001 "
 
 
@@ -116,9 +116,9 @@ class ChatPrompt:
         added = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items()}
         names = "|".join(map(re.escape, sorted(added, key=len, reverse=True)))
         pieces = re.split(f"({names})", rendered)
-        # Special tokens stand at the odd places, what is between them at the even ones.
-        mine = [i for i, piece in enumerate(pieces) if _TEXT in piece]
-        if len(mine) != 1 or not pieces[mine[0]].endswith(_TEXT) or mine[0] == len(pieces) - 1:
+        # Special tokens stand at the odd places, ordinary text at the even ones.
+        at = [i for i, piece in enumerate(pieces) if _TEXT in piece]
+        if len(at) != 1 or not pieces[at[0]].endswith(_TEXT) or at[0] == len(pieces) - 1:
             raise UserError(
                 f"the chat template does not put the user's text, unchanged and once, before a "
                 f"special token; of {_TEXT!r} it makes {rendered!r}: use the model's own template"
@@ -127,12 +127,12 @@ class ChatPrompt:
         def encode(start: int, stop: int) -> list[int]:
             ids: list[int] = []
             for i, piece in enumerate(pieces[start:stop], start):
-                said = self._with_instruction(piece)
-                ids += [added[piece]] if i % 2 else encode_text(tokenizer, said)
+                text = self._with_instruction(piece)
+                ids += [added[piece]] if i % 2 else encode_text(tokenizer, text)
             return ids
 
-        prefix = self._with_instruction(pieces[mine[0]].removesuffix(_TEXT))
-        frame = Frame(encode(0, mine[0]), prefix, "", encode(mine[0] + 1, len(pieces)))
+        prefix = self._with_instruction(pieces[at[0]].removesuffix(_TEXT))
+        frame = Frame(encode(0, at[0]), prefix, "", encode(at[0] + 1, len(pieces)))
         shown = (frame.head + frame.tail).count(added[IMAGE_PAD])
         if shown != n_images:
             raise UserError(
@@ -166,7 +166,7 @@ def _rendered(template: str, chat: list[dict[str, Any]]) -> str:
             "the model has no chat template: put its chat_template.jinja into its folder, or "
             'choose the plain prompt, data.prompt = "plain"'
         )
-    # Here and not above: worker processes, whose frames come with the processor, start at once.
+    # Imported here, so that worker processes, whose frames come with the processor, start at once.
     from jinja2 import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -184,11 +184,11 @@ def _rendered(template: str, chat: list[dict[str, Any]]) -> str:
 
 def end_of_turn(template: str, tokenizer: Tokenizer) -> str:
     """The special token that a chat template puts behind an assistant's words; <|im_end|> where it
-    puts none of the tokenizer's there, or cannot be rendered."""
+    puts no special token of the tokenizer there, or cannot be rendered."""
     words = _TEXT.strip()
     try:
         rendered = _rendered(template, [_turn("user", "?"), _turn("assistant", words)])
-    except UserError:  # told by the processor, to those who need the template
+    except UserError:  # the processor raises it where the template is needed
         return END_OF_TURN
     added = tokenizer.get_added_tokens_decoder().values()
     names = sorted((token.content for token in added), key=len, reverse=True)
@@ -197,55 +197,55 @@ def end_of_turn(template: str, tokenizer: Tokenizer) -> str:
 
 
 def system_words(template: str) -> str:
-    """What a chat template says as the system where a chat has no such turn; "" if nothing."""
+    """The system's words that a chat template puts before a chat that has none; "" without any."""
     user = _turn("user", _TEXT)
     try:
-        mine = _rendered(template, [user])
+        default = _rendered(template, [user])
         before, _, after = _rendered(template, [_turn("system", _INSTRUCTION), user]).partition(
             _INSTRUCTION
         )
     except UserError:
         return ""
-    has_turn = mine.startswith(before) and mine.endswith(after) and after
-    return mine[len(before) : -len(after)] if has_turn else ""
+    has_turn = default.startswith(before) and default.endswith(after) and after
+    return default[len(before) : -len(after)] if has_turn else ""
 
 
-def tell_system_words(name: str, kind: str, template: str, instruction: str) -> None:
-    """Logs what the system says before rows to embed, where the configuration leaves it open.
+def tell_system_words(model: str, prompt: str, template: str, instruction: str) -> None:
+    """Logs the system's words before rows to embed, where the configuration has none.
 
-    name: the model's. Some models are published to read words of their own: Qwen3-VL-Embedding
-    reads "Represent the user's input.", which its template says.
+    model: its name; prompt: plain or chat. Some models are published to read certain words:
+    Qwen3-VL-Embedding reads "Represent the user's input.", which its template says.
     """
     words = "" if instruction else system_words(template)
-    if kind == "chat" and words:
-        log.info("%s: the system says %r, from the model's folder", name, words)
-    elif kind == "chat" and not instruction:
+    if prompt == "chat" and words:
+        log.info("%s: the system says %r, from the model's folder", model, words)
+    elif prompt == "chat" and not instruction:
         log.warning(
             "%s: no words are said as the system: its folder has none, and data.instruction is "
             "empty. If the model was published to read some, give them there",
-            name,
+            model,
         )
-    elif kind == "plain" and words not in ("", GENERIC_WORDS):
+    elif prompt == "plain" and words not in ("", GENERIC_WORDS):
         log.warning(
             "%s: its chat template says %r as the system, which data.prompt=plain leaves out, with "
             "the turns around it: data.prompt=chat makes rows as the model was published to read "
             "them",
-            name,
+            model,
             words,
         )
 
 
-def embedding_prompt(kind: str, template: str, instruction: str) -> Prompt:
+def embedding_prompt(name: str, template: str, instruction: str) -> Prompt:
     """The embedder's prompt by its name in a configuration (`data.prompt`): plain or chat."""
-    if kind == "plain":
+    if name == "plain":
         return PlainPrompt(instruction)
-    if kind == "chat":
+    if name == "chat":
         return ChatPrompt(template, instruction, end=END_OF_TEXT)
-    raise UserError(f"data.prompt is {kind!r}: use plain or chat")
+    raise UserError(f"data.prompt is {name!r}: use plain or chat")
 
 
 def chat_template(folder: Path) -> str:
-    """The chat template of a Hugging Face folder, found where transformers looks; "" without one.
+    """The chat template of a Hugging Face folder, from a file that transformers reads; "" if none.
 
     Raises UserError where a file that may hold it is not JSON.
     """
@@ -254,20 +254,21 @@ def chat_template(folder: Path) -> str:
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         path = folder / name
         content = read_json(path) if path.is_file() else {}
-        found = content.get("chat_template") if isinstance(content, Mapping) else None
-        if isinstance(found, list):  # several, by name
-            entries = [entry for entry in found if isinstance(entry, Mapping)]
-            found = {str(e.get("name")): e.get("template") for e in entries}.get("default")
-        if found and isinstance(found, str):
-            return found
+        template = content.get("chat_template") if isinstance(content, Mapping) else None
+        if isinstance(template, list):  # several, by name
+            entries = [entry for entry in template if isinstance(entry, Mapping)]
+            template = {str(e.get("name")): e.get("template") for e in entries}.get("default")
+        if template and isinstance(template, str):
+            return template
     return ""
 
 
 def embedder_template(folder: Path, template: str) -> str:
-    """The chat template, which says as the system what the folder has sentence-transformers say.
+    """The chat template, with the prompt of sentence-transformers as the system's words.
 
-    That is the default prompt of config_sentence_transformers.json; without a default, the only one
-    that it has, if the template has no words itself. Where it has several, the log names them.
+    The prompt is the default one of the folder's config_sentence_transformers.json; where that
+    names no default and the template has no words itself, its only prompt. Where there are several
+    the log names them, and the template stays as it is.
     """
     path = folder / "config_sentence_transformers.json"
     content = read_json(path) if template and path.is_file() else {}

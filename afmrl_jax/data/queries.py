@@ -1,4 +1,7 @@
-"""Batches of queries, for a generator to answer."""
+"""Batches of queries, for a generator to answer.
+
+Axes: A micro-batches · C queries of one (this process's) · Q queries of a step.
+"""
 
 from dataclasses import dataclass
 
@@ -6,26 +9,26 @@ import grain
 import numpy as np
 
 from afmrl_jax.catalog.listings import Catalog
-from afmrl_jax.data.answers import question
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.stream import Batch
+from afmrl_jax.data.views import evaluation_row
 
 
 @dataclass(frozen=True)
 class QueryBatches:
-    """The queries of a run as the generator is asked about them, a pure function of (seed, step);
-    see pipeline.Batches.
+    """The queries of a run as prompts of the generator, a pure function of (seed, step); see
+    stream.Batches.
 
-    Each epoch asks about all listings once, in an order of its own; a rendered catalogue renders
-    each anew every time.
+    Each epoch shows every listing once, in another order; a rendered catalogue renders it anew
+    every time.
     """
 
     catalog: Catalog
-    listings: np.ndarray  # int64, those that have something to find
+    listings: np.ndarray  # int64, of which each has something to find
     processor: Processor  # the generator's
     queries: int  # of a step, of all processes
     micro_batches: int  # A
-    rows: np.ndarray  # of each chunk's queries, this process's
+    rows: np.ndarray  # int[C], this process's places in each micro-batch
     seed: int
     steps: int
 
@@ -36,7 +39,8 @@ class QueryBatches:
         return f"QueryBatches({self.catalog.fingerprint}, seed={self.seed}, steps={self.steps})"
 
     def draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """All queries of a step, chunk by chunk: listings int64[Q] and their draws int64[Q]."""
+        """All queries of a step, one micro-batch after another: their listings and draws, int64[Q]
+        each."""
         order = grain.MapDataset.range(len(self.listings)).seed(self.seed).shuffle().repeat()
         numbers = step * self.queries + np.arange(self.queries)
         listings = [self.listings[order[int(number)]] for number in numbers]
@@ -47,7 +51,7 @@ class QueryBatches:
         """The processor's arrays as [A, C, ...], and `listing` int32[A, C], each row's index."""
         listings, draws = (x.reshape(self.micro_batches, -1)[:, self.rows] for x in self.draw(step))
         rows = [
-            question(self.catalog, int(listing), self.processor.max_images, int(draw))
+            evaluation_row(self.catalog, int(listing), self.processor.max_images, int(draw))
             for listing, draw in zip(listings.flat, draws.flat)
         ]
         arrays = {

@@ -1,7 +1,7 @@
 """Tokenizers of the Qwen2-VL kind: the real one from its folder, or one trained on a catalogue.
 
 Both are a plain `tokenizers.Tokenizer`: byte-level BPE, NFC, Qwen2's pre-tokenisation and the same
-special tokens by name, so that everything above finds its ids by name and never by number.
+special tokens by name. Callers find ids by a token's name, never by a number.
 """
 
 import json
@@ -61,7 +61,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"vocab_size={vocab_size} is below {least}, the {_BYTES} bytes and "
             f"{len(SPECIAL_TOKENS)} special tokens that every tokenizer needs: raise it"
         )
-    # transformers takes a second to import (with torch installed, four): only who needs it waits.
+    # Imported here: transformers takes a second to import (with torch installed, four).
     from transformers import Qwen2Tokenizer
 
     qwen = Qwen2Tokenizer().backend_tokenizer
@@ -103,7 +103,7 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     """
     # Set at every call, because pickling forgets it.
     tokenizer.encode_special_tokens = True
-    # One by one: a batch would start the tokenizer's own threads in every worker process.
+    # One text at a time: a batch would start the tokenizer's threads in every worker process.
     return tokenizer.encode(clean_text(text), add_special_tokens=False).ids
 
 
@@ -166,12 +166,13 @@ def special_token_ids(tokenizer: Tokenizer) -> dict[str, int]:
 def named_end_ids(
     tokenizer: Tokenizer, described: Mapping[str, Any], folder: Path | None = None
 ) -> tuple[int, ...]:
-    """All tokens that end an answer by what a model's files say, each once, in their order.
+    """The tokens that end an answer according to a model's files, each once, in the files' order.
 
-    described: the content of config.json, which has eos_token_id, or its text_config has. folder:
-    where generation_config.json has one too, and tokenizer_config.json and special_tokens_map.json
-    an eos_token; None for a checkpoint of ours. Any of them may be absent or null, or a list.
-    Raises UserError, naming the folder's file, for one that can end no answer.
+    described: the content of config.json; eos_token_id is read from it and from its text_config.
+    folder: the folder of generation_config.json, whose eos_token_id is read too, and of
+    tokenizer_config.json and special_tokens_map.json, whose eos_token is read; None for a
+    checkpoint of ours. Each file and field may be absent; a field may be null or a list.
+    Raises UserError, naming the folder's file, for a token that can end no answer.
     """
     nested = described.get("text_config")
     files = [("config.json", part) for part in (described, nested) if isinstance(part, Mapping)]

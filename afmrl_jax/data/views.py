@@ -1,7 +1,7 @@
-"""Views of a listing: what the encoder is shown of it.
+"""Views of a listing: the parts of it that a model reads.
 
 A view is "image", "text" or "image+text". Text is the title, category and description; structured
-attributes join it only when asked.
+attributes join it only where a caller passes them.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ VIEWS = ("image+text", "image", "text")
 SEPARATOR = "; "  # of attributes, as `format_attributes` writes them
 log = logging.getLogger(__name__)
 
-SAMPLED = 200  # listings that are looked at to tell whether attributes fit
+SAMPLED = 200  # listings on which to measure whether attributes fit
 
 
 def parse_mixture(text: str, field: str) -> tuple[tuple[str, ...], np.ndarray]:
@@ -70,9 +70,9 @@ def listing_row(
     images: Sequence[Image.Image] = (),
     attributes: Mapping[str, str] | None = None,
 ) -> Row:
-    """Title, category, attributes where given, description: what matters most stands first.
+    """Title, category, attributes if any, description: the most important first.
 
-    Every text with attributes is made here, so that training, evaluation and rewards see the same.
+    Every text with attributes is made here, so that training, evaluation and rewards read the same.
     """
     lines = [line for line in (listing.title, listing.category) if line]
     pairs, places = attribute_pairs(attributes or {}), []
@@ -92,22 +92,40 @@ def listing_text(listing: Listing, attributes: Mapping[str, str] | None = None) 
 def evaluation_row(
     catalog: Catalog,
     index: int,
-    view: str,
-    *,
     max_images: int,
-    attributes: Mapping[str, str] | None = None,
     draw: int = 0,
+    *,
+    view: str = "image+text",
+    attributes: Mapping[str, str] | None = None,
 ) -> Row:
     """The listing as it stands, with its first `max_images` images; attributes join its text.
 
-    A part that it lacks is left out, even if the row is then empty. draw: as `training_row`'s.
+    A part that the listing lacks is left out, even if the row is then empty. draw: as
+    `training_row`'s.
     """
-    listing = catalog.listing(index, draw)
-    images = []
-    if "image" in view:
-        shown = range(min(listing.n_images, max_images))
-        images = [catalog.image(index, which, draw) for which in shown]
-    images = [image for image in images if image is not None]
+    images = listing_images(catalog, index, max_images, draw) if "image" in view else ()
+    return view_row(catalog.listing(index, draw), view, images, attributes)
+
+
+def listing_images(
+    catalog: Catalog, index: int, max_images: int, draw: int = 0
+) -> tuple[Image.Image, ...]:
+    """The first `max_images` images of a listing. draw: as `training_row`'s."""
+    shown = range(min(catalog.listing(index, draw).n_images, max_images))
+    images = (catalog.image(index, which, draw) for which in shown)
+    return tuple(image for image in images if image is not None)
+
+
+def view_row(
+    listing: Listing,
+    view: str,
+    images: Sequence[Image.Image],
+    attributes: Mapping[str, str] | None = None,
+) -> Row:
+    """`listing_row` for a view that shows text; for others the images, some of the view's, alone.
+
+    Every listing that is judged or rewarded passes here.
+    """
     return listing_row(listing, images, attributes) if "text" in view else Row("", tuple(images))
 
 
@@ -124,8 +142,8 @@ def training_row(
 ) -> Row:
     """One augmented view, with one image; `shorten` keeps a random half of the text's words.
 
-    draw: asks a rendered catalogue for a fresh rendering. A listing without the part that `view`
-    asks for shows the part that it has.
+    draw: the number of a rendering, for a rendered catalogue. A listing without the part that
+    `view` names shows the part that it has.
     """
     listing = catalog.listing(index, draw)
     image = None
@@ -144,10 +162,10 @@ def training_row(
 
 
 def _shortened(row: Row, rng: np.random.Generator) -> Row:
-    """A random half of the text's words; those of attributes stand for attributes."""
+    """A random half of the text's words; each kept word of an attribute counts as an attribute."""
     words = row.text.split()
     kept = np.sort(rng.permutation(len(words))[: max(1, len(words) // 2)])
-    first = last = 0  # of the words, those of attributes
+    first = last = 0  # words of attributes: from `first` on, up to `last`
     if row.attributes:
         first = len(row.text[: row.attributes[0][0]].split())
         last = len(row.text[: row.attributes[-1][1]].split())
@@ -165,7 +183,7 @@ def _corrupted(
     options: Augmentation,
     others: Sequence[Mapping[str, str]],
 ) -> dict[str, str]:
-    """Attributes as a generator would give them: some missing, some with another's value."""
+    """Attributes as a generator would write them: some missing, some with a wrong value."""
     shown = {}
     for name, value in listing.attributes.items():
         if rng.random() < options.attribute_dropout:
@@ -189,10 +207,11 @@ def _augmented(image: Image.Image, rng: np.random.Generator, options: Augmentati
 
 
 class AttributeCuts:
-    """Counts rows that were given more attributes than the model reads, or titles that make room.
+    """Counts rows whose attributes do not all fit, or whose title is cut to make room for them.
 
-    enriched: rows with attributes; losing: those that lose any; bare: those that lose all; shorter:
-    those that lose the end of title and category; needed: tokens of a row that holds all of them.
+    enriched: rows with attributes. Of these, losing: rows that lose an attribute; bare: rows that
+    lose all; shorter: rows that lose the end of title and category. needed: the max_tokens with
+    which no row would lose any.
     """
 
     def __init__(self, processor: Processor):
@@ -201,26 +220,27 @@ class AttributeCuts:
         self.needed = processor.max_tokens
 
     def made(self, numbers: np.ndarray, row: Callable[[int], Row]) -> list[Row]:
-        """The rows of some numbers, int[N]; each is made, and counted, once a call: a batch is
-        filled up with what it holds already."""
+        """row(number) of each of numbers, int[N]. A number that occurs again, as those that fill up
+        a batch do, is made and counted once."""
         rows = {number: row(number) for number in dict.fromkeys(numbers.tolist())}
-        for each in rows.values():
-            if each.attributes:
-                shown = self._processor.shown(each)
+        for made in rows.values():
+            if made.attributes:
+                shown = self._processor.shown(made)
                 self.enriched += 1
-                self.losing += shown.attributes < len(each.attributes)
+                self.losing += shown.attributes < len(made.attributes)
                 self.bare += not shown.attributes
-                self.shorter += bool(shown.attributes) and shown.text != each.text
+                self.shorter += bool(shown.attributes) and shown.text != made.text
                 self.needed = max(self.needed, shown.needed)
         return [rows[number] for number in numbers.tolist()]
 
     @property
     def share(self) -> float:
-        """Of the rows with attributes, those that lose any; 0 without such rows."""
+        """Share of the rows with attributes that lose any; 0 without such rows."""
         return self.losing / max(self.enriched, 1)
 
     @property
     def none_is_read(self) -> bool:
+        """Whether rows have attributes, and the model reads none of them."""
         return 0 < self.enriched == self.bare
 
     def __str__(self) -> str:
@@ -231,22 +251,25 @@ class AttributeCuts:
             f"{self.needed} it would read all of theirs"
         )
 
-    def tell(self, where: str) -> None:
-        """Logs what is lost: a warning where it is an attribute. where: in whose texts."""
-        if self.losing or self.shorter:
+    def tell(self, where: str) -> bool:
+        """Logs what is lost, if anything: a warning where it is an attribute. where: in whose
+        texts. Returns whether anything was."""
+        lost = bool(self.losing or self.shorter)
+        if lost:
             log.log(logging.WARNING if self.losing else logging.INFO, "%s: %s", where, self)
+        return lost
 
 
 def sampled_cuts(
     catalog: Catalog, split: str, processor: Processor, max_images: int
 ) -> AttributeCuts:
-    """What becomes of the attributes of some listings of a split, beside title and photos."""
+    """The cuts in a sample of a split's listings, with their attributes, titles and photos."""
     cuts = AttributeCuts(processor)
 
     def row(index: int) -> Row:
         attributes = catalog.listing(index).attributes
         view = "image+text" if attributes else "text"  # without attributes no photo matters
-        return evaluation_row(catalog, index, view, max_images=max_images, attributes=attributes)
+        return evaluation_row(catalog, index, max_images, view=view, attributes=attributes)
 
     cuts.made(np.random.default_rng(0).permutation(catalog.indices(split))[:SAMPLED], row)
     return cuts

@@ -1,14 +1,14 @@
 """The one attention of the tower and the decoder: grouped heads, any mask, softmax in float32.
 
-Scores are the largest array of a layer, S / D times its queries. They are made a few rows at a
-time, so that a TPU's vector memory or a CPU's cache holds them, and made again in the backward
-pass, which keeps one number of each query instead.
-Axes: N rows · S tokens or patches · H query heads · K key/value heads (H is R·K) · D head size.
+Scores are the largest array of a layer, S / d times its queries. They are computed a few rows at a
+time, so that a TPU's vector memory or a CPU's cache holds them, and computed again in the backward
+pass, for which only one number a query is kept: the logarithm of its sum of exponentials.
+Axes: N rows · S tokens or patches · H query heads · K key/value heads (H is R·K) · d head size.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 from afmrl_jax.models.partition import row_shards
 from afmrl_jax.models.rope import Angles, rotate
 
-Inputs: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, Angles, jax.Array]
-
-SCORES = 24 * 2**20  # bytes of float32 scores at a time: v5e's vector memory holds five such
-MIXED = "mixed"  # the name by which a remat policy keeps what the backward pass needs
-LOWEST = -1e30  # a score that nobody attends to; finite, so that a query that sees nothing is too
+SCORES = 24 * 2**20  # bytes of float32 scores at a time; v5e's vector memory holds five times that
+MIXED = "mixed"  # name, in remat policies, of the results that the backward pass needs
+LOWEST = -1e30  # score of a masked key; finite, because masked keys alone would give NaN
 
 
 def attend(
@@ -32,14 +30,14 @@ def attend(
     mask: jax.Array,
     causal: bool,
 ) -> jax.Array:
-    """Scaled dot-product attention of queries and keys that are turned by their angles.
+    """Scaled dot-product attention; queries and keys are turned by their angles first.
 
-    query: [N, S, H, D]; key, value: [N, S, K, D]; angles: as `rotary_angles` makes them; mask:
+    query: [N, S, H, d]; key, value: [N, S, K, d]; angles: as `rotary_angles` makes them; mask:
     bool[N, S, S] or bool[N, 1, S], True where a query (rows) may see a key (columns). Returns
-    [N, S, H, D]. A query that sees nothing (padding) gets an average of values: finite, and read by
-    nobody. Neither angles nor mask have a gradient.
+    [N, S, H, d]. A query that sees no key (padding) gets a finite average of values, for nobody to
+    read. Neither angles nor mask have a gradient.
     """
-    # cuDNN's flash attention: half precision, and with a mask an even length.
+    # cuDNN's flash attention takes half precision only, and with a mask even lengths only.
     fused = (
         jax.default_backend() == "gpu"
         and query.dtype in (jnp.bfloat16, jnp.float16)
@@ -67,47 +65,47 @@ def _attend(causal: bool, *inputs: Any) -> jax.Array:
 
 
 def _forward(causal: bool, *inputs: Any) -> tuple[jax.Array, tuple]:
-    kept = _by_rows(functools.partial(_mix, causal), inputs)
-    mixed, size = checkpoint_name(kept, MIXED)
-    return mixed, (inputs, mixed, size)
+    results = _by_rows(functools.partial(_mix, causal), inputs)
+    mixed, log_total = checkpoint_name(results, MIXED)
+    return mixed, (inputs, mixed, log_total)
 
 
-def _backward(causal: bool, kept: tuple, gradient: jax.Array) -> tuple:
-    inputs, mixed, size = kept
-    given = (*inputs, mixed, size, gradient)
-    return *_by_rows(functools.partial(_mix_back, causal), given), None, None
+def _backward(causal: bool, residuals: tuple, gradient: jax.Array) -> tuple:
+    inputs, mixed, log_total = residuals
+    arrays = (*inputs, mixed, log_total, gradient)
+    return *_by_rows(functools.partial(_mix_back, causal), arrays), None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
 def _mix(causal: bool, *inputs: Any) -> tuple[jax.Array, jax.Array]:
-    """What `attend` returns, and the logarithm of each query's sum of exponentials,
-    float32[N, K, R, S]."""
+    """The result of `attend`, and the logarithm of each query's sum of exponentials,
+    float32[N, K, R, S]. inputs: `attend`'s arrays."""
     query, key, value = _turned(*inputs[:4])
-    scores = jnp.where(_seen(inputs[4], causal), _scores(query, key), LOWEST)
+    scores = jnp.where(_visible(inputs[4], causal), _scores(query, key), LOWEST)
     largest = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - largest).astype(value.dtype)
-    # One more column of values, all ones, sums the weights with the same product.
+    # A column of ones beside the values makes the same product sum the weights.
     ones = jnp.ones((*value.shape[:-1], 1), value.dtype)
     mixed = _einsum("nkrqs,nskd->nqkrd", weights, jnp.concatenate([value, ones], -1))
     mixed, total = mixed[..., :-1], mixed[..., -1:]
-    size = largest[..., 0] + jnp.log(jnp.transpose(total[..., 0], (0, 2, 3, 1)))
-    return (mixed / total).astype(value.dtype).reshape(inputs[0].shape), size
+    log_total = largest[..., 0] + jnp.log(jnp.transpose(total[..., 0], (0, 2, 3, 1)))
+    return (mixed / total).astype(value.dtype).reshape(inputs[0].shape), log_total
 
 
-def _mix_back(
-    causal: bool,
-    *given: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of query, key and value, as they were before they were turned."""
-    angles, mask, mixed, size, gradient = given[3:]
-    query, key, value = _turned(*given[:4])
+def _mix_back(causal: bool, *arrays: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of query, key and value before they were turned.
+
+    arrays: `attend`'s; then both results of `_mix`, and the gradient of the first.
+    """
+    angles, mask, mixed, log_total, gradient = arrays[3:]
+    query, key, value = _turned(*arrays[:4])
     mixed, gradient = mixed.reshape(query.shape), gradient.reshape(query.shape)
-    weights = jnp.exp(_scores(query, key) - size[..., None])
-    weights = jnp.where(_seen(mask, causal), weights, 0)
+    weights = jnp.exp(_scores(query, key) - log_total[..., None])
+    weights = jnp.where(_visible(mask, causal), weights, 0)
     by_value = _einsum("nkrqs,nqkrd->nskd", weights.astype(value.dtype), gradient)
-    # Of all weights of a query together: what they are sums to one.
+    # A query's weights sum to one, so softmax centres their gradients by the weighted mean.
     common = (gradient.astype(jnp.float32) * mixed.astype(jnp.float32)).sum(-1)
     common = jnp.transpose(common, (0, 2, 3, 1))[..., None]
     by_weight = _einsum("nqkrd,nskd->nkrqs", gradient, value)
@@ -116,14 +114,14 @@ def _mix_back(
     by_key = _einsum("nkrqs,nqkrd->nskd", by_score, query)
     cos, sin = angles
     scale = query.shape[-1] ** -0.5
-    by_query = rotate(by_query.reshape(given[0].shape), (cos * scale, -sin * scale))
+    by_query = rotate(by_query.reshape(arrays[0].shape), (cos * scale, -sin * scale))
     return tuple(x.astype(value.dtype) for x in (by_query, rotate(by_key, (cos, -sin)), by_value))
 
 
 def _turned(
     query: jax.Array, key: jax.Array, value: jax.Array, angles: Angles
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Query as [N, S, K, R, D], scaled, and key, both turned; value."""
+    """The query, turned and scaled, as [N, S, K, R, d]; the key, turned; the value."""
     scale = query.shape[-1] ** -0.5
     turned = rotate(query, tuple(part * scale for part in angles))
     rows, length, groups, size = key.shape
@@ -134,8 +132,9 @@ def _scores(query: jax.Array, key: jax.Array) -> jax.Array:
     return _einsum("nqkrd,nskd->nkrqs", query, key)
 
 
-def _seen(mask: jax.Array, causal: bool) -> jax.Array:
-    """mask: bool[N, S or 1, S]. Returns bool[N, 1, 1, S or 1, S]."""
+def _visible(mask: jax.Array, causal: bool) -> jax.Array:
+    """The mask, without later keys where causal. mask: bool[N, S or 1, S]. Returns
+    bool[N, 1, 1, S or 1, S]."""
     if causal:
         mask = mask & jnp.tril(jnp.ones((mask.shape[-1], mask.shape[-1]), bool))
     return mask[:, None, None]
@@ -145,9 +144,9 @@ _einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def _by_rows(function: Callable[..., Any], inputs: tuple) -> Any:
-    """function(*inputs), as many rows at a time as SCORES holds.
+    """function(*inputs), computed for as many rows at a time as SCORES allows.
 
-    inputs: arrays whose first axis is N, the first of them the query.
+    inputs: arrays whose first axis is N; the first array is the query.
     """
     rows, length, heads, _ = inputs[0].shape
     shards = row_shards(rows) or 1
@@ -156,7 +155,7 @@ def _by_rows(function: Callable[..., Any], inputs: tuple) -> Any:
     if block * shards == rows:
         return function(*inputs)
 
-    # Each device goes through its own rows: the split axis stays, behind the loop's.
+    # Every device loops over its shard of the rows: the loop's axis stands before the sharded one.
     def cut(x: jax.Array) -> jax.Array:
         x = x.reshape(shards, -1, block, *x.shape[1:]).swapaxes(0, 1)
         return x.reshape(-1, shards * block, *x.shape[3:])

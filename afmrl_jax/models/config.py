@@ -1,8 +1,8 @@
-"""What a Qwen-VL model is made of: sizes, special tokens and what its family computes.
+"""A Qwen-VL model's configuration: its sizes, its special tokens, and what its family computes.
 
-Qwen2-VL, Qwen2.5-VL and Qwen3-VL are one class; FAMILIES says in what they differ. Read from a
-Hugging Face config.json (`from_hf`) or from `presets`. No jax here: data workers and the planner
-read these numbers too.
+Qwen2-VL, Qwen2.5-VL and Qwen3-VL are one class; FAMILIES holds their differences. A configuration
+is read from a Hugging Face config.json (`from_hf`) or taken from `presets`. This file imports no
+jax, because data workers and the planner read these numbers too.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ VISION_TOKEN = re.compile(r"<\|(vision|image|video)_\w+\|>")  # as Qwen's tokeni
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The vision tower; its patch merger puts out vectors of the decoder's width.
+    """The vision tower; its patch merger makes vectors of the decoder's width.
 
-    The last fields are those in which families differ; FAMILIES holds their values.
+    Families differ in the fields from `norm` on; FAMILIES has the values of most of them.
     """
 
     hidden_size: int
@@ -30,8 +30,8 @@ class VisionConfig:
     num_heads: int
     mlp_size: int
     patch_size: int  # pixels
-    merge_size: int  # patches a side that are merged into one token
-    temporal_patch_size: int  # frames in a patch; a still image is repeated
+    merge_size: int  # patches a side of a window that is merged into one token
+    temporal_patch_size: int  # frames a patch; a still image is repeated
     in_channels: int = 3
     rope_theta: float = 1e4
     norm_epsilon: float = 1e-6
@@ -39,10 +39,10 @@ class VisionConfig:
     activation: str = "quick_gelu"  # quick_gelu | silu | gelu_tanh
     gated: bool = False  # the MLP: down(activation(gate(x)) * up(x))
     patch_bias: bool = False
-    window_size: int = 0  # pixels a side within which a patch attends; 0: its whole image
-    full_attention_layers: tuple[int, ...] = ()  # that attend to the whole image nevertheless
-    num_positions: int = 0  # of a square table of learned positions, resampled to each image
-    deepstack_layers: tuple[int, ...] = ()  # whose outputs the decoder's first layers receive
+    window_size: int = 0  # pixels a side of an attention window; 0: none, patches see their image
+    full_attention_layers: tuple[int, ...] = ()  # numbers of the layers without windows
+    num_positions: int = 0  # size of a square table of learned positions, resampled to each image
+    deepstack_layers: tuple[int, ...] = ()  # numbers of layers whose outputs enter the decoder
 
     @property
     def head_dim(self) -> int:
@@ -55,12 +55,12 @@ class VisionConfig:
 
     @property
     def window_patches(self) -> int:
-        """Patches a side of an attention window, of whole merged tokens; 0 without windows."""
+        """Patches a side of an attention window, in whole merge windows; 0 without windows."""
         return self.window_size // (self.merge_size * self.patch_size) * self.merge_size
 
     @property
     def layer_groups(self) -> tuple[int, ...]:
-        """How many layers each scan runs: the tower is cut after every layer that is tapped."""
+        """The number of layers that each scan runs: a scan ends after every DeepStack layer."""
         ends = (*(layer + 1 for layer in self.deepstack_layers), self.num_layers)
         return tuple(end - start for start, end in zip((0, *ends), ends) if end > start)
 
@@ -98,7 +98,7 @@ class TextConfig:
     num_kv_heads: int
     head_dim: int
     mlp_size: int
-    mrope_sections: tuple[int, ...]  # rotary frequencies given to time, height and width
+    mrope_sections: tuple[int, ...]  # numbers of rotary frequencies of time, height and width
     rope_theta: float = 1e6
     norm_epsilon: float = 1e-6
     attention_bias: bool = True  # of query, key and value
@@ -118,7 +118,7 @@ class TextConfig:
             )
 
 
-# What each architecture computes, whatever its size: fields of VisionConfig and of TextConfig.
+# The fields of VisionConfig and of TextConfig that an architecture fixes, whatever its size.
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen2_vl": ({}, {}),
     "qwen2_5_vl": ({"norm": "rms", "activation": "silu", "gated": True}, {}),
@@ -136,15 +136,15 @@ class QwenVLConfig:
     vision: VisionConfig
     text: TextConfig
     vocab_size: int
-    image_token_id: int  # stands where a merged image feature goes
+    image_token_id: int  # takes the place of a merged image feature
     vision_start_token_id: int
     vision_end_token_id: int
-    eos_token_id: int  # with which training ends an answer
-    pad_token_id: int  # <|endoftext|> where a tokenizer is known, whatever a folder pads with
+    eos_token_id: int  # ends an answer in training
+    pad_token_id: int  # <|endoftext|> where a tokenizer is known, whatever the folder's padding is
     tie_embeddings: bool  # the head is the embedding table
     initializer_range: float = 0.02
     architecture: str = "qwen2_vl"  # a key of FAMILIES
-    other_eos_token_ids: tuple[int, ...] = ()  # that end an answer too, as a folder's files say
+    other_eos_token_ids: tuple[int, ...] = ()  # end an answer too, according to a folder's files
 
     def __post_init__(self) -> None:
         names = ("image_token_id", "vision_start_token_id", "vision_end_token_id")
@@ -169,7 +169,7 @@ class QwenVLConfig:
 
     @property
     def layer_groups(self) -> tuple[int, ...]:
-        """How many decoder layers each scan runs: first those that receive DeepStack features."""
+        """The number of layers of each decoder scan; the first scan receives DeepStack features."""
         first = len(self.vision.deepstack_layers)
         return tuple(count for count in (first, self.text.num_layers - first) if count)
 
@@ -202,15 +202,15 @@ class QwenVLConfig:
             "initializer_range": self.initializer_range,
             "eos_token_id": [self.eos_token_id, *others] if others else self.eos_token_id,
             "pad_token_id": self.pad_token_id,
-            "bos_token_id": self.pad_token_id,  # what published files call it; their default else
+            "bos_token_id": self.pad_token_id,  # published files call the padding token so
         }
         if self.architecture == "qwen3_vl":
-            own = {
+            qwen3_fields = {
                 "model_type": "qwen3_vl_text",
                 "head_dim": text.head_dim,
                 "attention_bias": text.attention_bias,
             }
-            decoder = {"text_config": {**decoder, **own}}
+            decoder = {"text_config": {**decoder, **qwen3_fields}}
         return {
             "architectures": [_CLASSES[self.architecture]],
             "model_type": self.architecture,
@@ -227,12 +227,12 @@ class QwenVLConfig:
                 "spatial_merge_size": vision.merge_size,
                 "temporal_patch_size": vision.temporal_patch_size,
                 "hidden_act": _ACTIVATIONS[vision.activation],
-                **self._own_vision_to_hf(),
+                **self._family_vision_to_hf(),
             },
         }
 
-    def _own_vision_to_hf(self) -> dict[str, Any]:
-        """The part of `vision_config` that each architecture names its own way."""
+    def _family_vision_to_hf(self) -> dict[str, Any]:
+        """The fields of `vision_config` whose names depend on the architecture."""
         vision, width = self.vision, self.text.hidden_size
         if self.architecture == "qwen2_vl":
             ratio = vision.mlp_size // vision.hidden_size
@@ -254,9 +254,9 @@ _CLASSES = {
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
-# Our names of activations, and theirs.
+# Our names of activations -> transformers' names.
 _ACTIVATIONS = {"quick_gelu": "quick_gelu", "silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
-# Where a config.json says how the decoder's rotary embedding turns.
+# The fields of a config.json that describe the decoder's rotary embedding.
 _ROPE = ("rope_scaling", "rope_parameters", "rope_theta")
 
 
@@ -266,11 +266,11 @@ def from_hf(
     """Reads a Hugging Face config.json's content as transformers 5 does, its defaults included.
 
     The decoder's fields stand in `text_config`, or beside it where there is none (Qwen2-VL and
-    Qwen2.5-VL as published). ends: gives the fields eos_token_id, other_eos_token_ids and
-    pad_token_id, which who has the tokenizer knows better than this file does; it is called once
-    the rest is read.
+    Qwen2.5-VL as published). ends: returns the fields eos_token_id, other_eos_token_ids and
+    pad_token_id, for callers with the tokenizer, which is a better source than this file; called
+    when all else is read.
     Raises UserError where the architecture is not one of ours, a field cannot be read, or the
-    checkpoint asks for something that this model does not compute.
+    checkpoint needs something that this model does not compute.
     """
     architecture = config.get("model_type")
     if architecture not in list(FAMILIES):  # it may be anything that JSON holds
@@ -299,7 +299,7 @@ def from_hf(
     _check_supported(architecture, decoder, vision, rope)
     text = {**config, **{key: value for key, value in nested.items() if value is not None}}
     ties = [config.get("tie_word_embeddings")]
-    if architecture != "qwen3_vl":  # as transformers 5: there the decoder's own is not read
+    if architecture != "qwen3_vl":  # whose text_config's field transformers 5 does not read
         ties.append(nested.get("tie_word_embeddings"))
     return QwenVLConfig(
         vision=_vision_from_hf(architecture, vision),
@@ -323,12 +323,11 @@ def _ends_from_hf(text: Mapping) -> dict[str, Any]:
 
 
 def _check_beside(architecture: str, config: Mapping, nested: Mapping) -> None:
-    """Raises UserError for a decoder's field that stands beside `text_config` alone, where
-    transformers does not read it, and is not what transformers takes in its stead."""
-    taken = TEXT_DEFAULTS[architecture]
+    """Raises UserError for a decoder's field that stands beside `text_config` and not in it, with
+    another value than transformers' default: transformers would not read it."""
     stray = [
         name
-        for name, value in taken.items()
+        for name, value in TEXT_DEFAULTS[architecture].items()
         if name in config and name not in (*nested, *_ROPE) and config[name] != value
     ]
     if not any(name in nested for name in _ROPE):
@@ -342,14 +341,14 @@ def _check_beside(architecture: str, config: Mapping, nested: Mapping) -> None:
 
 
 def _rope(architecture: str, decoder: Mapping[str, Any]) -> dict[str, Any]:
-    """rope_theta, mrope_section and what else is said of the rotary embedding, old names too."""
-    said = part(decoder, "rope_scaling") or part(decoder, "rope_parameters")
+    """rope_theta, mrope_section and the rotary embedding's other fields, by their new names."""
+    fields = part(decoder, "rope_scaling") or part(decoder, "rope_parameters")
     defaults = TEXT_DEFAULTS[architecture]
     theta = decoder.get("rope_theta", defaults["rope_theta"])
-    kind = said.get("rope_type", said.get("type", "default"))
-    rope = {"mrope_section": defaults["mrope_section"], "rope_theta": theta, **said}
+    rope_type = fields.get("rope_type", fields.get("type", "default"))
+    rope = {"mrope_section": defaults["mrope_section"], "rope_theta": theta, **fields}
     rope.pop("type", None)
-    return rope | {"rope_type": "default" if kind == "mrope" else kind}
+    return rope | {"rope_type": "default" if rope_type == "mrope" else rope_type}
 
 
 def _text_from_hf(architecture: str, text: Mapping, rope: Mapping) -> TextConfig:
@@ -373,18 +372,18 @@ def _text_from_hf(architecture: str, text: Mapping, rope: Mapping) -> TextConfig
 def _vision_from_hf(architecture: str, vision: Mapping) -> VisionConfig:
     if architecture == "qwen2_vl":
         width = whole(vision, "embed_dim")
-        own = {"hidden_size": width, "mlp_size": int(width * number(vision, "mlp_ratio"))}
+        fields = {"hidden_size": width, "mlp_size": int(width * number(vision, "mlp_ratio"))}
     else:
-        own = {
+        fields = {
             "hidden_size": whole(vision, "hidden_size"),
             "mlp_size": whole(vision, "intermediate_size"),
         }
     if architecture == "qwen2_5_vl":
-        own["window_size"] = whole(vision, "window_size")
-        own["full_attention_layers"] = wholes(vision, "fullatt_block_indexes")
+        fields["window_size"] = whole(vision, "window_size")
+        fields["full_attention_layers"] = wholes(vision, "fullatt_block_indexes")
     if architecture == "qwen3_vl":
-        own["num_positions"] = whole(vision, "num_position_embeddings")
-        own["deepstack_layers"] = wholes(vision, "deepstack_visual_indexes")
+        fields["num_positions"] = whole(vision, "num_position_embeddings")
+        fields["deepstack_layers"] = wholes(vision, "deepstack_visual_indexes")
     return VisionConfig(
         num_layers=whole(vision, "depth"),
         num_heads=whole(vision, "num_heads"),
@@ -392,17 +391,19 @@ def _vision_from_hf(architecture: str, vision: Mapping) -> VisionConfig:
         merge_size=whole(vision, "spatial_merge_size"),
         temporal_patch_size=whole(vision, "temporal_patch_size"),
         in_channels=whole(vision, "in_channels"),
-        **own,
+        **fields,
         **FAMILIES[architecture][0],
     )
 
 
 def _check_supported(architecture: str, text: Mapping, vision: Mapping, rope: Mapping) -> None:
-    own_vision, own_text = FAMILIES[architecture]
-    activation = _ACTIVATIONS[own_vision.get("activation", "quick_gelu")]
-    interleaved = own_text.get("mrope_interleaved", False)
+    """Raises UserError for a field whose value this model does not compute."""
+    family_vision, family_text = FAMILIES[architecture]
+    activation = _ACTIVATIONS[family_vision.get("activation", "quick_gelu")]
+    interleaved = family_text.get("mrope_interleaved", False)
+    bias = family_text.get("attention_bias", True)
     out = vision["hidden_size" if architecture == "qwen2_vl" else "out_hidden_size"]
-    found = {
+    values = {  # field -> its value, the supported ones
         "hidden_act": (text.get("hidden_act", "silu"), {"silu"}),
         "vision_config.hidden_act": (vision.get("hidden_act", activation), {activation}),
         "vision_config's output width": (out, {whole(text, "hidden_size")}),
@@ -412,19 +413,16 @@ def _check_supported(architecture: str, text: Mapping, vision: Mapping, rope: Ma
             rope.get("mrope_interleaved", interleaved),
             {interleaved},
         ),
-        "attention_bias": (
-            text.get("attention_bias", own_text.get("attention_bias", True)),
-            {own_text.get("attention_bias", True)},
-        ),
+        "attention_bias": (text.get("attention_bias", bias), {bias}),
     }
     if architecture != "qwen3_vl" and text.get("head_dim") is not None:
         even = whole(text, "hidden_size") // whole(text, "num_attention_heads")
-        found["head_dim"] = (text["head_dim"], {even})
-    other = (kind for kind in text.get("layer_types") or () if kind != "full_attention")
-    found["layer_types"] = (next(other, "full_attention"), {"full_attention"})
-    for name, (value, supported) in found.items():
+        values["head_dim"] = (text["head_dim"], {even})
+    others = (name for name in text.get("layer_types") or () if name != "full_attention")
+    values["layer_types"] = (next(others, "full_attention"), {"full_attention"})
+    for name, (value, supported) in values.items():
         if not isinstance(value, str | int | float) or value not in supported:
-            expected = " or ".join(repr(one) for one in sorted(supported))
+            expected = " or ".join(map(repr, sorted(supported)))
             raise UserError(
                 f"config.json: {name} is {value!r}, and this model computes only {expected}; "
                 f"use a plain {architecture} checkpoint with the config.json that belongs to it"
@@ -432,5 +430,5 @@ def _check_supported(architecture: str, text: Mapping, vision: Mapping, rope: Ma
 
 
 def listed(value: Any) -> list[Any]:
-    """What a file says of a special token, of which there may be none, one or a list."""
+    """A file's value for special tokens as a list: the file may hold none, one or several."""
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]

@@ -1,4 +1,4 @@
-"""A product's vector: the last token's hidden state of a Qwen-VL model, at length one.
+"""A product's vector: the last token's hidden state of a Qwen-VL model, normalised to length one.
 
 Pooling as VLM2Vec (https://arxiv.org/abs/2410.05160).
 Axes: N rows · S tokens · D width · E embedding size, D unless truncated.
@@ -19,7 +19,7 @@ from afmrl_jax.models.qwen_vl import QwenVL
 class Embedder(nnx.Module):
     """A Qwen-VL model without its language head, pooled.
 
-    `embedding_dim` keeps the first numbers of the pooled state only; None keeps them all.
+    embedding_dim: how many of the pooled state's first numbers to keep; None keeps them all.
     Raises UserError where it exceeds the model's width.
     """
 

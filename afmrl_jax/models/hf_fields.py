@@ -1,7 +1,6 @@
-"""The fields of a Hugging Face config.json: the values of those that it leaves out, and how one is
-read.
+"""The fields of a Hugging Face config.json: defaults for missing fields, and checked readers.
 
-A function here raises UserError, naming the field, where it is not what it should be.
+Each reader raises UserError, naming the field, where its value is of another kind.
 """
 
 import math
@@ -10,8 +9,7 @@ from typing import Any
 
 from afmrl_jax.core.errors import UserError
 
-# What transformers 5 takes where a config.json leaves a field out. Configs saved by transformers 4
-# leave out whatever equals these values.
+# The defaults of transformers 5. Configs saved by transformers 4 leave out fields that equal them.
 TEXT_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2_vl": {
         "vocab_size": 152064,
@@ -44,7 +42,7 @@ VISION_DEFAULTS: dict[str, dict[str, Any]] = {
         **_TOWER,
         "depth": 32,
         "embed_dim": 1280,
-        "hidden_size": 3584,  # of what the merger puts out; the tower's is embed_dim
+        "hidden_size": 3584,  # the merger's output; the tower's width is embed_dim
         "mlp_ratio": 4,
         "patch_size": 14,
     },
@@ -72,7 +70,7 @@ VISION_DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """An object within the configuration; an empty one where there is none."""
+    """An object within the configuration; an empty one where the field is missing or null."""
     value = config.get(name)
     if value is None:
         return {}
@@ -84,6 +82,7 @@ def part(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 def whole(
     config: Mapping[str, Any], name: str, default: int | None = None, *, least: int = 1
 ) -> int:
+    """A whole number of at least `least`."""
     value = config.get(name, default)
     if type(value) is not int or value < least:
         raise _unreadable(name, value, f"a whole number from {least} on")
@@ -91,6 +90,7 @@ def whole(
 
 
 def wholes(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    """A list of whole numbers."""
     values = config.get(name)
     if not isinstance(values, list | tuple) or any(type(value) is not int for value in values):
         raise _unreadable(name, values, "a list of whole numbers")
@@ -98,6 +98,7 @@ def wholes(config: Mapping[str, Any], name: str) -> tuple[int, ...]:
 
 
 def number(config: Mapping[str, Any], name: str) -> float:
+    """A finite number above 0."""
     value = config.get(name)
     if type(value) not in (int, float) or not 0 < value < math.inf:
         raise _unreadable(name, value, "a number above 0")

@@ -1,10 +1,10 @@
-"""What both towers are built from: a linear map, and layers of one kind stacked into one and run.
+"""The parts of both the decoder and the vision tower: linear maps, norms, and stacks of layers.
 
 Layers come in groups. A group's parameters are stacked, with a leading axis, and run by a scan,
 which compiles one layer however deep the model is; the value between two groups can be tapped.
-Remat policies, by name: "none" keeps every activation for the backward pass, "full" each layer's
-input only, "attention" also the result of its attention, "dots" those of its matrix products too.
-Axes: T rows x tokens, flattened · D inputs.
+Remat policies, by name: "none" keeps every activation for the backward pass; "full" keeps each
+layer's input only, "attention" its attention's result as well, "dots" its matrix products' too.
+Axes: I inputs · O outputs, of one or two axes.
 """
 
 import operator
@@ -22,7 +22,7 @@ from afmrl_jax.models.partition import gathered, shard_rows
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 
-# What of a layer is kept for the backward pass besides its input, from most to least.
+# The activations that a layer keeps for the backward pass besides its input, from most to least.
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -31,15 +31,15 @@ REMAT_POLICIES = {
     "attention": jax.checkpoint_policies.save_only_these_names(MIXED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-REMATS = ("none", *REMAT_POLICIES)  # from what computes least again to what keeps least
-UNROLLED_LAYERS = 4  # up to so many a loop copies more activations than it spares compile time
+REMATS = ("none", *REMAT_POLICIES)  # ordered from least recomputation to least memory
+UNROLLED_LAYERS = 4  # layers; a loop over so few copies activations and spares little compile time
 
 
 class Linear(nnx.Module):
     """x W + b, the matrix product in `dtype`, parameters in `param_dtype`.
 
-    With an adapter (`models.lora`) x W + b + s (x A) B, where A and B are narrow and float32; with
-    those of the model that it stands on, frozen, as much again.
+    With an adapter (`models.lora`) x W + b + s (x A) B, where A and B are narrow and float32. The
+    adapters with which the base model was trained, frozen, add as much again.
     """
 
     def __init__(
@@ -77,20 +77,21 @@ class Linear(nnx.Module):
         self.base_b = nnx.Param(jnp.zeros((*stack, rank, *self.outputs), jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """x: [..., D]. Returns dtype[..., *outputs]."""
-        return self._of(x, lambda array: array)
+        """x: [..., I]. Returns dtype[..., *O]."""
+        return self._project(x, lambda array: array)
 
     def parts(self, x: jax.Array) -> list[jax.Array]:
-        """The same cut along the first of two axes of outputs, dtype[..., last output] each.
+        """The outputs cut along the first of their two axes, dtype[..., last axis of O] each.
 
-        Each is a product of its own: cut out of one they would be copied.
+        Each part is computed by its own product: cut out of a common result it would be copied.
         """
         return [
-            self._of(x, operator.itemgetter((..., i, slice(None)))) for i in range(self.outputs[0])
+            self._project(x, operator.itemgetter((..., i, slice(None))))
+            for i in range(self.outputs[0])
         ]
 
-    def _of(self, x: jax.Array, part: Callable[[jax.Array], jax.Array]) -> jax.Array:
-        """part: picks those outputs of a parameter that are wanted."""
+    def _project(self, x: jax.Array, part: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """part: parameter -> the columns of the outputs to compute."""
         # One flat token axis: with two, XLA's CPU weight gradient transposes cotangents in memory.
         tokens = x.astype(self.dtype).reshape(-1, x.shape[-1])
         y = self._product(tokens, part(self.kernel[...]))
@@ -131,9 +132,9 @@ def check_remat(name: str) -> str:
 def stack_layers(
     make: Callable[[nnx.Rngs], Layer], groups: Sequence[int], rngs: nnx.Rngs
 ) -> nnx.List[Layer]:
-    """Layers made with different keys, a module of parameters with a leading axis a group.
+    """Layers made with different keys: a module a group, its parameters stacked on a leading axis.
 
-    groups: how many layers each group has.
+    groups: the number of layers of each group.
     """
     graph, _ = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
 
@@ -153,15 +154,16 @@ def run_layers(
 ) -> tuple[jax.Array, Any]:
     """Feeds x through the stacked layers of one group in turn.
 
-    call: (layer, x, what xs holds for this layer) -> (x, extra). xs: a pytree of arrays whose
-    leading axis is the layers'. Returns x and the extras, stacked along the same axis.
+    call: (layer, x, the layer's slice of xs) -> (x, extra). xs: a pytree of arrays whose leading
+    axis is the layers'. Returns x and the extras, stacked along the same axis.
     """
     graph, state = nnx.split(layers)
     unroll = len(jax.tree.leaves(state)[0]) <= UNROLLED_LAYERS
 
-    def step(x: jax.Array, here: tuple[nnx.State, Any]) -> tuple[jax.Array, Any]:
-        layer = nnx.merge(graph, gathered(here[0], x.dtype))
-        x, extra = call(layer, x, here[1])
+    def step(x: jax.Array, slices: tuple[nnx.State, Any]) -> tuple[jax.Array, Any]:
+        params, x_slice = slices
+        layer = nnx.merge(graph, gathered(params, x.dtype))
+        x, extra = call(layer, x, x_slice)
         return shard_rows(x), extra
 
     if remat != "none":

@@ -1,11 +1,11 @@
 """LoRA: a narrow pair of matrices beside each frozen kernel, the only ones that are trained.
 
 y = x W + alpha / r (x A) B (Hu et al. 2021, https://arxiv.org/abs/2106.09685), computed by
-`layers.Linear`; here are which kernels get one, the parameters taken apart, and the merge. A model
-whose parameters were trained so already keeps those adapters, frozen, when new ones are trained: in
-bfloat16 W + A B is often W again.
-Parameters are nested dicts; in those of a model without adapters all are trained, none is frozen.
-Axes: D inputs · r rank · O outputs, of one or two axes; stacked layers have their axis before.
+`layers.Linear`. This module chooses the kernels that get adapters, splits the parameters into
+trained and frozen ones, and merges adapters. A base model that has adapters already keeps them,
+frozen, beside the new ones: in bfloat16 W + A B often rounds to W.
+Parameters are nested dicts. Without adapters all parameters are trained.
+Axes: I inputs · r rank · O outputs, of one or two axes; stacked layers have their axis before.
 """
 
 import hashlib
@@ -23,17 +23,17 @@ from jax.typing import DTypeLike
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.models.layers import Linear
 
-ADAPTER = ("lora_a", "lora_b")  # A [D, r] and B [r, *O], float32
-BASE = ("base_a", "base_b")  # the same of the base's adapters, frozen, their scale within B
+ADAPTER = ("lora_a", "lora_b")  # A [I, r] and B [r, *O], float32
+BASE = ("base_a", "base_b")  # the base model's adapters, frozen, their scale within B
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """How a model is adapted. Raises UserError for numbers that cannot be, or a broken pattern."""
+    """How a model is adapted. Raises UserError for impossible numbers, or a broken pattern."""
 
     rank: int
-    alpha: float  # an adapter counts alpha / rank
-    targets: str  # searched in each kernel's path, such as layers.0.attention.query.kernel
+    alpha: float  # an adapter's scale is alpha / rank
+    targets: str  # regex, searched in each kernel's path, as layers.0.attention.query.kernel
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
@@ -51,21 +51,21 @@ class LoRA:
 
 
 def adapt(model: nnx.Module, lora: LoRA, rngs: nnx.Rngs) -> None:
-    """Gives adapters, which change nothing yet, to each Linear whose kernel's path fits.
+    """Gives an adapter, which changes nothing yet, to each Linear whose kernel's path fits.
 
-    Raises UserError where none does, naming the paths that there are.
+    Raises UserError where no path fits, and lists the model's paths.
     """
     linears = _linears(model)
-    fitting = [module for path, module in linears if re.search(lora.targets, path)]
-    for module in fitting:
+    adapted = [module for path, module in linears if re.search(lora.targets, path)]
+    for module in adapted:
         module.adapt(lora.rank, lora.scale, rngs.params())
-    if not fitting:
+    if not adapted:
         paths = ", ".join(path for path, _ in linears)
         raise UserError(f"lora_targets {lora.targets!r} fits no kernel; the model has {paths}")
 
 
 def hold(model: nnx.Module, adapters: Sequence[LoRA]) -> None:
-    """Makes room in each Linear for the adapters that the base was trained with (`apart`)."""
+    """Makes room in each Linear for the adapters with which the base was trained (`apart`)."""
     for path, module in _linears(model):
         if rank := sum(lora.rank for lora in adapters if re.search(lora.targets, path)):
             module.hold(rank)
@@ -112,14 +112,14 @@ def subset(params: Any, like: Any) -> Any:
 
 def join(trained: Any, frozen: Any) -> Any:
     """The parameters that `split` took apart; nothing is copied."""
-    both = dict(trained)
+    params = dict(trained)
     for name, part in frozen.items():
-        both[name] = join(both[name], part) if name in both else part
-    return both
+        params[name] = join(params[name], part) if name in params else part
+    return params
 
 
 def without(params: Any) -> Any:
-    """The parameters as if the trained adapters were not there: what training began with.
+    """The parameters without the trained adapters: those with which training began.
 
     They fit a model made without adapters; nothing is copied.
     """
@@ -127,7 +127,7 @@ def without(params: Any) -> Any:
 
 
 def merge(params: Any, scale: float, dtype: DTypeLike) -> Any:
-    """The parameters of an equal model without adapters: W + scale A B for each W that has them.
+    """The parameters of an equal model without adapters: W + scale A B for each adapted W.
 
     scale: LoRA's. The sum is computed in float32 and rounded once; all parameters become `dtype`.
     """
@@ -146,9 +146,9 @@ def merge(params: Any, scale: float, dtype: DTypeLike) -> Any:
 
 
 def apart(params: Any, scale: float, dtype: DTypeLike) -> Any:
-    """The parameters of an equal model that holds all adapters as its base's (`hold`).
+    """The parameters of an equal model whose adapters are all its base's, frozen (`hold`).
 
-    scale: LoRA's. What is no adapter becomes `dtype`; nothing is added to it.
+    scale: LoRA's. The other parameters become `dtype`, and nothing is added to them.
     """
     if not isinstance(params, dict):
         return params.astype(dtype)
@@ -181,9 +181,9 @@ def _pairs(params: dict[str, Any], scale: float) -> list[tuple[jax.Array, jax.Ar
 
 
 def fingerprint(params: Any) -> str:
-    """Tells these parameters from any others, on whatever mesh: names, shapes, dtypes and all bits.
+    """A hash of the parameters' names, shapes, dtypes and bits, the same on every mesh.
 
-    A checksum in whole numbers, exact in any order of summation. params: arrays.
+    The checksums are sums of whole numbers, exact in any order of summation. params: arrays.
     """
     sums = jax.jit(lambda tree: jax.tree.map(_checksum, tree))(params)
     content = [
@@ -196,12 +196,12 @@ def fingerprint(params: Any) -> str:
 
 
 def _checksum(x: jax.Array) -> jax.Array:
-    """uint32[]: each number's bits, times an odd weight of its place, summed modulo 2^32."""
+    """uint32[]: the sum of each number's bits times an odd weight of its position, modulo 2^32."""
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
-    place = jnp.zeros(x.shape, jnp.uint32)
+    position = jnp.zeros(x.shape, jnp.uint32)
     for axis, size in enumerate(x.shape):
-        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    return jnp.sum(bits.astype(jnp.uint32) * (place * 2 + 1), dtype=jnp.uint32)
+        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+    return jnp.sum(bits.astype(jnp.uint32) * (position * 2 + 1), dtype=jnp.uint32)
 
 
 def _matching(params: Any, chosen: Callable[[str], bool], prefix: str = "") -> Any:
@@ -217,13 +217,13 @@ def _matching(params: Any, chosen: Callable[[str], bool], prefix: str = "") -> A
     return matching
 
 
-def _pick(params: Any, wanted: Callable[[str], bool]) -> Any:
-    """The leaves with wanted names; branches that hold none are left out."""
-    found = {}
+def _pick(params: Any, accepts: Callable[[str], bool]) -> Any:
+    """The leaves with names that are accepted; branches without such leaves are left out."""
+    picked = {}
     for name, part in params.items():
         if isinstance(part, dict):
-            if inner := _pick(part, wanted):
-                found[name] = inner
-        elif wanted(name):
-            found[name] = part
-    return found
+            if branch := _pick(part, accepts):
+                picked[name] = branch
+        elif accepts(name):
+            picked[name] = part
+    return picked

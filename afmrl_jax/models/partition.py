@@ -1,7 +1,8 @@
 """Where parameters and rows lie on the mesh: one table from a parameter's path to its axes.
 
-Megatron's split over `tensor`: the first product of a pair is cut by columns, the second by rows,
-so that a pair ends in one sum; `fsdp` cuts the other side and is gathered when a layer runs.
+Over `tensor` matrices are split as in Megatron: the first matrix of a pair by columns, the second
+by rows, so that a pair ends in one sum. `fsdp` splits the other side, which is gathered when a
+layer runs.
 """
 
 import math
@@ -16,9 +17,10 @@ from afmrl_jax.core.mesh import BATCH_AXES
 
 P = PartitionSpec
 
-MATRIX = re.compile(r"\b(kernel|(lora|base)_[ab]|embed\.embedding)\b")  # what is cast at each use
+# The parameters that are cast to the compute dtype at each use.
+MATRIX = re.compile(r"\b(kernel|(lora|base)_[ab]|embed\.embedding)\b")
 
-# Searched in order; the specification names the axes after the stacked one, which stays whole.
+# Searched in order. A specification names the axes behind the layers' axis, which stays whole.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"\bembed\.embedding\b", P("tensor", "fsdp")),
     (r"\bposition_embed\.embedding\b", P(None, "fsdp")),
@@ -31,7 +33,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"\b(out|down)\.kernel\b", P("tensor", "fsdp")),
     (r"\b(out|down)\.bias\b", P(None)),
     (r"norm\.(scale|bias)\b", P(None)),
-    # An adapter's rank stays whole; its outer sides are cut as its kernel's.
+    # An adapter's rank stays whole; its outer sides are split as its kernel's.
     (r"\b(query|key|value|gate|up|patch_embed|qkv|lm_head)\.(lora|base)_a\b", P("fsdp", None)),
     (r"\b(query|key|value|gate|up|patch_embed|lm_head)\.(lora|base)_b\b", P(None, "tensor")),
     (r"\bqkv\.(lora|base)_b\b", P(None, None, "tensor")),
@@ -43,9 +45,9 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 def param_shardings(tree: Any, mesh: Mesh) -> Any:
     """The sharding of each array of a tree of parameters, or of an optimiser's state made like one.
 
-    tree: arrays or ShapeDtypeStructs. Returns the same tree of NamedSharding. An axis that does not
-    divide its dimension is left out; a scalar is replicated.
-    Raises ValueError that lists every array for which there is no rule.
+    tree: arrays or ShapeDtypeStructs. Returns the same tree of NamedSharding. A mesh axis that does
+    not divide its dimension is left out; a scalar is replicated.
+    Raises ValueError that lists every array without a rule.
     """
     unmatched = []
 
@@ -67,15 +69,15 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
 def shard_rows(x: jax.Array) -> jax.Array:
     """Keeps activations split by rows (their first axis) and whole otherwise.
 
-    Left alone XLA may prefer to split activations like the parameters. Does nothing outside
-    `jax.set_mesh`, or where the rows cannot be split evenly.
+    Without it XLA may split activations like the parameters. Does nothing outside `jax.set_mesh`,
+    or where the rows cannot be split evenly.
     """
     return jax.lax.with_sharding_constraint(x, P(BATCH_AXES)) if row_shards(x.shape[0]) else x
 
 
 def row_shards(rows: int) -> int:
-    """Over how many devices the mesh splits so many rows; 0 outside `jax.set_mesh`, or where it
-    cannot split them evenly."""
+    """The number of shards into which the mesh splits so many rows; 0 outside `jax.set_mesh`, or
+    where it cannot split them evenly."""
     sizes = jax.sharding.get_abstract_mesh().shape
     if not all(axis in sizes for axis in BATCH_AXES):
         return 0
@@ -86,12 +88,12 @@ def row_shards(rows: int) -> int:
 def gathered(params: Any, dtype: DTypeLike) -> Any:
     """Parameters of one layer as it multiplies them: matrices in `dtype`, whole along `fsdp`.
 
-    params: a tree whose paths end as RULES name them, without a stacked axis. Left alone XLA's TPU
-    compiler multiplies a shard at a time while it passes shards on ("collective matmul"), and 1/16
-    of a matrix's rows fills a small part of the matrix unit: twice the time of the whole step, by
-    its own estimate. Gradients are summed whole and then cut: asked for their sum's shards alone
-    (a custom rule) it goes back to multiplying by shards, and even an explicit reduce-scatter of 16
-    chips on two axes of the torus it makes into a sum and a cut.
+    params: a tree whose paths end as RULES name them, without a stacked axis. Without this gather
+    XLA's TPU compiler multiplies a shard at a time while it passes shards on ("collective matmul"),
+    and 1/16 of a matrix's rows fills a small part of the matrix unit: twice the time of the whole
+    step, by the compiler's estimate. Gradients are summed whole and then cut. A custom rule that
+    asks for the shards of the sum alone makes the compiler multiply by shards again, and it turns
+    even an explicit reduce-scatter of 16 chips on two axes of the torus into a sum and a cut.
 
     Does nothing outside `jax.set_mesh`, or where `fsdp` has one device.
     """
@@ -111,7 +113,7 @@ def gathered(params: Any, dtype: DTypeLike) -> Any:
 
 
 def _spec(name: str, shape: tuple[int, ...]) -> list[tuple[str | None, int]] | None:
-    """Pairs of mesh axis and size, one a dimension; None where no rule fits name and rank."""
+    """(mesh axis, size) of each dimension; None where no rule fits the name and number of axes."""
     if not shape:
         return []
     stacked = (None,) if re.search(r"\blayers\.", name) else ()

@@ -16,7 +16,7 @@ _TOKENS = {
 }
 
 
-def _vision(architecture: str, width: int, layers: int, mlp: int, **own: Any) -> VisionConfig:
+def _vision(architecture: str, width: int, layers: int, mlp: int, **fields: Any) -> VisionConfig:
     return VisionConfig(
         hidden_size=width,
         num_layers=layers,
@@ -24,7 +24,7 @@ def _vision(architecture: str, width: int, layers: int, mlp: int, **own: Any) ->
         mlp_size=mlp,
         merge_size=2,
         temporal_patch_size=2,
-        **own,
+        **fields,
         **FAMILIES[architecture][0],
     )
 
@@ -32,7 +32,7 @@ def _vision(architecture: str, width: int, layers: int, mlp: int, **own: Any) ->
 def _text(
     architecture: str, width: int, layers: int, heads: tuple[int, int], mlp: int, theta: float = 1e6
 ) -> TextConfig:
-    """heads: of queries, of keys and values."""
+    """heads: numbers of query heads, of key/value heads."""
     return TextConfig(
         hidden_size=width,
         num_layers=layers,
@@ -49,7 +49,8 @@ def _text(
 def _tiny(
     architecture: str, vision: dict[str, Any], sections: tuple[int, int, int]
 ) -> QwenVLConfig:
-    """Trains from scratch on two CPU cores, its tokenizer too: hence the small vocabulary."""
+    """A model that trains from scratch on two CPU cores. Its tokenizer is trained there too: hence
+    the small vocabulary."""
     return QwenVLConfig(
         vision=VisionConfig(
             hidden_size=96,

@@ -1,11 +1,11 @@
 """Qwen-VL: a vision tower whose features take the places of image tokens in a causal decoder.
 
-One model for Qwen2-VL, Qwen2.5-VL and Qwen3-VL; what they differ in is in the configuration.
+One model for Qwen2-VL, Qwen2.5-VL and Qwen3-VL; the configuration holds their differences.
 
-A model of architecture, not of checkpoints: weights come from `hf_weights`, shardings from
+Only the architecture stands here: weights come from `weights.hf_weights`, shardings from
 `partition`. Matrix products run in `dtype`; norms, rotations and softmax in float32.
-Axes: N rows · S tokens · P patches · M merged image features · D width · H query heads
-· K key/value heads · V vocabulary.
+Axes: N rows · S tokens · P patches · F numbers of a flattened patch · D width · H query heads
+· K key/value heads · d head size · V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,13 +22,13 @@ from afmrl_jax.models.layers import Linear, check_remat, make_norm, run_layers, 
 from afmrl_jax.models.rope import rotary_angles, rotate, text_frequencies
 from afmrl_jax.models.vision import VisionTower
 
-# Query [N, S, H, D], key and value [N, S, K, D], none of them rotated yet -> mixed [N, S, H, D] and
-# anything that the caller wants of each layer: nothing to train, key and value to fill a cache.
+# Query [N, S, H, d], key and value [N, S, K, d], all before rotation -> mixed [N, S, H, d], and an
+# extra that is collected from each layer: None in training, key and value to fill a cache.
 Mix: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class Attention(nnx.Module):
-    """Self-attention with grouped key/value heads; `mix` says what attends to what, and where."""
+    """Self-attention with grouped key/value heads; `mix` decides which tokens attend to which."""
 
     def __init__(
         self, config: QwenVLConfig, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
@@ -75,7 +75,7 @@ class DecoderLayer(nnx.Module):
         self.down = Linear(text.mlp_size, text.hidden_size, **mlp)
 
     def __call__(self, x: jax.Array, mix: Mix) -> tuple[jax.Array, Any]:
-        """x: [N, S, D]. Returns the same shape, and what `mix` gave beside the mixed values."""
+        """x: [N, S, D]. Returns the same shape, and the extra of `mix`."""
         mixed, extra = self.attention(self.attention_norm(x), mix)
         x = x + mixed
         hidden = self.mlp_norm(x)
@@ -122,7 +122,7 @@ class QwenVL(nnx.Module):
         """Hidden states after the final norm.
 
         rows (the processor's): tokens int32[N, S], token_mask bool[N, S] (padded left or right),
-        positions int32[N, 3, S], patches float[N, P, C], patch_positions int32[N, P, 2],
+        positions int32[N, 3, S], patches float[N, P, F], patch_positions int32[N, P, 2],
         patch_segments int32[N, P], and for Qwen3-VL patch_grids int32[N, P, 2]. Returns
         dtype[N, S, D]; at padding they are finite and mean nothing.
         """
@@ -134,41 +134,43 @@ class QwenVL(nnx.Module):
         cache: bool,
         embedded: tuple[jax.Array, jax.Array | None] | None = None,
     ) -> tuple[jax.Array, list]:
-        """The hidden states, and where `cache` asks for them what later tokens attend to.
+        """The hidden states, and with `cache` the keys and values for later tokens to attend to.
 
-        That is for each group of layers its rotated keys and values, [layers, N, S, K, head size];
-        else None for each. embedded: what `embed_rows` would make of the rows, made elsewhere. Of
-        the rows then only positions and `seen` are read: bool[N, S, S], what each token (rows) may
-        see of those before it (columns).
+        The latter are a pair for each group of layers, rotated keys and values
+        [layers, N, S, K, d]; None for each without `cache`.
+        embedded: the result of `embed_rows`, where the caller has made another. Then only two of
+        the rows' arrays are read: positions, and attention_mask bool[N, S, S], True where a token
+        (rows) may see a token (columns) that is not behind it.
         """
         x, deepstack = self.embed_rows(rows) if embedded is None else embedded
         positions = jnp.swapaxes(rows["positions"], 1, 2)
         angles = rotary_angles(positions, *text_frequencies(self.config.text))
-        mask = rows["seen"] if "seen" in rows else rows["token_mask"][:, None, :]
+        packed = "attention_mask" in rows
+        mask = rows["attention_mask"] if packed else rows["token_mask"][:, None, :]
 
         def mix(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
-            kept = (rotate(key, angles), value) if cache else None
-            return attend(query, key, value, angles, mask, causal=True), kept
+            cached = (rotate(key, angles), value) if cache else None
+            return attend(query, key, value, angles, mask, causal=True), cached
 
-        def call(layer: DecoderLayer, x: jax.Array, seen: jax.Array | None):
-            x, extra = layer(x, mix)
-            return (x if seen is None else x + seen), extra
+        def call(layer: DecoderLayer, x: jax.Array, features: jax.Array | None):
+            x, cached = layer(x, mix)
+            return (x if features is None else x + features), cached
 
-        kept = []
+        caches = []
         for group in self.layers:
-            x, extra = run_layers(group, x, call, self.remat, deepstack)
-            kept.append(extra)
-            deepstack = None  # the first group's layers alone receive it
-        return self.norm(x), kept
+            x, cached = run_layers(group, x, call, self.remat, deepstack)
+            caches.append(cached)
+            deepstack = None  # only the first group's layers receive it
+        return self.norm(x), caches
 
     def embed_rows(self, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
         """The decoder's input [N, S, D]: token embeddings, image features at the image tokens.
 
-        Beside it what is added after the first decoder layers, [layers, N, S, D], 0 at text tokens;
-        None without DeepStack (https://arxiv.org/abs/2406.04334).
+        Then the features to add after each of the first decoder layers, [layers, N, S, D], 0 at
+        text tokens; None without DeepStack (https://arxiv.org/abs/2406.04334).
         """
         tokens = rows["tokens"]
-        if not rows["patches"].shape[1]:  # rows known to have no images need no tower
+        if not rows["patches"].shape[1]:  # rows without images need no tower
             return self.embed_tokens(tokens), None
         features, tapped = self.vision(rows)
         is_image = tokens == self.config.image_token_id
@@ -182,12 +184,12 @@ class QwenVL(nnx.Module):
         return place(features, self.embed_tokens(tokens)), deepstack
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
-        """Rows of the embedding table, dtype[..., D], an image token's too."""
-        # Only the rows looked up are cast: nnx.Embed's own call would cast the whole table.
+        """Rows of the embedding table, dtype[..., D]; image tokens have rows too."""
+        # Only the rows looked up are cast: nnx.Embed's call would cast the whole table.
         return jnp.take(self.embed.embedding[...], tokens, axis=0).astype(self.dtype)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Scores of the next token, float32[..., V], from hidden states [..., D]."""
+        """Scores of each next token, float32[..., V], from hidden states [..., D]."""
         if self.config.tie_embeddings:
             table = self.embed.embedding[...].astype(self.dtype)
             return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)

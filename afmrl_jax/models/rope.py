@@ -1,9 +1,9 @@
 """Rotary position embeddings over several axes: of a token (time, height, width) or a patch.
 
-Each rotary frequency listens to one position axis; which one is a static table, so that chunked
+Each rotary frequency follows one position axis. A static table assigns the axes, so that chunked
 M-RoPE (Qwen2-VL, https://arxiv.org/abs/2409.12191), interleaved M-RoPE (Qwen3-VL,
 https://arxiv.org/abs/2511.21631) and the towers' 2-D RoPE are one function.
-Axes: N rows · S tokens or patches · A position axes · H heads · D head size.
+Axes: N rows · S tokens or patches · X position axes · H heads · d head size.
 """
 
 from typing import TypeAlias
@@ -18,11 +18,11 @@ Angles: TypeAlias = tuple[jax.Array, jax.Array]  # cosine and sine, as `rotary_a
 
 
 def text_frequencies(config: TextConfig) -> tuple[np.ndarray, np.ndarray]:
-    """M-RoPE: which frequencies follow time, height and width.
+    """M-RoPE's frequencies, and the axis that each follows: time, height or width.
 
-    Chunked: the first, the next and the last. Interleaved: they take turns until height and width
-    have had theirs; time gets the rest. Returns int32[D/2], the position axis of each frequency,
-    and float32[D/2], radians a position.
+    Chunked: the first frequencies follow time, the next height, the last width. Interleaved: they
+    take turns until height and width have theirs; time gets the rest. Returns int32[d/2], the axis
+    of each frequency, and float32[d/2], radians a position.
     """
     if config.mrope_interleaved:
         axes = np.zeros(config.head_dim // 2, np.int32)
@@ -35,9 +35,9 @@ def text_frequencies(config: TextConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def vision_frequencies(config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
-    """2-D RoPE: half of the frequencies follow the patch's height, the same again its width.
+    """2-D RoPE: half of the frequencies follow the patch's row, the same frequencies its column.
 
-    Returns int32[D/2] and float32[D/2] as `text_frequencies`.
+    Returns int32[d/2] and float32[d/2] as `text_frequencies`.
     """
     half = config.head_dim // 2
     exponents = np.arange(0, half, 2, dtype=np.float32) / half
@@ -48,16 +48,16 @@ def vision_frequencies(config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
 def rotary_angles(positions: jax.Array, axes: np.ndarray, frequencies: np.ndarray) -> Angles:
     """Cosine and sine of each token's rotation.
 
-    positions: int32[N, S, A]. Returns two float32[N, S, 1, D/2], broadcastable over heads.
+    positions: int32[N, S, X]. Returns two float32[N, S, 1, d/2], broadcastable over heads.
     """
     angles = jnp.take(positions, axes, axis=-1).astype(jnp.float32) * frequencies
     return jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
 
 
 def rotate(x: jax.Array, angles: Angles) -> jax.Array:
-    """Turns the pairs (x_i, x_{i + D/2}) by their angles, in float32.
+    """Turns the pairs (x_i, x_{i + d/2}) by their angles, in float32.
 
-    x: [N, S, H, D]. Returns x's shape and dtype.
+    x: [N, S, H, d]. Returns x's shape and dtype.
     """
     cos, sin = angles
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

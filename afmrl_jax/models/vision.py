@@ -1,9 +1,9 @@
-"""The vision tower: patches of any number of images in, one feature a merged token out.
+"""The vision tower: patches of any number of images in, one feature a merge window out.
 
 Patches lie merge window by merge window in every family. Qwen2.5-VL's attention windows are a mask
 over that order, so nothing is sorted on the way in or out.
-Axes: N rows · P patches (of all of a row's images, merge-window-major) · C numbers in a patch
-· D width · H heads · M merged features, P / merge².
+Axes: N rows · P patches (of all of a row's images, merge-window-major) · F numbers of a flattened
+patch · D width of the tower · M merged features, P / merge².
 """
 
 import math
@@ -28,7 +28,7 @@ class VisionAttention(nnx.Module):
     ):
         width, options = config.vision.hidden_size, {"dtype": dtype, "param_dtype": param_dtype}
         options |= {"scale": config.initializer_range, "rngs": rngs}
-        # Query, key and value on an axis of their own: a sharded width never splits across them.
+        # Query, key and value lie on a separate axis: a sharded width never splits across them.
         self.qkv = Linear(width, 3, width, **options)
         self.out = Linear(width, width, **options)
         self.num_heads = config.vision.num_heads
@@ -70,7 +70,7 @@ class VisionLayer(nnx.Module):
 class PatchMerger(nnx.Module):
     """Joins each window of merge x merge patches into one vector of the decoder's width.
 
-    norm_merged: normalises the joined vector, as DeepStack's mergers do, instead of each patch.
+    norm_merged: whether to normalise the joined vector, as DeepStack's mergers do, or each patch.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class PatchMerger(nnx.Module):
 
 
 class VisionTower(nnx.Module):
-    """Patch embedding, transformer, merger; mergers of some layers' outputs for DeepStack."""
+    """Patch embedding, transformer, merger; for DeepStack also mergers of some layers' outputs."""
 
     def __init__(
         self,
@@ -141,12 +141,12 @@ class VisionTower(nnx.Module):
         self.remat = remat
 
     def __call__(self, rows: Mapping[str, jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
-        """One feature a merged token.
+        """One feature a merge window.
 
-        rows: patches float[N, P, C]; patch_positions int32[N, P, 2], row and column; patch_segments
+        rows: patches float[N, P, F]; patch_positions int32[N, P, 2], row and column; patch_segments
         int32[N, P], the image of each patch counted from 1, 0 for padding; patch_grids
         int32[N, P, 2], the image's rows and columns, read where positions are learned. Returns
-        [N, M, text width], and as much again for each DeepStack layer; features of padding are
+        [N, M, text width], and for each DeepStack layer another such array; features of padding are
         finite and mean nothing.
         """
         config, positions = self.config, rows["patch_positions"]
@@ -181,7 +181,8 @@ class VisionTower(nnx.Module):
 def attention_masks(
     config: VisionConfig, positions: jax.Array, segments: jax.Array
 ) -> tuple[jax.Array, jax.Array | None]:
-    """What each patch attends to: its image, and its window of it (None where there are none).
+    """Which patches each patch may attend to: those of its image, and those of its window of the
+    image (None in a tower without windows).
 
     positions: int32[N, P, 2]; segments: int32[N, P]. Returns bool[N, P, P] twice.
     """
@@ -199,9 +200,9 @@ def resample(table: jax.Array, positions: jax.Array, grids: jax.Array) -> jax.Ar
     the image's rows and columns. Returns float32[N, P, D].
     """
     side = math.isqrt(table.shape[0])
-    place = positions * jnp.float32(side - 1) / jnp.maximum(grids - 1, 1)
-    low = jnp.floor(place).astype(jnp.int32)
-    share = place - low
+    coordinates = positions * jnp.float32(side - 1) / jnp.maximum(grids - 1, 1)
+    low = jnp.floor(coordinates).astype(jnp.int32)
+    share = coordinates - low
     (top, left), (down, right) = (jnp.moveaxis(part, -1, 0) for part in (1 - share, share))
 
     def at(rows: int, columns: int) -> jax.Array:

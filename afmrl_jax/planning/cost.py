@@ -1,10 +1,10 @@
-"""What a step costs in useful FLOPs.
+"""The useful FLOPs of a training step.
 
-Useful FLOPs = 6 x parameters x tokens, attention added: a forward pass, and a backward pass of
-twice its work, once for the inputs' gradient and once for the parameters'. Under LoRA a frozen
-matrix has no gradient of its own (4, its adapter 6), and what lies before all adapters, usually the
-vision tower, runs forward only (2). GradCache adds 2 to each: its second forward pass is the
-method's own. Padding and what remat computes again do not count.
+Useful FLOPs = 6 x parameters x tokens, plus attention: a forward pass, and a backward pass of twice
+its work, once for the inputs' gradient and once for the parameters'. Under LoRA a frozen matrix has
+no parameters' gradient (4, its adapter 6), and layers before all adapters, usually the vision
+tower, run forward only (2). GradCache adds 2 to each: its second forward pass is part of the
+method. Padding and remat's recomputation do not count.
 
 Axes: N rows · S tokens · P patches.
 """
@@ -22,22 +22,22 @@ from afmrl_jax.models.lora import ADAPTER, BASE
 
 
 def work(config: QwenVLConfig, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """How much there is to compute, padding left out; float32[] each, summed over all leading axes.
+    """Amounts of work without padding, float32[] each, summed over all leading axes.
 
-    tokens, patches; token_pairs and patch_pairs: what attends to what (causal, within an image or
-    its windows), summed over the layers.
+    rows: the processor's arrays. Returns tokens and patches; and token_pairs and patch_pairs, the
+    pairs that attend (causally; within an image or its windows), summed over the layers.
     """
     v = config.vision
     lengths = rows["token_mask"].sum(-1).astype(jnp.float32)
     image = rows["patch_segments"][..., None]
     # A patch attends to all of its image, so the pairs are each image's size, squared.
-    seen = (image == jnp.swapaxes(image, -1, -2)) & (image > 0)
-    patch_pairs = v.num_layers * seen.sum(dtype=jnp.float32)
+    attends = (image == jnp.swapaxes(image, -1, -2)) & (image > 0)
+    patch_pairs = v.num_layers * attends.sum(dtype=jnp.float32)
     if v.window_patches:
         full = len(v.full_attention_layers)
         window = rows["patch_positions"] // v.window_patches
-        seen &= (window[..., :, None, :] == window[..., None, :, :]).all(-1)
-        windowed = (v.num_layers - full) * seen.sum(dtype=jnp.float32)
+        attends &= (window[..., :, None, :] == window[..., None, :, :]).all(-1)
+        windowed = (v.num_layers - full) * attends.sum(dtype=jnp.float32)
         patch_pairs = patch_pairs * full / v.num_layers + windowed
     return {
         "tokens": lengths.sum(),
@@ -48,7 +48,7 @@ def work(config: QwenVLConfig, rows: dict[str, jax.Array]) -> dict[str, jax.Arra
 
 
 def most_work(config: QwenVLConfig, rows: int, tokens: int, patches: int) -> dict[str, float]:
-    """`work` of rows that are full: one square image each, and text to the end."""
+    """`work` of full rows: one square image each, and no padding."""
     side = math.isqrt(patches)
     places = np.stack(np.divmod(np.arange(patches), max(side, 1)), -1)
     row = {
@@ -62,20 +62,20 @@ def most_work(config: QwenVLConfig, rows: int, tokens: int, patches: int) -> dic
 def step_flops(
     config: QwenVLConfig, params: Any, amount: dict[str, float], *, gradcache: bool
 ) -> float:
-    """Useful FLOPs of one training step on rows of which there is `amount` (as `work` counts it,
-    and `logits`, the positions at which a generator scores its vocabulary).
+    """Useful FLOPs of one training step; a multiply-add counts 2.
 
-    params: the model's, adapters included, arrays or abstract. A multiply-add counts 2.
+    params: the model's, adapters included, arrays or abstract. amount: the rows' `work`, and for a
+    generator `logits`, the positions at which it scores its vocabulary.
     """
     forward = 2 if gradcache else 1
-    names = {  # sizes as floats: of 7B parameters a stack has more than 2^31 numbers
+    names = {  # sizes as floats: a stack of a 7B model has more than 2^31 numbers
         jax.tree_util.keystr(path, simple=True, separator="."): float(leaf.size)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        # Tables are looked up, not multiplied, but as the head, which is told apart.
+        # Tables are looked up, not multiplied; the head counts by `logits` below.
         if path[-1].key in ("kernel", *ADAPTER, *BASE) and path[0].key != "lm_head"
     }
     adapters = [name for name in names if name.endswith(ADAPTER)]
-    # Gradients pass through a part, as its inputs', if anything in it or before it is trained.
+    # Whether a part computes its inputs' gradients: if a parameter in it or before it is trained.
     passed = {"vision": not adapters or any(map(_in_vision, adapters)), "text": True}
 
     total = 0.0
@@ -97,7 +97,7 @@ def _in_vision(name: str) -> bool:
 
 
 def _uses(config: QwenVLConfig, name: str, amount: dict[str, float]) -> float:
-    """How many vectors a matrix is multiplied with."""
+    """The number of vectors that a matrix is multiplied with."""
     if not _in_vision(name):
         return amount["tokens"]
     merged = re.search(r"\b(merger|deepstack)\.", name)

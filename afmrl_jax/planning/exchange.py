@@ -1,4 +1,4 @@
-"""What accelerators can do at best, and how long an exchange between them takes at best.
+"""The least time that an exchange between accelerators takes.
 
 Peaks are the vendors' data sheets'; links, torus shapes and the network's share of a chip follow
 "How to Scale Your Model" (https://jax-ml.github.io/scaling-book, its tables of TPUs and GPUs).
@@ -14,11 +14,11 @@ from afmrl_jax.planning.hlo import Collective
 
 
 def exchange_seconds(chip: Chip, collective: Collective, devices: Sequence[jax.Device]) -> float:
-    """How long one call of a collective takes at best, if nothing else uses its links.
+    """Seconds of one call of a collective at best, if nothing else uses its links.
 
-    devices: of the mesh, flat. A group along one dimension of a torus sends both ways round, along
-    several on all of their links; a dimension that is no ring has half of that. Latency does not
-    count.
+    devices: the mesh's, flat. A group along one dimension of a torus sends both ways round; along
+    several dimensions it uses all of their links. A dimension that is no ring sends one way.
+    Latency does not count.
     """
     group = [devices[i] for i in collective.group] or list(devices)
     if len({_machine(device, chip) for device in group}) > 1:
@@ -34,12 +34,12 @@ def exchange_seconds(chip: Chip, collective: Collective, devices: Sequence[jax.D
 
 
 def _machine(device: jax.Device, chip: Chip) -> int:
-    """What a device's fast links end at: its pod, or its machine."""
+    """The pod or machine within which a device has fast links."""
     return (getattr(device, "slice_index", 0) or 0) if chip.wraps else device.process_index
 
 
 def axes_of(group: Sequence[int], sizes: dict[str, int]) -> str:
-    """The mesh axes along which a group of devices lies, as "data x fsdp"; "" of one device.
+    """The mesh axes along which a group of devices lies, as "data x fsdp"; "" for one device.
 
     group: places in the flat mesh; sizes: of the mesh's axes, in order.
     """

@@ -1,9 +1,10 @@
-"""What a compiled step needs and how long it would take: memory, FLOPs, time, exchanges.
+"""Compiles a step and reports its memory, FLOPs, time and exchanges.
 
-It holds for the devices at hand, and for TPUs that need not be there: XLA's TPU compiler runs
+The mesh is of the devices at hand, or of TPUs that need not be there: XLA's TPU compiler runs
 without one.
 """
 
+import dataclasses
 import math
 import os
 import re
@@ -18,10 +19,11 @@ from jax.sharding import Mesh
 
 from afmrl_jax.core.chips import GIB, chip_of
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.tables import markdown_table
 from afmrl_jax.planning.exchange import axes_of, exchange_seconds
-from afmrl_jax.planning.hlo import Reader, Total
+from afmrl_jax.planning.hlo import Collective, Reader, Total
 
-# What the TPU compiler says of a program that cannot fit.
+# The TPU compiler's message about a program that cannot fit.
 OUT_OF_MEMORY = re.compile(r"required[^(]*\(([\d.]+)([MG])\)[^(]*\(([\d.]+)([MG])\)")
 
 
@@ -29,38 +31,41 @@ OUT_OF_MEMORY = re.compile(r"required[^(]*\(([\d.]+)([MG])\)[^(]*\(([\d.]+)([MG]
 class Part:
     """A compiled function of a run, as its program describes it.
 
-    arguments: abstract, with shardings, or numbers. held: of the arguments what is what, as
-    {"parameters": tree}. inside: bytes a device of what is made in it and has a name. useful:
-    FLOPs of all devices. loops: how often a loop runs that ends when its data says so.
+    arguments: abstract arrays with shardings, or numbers. named_arguments: parts of the arguments,
+    for the memory table, as {"parameters": tree}. intermediates: bytes a device of arrays that the
+    function makes, by name. default_trip_count: assumed for `while` loops whose data ends them (the
+    decode loop).
     """
 
     name: str
     function: Callable[..., Any]  # jitted
     arguments: tuple[Any, ...]
-    held: dict[str, Any]
-    inside: dict[str, float]
-    useful: float
-    loops: int = 1
+    named_arguments: dict[str, Any]
+    intermediates: dict[str, float]
+    useful: float  # FLOPs of all devices
+    default_trip_count: int = 1
 
 
 @dataclass(frozen=True)
 class Report:
-    """One part on one mesh; bytes and seconds of one device. limit: bytes it has, None if unknown.
+    """The costs of one part on one mesh, in bytes, FLOPs and seconds of one device.
 
-    memory: bytes by name; what XLA sets aside beyond what has a name is `activations`. Of a part
-    that does not fit the TPU compiler tells the sum alone. seconds and what follows: None of what
-    could not be compiled, or on chips that are not known.
+    memory: bytes by name; `activations` are the memory that XLA reserves beyond the named arrays.
+    Where a part does not fit, the TPU compiler tells only the sum. limit: bytes of the device's
+    memory, None if unknown. The fields from flops on are None where the part could not be compiled,
+    those of time also on unknown chips.
     """
 
     name: str
     memory: dict[str, float]
     needed: float
     limit: float | None
-    flops: float | None = None  # executed, with what remat computes again
-    useful: float | None = None
-    bytes: float | None = None
+    flops: float | None = None  # executed, remat's recomputation included
+    useful: float | None = None  # FLOPs
+    bytes: float | None = None  # to and from the device's large memory
     seconds: float | None = None  # the compiler's cycles, and exchanges that nothing overlaps
-    floors: dict[str, float] = field(default_factory=dict)  # seconds of products, memory, exchanges
+    # Least seconds of products, memory and exchanges, each alone.
+    floors: dict[str, float] = field(default_factory=dict)
     utilisation: float | None = None  # useful FLOPs a second over the chip's peak
     exchanges: list[dict[str, Any]] = field(default_factory=list)
     unread_loops: int = 0
@@ -81,23 +86,24 @@ def local_bytes(tree: Any) -> float:
 
 
 def memory_limit(device: jax.Device) -> float | None:
-    """Bytes that a device can hold: what it says, else its data sheet's; on a CPU its share of the
-    machine's."""
+    """Bytes of a device's memory: its runtime's number, else its data sheet's; of a CPU device its
+    share of the machine's memory."""
     if device.platform == "cpu":
         pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         return pages / len(jax.local_devices())
     chip = chip_of(device)
     try:
         stats = device.memory_stats() or {}
-    except (NotImplementedError, jax.errors.JaxRuntimeError):  # of a topology without devices
+    except (NotImplementedError, jax.errors.JaxRuntimeError):  # a topology without devices
         stats = {}
     return stats.get("bytes_limit", chip.memory if chip else None)
 
 
 def compile_part(part: Part, mesh: Mesh) -> tuple[jax.stages.Compiled | None, Report]:
-    """A part compiled for a mesh, and what it needs; None where the compiler says it cannot fit."""
+    """A part compiled for a mesh, and the memory that it needs; None for the first where the
+    compiler finds that it cannot fit."""
     device = mesh.devices.flat[0]
-    held = {name: local_bytes(tree) for name, tree in part.held.items()}
+    arguments = {name: local_bytes(tree) for name, tree in part.named_arguments.items()}
     try:
         with jax.set_mesh(mesh):
             compiled = part.function.lower(*part.arguments).compile()
@@ -105,7 +111,7 @@ def compile_part(part: Part, mesh: Mesh) -> tuple[jax.stages.Compiled | None, Re
         if not (m := OUT_OF_MEMORY.search(str(error))):
             raise
         needed, limit = (float(m[i]) * (GIB if m[i + 1] == "G" else 2**20) for i in (1, 3))
-        return None, Report(part.name, held, needed + sum(held.values()), limit)
+        return None, Report(part.name, arguments, needed + sum(arguments.values()), limit)
     stats = compiled.memory_analysis()
     needed = (
         stats.argument_size_in_bytes
@@ -114,15 +120,15 @@ def compile_part(part: Part, mesh: Mesh) -> tuple[jax.stages.Compiled | None, Re
         + stats.temp_size_in_bytes
         + stats.generated_code_size_in_bytes
     )
-    named = held | part.inside
+    named = arguments | part.intermediates
     memory = named | {"activations": max(0.0, needed - sum(named.values()))}
     return compiled, Report(part.name, memory, needed, memory_limit(device))
 
 
 def reckon(part: Part, compiled: jax.stages.Compiled, report: Report, mesh: Mesh) -> Report:
-    """The report with what the program does, and on TPUs how long that takes."""
+    """The report with the program's work added, and on TPUs its time."""
     devices, chip = list(mesh.devices.flat), chip_of(mesh.devices.flat[0])
-    if chip and not chip.clock:  # a GPU's products are calls of a library, whose work is not told
+    if chip and not chip.clock:  # a GPU's products are library calls, whose work the text lacks
         return report
     sizes = dict(mesh.shape)
 
@@ -133,41 +139,51 @@ def reckon(part: Part, compiled: jax.stages.Compiled, report: Report, mesh: Mesh
             return cycles / chip.clock
         return max(flops / chip.flops, bytes_ / chip.bandwidth)
 
-    def exchange(collective: Any) -> float:
+    def exchange(collective: Collective) -> float:
         return exchange_seconds(chip, collective, devices) if chip else 0.0
 
-    total = Reader(compiled.as_text(), seconds, exchange, part.loops).total()
+    total = Reader(compiled.as_text(), seconds, exchange, part.default_trip_count).total()
     useful = part.useful / mesh.size
-    told = {"flops": total.flops, "useful": useful, "bytes": total.bytes}
-    told |= {"exchanges": _exchanges(total, sizes, exchange), "unread_loops": total.unread_loops}
-    if chip:
-        told["floors"] = {
-            "products": total.flops / chip.flops,
-            "memory": total.bytes / chip.bandwidth,
-            "exchanges": sum(one["seconds"] for one in told["exchanges"]),
-        }
-        told["seconds"] = total.seconds
-        told["utilisation"] = useful / total.seconds / chip.flops
-    return Report(report.name, report.memory, report.needed, report.limit, **told)
+    exchanges = _exchanges(total, sizes, exchange)
+    report = dataclasses.replace(
+        report,
+        flops=total.flops,
+        useful=useful,
+        bytes=total.bytes,
+        exchanges=exchanges,
+        unread_loops=total.unread_loops,
+    )
+    if chip is None:
+        return report
+    floors = {
+        "products": total.flops / chip.flops,
+        "memory": total.bytes / chip.bandwidth,
+        "exchanges": sum(row["seconds"] for row in exchanges),
+    }
+    utilisation = useful / total.seconds / chip.flops
+    return dataclasses.replace(
+        report, seconds=total.seconds, floors=floors, utilisation=utilisation
+    )
 
 
 def _exchanges(
-    total: Total, sizes: dict[str, int], exchange: Callable[[Any], float]
+    total: Total, sizes: dict[str, int], exchange: Callable[[Collective], float]
 ) -> list[dict[str, Any]]:
-    """Exchanges by kind, axes and whether anything overlaps them, the largest first."""
-    found: dict[tuple, np.ndarray] = defaultdict(lambda: np.zeros(3))
-    for one, calls in total.collectives.items():
-        key = one.kind, axes_of(one.group or range(math.prod(sizes.values())), sizes)
-        found[*key, one.overlapped] += np.array([calls, calls * one.size, calls * exchange(one)])
+    """Exchanges by kind, mesh axes and whether computation overlaps them, the largest first."""
+    sums: dict[tuple, np.ndarray] = defaultdict(lambda: np.zeros(3))
+    for collective, calls in total.collectives.items():
+        axes = axes_of(collective.group or range(math.prod(sizes.values())), sizes)
+        costs = np.array([1.0, collective.size, exchange(collective)])
+        sums[collective.kind, axes, collective.overlapped] += calls * costs
     names = ("kind", "axes", "overlapped", "calls", "bytes", "seconds")
-    rows = [dict(zip(names, (*key, *sums.tolist()))) for key, sums in found.items()]
+    rows = [dict(zip(names, (*key, *row.tolist()))) for key, row in sums.items()]
     return sorted(rows, key=lambda row: -row["bytes"])
 
 
 def check_fits(part: Part, mesh: Mesh) -> jax.stages.Compiled:
     """The part, compiled for the devices at hand.
 
-    Raises UserError with the table of what it needs where their memory does not hold it.
+    Raises UserError with the table of its memory where that exceeds the devices'.
     """
     compiled, report = compile_part(part, mesh)
     if compiled is None or not report.fits:
@@ -182,14 +198,14 @@ def check_fits(part: Part, mesh: Mesh) -> jax.stages.Compiled:
 def memory_table(reports: list[Report]) -> str:
     """GiB a device by name, as Markdown."""
     names = list(dict.fromkeys(name for report in reports for name in report.memory))
-    lines = [["", *names, "together", "there is", "fits"], ["---"] * (len(names) + 4)]
+    rows = []
     for report in reports:
-        # Of what could not be compiled only what is held and the sum are known.
+        # Of a part that could not be compiled only arguments and the sum are known.
         cells = [_gib(report.memory.get(name)) for name in names]
         limit = "unknown" if report.limit is None else _gib(report.limit)
         fits = "yes" if report.fits else "no"
-        lines.append([f"{report.name}, GiB a device", *cells, _gib(report.needed), limit, fits])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append([f"{report.name}, GiB a device", *cells, _gib(report.needed), limit, fits])
+    return markdown_table(["", *names, "together", "there is", "fits"], rows)
 
 
 def time_table(reports: list[Report]) -> str:
@@ -197,24 +213,25 @@ def time_table(reports: list[Report]) -> str:
     known = [report for report in reports if report.seconds is not None]
     if not known:
         return ""
-    columns = ["", "seconds", "products", "memory", "exchanges", "TFLOP", "of them useful"]
-    lines = [[*columns, "utilisation"], ["---"] * 8]
+    head = ["", "seconds", "products", "memory", "exchanges", "TFLOP", "of them useful"]
+    rows = []
     for report in known:
         floors = [f"{report.floors[name]:.3g}" for name in ("products", "memory", "exchanges")]
         work = [f"{report.flops / 1e12:.3g}", f"{report.useful / report.flops:.0%}"]
         share = f"{report.utilisation:.0%}"
-        lines.append([f"{report.name}", f"{report.seconds:.3g}", *floors, *work, share])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append([f"{report.name}", f"{report.seconds:.3g}", *floors, *work, share])
+    return markdown_table([*head, "utilisation"], rows)
 
 
 def exchange_table(report: Report) -> str:
     """A part's exchanges by kind and axes, as Markdown."""
-    lines = [["exchange", "along", "calls", "GiB a device", "seconds", "overlapped"], ["---"] * 6]
+    rows = []
     for row in report.exchanges:
-        size, took = f"{row['bytes'] / GIB:.3g}", f"{row['seconds']:.2g}"
+        size, seconds = f"{row['bytes'] / GIB:.3g}", f"{row['seconds']:.2g}"
         overlapped = "yes" if row["overlapped"] else "no"
-        lines.append([row["kind"], row["axes"], f"{row['calls']:.0f}", size, took, overlapped])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append([row["kind"], row["axes"], f"{row['calls']:.0f}", size, seconds, overlapped])
+    head = ["exchange", "along", "calls", "GiB a device", "seconds", "overlapped"]
+    return markdown_table(head, rows)
 
 
 def _gib(size: float | None) -> str:

@@ -27,13 +27,21 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from afmrl_jax.assembly import model
-from afmrl_jax.assembly.encoder import Encoder, host_embedder
+from afmrl_jax.assembly.encoder import Encoder
+from afmrl_jax.assembly.loaded import LoadedEncoder
+from afmrl_jax.assembly.model import abstract_params, placed
+from afmrl_jax.assembly.options import (
+    Embedding,
+    EncoderOptions,
+    EncoderRows,
+    PresetOptions,
+    TrainingOptions,
+)
 from afmrl_jax.assembly.pretrained import planned
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.catalog.opening import CatalogOptions
-from afmrl_jax.checkpoints.record import check_terms
+from afmrl_jax.checkpoints.record import check_statistics
 from afmrl_jax.checkpoints.state import TrainState, abstract_state
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, replicated
@@ -56,15 +64,9 @@ from afmrl_jax.losses.labels import LabelHead
 from afmrl_jax.models import lora
 from afmrl_jax.planning import cost
 from afmrl_jax.planning.report import Part, check_fits
-from afmrl_jax.retrieval.evaluation import parse_task, results_table, write_evaluation
-from afmrl_jax.retrieval.tasks import (
-    SIDES,
-    Judge,
-    choose_tasks,
-    enrichment,
-    own_attributes,
-    validation_task,
-)
+from afmrl_jax.retrieval.evaluator import SIDES, Evaluator, catalogue_attributes, enrichment
+from afmrl_jax.retrieval.scores import results_table, write_evaluation
+from afmrl_jax.retrieval.tasks import choose_tasks, parse_task, validation_task
 from afmrl_jax.training.evaluators import Trained, make_evaluator
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.objective import (
@@ -101,7 +103,6 @@ class PairTraining(Options, section=""):
 class PairRows(Options, section="data"):
     """What the rows of a pair show."""
 
-    prompt: str = among("plain", "chat")
     query_views: str
     target_views: str
     described_only: bool  # training listings without attributes are left out
@@ -120,7 +121,7 @@ class EncoderEvaluation(Options, section="eval"):
 
 OPTIONS = (
     *(Schedule, PairTraining, Optimizer, *AGCL.options),
-    *(model.ModelFields, model.PresetFields, model.EmbeddingFields, model.RowFields),
+    *(Embedding, EncoderRows, TrainingOptions, PresetOptions),
     *(CatalogOptions, Composition, Augmentation, PairRows, StreamOptions, EncoderEvaluation),
 )
 
@@ -131,10 +132,10 @@ def build(config: ConfigDict, mesh: Mesh, encoder: Encoder, objective: Objective
     Its batches are arrays [A, C, V, ...].
     """
     optimizer = make_optimizer(Optimizer.of(config), config.steps)
-    params = model.abstract_params(encoder, mesh)
+    params = abstract_params(encoder, mesh)
     trained, frozen = lora.split(params, objective.trainable)
     width = config.model.embedding_dim or encoder.model_config.text.hidden_size
-    heads = model.placed(objective.params(width), mesh)
+    heads = placed(objective.params(width), mesh)
     whole = replicated(mesh)
     memory = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
@@ -179,7 +180,7 @@ def part(config: ConfigDict, mesh: Mesh, encoder: Encoder, step: TrainStep) -> P
     pairs = config.batch * config.batch * (1 + data.hard_negatives) / batch_shards(mesh)
     gradcache = config.micro_batches > 1
     useful = cost.step_flops(encoder.model_config, params, amount, gradcache=gradcache)
-    return step.part(batch, inside={"a matrix of all pairs": 4.0 * pairs}, useful=useful)
+    return step.part(batch, intermediates={"a matrix of all pairs": 4.0 * pairs}, useful=useful)
 
 
 def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
@@ -191,7 +192,8 @@ def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     local_rows(mesh, rows, "batch / micro_batches")
     if LabelHead.of(config).head_weight:
         raise UserError("the head's labels depend on the catalogue: plan without loss.head_weight")
-    encoder = planned(config, config.init_from or config.model.preset)
+    options, training = EncoderOptions.of(config), TrainingOptions.of(config)
+    encoder = planned(config.init_from or config.model.preset, Encoder, options, training)
     objective = find_objective(config.method).of(config, None, mesh)
     return [part(config, mesh, encoder, build(config, mesh, encoder, objective))]
 
@@ -211,8 +213,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         tasks = EvaluationTasks(config, catalog)
         statistics = corpus_statistics(catalog, "train", _cache(config))
         if run.saved:
-            labels = bool(LabelHead.of(config).head_weight)
-            check_terms(run.saved["statistics"], workdir, labels=labels)
+            check_statistics(run.saved, statistics.to_json(), workdir)
 
         # ---- encoder and batches
         encoder, source = run.model(Encoder, _tokenizer_texts(config, catalog))
@@ -274,7 +275,7 @@ class EvaluationTasks:
         self.listings = catalog.indices(self.split)
         self.tasks = choose_tasks(tasks, catalog, self.listings)
         self.validation = validation_task(catalog, tasks, VALIDATION_LISTINGS)
-        attributes = own_attributes(catalog) if config.eval.attributes == "oracle" else None
+        attributes = catalogue_attributes(catalog) if config.eval.attributes == "oracle" else None
         self.enriched = enrichment(attributes, config.eval.enrich)
 
 
@@ -283,30 +284,23 @@ class EncoderJudge:
 
     def __init__(self, tasks: EvaluationTasks, trained: Trained):
         self.tasks, self.trained = tasks, trained
-        self._batch = trained.config.eval.batch
-        self._embed, self._rows = host_embedder(trained.model.embed(), trained.mesh, self._batch)
-        self._processor = trained.model.processor()
+        batch = trained.config.eval.batch
+        self._loaded = LoadedEncoder(trained.model, None, trained.mesh, batch)
 
-    def _judge(self, state: TrainState) -> Judge:
-        return Judge(
-            functools.partial(self._embed, self.trained.params(state)),
-            self._processor,
-            self.trained.catalog,
-            batch=self._batch,
-            local=self._rows,
-            enriched=self.tasks.enriched,
-        )
+    def _evaluator(self, state: TrainState) -> Evaluator:
+        loaded = self._loaded.with_params(self.trained.params(state))
+        return Evaluator(loaded, self.trained.catalog, self.tasks.enriched)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Recall@1 and MRR of the validation task."""
         task, listings = self.tasks.validation
-        scores = self._judge(state).run([task], listings, listings)[task.name]
+        scores = self._evaluator(state).run([task], listings, listings)[task.name]
         return {"recall@1": scores["recall@1"], "mrr": scores["mrr"]}
 
     def write(self, state: TrainState, path: Path) -> None:
         """Writes the scores of all tasks."""
         listings = self.tasks.listings
-        results = self._judge(state).run(self.tasks.tasks, listings, listings)
+        results = self._evaluator(state).run(self.tasks.tasks, listings, listings)
         if jax.process_index() == 0:
             write_evaluation(path, results)
 

@@ -12,19 +12,18 @@
 import contextlib
 import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from afmrl_jax.annotation.answer_files import FILES, NO_CONTENT, AnswerFiles
+from afmrl_jax.annotation.answer_files import FILES, AnswerFiles
 from afmrl_jax.annotation.answerers import (
     Api,
     Asked,
@@ -36,6 +35,7 @@ from afmrl_jax.annotation.answerers import (
 )
 from afmrl_jax.attributes.summary import describe_answers
 from afmrl_jax.attributes.text import Verdict
+from afmrl_jax.catalog.groups import share_of_products
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.catalog.names import SPLITS
 from afmrl_jax.catalog.opening import ListingOptions, open_listings
@@ -43,9 +43,6 @@ from afmrl_jax.checkpoints.record import check_unchanged
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.logs import RunWriter
 from afmrl_jax.core.options import Options, among, between, check_options
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +95,11 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     if (workdir / "config.json").exists():
         check_unchanged((workdir / "config.json").read_text(), config, workdir, MAY_CHANGE)
     catalog = open_listings(ListingOptions.of(config), workdir)
-    model = Described(config, mesh) if config.generator else Asked(endpoint, question)
-    listings = chosen_listings(catalog, config.split, config.share)
+    if config.generator:
+        model = Described(config.generator, mesh, config.eval.batch)
+    else:
+        model = Asked(endpoint, question)
+    listings = share_of_products(catalog, catalog.indices(config.split), config.share)
     answers = AnswerFiles(workdir, config) if first_process else None
     left = listings[~model.agree(done_of(catalog, listings, answers))]
 
@@ -143,39 +143,18 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     print(f"Use them with --config.data.attributes={workdir / 'attributes.jsonl'}", flush=True)
 
 
-def chosen_listings(catalog: Catalog, split: str, share: float) -> np.ndarray:
-    """int64 indices of a split's listings, ascending; of a share of its products, at least one.
-
-    Products are whole: all listings of one, or none. A larger share holds the smaller one's.
-    """
-    listings = catalog.indices(split)
-    products = np.unique(catalog.products[listings])
-    chosen = np.random.default_rng(0).permutation(products)[: math.ceil(share * len(products))]
-    return listings[np.isin(catalog.products[listings], chosen)]
-
-
-def done_of(catalog: Catalog, listings: np.ndarray, answers: "AnswerFiles | None") -> np.ndarray:
+def done_of(catalog: Catalog, listings: np.ndarray, answers: AnswerFiles | None) -> np.ndarray:
     """bool[N]: which of the listings, int[N], are answered as they are now; none where no file is
-    known. Tells how many have changed since their answer, and of how many that is not known."""
+    known. Tells how many have changed since their answer."""
     done = np.zeros(len(listings), bool)
     if not answers or not answers.keys:
         return done
     ids = {listing_id for listing_id, _ in answers.keys}
-    changed = untold = 0
+    changed = 0
     for place, index in enumerate(listings):
         listing_id = catalog.listing(int(index)).listing_id
-        current = (listing_id, catalog.content(int(index)).key) in answers.keys
-        older = not current and (listing_id, NO_CONTENT) in answers.keys
-        done[place] = current or older
-        untold += older
+        done[place] = (listing_id, catalog.content(int(index)).key) in answers.keys
         changed += listing_id in ids and not done[place]
-    if untold:
-        log.warning(
-            "%d listings are answered in %s by lines of an older version, which do not say what "
-            "the model was shown: whether they have changed since cannot be told; delete a line "
-            "to have its listing asked again",
-            *(untold, answers.workdir),
-        )
     if changed:
         log.warning(
             "%d listings have other texts or photos than those of their listing_id that are "

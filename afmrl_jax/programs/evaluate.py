@@ -20,9 +20,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from afmrl_jax.assembly.describer import Describer
-from afmrl_jax.assembly.encoder import host_embedder
-from afmrl_jax.assembly.model import DTYPES, EmbeddingFields, RowFields, abstract_params
+from afmrl_jax.assembly.loaded import LoadedEncoder, load_generator
+from afmrl_jax.assembly.options import Embedding, EncoderOptions, EncoderRows
 from afmrl_jax.assembly.pretrained import find_pretrained
 from afmrl_jax.catalog.concat import ConcatCatalog
 from afmrl_jax.catalog.listings import Catalog
@@ -35,23 +34,19 @@ from afmrl_jax.catalog.opening import (
 )
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.files import write_atomically
+from afmrl_jax.core.mesh import local_rows
 from afmrl_jax.core.options import Options, among, between, check_options
 from afmrl_jax.retrieval.downstream import CategoryTask, Unlabelled
-from afmrl_jax.retrieval.evaluation import (
-    parse_task,
-    results_table,
-    write_evaluation,
-    write_queries,
-)
-from afmrl_jax.retrieval.tasks import (
+from afmrl_jax.retrieval.evaluator import (
     SIDES,
     Attributes,
     Enrichment,
-    Judge,
-    choose_tasks,
+    Evaluator,
+    catalogue_attributes,
     enrichment,
-    own_attributes,
 )
+from afmrl_jax.retrieval.scores import results_table, write_evaluation, write_queries
+from afmrl_jax.retrieval.tasks import choose_tasks, parse_task
 
 log = logging.getLogger(__name__)
 
@@ -86,21 +81,7 @@ SHARES_WORKDIR = True  # all processes read it
 OPTIONS = (JudgedCheckpoint, CatalogOptions, Retrieval)
 
 
-@dataclass(frozen=True)
-class FolderModel(Options, section="model"):
-    """How a Hugging Face folder computes, which does not say it itself."""
-
-    dtype: str = among(*DTYPES)
-
-
-@dataclass(frozen=True)
-class FolderPrompt(Options, section="data"):
-    """How a Hugging Face folder is asked."""
-
-    prompt: str = among("plain", "chat")
-
-
-FOLDER_OPTIONS = (FolderModel, EmbeddingFields, RowFields, FolderPrompt)
+FOLDER_OPTIONS = (Embedding, EncoderRows)  # of a Hugging Face folder, which does not say them
 
 
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
@@ -114,16 +95,16 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     if (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} holds a training run: name another --workdir for the scores")
     source = find_pretrained(config.checkpoint, best=config.best)
-    if source.enc.settings:
+    if source.model.options:
         log.info(
             "%s was trained with settings of its own, which are used: this configuration's "
             "model fields, prompt, instruction and row sizes do not count",
             config.checkpoint,
         )
-    else:
-        check_options(config, FOLDER_OPTIONS)
-    enc = source.model(config)
-    embed, local = host_embedder(enc.embed(), mesh, config.eval.batch)
+    otherwise = None if source.model.options else EncoderOptions.of(config)
+    # Told before a generator is read: rows that do not fit the model, a batch that cannot be split.
+    source.with_options(otherwise).processor()
+    local_rows(mesh, config.eval.batch, "eval.batch")
 
     # ---- catalogues
     catalog, queries, gallery, training = _listings(config, workdir)
@@ -147,18 +128,10 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     enriched = _enrichment(config, mesh, catalog, shown)
 
     # ---- scores
-    params = source.load(abstract_params(enc, mesh))
-    judge = functools.partial(
-        Judge,
-        functools.partial(embed, params),
-        enc.processor(),
-        batch=config.eval.batch,
-        local=local,
-        enriched=enriched,
-    )
-    found = judge(catalog).scores(tasks, queries, gallery)
+    model = LoadedEncoder.of(source, mesh, config.eval.batch, otherwise)
+    found = Evaluator(model, catalog, enriched).scores(tasks, queries, gallery)
     if category:
-        embedded = functools.partial(judge(Unlabelled(catalog)).vectors, view)
+        embedded = functools.partial(Evaluator(model, Unlabelled(catalog)).vectors, view)
         found[category.name] = category.scores(
             functools.partial(embedded, attributes=enriched.queries)
         )
@@ -168,7 +141,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         listing_ids = [catalog.listing(int(i)).listing_id for i in queries]
         write_queries(workdir / "evaluation_queries.json", found, listing_ids)
         write_evaluation(workdir / "evaluation.json", results)
-        print(f"{source.told}, on {catalog.name}:")
+        print(f"{source.label}, on {catalog.name}:")
         print(results_table({"checkpoint": results}), flush=True)
 
 
@@ -253,7 +226,7 @@ def _enrichment(
             f"eval.enrich={chosen.enrich}: set eval.attributes=none, or add a task as "
             "image+text->image+text"
         )
-    attributes = own_attributes(catalog)
+    attributes = catalogue_attributes(catalog)
     if chosen.attributes != "oracle":
         attributes = _described(config, mesh, catalog, np.unique(np.concatenate(needed)))
     return enrichment(attributes, chosen.enrich)
@@ -265,13 +238,13 @@ def _described(
     """What a generator says of the listings, where it is sure enough."""
     path, least = config.eval.attributes, config.eval.min_confidence
     try:
-        describer = Describer(path, mesh, config.eval.batch, otherwise=config)
+        generator = load_generator(path, mesh, config.eval.batch)
     except UserError as error:
         raise UserError(
             f"eval.attributes is {path!r}, neither none nor oracle, and as a generator: {error}"
         ) from None
-    log.info("%s describes %d listings", describer.told, len(listings))
-    said = describer(catalog, listings)
+    log.info("%s describes %d listings", path, len(listings))
+    said = generator.describe(catalog, listings)
     sure = {int(i): one.sure(least) for i, one in zip(listings, said)}
     log.info(
         "%.1f%% of them got attributes, %.1f on average",

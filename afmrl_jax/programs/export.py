@@ -7,7 +7,6 @@
 """
 
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +17,14 @@ from ml_collections import ConfigDict
 from afmrl_jax.assembly.encoder import Encoder
 from afmrl_jax.assembly.folder import check_processor, write_folder
 from afmrl_jax.assembly.generator import Generator
-from afmrl_jax.assembly.model import DTYPES, abstract_params
+from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.assembly.options import DTYPES, EncoderOptions
 from afmrl_jax.assembly.pretrained import RECORD, Pretrained, find_pretrained, kind_of
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.files import whole_folder
 from afmrl_jax.core.options import Options, among, check_options
 from afmrl_jax.programs.evaluate import FOLDER_OPTIONS
-from afmrl_jax.retrieval.evaluation import results_table
+from afmrl_jax.retrieval.scores import results_table
 
 
 @dataclass(frozen=True)
@@ -55,21 +56,15 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     check_place(out)
     kind = kind_of(config.checkpoint, best=config.best)
     source = find_pretrained(config.checkpoint, kind, best=config.best)
-    enc = source.model(config)
-    check_processor(enc)  # tells of settings that do not fit the model before its weights are read
-    params = source.load(abstract_params(enc, mesh))
+    model = source.with_options(EncoderOptions.of(config))  # a generator has a run
+    check_processor(model)  # tells of rows that do not fit the model before its weights are read
+    params = source.load(abstract_params(model, mesh))
 
     # ---- folder
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        folder = Path(temporary) / "export"
+    with whole_folder(out, replace=True) as folder:
         evaluation = _evaluation(source, kind)
-        write_folder(folder, enc, params, source, dtype=config.dtype, evaluation=evaluation)
-        old = Path(temporary) / "old"
-        if out.exists():
-            out.rename(old)
-        folder.rename(out)
-    print(f"{source.told} is in {out}", flush=True)
+        write_folder(folder, model, params, source, dtype=config.dtype, evaluation=evaluation)
+    print(f"{source.label} is in {out}", flush=True)
 
 
 def check_place(out: Path) -> None:

@@ -5,7 +5,7 @@
 
 1. Make the mesh of the topology, and compile the run's own steps for it with XLA's TPU compiler.
 2. Tell memory, work, time and exchanges of the run as it is configured.
-3. Look for better: meshes, then what the backward pass keeps, then the GradCache chunk.
+3. Look for better settings: meshes, then micro-batches, then what the backward pass keeps.
 4. Print tables, and write WORKDIR/plan.json.
 
 Only shapes matter: no catalogue is opened, and no weights are read.
@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.options import check_options
-from afmrl_jax.planning.search import Choice, Tried, _advice, _tried_table, search
+from afmrl_jax.planning.search import Choice, Trial, advice, search, trials_table
 
 log = logging.getLogger(__name__)
 
@@ -41,36 +41,36 @@ def main(config: ConfigDict, workdir: Path, topology: str) -> None:
     if not hasattr(program, "plan"):
         raise UserError(f"--plan knows programs that train, as agcl, and not {config.program}")
 
-    def measure(choice: Choice) -> tuple[Tried, list[Any]]:
+    def measure(choice: Choice) -> tuple[Trial, list[Any]]:
         began = time.monotonic()
         reports = reports_of(_changed(config, choice), devices)
         fits = all(report.fits for report in reports)
         known = all(report.seconds is not None for report in reports)
-        tried = Tried(
+        trial = Trial(
             choice,
             fits,
             sum(report.seconds for report in reports) if known and fits else None,
             max(report.needed for report in reports),
         )
-        told = f"{tried.seconds:.3g} s" if tried.seconds else "fits" if fits else "does not fit"
-        log.info("%s: %s (compiled in %.0f s)", choice.told, told, time.monotonic() - began)
-        return tried, reports
+        cost = f"{trial.seconds:.3g} s" if trial.seconds else "fits" if fits else "does not fit"
+        log.info("%s: %s (compiled in %.0f s)", choice.label, cost, time.monotonic() - began)
+        return trial, reports
 
-    asked = _asked(config, devices)
-    first, reports = measure(asked)
-    print(f"\n{config.program} on {topology}, {len(devices)} devices: {asked.told}\n")
+    configured = _configured(config, devices)
+    first, reports = measure(configured)
+    print(f"\n{config.program} on {topology}, {len(devices)} devices: {configured.label}\n")
     print(report.memory_table(reports), report.time_table(reports), sep="\n\n", flush=True)
     for part in reports:
         if part.exchanges:
             print(f"\n{part.name}:\n{report.exchange_table(part)}", flush=True)
     batch = config[program.BATCH_FIELD]
-    tried = search(lambda choice: measure(choice)[0], first, batch, len(devices))
-    print(f"\n{_tried_table(tried)}\n{_advice(tried)}", flush=True)
+    trials = search(lambda choice: measure(choice)[0], first, batch, len(devices))
+    print(f"\n{trials_table(trials)}\n{advice(trials)}", flush=True)
     result = {
         "topology": topology,
-        "asked": dataclasses.asdict(asked),
+        "asked": dataclasses.asdict(configured),
         "reports": [dataclasses.asdict(report) for report in reports],
-        "tried": [dataclasses.asdict(one) for one in tried],
+        "tried": [dataclasses.asdict(trial) for trial in trials],
     }
     from afmrl_jax.core.files import write_atomically
 
@@ -109,7 +109,7 @@ def devices_of(topology: str) -> list[Any]:
 
 
 def reports_of(config: ConfigDict, devices: list[Any]) -> list[Any]:
-    """What each compiled part of the run needs and takes."""
+    """The memory and time of each compiled part of the run."""
     from afmrl_jax.core.mesh import make_mesh
     from afmrl_jax.planning.report import compile_part, reckon
 
@@ -123,8 +123,8 @@ def reports_of(config: ConfigDict, devices: list[Any]) -> list[Any]:
     return reports
 
 
-def _asked(config: ConfigDict, devices: list[Any]) -> Choice:
-    """What the configuration itself chooses, -1 worked out."""
+def _configured(config: ConfigDict, devices: list[Any]) -> Choice:
+    """The choice of the configuration, with -1 replaced by sizes."""
     from afmrl_jax.core.mesh import make_mesh
 
     sizes = make_mesh(dict(config.mesh), devices).shape

@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,19 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from afmrl_jax.assembly.describer import describe
-from afmrl_jax.assembly.encoder import host_embedder
-from afmrl_jax.assembly.generator import Answerer, Generator
-from afmrl_jax.assembly.model import DTYPES, ModelFields, RowFields, abstract_params, lora_of
+from afmrl_jax.assembly.generator import Generator
+from afmrl_jax.assembly.loaded import LoadedEncoder, LoadedGenerator
+from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.assembly.options import (
+    DTYPES,
+    Computation,
+    GeneratorOptions,
+    GeneratorRows,
+    TrainingOptions,
+)
 from afmrl_jax.assembly.pretrained import Base, find_pretrained, planned, read_base
 from afmrl_jax.attributes import comparison
+from afmrl_jax.catalog.groups import askers, whole_products
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.catalog.opening import CatalogOptions
 from afmrl_jax.checkpoints.record import (
@@ -45,9 +53,8 @@ from afmrl_jax.checkpoints.record import (
 from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.logs import cut_back
-from afmrl_jax.core.mesh import batch_shards, local_rows, put_batch, replicated
-from afmrl_jax.core.options import Options, between, check_options
-from afmrl_jax.data.answers import AnswerLength, question
+from afmrl_jax.core.mesh import local_rows, put_batch
+from afmrl_jax.core.options import Options, between
 from afmrl_jax.data.queries import QueryBatches
 from afmrl_jax.data.stream import StreamOptions
 from afmrl_jax.data.views import sampled_cuts
@@ -56,13 +63,11 @@ from afmrl_jax.models import lora
 from afmrl_jax.models.partition import MATRIX
 from afmrl_jax.models.sampler import Samples
 from afmrl_jax.planning.report import Part, check_fits
-from afmrl_jax.rl.environment import Environment, Judged, Laps, append_groups
-from afmrl_jax.rl.gallery import Gallery, GallerySize, askers, gallery_listings, open_gallery
-from afmrl_jax.rl.held_out import HeldOut, Said, comparison_table
-from afmrl_jax.rl.judging import Judge
+from afmrl_jax.rl.environment import Environment, Judged, Laps, append_groups, none_is_read
+from afmrl_jax.rl.gallery import Gallery, GallerySize, open_gallery
+from afmrl_jax.rl.held_out import Arms, HeldOut, Said, comparison_table
 from afmrl_jax.rl.policy import Built, build, parts
 from afmrl_jax.rl.rewards import Reward, bounded_k
-from afmrl_jax.rl.rollout import Query, QueryEmbedder, none_is_read
 from afmrl_jax.rl.watch import WatchLimits, stopped, watch
 from afmrl_jax.training.evaluators import Trained, make_evaluator
 from afmrl_jax.training.loop import Training, fit
@@ -71,7 +76,6 @@ from afmrl_jax.training.run import fresh_params, micro_batch, open_run
 from afmrl_jax.training.schedule import Schedule
 from afmrl_jax.training.step import Params
 
-ROWS = ("instruction", "max_tokens", "max_answer", "max_patches", "min_pixels", "max_pixels")
 BATCH_FIELD = "queries"  # the field of the configuration that micro_batches divides
 SHARES_WORKDIR = True  # all processes read it
 NO_EFFECT = (*MAY_CHANGE, "rollouts_every", "watch.")  # on what a run computes
@@ -101,10 +105,10 @@ class HeldOutQueries(Options, section="eval"):
 
 
 OPTIONS = (
-    *(Schedule, RolloutOptions, Optimizer, ModelFields, PolicyGradient, Reward, GallerySize),
-    *(WatchLimits, CatalogOptions, StreamOptions, HeldOutQueries),
+    *(Schedule, RolloutOptions, Optimizer, Computation, TrainingOptions, PolicyGradient, Reward),
+    *(GallerySize, WatchLimits, CatalogOptions, StreamOptions, HeldOutQueries),
 )
-FOLDER_OPTIONS = (RowFields, AnswerLength)  # of a generator that does not know its rows
+FOLDER_OPTIONS = (GeneratorRows,)  # of a generator that does not know its rows
 
 
 def sampler_weights(trained: Any, frozen: Any) -> Any:
@@ -225,29 +229,30 @@ def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     as the configuration's data says, no catalogue and no encoder."""
     queries = micro_batch(config.queries, config.micro_batches, BATCH_FIELD)
     local_rows(mesh, queries, "queries / micro_batches")
-    generator = planned(config, config.generator, Generator)
+    options, training = GeneratorOptions.of(config), TrainingOptions.of(config)
+    generator = planned(config.generator, Generator, options, training)
     return parts(config, mesh, generator, build(config, mesh, generator))
 
 
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Runs, or resumes, the whole of it in `workdir`; see configs/rar.py."""
-    may_change = (*NO_EFFECT, *(f"data.{name}" for name in ROWS))  # rows are the generator's
+    rows = dataclasses.fields(GeneratorRows)
+    may_change = (*NO_EFFECT, *(GeneratorRows.name_of(field.name) for field in rows))
     with open_run(config, workdir, mesh, OPTIONS, may_change) as run:
         queries = micro_batch(config.queries, config.micro_batches, BATCH_FIELD)
         local = local_rows(mesh, queries, "queries / micro_batches")
 
         # ---- generator, catalogue and encoder
-        generator, base = _generator(config, run.saved)
-        run.config = config = generator.settings
-        check_options(config, FOLDER_OPTIONS)
+        config, generator, base = _generator(config, run.saved)
+        run.config = config  # with the generator's rows
         catalog = run.open_catalogue()
-        embedder, encoder_base, version = _encoder(config, run.saved, catalog, mesh)
-        _check_attributes_are_read(config, catalog, embedder)
+        encoder, encoder_base = _encoder(config, run.saved, mesh)
+        _check_attributes_are_read(config, catalog, encoder)
 
         # ---- galleries
         options = Reward.of(config)
-        opened = functools.partial(_gallery, config, workdir, mesh, catalog, embedder, version)
-        listings, gallery = opened("train") or (None, None)
+        opened = functools.partial(_gallery, config, workdir, catalog, encoder)
+        gallery = opened("train")
         if gallery is None:
             raise UserError(
                 f"no product of {catalog.name}'s training split has two listings, so that none can "
@@ -255,13 +260,13 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             )
         options = dataclasses.replace(options, k=bounded_k(options.k, len(gallery)))
         environment = Environment(
-            catalog, embedder, gallery, options, config.samples, config.policy.objective == "grpo"
+            catalog, encoder, gallery, options, config.samples, config.policy.objective == "grpo"
         )
         limits = {"validation": config.eval.validation_listings, "test": config.eval.listings}
         held_out = {
-            split: HeldOut(catalog, split, *found, embedder, options, limit)
+            split: HeldOut(catalog, split, searched, encoder, options, limit)
             for split, limit in limits.items()
-            if (found := opened(split))
+            if (searched := opened(split))
         }
 
         # ---- policy and the reference that it stays near
@@ -273,17 +278,16 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         if config.policy.kl and not generator.lora:
             reference = _as_multiplied(params, DTYPES[config.model.dtype])
         reference = reference if config.policy.kl else None
-        encoder = json.dumps(dataclasses.asdict(encoder_base))
-        run.keep(generator, **base.record(), encoder=encoder)
-        answerer = Answerer(generator, mesh, config.eval.batch, temperature=0)
+        judge_record = json.dumps(dataclasses.asdict(encoder_base))
+        run.keep(generator, **base.record(), encoder=judge_record)
+        loaded = LoadedGenerator(generator, None, mesh, config.eval.batch)
 
         def say(trained: Params, listings: np.ndarray) -> list[Said]:
-            weights, show = sampler_weights(trained, frozen), functools.partial(question, catalog)
-            answers = answerer.answers(weights, listings, show)
-            found = [describe(answer, generator.tokenizer) for answer in answers]
-            return [Said(one.answer.text, one.sure) for one in found]
+            speaker = loaded.with_params(sampler_weights(trained, frozen))
+            said = speaker.describe(catalog, listings)
+            return [Said(one.answer.text, one.sure) for one in said]
 
-        judge = Judge(workdir, held_out, say, WatchLimits.of(config))
+        judge = Arms(workdir, held_out, say, WatchLimits.of(config))
         adapters = functools.partial(fresh_params, generator, config.seed)
         begin = adapters if generator.lora else params
         if run.saved:
@@ -300,7 +304,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         # ---- train
         batches = QueryBatches(
             catalog,
-            askers(catalog, "train", listings),
+            askers(catalog, "train", gallery.listings),
             generator.processor(answers=False),
             queries=config.queries,
             micro_batches=config.micro_batches,
@@ -336,63 +340,60 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         print(comparison_table(results), flush=True)
 
 
-def _held_out_scores(judge: Judge, state: TrainState) -> dict[str, float]:
+def _held_out_scores(judge: Arms, state: TrainState) -> dict[str, float]:
     """The evaluator `held_out`."""
     return judge.validate(state.params, int(state.step))
 
 
-def _generator(config: ConfigDict, saved: dict[str, str] | None) -> tuple[Generator, Base]:
-    """The generator, whose settings are the configuration with the rows that it was trained on, and
-    the parameters that it begins with, which are also those to stay near."""
+def _generator(
+    config: ConfigDict, saved: dict[str, str] | None
+) -> tuple[ConfigDict, Generator, Base]:
+    """The configuration with the rows that the generator was trained on, the generator, and the
+    parameters that it begins with, which are also those to stay near."""
+    training = TrainingOptions.of(config)
     if saved:
-        generator, base = Generator.from_record(config, saved), Base.of_record(saved)
-        own = recorded(saved["config"])
+        options = GeneratorOptions.of(recorded(saved["config"], "--workdir"))
+        base = Base.of_record(saved)
+        generator = Generator.from_record(options, saved).for_training(training)
     elif config.generator:
         source = find_pretrained(config.generator, Generator)
-        generator, base = source.trained(config), Base(source.path)
-        own = source.model(config).settings
+        known, base = source.model.options, Base(source.path)
+        rows = known.rows if known else GeneratorRows.of(config)
+        options = GeneratorOptions(Computation.of(config), rows)
+        generator = source.for_training(options, training)
     else:
         raise UserError("say which generator to train, as --config.generator=runs/sft")
-    settings = ConfigDict(config.to_dict())
-    settings.data.update({name: own.data[name] for name in ROWS})
-    generator = dataclasses.replace(generator, settings=settings.lock(), lora=lora_of(settings))
-    return generator, base
+    config = ConfigDict(config.to_dict())
+    config.data.update(dataclasses.asdict(options.rows))
+    return config.lock(), generator, base
 
 
 def _encoder(
-    config: ConfigDict, saved: dict[str, str] | None, catalog: Catalog, mesh: Mesh
-) -> tuple[QueryEmbedder, Base, str]:
-    """The frozen encoder, where it was read, and a name for all that its vectors depend on."""
+    config: ConfigDict, saved: dict[str, str] | None, mesh: Mesh
+) -> tuple[LoadedEncoder, Base]:
+    """The frozen encoder, and where it was read."""
     local_rows(mesh, config.reward.batch, "reward.batch")
     if not config.encoder:
         raise UserError("say which encoder rewards the answers, as --config.encoder=runs/agcl")
     base = Base(**json.loads(saved["encoder"])) if saved else Base(config.encoder)
     source = find_pretrained(base.path)
-    enc = source.enc
-    if enc.settings is None:
+    enc = source.model
+    if enc.options is None:
         raise UserError(
             f"{config.encoder} does not know how its rows are made: name a run's workdir, or a "
             "folder that was exported from one"
         )
     params, base = read_base(enc, abstract_params(enc, mesh), Base(source.path, base.fingerprint))
-    params = _as_multiplied(params, DTYPES[enc.settings.model.dtype])
-    embed, local = host_embedder(enc.embed(), mesh, config.reward.batch)
-    version = json.dumps([base.fingerprint, enc.settings.to_json(), config.reward.batch])
-    return (
-        QueryEmbedder(
-            functools.partial(embed, params), enc.processor(), catalog, config.reward.batch, local
-        ),
-        base,
-        version,
-    )
+    params = _as_multiplied(params, DTYPES[enc.options.model.dtype])
+    return LoadedEncoder(enc, params, mesh, config.reward.batch), base
 
 
 def _check_attributes_are_read(
-    config: ConfigDict, catalog: Catalog, embedder: QueryEmbedder
+    config: ConfigDict, catalog: Catalog, encoder: LoadedEncoder
 ) -> None:
     """Warns where the encoder's rows are too short for true attributes of some training listings;
     raises UserError where it reads none of them."""
-    cuts = sampled_cuts(catalog, "train", embedder.processor, embedder.processor.max_images)
+    cuts = sampled_cuts(catalog, "train", encoder.processor, encoder.processor.max_images)
     if cuts.none_is_read:
         raise none_is_read(cuts, f"true attributes, as {config.encoder} reads them")
     cuts.tell(f"true attributes, as {config.encoder} reads them")
@@ -413,43 +414,31 @@ def _as_multiplied(params: Any, dtype: Any) -> Any:
 def _gallery(
     config: ConfigDict,
     workdir: Path,
-    mesh: Mesh,
     catalog: Catalog,
-    embedder: QueryEmbedder,
-    version: str,
+    encoder: LoadedEncoder,
     split: str,
-) -> tuple[np.ndarray, Gallery] | None:
-    """A split's listings to be found and their gallery; None where nothing can be, or in a split
-    for judging nothing wrong can."""
-    listings = gallery_listings(catalog, split, config.reward.gallery)
+) -> Gallery | None:
+    """The gallery of a split's listings; None where nothing can be found, or in a split for judging
+    nothing wrong can."""
+    listings = whole_products(catalog, catalog.indices(split), config.reward.gallery)
     if not len(askers(catalog, split, listings)):
         return None
     if split != "train" and len(np.unique(catalog.products[listings])) == 1:
         return None
     attributes = config.reward.gallery_attributes
-    parts = [version, catalog.fingerprint, str(attributes), listings.tobytes().hex()]
+    parts = [encoder.version, str(encoder.batch), catalog.fingerprint, str(attributes)]
+    parts += [listings.tobytes().hex()]
     if attributes:  # as texts with attributes are since titles are cut before them; of attributes
         parts += ["kept whole", str(comparison.VERSION)]  # those stand there that say something
-    shards = batch_shards(mesh)
-    mine = local_rows(mesh, shards, "the mesh")
 
-    def agreed(flag: bool) -> bool:
-        flags = {"flag": np.full(len(mine), flag)}
-        flags = put_batch(flags, mesh, axis=0, rows=shards)["flag"]
-        return bool(jax.jit(jnp.all, out_shardings=replicated(mesh))(flags))
+    def of(number: int) -> Mapping[str, str]:
+        return catalog.listing(int(listings[number])).attributes
 
     def embed(listings: np.ndarray) -> np.ndarray:
-        shown = (catalog.listing(int(i)).attributes if attributes else {} for i in listings)
-        vectors, cuts = embedder([Query(int(i), 0, own) for i, own in zip(listings, shown)])
-        cuts.tell("the gallery")
-        return vectors
+        carried = of if attributes else None
+        return encoder.embed_listings(
+            catalog, listings, attributes=carried, where="the gallery"
+        ).vectors
 
-    return listings, open_gallery(
-        workdir / "gallery",
-        catalog,
-        listings,
-        embed,
-        version=hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32],
-        agreed=agreed,
-        write=jax.process_index() == 0,
-    )
+    version = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
+    return open_gallery(workdir / "gallery", version, catalog, listings, embed)

@@ -24,7 +24,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from afmrl_jax.assembly.generator import Generator
-from afmrl_jax.assembly.model import ModelFields, PresetFields, RowFields, abstract_params
+from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.assembly.options import (
+    Computation,
+    GeneratorOptions,
+    GeneratorRows,
+    PresetOptions,
+    TrainingOptions,
+)
 from afmrl_jax.assembly.pretrained import planned
 from afmrl_jax.attributes.text import MAX_CHARACTERS, MAX_PAIRS, format_attributes, normalise
 from afmrl_jax.catalog.listings import Catalog
@@ -38,7 +45,6 @@ from afmrl_jax.core.processes import first_says
 from afmrl_jax.data.answers import (
     SAMPLED,
     AnswerBatches,
-    AnswerLength,
     AnswerOptions,
     described,
     learnable,
@@ -85,8 +91,8 @@ class AnswerEvaluation(Options, section="eval"):
 
 
 OPTIONS = (
-    *(Schedule, AnswerTraining, Optimizer, ModelFields, PresetFields, RowFields),
-    *(CatalogOptions, AnswerLength, AnswerOptions, StreamOptions, AnswerEvaluation),
+    *(Schedule, AnswerTraining, Optimizer, TrainingOptions, PresetOptions),
+    *(Computation, GeneratorRows, CatalogOptions, AnswerOptions, StreamOptions, AnswerEvaluation),
 )
 
 
@@ -131,14 +137,15 @@ def part(
     logits = 4.0 * rows * config.vocabulary_chunk * model.vocab_size
     params = lora.join(step.abstract.params, step.frozen)
     useful = cost.step_flops(model, params, amount, gradcache=False)
-    return step.part(batch, inside={"logits": logits / batch_shards(mesh)}, useful=useful)
+    return step.part(batch, intermediates={"logits": logits / batch_shards(mesh)}, useful=useful)
 
 
 def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     """What `plan` compiles of a run with this configuration: no catalogue is opened."""
     rows = micro_batch(config.batch, config.micro_batches, BATCH_FIELD)
     local_rows(mesh, rows, "batch / micro_batches")
-    generator = planned(config, config.init_from or config.model.preset, Generator)
+    options, training = GeneratorOptions.of(config), TrainingOptions.of(config)
+    generator = planned(config.init_from or config.model.preset, Generator, options, training)
     return [part(config, mesh, generator, build(config, mesh, generator))]
 
 

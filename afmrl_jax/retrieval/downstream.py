@@ -23,8 +23,8 @@ import numpy as np
 
 from afmrl_jax.catalog.listings import Catalog, Listing, Overlay
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.retrieval.evaluation import Scores
 from afmrl_jax.retrieval.metrics import interval95
+from afmrl_jax.retrieval.scores import Scores
 from afmrl_jax.retrieval.tasks import parts_of
 
 RESAMPLES = 500

@@ -1,150 +1,56 @@
-"""Runs retrieval tasks: catalogues in, scores out.
+"""Retrieval tasks: what of a listing asks, what is searched, and which tasks can be judged.
 
-Axes: Q queries · N gallery listings · E embedding.
+Axes: Q queries · N gallery listings.
 """
 
+import difflib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
+from afmrl_jax.catalog.groups import has_another, whole_products
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_choice
-from afmrl_jax.data.corpus import listings_by_product
-from afmrl_jax.data.processor import Processor, Row
-from afmrl_jax.data.views import AttributeCuts, evaluation_row, listing_text
-from afmrl_jax.retrieval.evaluation import Results, Scores, Task, embed_listings, rank_and_score
+from afmrl_jax.data.views import VIEWS, listing_text
 
-Attributes = Callable[[int], Mapping[str, str]]  # of a listing, by its index
-SIDES = ("both", "queries", "gallery")
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Enrichment:
-    """The attributes that join the texts of queries and of the gallery; None: they stay plain.
+class Task:
+    """What of a listing is the query and what of the listings is searched, e.g. image->text."""
 
-    A view without text has nowhere to put them, and is the same with and without.
-    """
+    query_view: str
+    gallery_view: str
 
-    queries: Attributes | None = None
-    gallery: Attributes | None = None
+    @property
+    def name(self) -> str:
+        return f"{self.query_view}->{self.gallery_view}"
 
+    @property
+    def exclude_self(self) -> bool:
+        """Whether the query's own listing leaves the ranking.
 
-def enrichment(attributes: Attributes | None, side: str) -> Enrichment:
-    """Attributes for one of SIDES, or for both. Raises UserError, naming eval.enrich, otherwise."""
-    check_choice("eval.enrich", side, SIDES)
-    return Enrichment(
-        attributes if side != "gallery" else None, attributes if side != "queries" else None
-    )
-
-
-def own_attributes(catalog: Catalog) -> Attributes:
-    """Those that the catalogue holds: the oracle's."""
-    return lambda index: catalog.listing(index).attributes
-
-
-class Judge:
-    """Embeds listings of one catalogue, each once a view and side, and scores tasks on them.
-
-    embed: this process's rows of a batch -> float32[batch, E]. batch: rows embedded at once, by all
-    processes; local: which of them this process makes. enriched: what the two sides' texts carry.
-    """
-
-    def __init__(
-        self,
-        embed: Callable[[dict[str, np.ndarray]], jax.Array],
-        processor: Processor,
-        catalog: Catalog,
-        *,
-        batch: int,
-        local: np.ndarray,
-        enriched: Enrichment = Enrichment(),
-    ):
-        self._embed, self._processor, self._catalog = embed, processor, catalog
-        self._batch, self._local, self.enriched = batch, local, enriched
-        # What was embedded, by view and attributes: listings int64[N], ascending, and vectors.
-        self._known: dict[tuple[str, Attributes | None], tuple[np.ndarray, np.ndarray]] = {}
-
-    def vectors(
-        self, view: str, indices: np.ndarray, attributes: Attributes | None = None
-    ) -> np.ndarray:
-        """float32[N, E] of the listings' view, with attributes in its text.
-
-        A listing's vector is kept, so that tasks share it, and queries and gallery where both carry
-        the same attributes.
+        Where the views share a modality it would find itself by comparing a photo or a text with
+        itself. Where they share none (image->text), its own text is a rightful answer.
         """
-        key = (view, attributes if "text" in view else None)
-        known, vectors = self._known.get(key, (np.empty(0, np.int64), None))
-        new = np.setdiff1d(indices, known)
-        if len(new):
-            added = self._embedded(*key, new)
-            order = np.argsort(np.concatenate([known, new]))
-            known = np.concatenate([known, new])[order]
-            vectors = added if vectors is None else np.concatenate([vectors, added])[order]
-            self._known[key] = known, vectors
-        return vectors[np.searchsorted(known, indices)]
+        return bool(set(self.query_view.split("+")) & set(self.gallery_view.split("+")))
 
-    def _embedded(self, view: str, attributes: Attributes | None, new: np.ndarray) -> np.ndarray:
-        # Decided by the view and not by the rows, so that all processes agree.
-        buckets = [self._processor.text_bucket] if view == "text" else []
-        cuts = AttributeCuts(self._processor)
 
-        def row(index: int) -> Row:
-            return evaluation_row(
-                self._catalog,
-                index,
-                view,
-                max_images=self._processor.max_images,
-                attributes=attributes(index) if attributes else {},
-            )
-
-        def rows(batch: np.ndarray) -> dict[str, np.ndarray]:
-            return self._processor(cuts.made(batch[self._local], row), buckets)
-
-        vectors = embed_listings(self._embed, rows, new, self._batch)
-        cuts.tell(view)
-        return vectors
-
-    def scores(
-        self, tasks: Sequence[Task], queries: np.ndarray, gallery: np.ndarray
-    ) -> dict[str, Scores]:
-        """Scores of each task; queries int64[Q] and gallery int64[N] are listings' indices.
-
-        A listing that lacks what its side's view shows is left out of the task. `n_without` counts
-        such queries, where there are any; `n_gallery` is what is left to search. A task is left out
-        where it has nothing to find: no queries, or none whose product has another listing in the
-        gallery, where the query's own does not count. `choose_tasks` tells of both beforehand.
-        """
-        products, identities = self._catalog.products, self._catalog.identities
-        asking, searched = parts_of(self._catalog, queries), parts_of(self._catalog, gallery)
-        found = {}
-        for task in tasks:
-            places = np.flatnonzero(asking[task.query_view])
-            asked, others = queries[places], gallery[searched[task.gallery_view]]
-            if not _finds_any(task, self._catalog, asked, others):
-                continue
-            scores = rank_and_score(
-                self.vectors(task.query_view, asked, self.enriched.queries),
-                identities[asked],
-                products[asked],
-                self.vectors(task.gallery_view, others, self.enriched.gallery),
-                identities[others],
-                products[others],
-                exclude_self=task.exclude_self,
-            )
-            without = len(queries) - len(asked)
-            extra = scores.extra | ({"n_without": without} if without else {})
-            found[task.name] = Scores(places[scores.queries], scores.values, extra)
-        return found
-
-    def run(self, tasks: Sequence[Task], queries: np.ndarray, gallery: np.ndarray) -> Results:
-        """Their means: what `scores` gives, over the queries."""
-        found = self.scores(tasks, queries, gallery)
-        return {task: scores.means() for task, scores in found.items()}
+def parse_task(name: str) -> Task:
+    """Reads "QUERY->GALLERY", each one of VIEWS. Raises UserError, with a suggestion, otherwise."""
+    known = {task.name: task for task in (Task(q, g) for q in VIEWS for g in VIEWS)}
+    sides = name.replace(" ", "").lower().split("->")
+    plain = "->".join(
+        "+".join(sorted(side.split("+"))) for side in sides
+    )  # text+image is known too
+    if plain in known:
+        return known[plain]
+    close = difflib.get_close_matches(plain, known, n=1)
+    hint = f'did you mean "{close[0]}"?' if close else f"known are {', '.join(known)}"
+    raise UserError(f'evaluation task "{name}" is not known; {hint}')
 
 
 def parts_of(catalog: Catalog, listings: np.ndarray) -> dict[str, np.ndarray]:
@@ -166,7 +72,7 @@ def can_be_run(
     (by default, the queries) that have what theirs shows."""
     gallery = queries if gallery is None else gallery
     asked = queries[parts_of(catalog, queries)[task.query_view]]
-    return _finds_any(task, catalog, asked, gallery[parts_of(catalog, gallery)[task.gallery_view]])
+    return finds_any(task, catalog, asked, gallery[parts_of(catalog, gallery)[task.gallery_view]])
 
 
 def choose_tasks(
@@ -193,7 +99,7 @@ def choose_tasks(
             if not has.all()
         ]
         blind += not (asked.any() and others.any())
-        if _finds_any(task, catalog, queries[asked], gallery[others]):
+        if finds_any(task, catalog, queries[asked], gallery[others]):
             chosen.append(task)
             if lacking:
                 log.warning("%s leaves listings out: %s", task.name, ", ".join(lacking))
@@ -209,13 +115,9 @@ def choose_tasks(
     return chosen
 
 
-def _finds_any(task: Task, catalog: Catalog, queries: np.ndarray, gallery: np.ndarray) -> bool:
-    products = catalog.products
-    counts = np.bincount(products[gallery], minlength=int(products.max()) + 1)
-    found = counts[products[queries]]
-    if task.exclude_self:
-        found = found - np.isin(catalog.identities[queries], catalog.identities[gallery])
-    return bool((found > 0).any())
+def finds_any(task: Task, catalog: Catalog, queries: np.ndarray, gallery: np.ndarray) -> bool:
+    """Whether any query has something to find; queries, gallery: those that have what is shown."""
+    return bool(has_another(catalog, queries, gallery, exclude_self=task.exclude_self).any())
 
 
 def validation_task(
@@ -247,19 +149,11 @@ def validation_sample(catalog: Catalog, tasks: Sequence[Task], limit: int) -> np
     They serve the first task that can be run on the split: listings that have neither of what it
     shows are left out, and products with several listings come first where it needs them.
     """
-    listings, _ = listings_by_product(catalog, "validation")
+    listings = catalog.indices("validation")
     has, serves = parts_of(catalog, listings), tasks[0]
     for task in tasks:
         asked, others = has[task.query_view], has[task.gallery_view]
-        if _finds_any(task, catalog, listings[asked], listings[others]):
+        if finds_any(task, catalog, listings[asked], listings[others]):
             listings, serves = listings[asked | others], task
             break
-    codes = catalog.products[listings]  # of one product side by side
-    starts = np.append(np.flatnonzero(np.diff(codes, prepend=-1)), len(codes))
-    sizes = np.diff(starts)
-    order = np.random.default_rng(0).permutation(len(sizes))
-    if serves.exclude_self and (sizes > 1).any():
-        order = order[sizes[order] > 1]
-    chosen = order[: int(np.searchsorted(np.cumsum(sizes[order]), limit)) + 1]
-    parts = [listings[starts[product] : starts[product + 1]] for product in chosen]
-    return np.sort(np.concatenate(parts)) if parts else listings
+    return whole_products(catalog, listings, limit, several=serves.exclude_self)

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from afmrl_jax.assembly.loaded import LoadedEncoder
 from afmrl_jax.attributes.text import Parsed, Verdict, parse
 from afmrl_jax.catalog.listings import Catalog
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.data.views import AttributeCuts
 from afmrl_jax.rl.advantages import Advantages, group_advantages
 from afmrl_jax.rl.gallery import Gallery
 from afmrl_jax.rl.rewards import Reward, rewards
-from afmrl_jax.rl.rollout import Query, QueryEmbedder
 from afmrl_jax.rl.watch import Rollout
 
 COMPARED = 8  # answers a step whose approximate search is held against the exact one
@@ -97,6 +99,14 @@ def append_groups(path: Path, step: int, groups: Iterable[Mapping[str, Any]]) ->
         file.writelines(json.dumps({"step": step, **group}) + "\n" for group in groups)
 
 
+def none_is_read(cuts: AttributeCuts, where: str) -> UserError:
+    """The error that ends a run whose encoder reads no attribute. where: in whose texts."""
+    return UserError(
+        f"{where}: {cuts}. Every answer would be worth the same: train the encoder with "
+        f"--config.data.max_tokens={cuts.needed}, or with a smaller data.max_patches"
+    )
+
+
 def valid_attributes(parsed: Parsed) -> dict[str, str]:
     """What an answer adds to its query: nothing where it breaks the format."""
     return parsed.attributes if parsed.verdict is Verdict.VALID else {}
@@ -107,7 +117,7 @@ class Environment:
     """Rewards answers by a gallery. samples: G. scale: of `group_advantages`."""
 
     catalog: Catalog
-    embedder: QueryEmbedder
+    encoder: LoadedEncoder  # frozen
     gallery: Gallery
     options: Reward
     samples: int
@@ -130,11 +140,17 @@ class Environment:
         parsed = [parse(text, bool(ended)) for text, ended in zip(texts, closed)]
         given = [valid_attributes(one) for one in parsed]
         laps("parse")
-        asked = []
-        for q, (listing, draw) in enumerate(zip(listings.tolist(), draws.tolist())):
-            own = given[q * self.samples : (q + 1) * self.samples]
-            asked += [Query(listing, draw, attributes) for attributes in [{}, *own]]
-        vectors, cuts = self.embedder(asked)
+        # Each query plain, then with the attributes of each of its answers.
+        carried: list[Mapping[str, str]] = []
+        for first in range(0, len(given), self.samples):
+            carried += [{}, *given[first : first + self.samples]]
+        vectors, cuts = self.encoder.embed_listings(
+            self.catalog,
+            np.repeat(listings, self.samples + 1),
+            attributes=carried.__getitem__,
+            draws=np.repeat(draws, self.samples + 1),
+            where="queries with the answers' attributes",
+        )
         vectors = vectors.reshape(len(listings), self.samples + 1, -1)
         laps("embed")
         values, parts = self._search(listings, vectors, parsed, lengths)

@@ -8,13 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 
+from afmrl_jax.catalog.groups import Members
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.options import Options, between
-from afmrl_jax.data.corpus import listings_by_product
+from afmrl_jax.core.processes import all_say
 from afmrl_jax.retrieval.exact import ExactIndex
 from afmrl_jax.retrieval.index import Index
 from afmrl_jax.retrieval.indexes import EXACT_BELOW, load_index
@@ -33,44 +35,24 @@ class GallerySize(Options, section="reward"):
     batch: int = between(1)  # rows embedded at once
 
 
-def gallery_listings(catalog: Catalog, split: str, limit: int) -> np.ndarray:
-    """int64: a split's listings, ascending, or of a larger one whole products, about `limit` of
-    them, the same at each call."""
-    listings, starts = listings_by_product(catalog, split)
-    if len(listings) > limit:
-        sizes = np.diff(starts)
-        order = np.random.default_rng(0).permutation(len(sizes))
-        order = order[: int(np.searchsorted(np.cumsum(sizes[order]), limit)) + 1]
-        parts = [listings[starts[product] : starts[product + 1]] for product in order]
-        listings = np.concatenate(parts)
-    return np.sort(listings)
-
-
-def askers(catalog: Catalog, split: str, gallery: np.ndarray) -> np.ndarray:
-    """int64: the listings of a split whose product has another listing in the gallery: int64[N]."""
-    counts = np.bincount(catalog.products[gallery], minlength=int(catalog.products.max()) + 1)
-    listings = catalog.indices(split)
-    return listings[counts[catalog.products[listings]] - np.isin(listings, gallery) > 0]
-
-
 class Gallery:
     """Listings to be found; `open_gallery` makes it."""
 
     def __init__(self, catalog: Catalog, listings: np.ndarray, vectors: np.ndarray, index: Index):
         """listings: int64[N], indices of the catalogue. vectors: float32[N, E], theirs; index: of
         the same, under the listings as ids."""
-        self._products, self._listings = catalog.products, listings
+        self._products, self.listings = catalog.products, listings
         self._vectors, self._index = vectors, index
-        self._by_product = np.argsort(self._products[listings], kind="stable")
-        self._sorted = self._products[listings][self._by_product]
-        if self._sorted[0] == self._sorted[-1]:
+        products = self._products[listings]
+        self._by_product = Members(products)
+        if (products == products[0]).all():
             raise UserError(
                 f"all {len(listings)} listings of the gallery are one product, so that nothing can "
                 "be found wrong: search more of a larger catalogue (reward.gallery)"
             )
 
     def __len__(self) -> int:
-        return len(self._listings)
+        return len(self.listings)
 
     @property
     def approximate(self) -> bool:
@@ -85,18 +67,14 @@ class Gallery:
         vectors: float32[n, E]. queries: int64[n], the listings that ask. exact: compares with every
         vector, on the host, whatever the index: for a few queries.
         """
-        codes = self._products[queries]
-        starts = np.searchsorted(self._sorted, codes, "left")[:, None]
-        counts = np.searchsorted(self._sorted, codes, "right")[:, None] - starts
-        columns = np.arange(max(1, counts.max()))
-        rows = self._by_product[np.minimum(starts + columns, len(self) - 1)]
-        relevant = np.where(columns < counts, self._listings[rows], -1)
+        rows = self._by_product.rows(self._products[queries])
+        relevant = np.where(rows >= 0, self.listings[rows], -1)
         # One column at a time: never n x R x E at once.
         right = [np.einsum("ne,ne->n", vectors, self._vectors[column]) for column in rows.T]
 
         depth = k + 2
-        if depth < len(columns) + 2:  # by powers of two: each depth compiles its own search
-            depth = 1 << (len(columns) + 1).bit_length()
+        if depth < rows.shape[1] + 2:  # by powers of two: each depth compiles its own search
+            depth = 1 << (rows.shape[1] + 1).bit_length()
         search = self._compare if exact else self._index.search
         ids, scores = search(vectors, depth)
         own = np.where((relevant == queries[:, None]).any(axis=1), queries, -1)
@@ -105,7 +83,7 @@ class Gallery:
     def _compare(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         scores = vectors @ self._vectors.T
         best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        return self._listings[best], np.take_along_axis(scores, best, axis=1)
+        return self.listings[best], np.take_along_axis(scores, best, axis=1)
 
     def agreement(self, vectors: np.ndarray, queries: np.ndarray, options: Reward) -> float:
         """The share of queries that are worth the same by the index as by an exact search."""
@@ -118,28 +96,26 @@ class Gallery:
 
 def open_gallery(
     folder: Path,
+    version: str,
     catalog: Catalog,
     listings: np.ndarray,
     embed: Callable[[np.ndarray], np.ndarray],
     *,
-    version: str,
-    agreed: Callable[[bool], bool],
-    write: bool,
     exact_below: int = EXACT_BELOW,
 ) -> Gallery:
-    """The gallery of some listings, int64[N], read from the folder where it is there already.
+    """The gallery of some listings, int64[N], read from the folder where it is there already; the
+    first process writes it there.
 
-    embed: listings -> float32[N, E]; all processes call it together, so `agreed` tells whether all
-    of them have found the file. version: of whatever the vectors depend on; it names them.
-    write: whether this process keeps what was made.
+    version: of whatever the vectors depend on; it names them. embed: listings -> float32[N, E]; all
+    processes call it together, unless all of them find the file.
     """
-    path = folder / f"{version}.npy"
-    if agreed(path.exists()):
+    path, first_process = folder / f"{version}.npy", jax.process_index() == 0
+    if all_say(path.exists()):
         vectors = np.load(path, mmap_mode="r")
     else:
         log.info("embedding the %d listings of a gallery", len(listings))
         vectors = embed(listings)
-        if write:
+        if first_process:
             write_atomically(path, vectors)
     if len(listings) < exact_below:
         index: Index = ExactIndex(version).build(vectors, listings)
@@ -148,6 +124,6 @@ def open_gallery(
     else:
         log.info("building ScaNN's index of them")
         index = ScannIndex(version).build(vectors, listings)
-        if write:
+        if first_process:
             index.save(saved)
     return Gallery(catalog, listings, vectors, index)

@@ -49,7 +49,7 @@ def score_answers(
     seen = (whose == 0) | (whose[:, None] == whose)
     packed = {
         "positions": jnp.concatenate([rows["positions"], own], axis=2),
-        "seen": real[:, None] & seen,
+        "attention_mask": real[:, None] & seen,
     }
     hidden, _ = model.read(packed, cache=False, embedded=(shard_rows(x), deepstack))
     # A token is predicted at the one before it, an answer's first at the prompt's last.

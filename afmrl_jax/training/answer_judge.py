@@ -9,13 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from afmrl_jax.assembly.generator import Answerer, batches_of
+from afmrl_jax.assembly.generator import batches_of
+from afmrl_jax.assembly.loaded import LoadedGenerator
 from afmrl_jax.attributes.agreement import Majority, agreement, agreement_by_name
 from afmrl_jax.attributes.text import Verdict, format_attributes, normalise, parse
 from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.logs import cut_back
 from afmrl_jax.core.mesh import local_rows, put_batch, replicated
-from afmrl_jax.data.answers import question, question_and_answer
+from afmrl_jax.core.tables import markdown_table
+from afmrl_jax.data.answers import question_and_answer
 from afmrl_jax.data.views import listing_text
 from afmrl_jax.training.evaluators import Trained
 from afmrl_jax.training.step import Params
@@ -35,7 +37,7 @@ class AnswerJudge:
         learned."""
         self.trained, self._listings, self._path = trained, listings, workdir / "samples.jsonl"
         config, generator, self._batch = trained.config, trained.model, trained.config.eval.batch
-        self._answerer = Answerer(generator, trained.mesh, self._batch, temperature=0)
+        self._generator = LoadedGenerator(generator, None, trained.mesh, self._batch)
         loss = generator.answer_loss(config.vocabulary_chunk)
         self._loss = jax.jit(loss, out_shardings=replicated(trained.mesh))
         self._processor = generator.processor(answers=True)
@@ -66,9 +68,7 @@ class AnswerJudge:
         catalog = self.trained.catalog
         listings = [catalog.listing(int(index)) for index in indices]
         true = [normalise(listing.attributes) for listing in listings]
-        answers = list(
-            self._answerer.answers(params, indices, functools.partial(question, catalog))
-        )
+        answers = list(self._generator.with_params(params).answers(catalog, indices))
         parsed = [parse(answer.text, answer.closed) for answer in answers]
         predicted = {
             "generator": [answer.attributes for answer in parsed],
@@ -133,14 +133,14 @@ class AnswerJudge:
 def results_table(results: dict[str, Any]) -> str:
     """An evaluation.json as Markdown, percentages by row, and the attributes' F1 below."""
     columns = ("f1", "precision", "recall", "exact_match", "valid")
-    rows = [("", *columns, "loss"), ("---",) * 7]
+    rows = []
     for name in ("generator", "majority"):
         scores = results[name]
         percent = [f"{scores[c]:.1%}" if c in scores else "" for c in columns]
         rows.append((name, *percent, f"{scores['loss']:.3f}" if "loss" in scores else ""))
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
     f1 = (
         f"{name} {scores['f1']:.0%} ({scores['majority_f1']:.0%})"
         for name, scores in results["by_attribute"].items()
     )
-    return "\n".join([*lines, f"F1 by attribute (the majority's): {', '.join(f1)}"])
+    table = markdown_table(("", *columns, "loss"), rows)
+    return f"{table}\nF1 by attribute (the majority's): {', '.join(f1)}"

@@ -1,6 +1,5 @@
 """A training run in its workdir: what it began with, and what it goes on from."""
 
-import dataclasses
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
@@ -10,14 +9,14 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from afmrl_jax.assembly.model import AnyAssembly, Assembly, lora_of
+from afmrl_jax.assembly.model import AnyAssembly, Assembly
+from afmrl_jax.assembly.options import PresetOptions, TrainingOptions
 from afmrl_jax.assembly.pretrained import Base, Pretrained, find_pretrained, read_base
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, checkpoint_folder
 from afmrl_jax.checkpoints.record import (
     MAY_CHANGE,
-    catalogue_record,
     check_catalogue,
     check_unchanged,
 )
@@ -101,20 +100,20 @@ class Run:
 
         texts: what the tokenizer of a preset is trained on; read only where there is need.
         """
-        source, config = None, self.config
+        config = self.config
+        options, training = kind.options_type.of(config), TrainingOptions.of(config)
         if self.saved:
-            model = kind.from_record(config, self.saved)
-        elif config.init_from:
+            return kind.from_record(options, self.saved).for_training(training), None
+        if config.init_from:
             source = find_pretrained(config.init_from, kind, begin=True)
-            return source.trained(config), source
-        else:
-            model = kind.from_preset(config, texts)
-        return dataclasses.replace(model, lora=lora_of(config)), source
+            return source.for_training(options, training), source
+        model = kind.from_preset(options, PresetOptions.of(config), texts)
+        return model.for_training(training), None
 
     def keep(self, model: Assembly, **more: str) -> None:
         """Makes the record, and writes config.json and tokenizer.json. more: further parts."""
         self.record = model.record() | more | {"config": self.config.to_json()}
-        self.record |= catalogue_record(self._catalog.fingerprint)
+        self.record["catalogue"] = self._catalog.fingerprint
         if self.first_process:
             write_atomically(self.workdir / "config.json", self.config.to_json(indent=2))
             write_atomically(self.workdir / "tokenizer.json", self.record["tokenizer"])
@@ -133,7 +132,7 @@ class Run:
         heads, params, frozen = step.heads, None, {}
         trained = {n: part for n, part in step.abstract.params.items() if n not in heads}
         if step.frozen:
-            base = Base(source.path if source else "")
+            base = Base(source.path if source else "", seed=self.schedule.seed)
             base = Base.of_record(self.saved) if self.saved else base
             whole = lora.without(lora.join(trained, step.frozen))
             params, base = read_base(model, whole, base)

@@ -95,21 +95,21 @@ class TrainStep:
         self,
         batch: Batch,
         *,
-        inside: dict[str, float],
+        intermediates: dict[str, float],
         useful: float,
         name: str = "step",
     ) -> Part:
         """The step as planning compiles it.
 
-        batch: abstract, with shardings. inside, useful: as `Part` says.
+        batch: abstract, with shardings. intermediates, useful: as `Part` says.
         """
         state = self.abstract
         batch = batch | {"host": abstract_host(state.step.sharding.mesh)}
-        held = {
+        named = {
             "parameters": (self.frozen, state.params),
             "optimizer": state.opt_state,
             "batch": batch,
         }
         if state.memory:
-            held["memory"] = state.memory
-        return Part(name, self.function, (self.frozen, state, batch), held, inside, useful)
+            named["memory"] = state.memory
+        return Part(name, self.function, (self.frozen, state, batch), named, intermediates, useful)

@@ -1,17 +1,15 @@
-"""Reads and writes the Qwen-VL family's Hugging Face checkpoints, strictly: every name fits, or it
-is told.
+"""Reads and writes the Qwen-VL family's Hugging Face checkpoints, strictly: a tensor that does not
+fit is an error.
 
 Their linear weights are [outputs, inputs], one tensor a layer; ours are [inputs, *outputs], a group
-of layers stacked. Both ways one tensor at a time is in memory beside the parameters: a file is
-mapped, each device takes what its shard needs of a tensor, and its pages are given back.
+of layers stacked. Reading and writing hold one tensor at a time in memory beside the parameters: a
+file is mapped, each device reads its shard of a tensor, and the tensor's pages are released.
 """
 
-import contextlib
 import functools
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,13 +23,14 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jax.typing import DTypeLike
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.files import whole_files
 from afmrl_jax.models.config import QwenVLConfig
 from afmrl_jax.models.rope import text_frequencies, vision_frequencies
 from afmrl_jax.weights.safetensors_file import Tensor, read_header, write_file
 
 log = logging.getLogger(__name__)
 
-# Our modules -> theirs; {} is the number of a layer, or of a DeepStack merger.
+# Our modules -> the checkpoints'; {} is the number of a layer, or of a DeepStack merger.
 MODULES = {
     "embed": "embed_tokens",
     "norm": "norm",
@@ -58,7 +57,7 @@ _LN_Q_MERGER = {
     "vision.merger.up": "visual.merger.mlp.0",
     "vision.merger.down": "visual.merger.mlp.2",
 }
-# What the families call otherwise.
+# The modules whose names depend on the family.
 FAMILIES = {
     "qwen2_vl": {
         "vision.layers.up": "visual.blocks.{}.mlp.fc1",
@@ -83,8 +82,8 @@ FAMILIES = {
         "vision.deepstack.down": "visual.deepstack_merger_list.{}.linear_fc2",
     },
 }
-# How published files begin the decoder's names, and the tower's. A checkpoint of transformers'
-# bare model begins them otherwise again; in reading, all of it is cut off.
+# The prefixes of the decoder's names and of the tower's, in published files. A checkpoint of
+# transformers' bare model has others; reading cuts any of them off.
 PREFIXES = {
     "qwen2_vl": ("model.", ""),
     "qwen2_5_vl": ("model.", ""),
@@ -92,77 +91,77 @@ PREFIXES = {
 }
 PREFIX = re.compile(r"^(model\.)?(language_model\.)?")
 
-# Of a checkpoint's tensors the model may leave these, and no others: the head where the model has
-# none of its own (an embedder, or one that shares the embedding table, which the head must equal),
+# The only tensors of a checkpoint that may be left unread: the head, where the model has no
+# separate one (an embedder, or a model that shares the embedding table, which the head must equal),
 # and the rotary frequencies that old versions stored, which must be those of the configuration.
 TABLE, HEAD = "embed_tokens.weight", "lm_head.weight"
 FREQUENCIES = re.compile(r".*rotary\w*\.inv_freq")
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-MAX_SHARD_BYTES = 5 * 10**9  # transformers' own limit
+MAX_SHARD_BYTES = 5 * 10**9  # transformers' limit
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 
 
 class Target(NamedTuple):
-    """One of our arrays: its place in the flattened tree, and their tensors that fill it."""
+    """One of our arrays, and the checkpoint's tensors that fill it."""
 
-    index: int
-    names: tuple[str, ...]  # in order of layers; one where the array is not stacked
+    index: int  # the array's place in the flattened tree
+    names: tuple[str, ...]  # of the tensors, in order of layers; a single name if not stacked
     stacked: bool
     kernel: bool
-    shape: tuple[int, ...]  # ours, of one layer
-    their_shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of one layer of the array
+    hf_shape: tuple[int, ...]  # of one tensor
 
 
 def targets(params: Any, config: QwenVLConfig) -> list[Target]:
-    """How each array of a QwenVL's or an Embedder's parameters is filled.
+    """The target of each array of a QwenVL's or an Embedder's parameters.
 
     params: the module's nnx.State, of arrays or ShapeDtypeStructs.
     Raises ValueError where an array has no name in a Hugging Face checkpoint.
     """
     vision = config.vision
     conv = (vision.in_channels, vision.temporal_patch_size, vision.patch_size, vision.patch_size)
-    result = []
+    plan = []
     for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
         path = jax.tree_util.keystr(path, simple=True, separator=".")
         path = re.sub(r"\.(raw_)?value$", "", path).removeprefix("backbone.")
-        name, number = _their_name(path, config)
+        name, number = _hf_name(path, config)
         stacked, kernel = re.match(r"(vision\.)?layers\.", path) is not None, "kernel" in path
         shape = leaf.shape[1:] if stacked else leaf.shape
         if path == "vision.patch_embed.kernel":
-            their_shape = (shape[1], *conv)
+            hf_shape = (shape[1], *conv)
         elif kernel:
-            their_shape = (math.prod(shape[1:]), shape[0])
+            hf_shape = (math.prod(shape[1:]), shape[0])
         else:
-            their_shape = (math.prod(shape),) if path.endswith(".bias") else shape
+            hf_shape = (math.prod(shape),) if path.endswith(".bias") else shape
         numbers = [number]
         if stacked:
             groups = (vision if path.startswith("vision.") else config).layer_groups
             numbers = range(sum(groups[:number]), sum(groups[: number + 1]))
         names = tuple(name.format(number) for number in numbers)
-        result.append(Target(index, names, stacked, kernel, shape, their_shape))
-    return result
+        plan.append(Target(index, names, stacked, kernel, shape, hf_shape))
+    return plan
 
 
-def _their_name(path: str, config: QwenVLConfig) -> tuple[str, int]:
-    """A published checkpoint's name for our parameter, and the number on our path: of a group of
-    layers or a merger, 0 where there is none."""
-    module, _, kind = re.sub(r"\.\d+\.", ".", path).rpartition(".")
-    theirs = (MODULES | FAMILIES[config.architecture]).get(module)
-    if theirs is None or kind not in ("kernel", "scale", "embedding", "bias"):
+def _hf_name(path: str, config: QwenVLConfig) -> tuple[str, int]:
+    """A published checkpoint's name for our parameter, and the number in our path: of a group of
+    layers or of a merger, 0 in a path without a number."""
+    module, _, leaf = re.sub(r"\.\d+\.", ".", path).rpartition(".")
+    hf_module = (MODULES | FAMILIES[config.architecture]).get(module)
+    if hf_module is None or leaf not in ("kernel", "scale", "embedding", "bias"):
         raise ValueError(f"parameter {path} has no name in hf_weights.MODULES; add it")
     text, tower = PREFIXES[config.architecture]
     prefix = tower if path.startswith("vision.") else "" if path.startswith("lm_head") else text
     number = re.search(r"\.(\d+)\.", path)
-    suffix = "bias" if kind == "bias" else "weight"
-    return f"{prefix}{theirs}.{suffix}", int(number[1]) if number else 0
+    suffix = "bias" if leaf == "bias" else "weight"
+    return f"{prefix}{hf_module}.{suffix}", int(number[1]) if number else 0
 
 
 def resolve(path_or_id: str | Path) -> Path:
-    """The folder of a checkpoint: a local one, or a hub's ("Qwen/Qwen2-VL-2B-Instruct"), which is
-    downloaded unless it is in the hub's cache.
+    """The folder of a checkpoint: a local folder, or that of a name on the hub
+    ("Qwen/Qwen2-VL-2B-Instruct"), which is downloaded unless it is in the hub's cache.
 
-    Raises UserError where there is no such folder, and the hub cannot give one.
+    Raises UserError where there is no such folder, and the hub does not deliver one.
     """
     folder = Path(path_or_id).expanduser()
     if folder.exists():
@@ -174,7 +173,7 @@ def resolve(path_or_id: str | Path) -> Path:
         )
     try:
         return Path(snapshot_download(str(path_or_id), allow_patterns=list(HUB_FILES)))
-    except Exception as error:  # the hub's own, the network's, a full disk's: all end the same way
+    except Exception as error:  # the hub's, the network's, a full disk's: the advice is the same
         raise UserError(
             f"{path_or_id}: no such folder, and huggingface.co did not give it "
             f"({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
@@ -183,14 +182,14 @@ def resolve(path_or_id: str | Path) -> Path:
 
 
 def with_head_of(directory: Path, config: QwenVLConfig) -> QwenVLConfig:
-    """The configuration, its head untied where the weights hold one that is not the embedding
-    table, as transformers 5 does: a file that says both means the numbers.
+    """The configuration, with the head untied where the weights hold a head that differs from the
+    embedding table. Then the weights count and not config.json, as in transformers 5.
 
     directory: as in `load`, or without weights. Raises UserError where the weights are damaged.
     """
     if not any((directory / name).exists() for name in (SINGLE, INDEX)):
         return config
-    if not config.tie_embeddings or not _differs(_open(directory)):
+    if not config.tie_embeddings or not _head_differs(_open(directory)):
         return config
     log.warning(
         "%s: config.json says that the head is the embedding table (tie_word_embeddings), and the "
@@ -201,8 +200,8 @@ def with_head_of(directory: Path, config: QwenVLConfig) -> QwenVLConfig:
     return config.replace(tie_embeddings=False)
 
 
-def _differs(tensors: dict[str, Tensor]) -> bool:
-    """Whether there is a head, and it holds other numbers than the embedding table."""
+def _head_differs(tensors: dict[str, Tensor]) -> bool:
+    """Whether there is a head with other numbers than the embedding table."""
     if TABLE not in tensors or HEAD not in tensors:
         return False
     head, table = tensors[HEAD], tensors[TABLE]
@@ -224,17 +223,17 @@ def load(directory: Path, params: Any, config: QwenVLConfig) -> Any:
     directory: holds model.safetensors, or shards with model.safetensors.index.json.
     params: nnx.State of a QwenVL or Embedder, its leaves ShapeDtypeStructs (their shardings
     NamedSharding, or the first device takes all) or arrays. Returns the same tree of arrays.
-    Raises UserError that tells every file that is damaged, or else every tensor missing, unexpected
-    or of another shape, or of other numbers than the model computes with in its place.
+    Raises UserError that lists every damaged file; else every tensor that is missing, unexpected or
+    of another shape; else a tensor that the model computes itself and that has other numbers.
     """
     directory = Path(directory)
     tensors = _open(directory)
     leaves, tree = jax.tree.flatten(params)
     plan = targets(params, config)
     if config.tie_embeddings and TABLE not in tensors and HEAD in tensors:
-        tensors[TABLE] = tensors[HEAD]  # some writers keep one name of two that share their numbers
-    _check(directory, tensors, plan)
-    _check_spare(directory, tensors, config)
+        tensors[TABLE] = tensors[HEAD]  # some writers store shared numbers under one of two names
+    _check_names_and_shapes(directory, tensors, plan)
+    _check_unread(directory, tensors, config)
     for target in plan:
         leaf = leaves[target.index]
         sharding = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.local_devices()[0])
@@ -249,7 +248,7 @@ def load(directory: Path, params: Any, config: QwenVLConfig) -> Any:
 
 
 def _put(tensor: Tensor, target: Target, sharding: Sharding) -> jax.Array:
-    """Their tensor on the devices, still in its dtype; each device reads its shard's part only."""
+    """A tensor on the devices, still in its dtype; each device reads only its shard."""
     shape = target.shape
     view = tensor.view().reshape((*shape[1:], shape[0]) if target.kernel else shape)
     if isinstance(sharding, NamedSharding):
@@ -263,8 +262,8 @@ def _put(tensor: Tensor, target: Target, sharding: Sharding) -> jax.Array:
 def _place(
     array: jax.Array, tensor: jax.Array, layer: int, kernel: bool, sharding: Sharding
 ) -> jax.Array:
-    """The array with one layer written in place. Never the tensor's own memory, which is a file's:
-    hence an update even where the tensor is all of the array."""
+    """The array with one layer written in place. Even a tensor that fills the whole array is
+    copied into it, because the tensor's memory is a mapped file."""
     tensor = jnp.moveaxis(tensor, -1, 0) if kernel else tensor
     tensor = tensor.astype(array.dtype)
     tensor = tensor.reshape((1,) * (array.ndim - tensor.ndim) + tensor.shape)
@@ -282,19 +281,18 @@ def save(
     dtype: DTypeLike | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Writes config.json and weights, as published checkpoints name them and transformers reads.
+    """Writes config.json and weights, named as in published checkpoints, for transformers to read.
 
     params: as in `load`, arrays that this process holds whole. dtype: of the tensors in the files;
-    None keeps each parameter's. One file, or shards of at most `max_shard_bytes` (or one tensor)
-    and their index. Files take their names when all are whole; what an earlier save left is
-    replaced.
+    None keeps each parameter's. Weights are one file, or shards of at most `max_shard_bytes` (or
+    one tensor) and their index. The files get their names when all are written; they replace those
+    of an earlier save.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     leaves = jax.tree.leaves(params)
     entries = _entries(targets(params, config))
     dtypes = {t.index: np.dtype(dtype or leaves[t.index].dtype) for _, t, _ in entries}
-    sizes = [dtypes[t.index].itemsize * math.prod(t.their_shape) for _, t, _ in entries]
+    sizes = [dtypes[t.index].itemsize * math.prod(t.hf_shape) for _, t, _ in entries]
     shards, filled = [[]], 0
     for entry, size in zip(entries, sizes):
         if shards[-1] and filled + size > max_shard_bytes:
@@ -308,9 +306,9 @@ def save(
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards) for name, _, _ in shard}
         texts[INDEX] = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-    with _renamed_when_whole(directory, [*files, *texts]) as temporary:
+    with whole_files(directory, [*files, *texts]) as temporary:
         for file, shard in zip(files, shards):
-            header = {name: (dtypes[t.index], t.their_shape) for name, t, _ in shard}
+            header = {name: (dtypes[t.index], t.hf_shape) for name, t, _ in shard}
             tensors = (_fetch(leaves[t.index], t, layer, dtypes[t.index]) for _, t, layer in shard)
             write_file(temporary[file], header, tensors)
         for file, content in texts.items():
@@ -321,7 +319,7 @@ def save(
 
 
 def to_hf(params: Any, config: QwenVLConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Their names and tensors, one after another, of our parameters (as in `save`)."""
+    """The checkpoint's names and tensors of our parameters (as in `save`), one after another."""
     leaves = jax.tree.leaves(params)
     for name, target, layer in _entries(targets(params, config)):
         leaf = leaves[target.index]
@@ -329,44 +327,33 @@ def to_hf(params: Any, config: QwenVLConfig) -> Iterator[tuple[str, np.ndarray]]
 
 
 def _entries(plan: list[Target]) -> list[tuple[str, Target, int]]:
-    """Name, target and number in the stack of each of their tensors, layer after layer, so that a
-    shard holds whole layers but at its ends."""
+    """(name, target, number in the stack) of each tensor, layer after layer, so that only the first
+    and last layer of a shard are cut."""
     entries = [(name, target, n) for target in plan for n, name in enumerate(target.names)]
     return sorted(entries, key=lambda entry: re.sub(r"\d+", lambda m: m[0].zfill(4), entry[0]))
 
 
 def _fetch(leaf: Any, target: Target, layer: int, dtype: np.dtype) -> np.ndarray:
-    """One of their tensors, on the host."""
+    """One tensor of the checkpoint, on the host."""
     if not isinstance(leaf, jax.Array) and target.stacked:
-        leaf, layer = leaf[layer : layer + 1], 0  # or every layer would go to the device each time
-    same = target._replace(index=0, names=())  # arrays of one shape share a compilation
-    return np.asarray(_to_theirs(leaf, layer, same, dtype))
+        leaf, layer = leaf[layer : layer + 1], 0  # else all layers would be copied to the device
+    anonymous = target._replace(index=0, names=())  # arrays of one shape share a compilation
+    return np.asarray(_to_hf_layout(leaf, layer, anonymous, dtype))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def _to_theirs(array: jax.Array, layer: int, target: Target, dtype: np.dtype) -> jax.Array:
+def _to_hf_layout(array: jax.Array, layer: int, target: Target, dtype: np.dtype) -> jax.Array:
     array = array[layer] if target.stacked else array
     array = jnp.moveaxis(array, 0, -1) if target.kernel else array
-    return array.reshape(target.their_shape).astype(dtype)
+    return array.reshape(target.hf_shape).astype(dtype)
 
 
-@contextlib.contextmanager
-def _renamed_when_whole(directory: Path, files: list[str]) -> Iterator[dict[str, Path]]:
-    """Temporary paths to write the files to; they take their names when all went well, in order."""
-    temporary = {file: directory / f".{file}.{os.getpid()}.tmp" for file in files}
-    try:
-        yield temporary
-        for file, path in temporary.items():
-            path.replace(directory / file)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-
-
-def _check(directory: Path, tensors: dict[str, Tensor], plan: list[Target]) -> None:
-    """Raises UserError unless the tensors, by their names without prefix, are the plan's."""
-    expected = {PREFIX.sub("", name): (name, t.their_shape) for t in plan for name in t.names}
-    told = {
+def _check_names_and_shapes(
+    directory: Path, tensors: dict[str, Tensor], plan: list[Target]
+) -> None:
+    """Raises UserError unless the tensors, by their names without prefix, are those of the plan."""
+    expected = {PREFIX.sub("", name): (name, t.hf_shape) for t in plan for name in t.names}
+    problems = {
         "missing": sorted(full for name, (full, _) in expected.items() if name not in tensors),
         "unexpected": sorted(
             tensor.name
@@ -379,23 +366,23 @@ def _check(directory: Path, tensors: dict[str, Tensor], plan: list[Target]) -> N
             if name in tensors and tensors[name].shape != shape
         ],
     }
-    if not any(told.values()):
+    if not any(problems.values()):
         return
-    problems = [f"{len(names)} {kind} ({_some(names)})" for kind, names in told.items() if names]
+    counts = [f"{len(names)} {how} ({_some(names)})" for how, names in problems.items() if names]
     cure = "use the config.json that belongs to them"
-    if told["missing"] == [HEAD]:
+    if problems["missing"] == [HEAD]:
         cure = (
             "an embedder has no language head: name a model that has one, or, where the head is "
             "the embedding table, set tie_word_embeddings to true in config.json"
         )
-    elif any("lora_" in name for name in told["unexpected"]):
+    elif any("lora_" in name for name in problems["unexpected"]):
         cure = "LoRA's matrices stand apart in them: merge them first (PEFT's merge_and_unload)"
-    raise UserError(f"{directory}: the weights do not fit the model, {'; '.join(problems)}; {cure}")
+    raise UserError(f"{directory}: the weights do not fit the model, {'; '.join(counts)}; {cure}")
 
 
-def _check_spare(directory: Path, tensors: dict[str, Tensor], config: QwenVLConfig) -> None:
-    """Raises UserError where a tensor that the model leaves is not what it has in its place."""
-    if config.tie_embeddings and _differs(tensors):
+def _check_unread(directory: Path, tensors: dict[str, Tensor], config: QwenVLConfig) -> None:
+    """Raises UserError where a tensor that is not read differs from the model's numbers."""
+    if config.tie_embeddings and _head_differs(tensors):
         raise UserError(
             f"{directory}: {tensors[HEAD].name} is not the embedding table, which the model has in "
             "its place; set tie_word_embeddings to false in config.json"
@@ -404,7 +391,7 @@ def _check_spare(directory: Path, tensors: dict[str, Tensor], config: QwenVLConf
     text = text_frequencies(config.text)[1]
     for name in filter(FREQUENCIES.fullmatch, tensors):
         stored, computed = tensors[name].view(), tower if name.startswith("visual.") else text
-        # Half precision rounds them; another rope_theta or head size is far off.
+        # Half precision rounds the frequencies; another rope_theta or head size is far off.
         if stored.shape != computed.shape or not np.allclose(
             stored.astype(np.float32), computed, rtol=1e-2, atol=1e-6
         ):
@@ -422,7 +409,7 @@ def _some(names: list[str]) -> str:
 def _open(directory: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, memory-mapped, by its name without prefix.
 
-    Raises UserError that tells of every file what is wrong with it.
+    Raises UserError that lists the problems of every file.
     """
     if (directory / SINGLE).exists():
         weight_map = None
@@ -434,19 +421,19 @@ def _open(directory: Path) -> dict[str, Tensor]:
     problems = []
     for file in files:
         try:
-            found = read_header(directory / file)
+            header = read_header(directory / file)
         except UserError as error:
             problems.append(str(error))
             continue
         if weight_map is not None:
-            promised = {name for name, place in weight_map.items() if place == file}
-            for names, told in (
-                (promised - found.keys(), f"lacks what {INDEX} promises"),
-                (found.keys() - promised, f"holds what {INDEX} does not list there"),
+            listed = {name for name, place in weight_map.items() if place == file}
+            for names, problem in (
+                (listed - header.keys(), f"lacks what {INDEX} promises"),
+                (header.keys() - listed, f"holds what {INDEX} does not list there"),
             ):
                 if names:
-                    problems.append(f"{directory / file} {told}: {_some(sorted(names))}")
-        for name, tensor in found.items():
+                    problems.append(f"{directory / file} {problem}: {_some(sorted(names))}")
+        for name, tensor in header.items():
             other = tensors.setdefault(PREFIX.sub("", name), tensor)
             if other is not tensor:
                 problems.append(f"{directory / file}: {name} is there twice, also as {other.name}")
@@ -456,7 +443,7 @@ def _open(directory: Path) -> dict[str, Tensor]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Name -> file beside the index. Raises UserError, also where a file lies elsewhere."""
+    """Tensor -> file beside the index. Raises UserError, also for a file in another folder."""
     try:
         weight_map = json.loads(index.read_bytes())["weight_map"]
         files = {str(name): str(file) for name, file in weight_map.items()}

@@ -1,8 +1,10 @@
-"""A folder of PEFT's: LoRA's matrices without the weights that they stand on, which lie elsewhere.
+"""Reads an adapter folder of PEFT: LoRA's matrices, without the base model's weights.
 
-PEFT (https://github.com/huggingface/peft) computes W + alpha / r B A for each weight W that has
-them (alpha / sqrt(r) with rsLoRA); theirs are A [r, D] and B [O, r], ours A [D, r] and B [r, *O]
-with the scale within B. All else that PEFT can train is refused: its numbers would be missing.
+PEFT (https://github.com/huggingface/peft) computes W + alpha / r B A for each adapted weight W
+(alpha / sqrt(r) with rsLoRA). Its matrices are A [r, I] and B [O, r]; ours are A [I, r] and
+B [r, *O], with the scale within B. Anything else that PEFT can train is refused, because its
+numbers would be missing from the model.
+Axes: I inputs · r rank · O outputs, of one or two axes.
 """
 
 import json
@@ -23,38 +25,43 @@ from afmrl_jax.weights.safetensors_file import Tensor, read_header
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
-# Of adapter_config.json what plain LoRA may say; anything else must be off.
+# The fields of adapter_config.json that plain LoRA may set; any other must be off.
 PLAIN = (
     *("r", "lora_alpha", "use_rslora", "base_model_name_or_path", "revision", "peft_type"),
     *("task_type", "auto_mapping", "inference_mode", "lora_dropout", "peft_version"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("init_lora_weights", "bias", "megatron_core", "qalora_group_size", "runtime_config"),
-    *("loftq_config", "eva_config", "corda_config"),  # options of what init_lora_weights names
+    *("loftq_config", "eva_config", "corda_config"),  # options of the initial values
 )
 OFF = (None, False, "", [], {})
-# Other ways to begin subtract from the base's weights, and the saved matrices count from there.
-INITIAL = (None, "gaussian", "eva", "orthogonal")  # True and False too
+# Values of init_lora_weights, beside True and False, that leave the base's weights as they are.
+# Others subtract from them, and the saved matrices stand on the difference.
+INITIAL = (None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a folder's two files say. tensors: (A, B) by their module's name without prefix."""
+    """An adapter folder. tensors: (A, B) by the name of their module, without prefix."""
 
     folder: Path
-    base: str
+    base: str  # folder or name on the hub of the model that it was trained on
     rank: int
     scale: float
     tensors: dict[str, tuple[Tensor, Tensor]]
 
     def lora(self, config: QwenVLConfig) -> LoRA:
-        """Which of our kernels it adapts; those of a group together, the others' parts zero.
+        """The LoRA that adapts the same kernels. A kernel of stacked layers is adapted as a whole;
+        layers without an adapter get zeros.
 
         Raises UserError for a module that is none of our kernels.
         """
-        ours = {theirs: name for name, theirs in (MODULES | FAMILIES[config.architecture]).items()}
-        paths = {module: ours.get(_kind(module)) for module in self.tensors}
+        modules = MODULES | FAMILIES[config.architecture]
+        our_names = {hf_name: name for name, hf_name in modules.items()}
+        paths = {module: our_names.get(_pattern(module)) for module in self.tensors}
         if strange := [module for module, path in paths.items() if path is None]:
-            raise _unlike(self.folder, f"adapts {strange[0]}, which a {config.architecture} lacks")
+            raise _not_plain(
+                self.folder, f"adapts {strange[0]}, which a {config.architecture} lacks"
+            )
         numbered = (
             re.sub(r"\b(layers|deepstack)\\\.", r"\1\\.\\d+\\.", re.escape(path))
             for path in sorted(set(paths.values()))
@@ -64,40 +71,40 @@ class Adapter:
     def read(self, params: Any, config: QwenVLConfig) -> Any:
         """Our adapters, float32 on the host, as a tree to join with the base's parameters.
 
-        params: the base's, nested dicts, abstract. Every kernel that fits `lora` gets a pair.
-        Raises UserError where a matrix has no kernel, or another size than it.
+        params: the base's, nested dicts, abstract. Every kernel that `lora` targets gets a pair.
+        Raises UserError where a matrix has no kernel, or does not fit its kernel's size.
         """
-        left, adapters = dict(self.tensors), {}
-        kinds = set(map(_kind, left))
+        unread, adapters = dict(self.tensors), {}
+        patterns = set(map(_pattern, unread))
         paths = [path for path, _ in jax.tree.leaves_with_path(params)]
         for target in targets(params, config):
             modules = [PREFIX.sub("", name).removesuffix(".weight") for name in target.names]
-            if not target.kernel or _kind(modules[0]) not in kinds:
+            if not target.kernel or _pattern(modules[0]) not in patterns:
                 continue
             inputs, *outputs = target.shape
             a = np.zeros((len(modules), inputs, self.rank), np.float32)
             b = np.zeros((len(modules), self.rank, *outputs), np.float32)
             for layer, module in enumerate(modules):
-                if module in left:
+                if module in unread:
                     sizes = inputs, math.prod(outputs)
-                    a[layer], flat = self._matrices(module, *left.pop(module), *sizes)
+                    a[layer], flat = self._matrices(module, *unread.pop(module), *sizes)
                     b[layer] = flat.reshape(b.shape[1:])
-            place = adapters
+            branch = adapters
             for key in paths[target.index][:-1]:
-                place = place.setdefault(key.key, {})
-            place["lora_a"], place["lora_b"] = (a, b) if target.stacked else (a[0], b[0])
+                branch = branch.setdefault(key.key, {})
+            branch["lora_a"], branch["lora_b"] = (a, b) if target.stacked else (a[0], b[0])
         if not config.tie_embeddings and "backbone" in params:
-            left.pop(HEAD.removesuffix(".weight"), None)  # of an embedder, which has no head
-        if left:
-            raise _unlike(
-                self.folder, f"adapts {sorted(left)[0]}, of which this model has no matrix alone"
+            unread.pop(HEAD.removesuffix(".weight"), None)  # an embedder has no head
+        if unread:
+            raise _not_plain(
+                self.folder, f"adapts {sorted(unread)[0]}, of which this model has no matrix alone"
             )
         return adapters
 
     def _matrices(
         self, module: str, a: Tensor, b: Tensor, inputs: int, outputs: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """A [D, r] and scaled B [r, O]; a convolution's are those of the product that it is."""
+        """A [I, r] and scaled B [r, O]; a convolution's are flattened to matrices."""
         sizes = a.shape[0], math.prod(a.shape[1:]), b.shape[0], math.prod(b.shape[1:])
         if sizes != (self.rank, inputs, outputs, self.rank):
             raise UserError(
@@ -109,12 +116,12 @@ class Adapter:
         return first.T, np.float32(self.scale) * second.T
 
 
-def _kind(module: str) -> str:
-    """A module's name as MODULES has it, for all layers."""
+def _pattern(module: str) -> str:
+    """A module's name with {} for the layer's number, as in MODULES."""
     return re.sub(r"\.\d+\.", ".{}.", module)
 
 
-def is_adapter(folder: Any) -> bool:
+def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).exists()
 
 
@@ -126,35 +133,35 @@ def read_adapter(folder: Path) -> Adapter:
             "folder of its own, and name the one that you mean"
         )
     try:
-        described = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind = described.get("peft_type")
+        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        peft_type = settings.get("peft_type")
     except (ValueError, AttributeError, RecursionError):
         raise UserError(f"{folder / CONFIG} holds no JSON object; fetch it again") from None
-    if kind != "LORA":
-        raise _unlike(folder, f"is of peft_type {kind!r}")
-    on = {name for name, value in described.items() if name not in PLAIN and value not in OFF}
-    if described.get("bias") not in (None, "none"):
-        on.add("bias")
-    initial = described.get("init_lora_weights")
+    if peft_type != "LORA":
+        raise _not_plain(folder, f"is of peft_type {peft_type!r}")
+    refused = {name for name, value in settings.items() if name not in PLAIN and value not in OFF}
+    if settings.get("bias") not in (None, "none"):
+        refused.add("bias")
+    initial = settings.get("init_lora_weights")
     if not isinstance(initial, bool) and initial not in INITIAL:
-        on.add("init_lora_weights")
-    if described.get("revision") not in (None, "main"):
-        on.add("revision")
-    if on:
-        names = ", ".join(f"{name} {described[name]!r}"[:80] for name in sorted(on))
-        raise _unlike(folder, f"says {names}")
-    rank, alpha = described.get("r"), described.get("lora_alpha")
+        refused.add("init_lora_weights")
+    if settings.get("revision") not in (None, "main"):
+        refused.add("revision")
+    if refused:
+        names = ", ".join(f"{name} {settings[name]!r}"[:80] for name in sorted(refused))
+        raise _not_plain(folder, f"says {names}")
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
     if type(rank) is not int or rank < 1 or type(alpha) not in (int, float):
         raise UserError(
             f"{folder / CONFIG}: r is {rank!r} and lora_alpha {alpha!r}; fetch it again"
         )
-    base = described.get("base_model_name_or_path")
+    base = settings.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(
             f"{folder / CONFIG}: no base_model_name_or_path; say there which model the adapter was "
             "trained on, by its folder or its name on the hub"
         )
-    scale = alpha / (math.sqrt(rank) if described.get("use_rslora") else rank)
+    scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     return Adapter(folder, base, rank, scale, _tensors(folder))
 
 
@@ -168,15 +175,15 @@ def _tensors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     for name, tensor in read_header(folder / WEIGHTS).items():
         match = NAME.fullmatch(name)
         if not match:
-            raise _unlike(folder, f"holds {name}")
+            raise _not_plain(folder, f"holds {name}")
         sides[match[2]][PREFIX.sub("", match[1])] = tensor
     if sides["A"].keys() != sides["B"].keys() or not sides["A"]:
         raise UserError(f"{folder / WEIGHTS}: not a lora_A and a lora_B each; fetch it again")
     return {module: (a, sides["B"][module]) for module, a in sides["A"].items()}
 
 
-def _unlike(folder: Path, what: str) -> UserError:
+def _not_plain(folder: Path, problem: str) -> UserError:
     return UserError(
-        f"{folder}: this PEFT adapter {what}, and only plain LoRA of a model's linear layers is "
+        f"{folder}: this PEFT adapter {problem}, and only plain LoRA of a model's linear layers is "
         "read; merge it with PEFT (merge_and_unload, save_pretrained) and name that folder"
     )

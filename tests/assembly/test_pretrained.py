@@ -1,6 +1,7 @@
 """A checkpoint found again, as what it is or as what it can begin."""
 
 import dataclasses
+import importlib
 import json
 
 import jax
@@ -14,6 +15,13 @@ from safetensors.numpy import save_file
 from afmrl_jax.assembly.encoder import Encoder
 from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.assembly.options import (
+    Computation,
+    EncoderOptions,
+    GeneratorOptions,
+    PresetOptions,
+    TrainingOptions,
+)
 from afmrl_jax.assembly.pretrained import Base, find_pretrained, read_base
 from afmrl_jax.checkpoints.checkpoint import Checkpoints
 from afmrl_jax.checkpoints.state import TrainState
@@ -32,7 +40,7 @@ def encoder(tmp_path_factory):
 
     config = ConfigDict(get_config().to_dict())
     config.model.vocab_size = 300
-    enc = Encoder.from_preset(config, ["red mug"])
+    enc = Encoder.from_preset(EncoderOptions.of(config), PresetOptions.of(config), ["red mug"])
     params = jax.jit(lambda: enc.init_params(0))()
     workdir = tmp_path_factory.mktemp("encoder")
     with Checkpoints(workdir / "checkpoints", writable=True) as checkpoints:
@@ -44,7 +52,8 @@ def encoder(tmp_path_factory):
 def test_an_encoder_gives_a_generator_its_parameters(encoder):
     workdir, params = encoder
     source = find_pretrained(str(workdir), Generator, begin=True)
-    begun = source.load(abstract_params(source.enc, MESH))
+    model = source.for_training(*options_of(config_of("sft")))
+    begun = source.load(abstract_params(model, MESH))
     jax.tree.map(np.testing.assert_array_equal, begun, params["backbone"])
 
 
@@ -56,16 +65,26 @@ def test_but_is_none_itself(encoder):
 def test_parameters_that_were_not_saved_are_told(encoder):
     workdir, _ = encoder
     source = find_pretrained(str(workdir))
-    wanted = abstract_params(source.enc, MESH)
+    wanted = abstract_params(source.model, MESH)
     wanted["backbone"]["head"] = jax.tree.leaves(wanted)[0]
     with pytest.raises(ValueError, match="lacks some of these parameters"):
         source.load(wanted)
 
 
-def changed(settings, **model):
-    settings = ConfigDict(settings.to_dict())
-    settings.model.update(model)
-    return settings
+def config_of(program, **model):
+    config = ConfigDict(
+        importlib.import_module(f"afmrl_jax.configs.{program}").get_config().to_dict()
+    )
+    config.model.update(model)
+    return config
+
+
+def options_of(config):
+    return GeneratorOptions.of(config), TrainingOptions.of(config)
+
+
+LORA = config_of("sft", dtype="bfloat16", lora_rank=4, lora_alpha=8.0)
+RANK_2 = config_of("sft", dtype="bfloat16", lora_rank=2, lora_alpha=8.0)
 
 
 def adapted(enc, seed):
@@ -79,17 +98,17 @@ def adapted(enc, seed):
     )
 
 
-def save(folder, enc, params, base):
+def save(folder, enc, config, params, base):
     """The workdir of a run that trained the parameters, or adapters that stand on a base."""
-    record = enc.record() | {"config": enc.settings.to_json()} | base.record()
+    record = enc.record() | {"config": config.to_json()} | base.record()
     with Checkpoints(folder / "checkpoints", writable=True) as checkpoints:
         checkpoints.save(TrainState(jnp.int32(1), params, {}), record, 1, None)
     return str(folder)
 
 
-def read_as_base(source, settings):
+def read_as_base(source, config):
     """What a run under LoRA begins with: the model, and its frozen parameters."""
-    enc = source.trained(settings)
+    enc = source.for_training(*options_of(config))
     base, _ = read_base(enc, lora.split(abstract_params(enc, MESH))[1], Base(source.path))
     return enc, base
 
@@ -97,11 +116,8 @@ def read_as_base(source, settings):
 @pytest.fixture(scope="module")
 def sft(tmp_path_factory):
     """A generator trained under LoRA in bfloat16, its parameters and its workdir."""
-    from afmrl_jax.configs.sft import get_config
-
-    config = ConfigDict(get_config().to_dict())
-    config.model.update(vocab_size=300, lora_rank=0)
-    enc = Generator.from_preset(config, ["red mug"])
+    config = config_of("sft", vocab_size=300, lora_rank=0)
+    enc = Generator.from_preset(options_of(config)[0], PresetOptions.of(config), ["red mug"])
     tiny = enc.model_config
     tiny = tiny.replace(
         text=dataclasses.replace(tiny.text, num_layers=1),
@@ -109,17 +125,18 @@ def sft(tmp_path_factory):
     )
     enc = dataclasses.replace(enc, model_config=tiny)
     folder = tmp_path_factory.mktemp("whole")
-    whole = find_pretrained(save(folder, enc, adapted(enc, 0), Base("")), Generator)
-    lora_settings = changed(config, dtype="bfloat16", lora_rank=4, lora_alpha=8.0)
-    enc, base = read_as_base(whole, lora_settings)
+    whole = find_pretrained(save(folder, enc, config, adapted(enc, 0), Base("")), Generator)
+    enc, base = read_as_base(whole, LORA)
     params = lora.join(lora.split(adapted(enc, 1))[0], base)
     folder = tmp_path_factory.mktemp("sft")
-    return enc, params, save(folder, enc, lora.split(params)[0], Base(whole.path))
+    return enc, params, save(folder, enc, LORA, lora.split(params)[0], Base(whole.path))
 
 
 def logits(enc, params, dtype):
     """Of two texts, computed in `dtype`."""
-    enc = dataclasses.replace(enc, settings=changed(enc.settings, dtype=dtype))
+    enc = dataclasses.replace(
+        enc, options=dataclasses.replace(enc.options, model=Computation(dtype))
+    )
     tokens = jnp.arange(24).reshape(2, 12) + 20
     rows = {
         "tokens": tokens,
@@ -143,7 +160,7 @@ def query(params):
 def test_a_run_of_adapters_is_the_base_of_another_without_a_rounded_number(sft):
     enc, params, workdir = sft
     source = find_pretrained(workdir, Generator)
-    rar, base = read_as_base(source, changed(enc.settings, lora_rank=2))
+    rar, base = read_as_base(source, RANK_2)
     before, held = query(params), query(base)
     assert base["layers"][0]["attention"]["query"]["kernel"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(held["kernel"], before["kernel"])
@@ -161,40 +178,24 @@ def test_a_run_of_adapters_is_the_base_of_another_without_a_rounded_number(sft):
 
 
 def test_adapters_on_adapters_are_merged_in_one_float32_sum(sft, tmp_path):
-    enc, params, workdir = sft
+    _, params, workdir = sft
     source = find_pretrained(workdir, Generator)
-    rar, base = read_as_base(source, changed(enc.settings, lora_rank=2))
+    rar, base = read_as_base(source, RANK_2)
     more = lora.join(lora.split(adapted(rar, 2))[0], base)
-    workdir = save(tmp_path, rar, lora.split(more)[0], Base(source.path))
+    workdir = save(tmp_path, rar, RANK_2, lora.split(more)[0], Base(source.path))
     found = find_pretrained(workdir, Generator)
-    merged = found.load(abstract_params(found.enc, MESH))
+    merged = found.load(abstract_params(found.model, MESH))
     first, second = query(params), query(more)
     change = 2 * first["lora_a"] @ first["lora_b"] + 4 * second["lora_a"] @ second["lora_b"]
     np.testing.assert_allclose(query(merged)["kernel"], first["kernel"] + change, atol=1e-7)
-    third = found.trained(rar.settings)
+    third = found.for_training(*options_of(RANK_2))
     assert [one.rank for one in third.base_lora] == [4, 2]
-
-
-def test_a_run_from_before_adapters_were_kept_apart_stands_on_what_it_stood_on(sft, tmp_path):
-    """Its record has no base_lora, and its base was rounded once."""
-    enc, params, workdir = sft
-    source = find_pretrained(workdir, Generator)
-    old = dataclasses.replace(source.trained(enc.settings), base_lora=())
-    record = old.record() | {"config": old.settings.to_json()} | Base(source.path).record()
-    assert json.loads(record.pop("base_lora")) == []
-    resumed = dataclasses.replace(Generator.from_record(old.settings, record), lora=old.lora)
-    _, frozen = lora.split(abstract_params(resumed, MESH))
-    base, _ = read_base(resumed, frozen, Base.of_record(record))
-    assert query(base).keys() == {"kernel", "bias"}
-    before = query(params)
-    whole = before["kernel"] + 2 * before["lora_a"] @ before["lora_b"]
-    np.testing.assert_allclose(query(base)["kernel"], whole, rtol=2**-8)
 
 
 def test_adapters_of_a_generator_may_stand_on_an_encoder(encoder):
     workdir, params = encoder
     source = find_pretrained(str(workdir), Generator, begin=True)
-    enc = source.trained(changed(source.enc.settings, lora_rank=2, dtype="float32"))
+    enc = source.for_training(*options_of(config_of("sft", lora_rank=2, dtype="float32")))
     base, _ = read_base(enc, lora.split(abstract_params(enc, MESH))[1], Base(source.path))
     jax.tree.map(np.testing.assert_array_equal, base, params["backbone"])
 
@@ -209,7 +210,7 @@ def test_a_peft_adapter_is_its_base_with_the_change_added(sft, tmp_path):
     enc.tokenizer.save(str(base / "tokenizer.json"))
     plan = hf_weights.targets(lora.without(abstract_params(enc, MESH)), config)
     tensors = {
-        name: random.normal(size=target.their_shape).astype(np.float32)
+        name: random.normal(size=target.hf_shape).astype(np.float32)
         for target in plan
         for name in target.names
     }
@@ -221,14 +222,14 @@ def test_a_peft_adapter_is_its_base_with_the_change_added(sft, tmp_path):
     pair = {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
     save_file(pair, folder / "adapter_model.safetensors")
     source = find_pretrained(str(folder), Generator)
-    assert source.enc.settings is None and source.enc.model_config == config
-    plain = dataclasses.replace(source.trained(enc.settings), lora=None, base_lora=())
+    assert source.model.options is None and source.model.model_config == config
+    plain = source.for_training(*options_of(config_of("sft", dtype="bfloat16")))
     merged = source.load(abstract_params(plain, MESH))
     before = tensors["model.layers.0.self_attn.q_proj.weight"]
     changed_kernel = query(merged)["kernel"][0].T
     np.testing.assert_allclose(changed_kernel, before + 2.5 * b @ a, rtol=1e-5, atol=1e-5)
     # A run of adapters in bfloat16 keeps them apart.
-    held = query(read_as_base(source, enc.settings)[1])
+    held = query(read_as_base(source, LORA)[1])
     np.testing.assert_array_equal(held["kernel"][0].T, before.astype(jnp.bfloat16))
     np.testing.assert_allclose((held["base_a"] @ held["base_b"])[0].T, 2.5 * b @ a, atol=1e-5)
     (base / "model.safetensors").rename(folder / "weights")

@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ml_collections import ConfigDict
 
 from afmrl_jax.assembly.encoder import Encoder
 from afmrl_jax.assembly.generator import Generator
+from afmrl_jax.assembly.options import Computation, GeneratorOptions, GeneratorRows
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.processor import Row
 from afmrl_jax.data.prompts import CHATML
@@ -21,8 +21,10 @@ IDS = special_token_ids(TOKENIZER)
 SIZE = TOKENIZER.get_vocab_size()
 END, PAD = IDS["eos_token_id"], IDS["pad_token_id"]
 OTHER, VISION = (TOKENIZER.token_to_id(name) for name in ("<|box_end|>", "<|vision_pad|>"))
-ROWS = {"max_tokens": 64, "max_answer": 8, "max_patches": 16, "min_pixels": 1, "max_pixels": 4096}
-SETTINGS = ConfigDict({"data": {**ROWS, "instruction": ""}})
+SIZES = {"max_tokens": 64, "max_patches": 16, "min_pixels": 1, "max_pixels": 4096}
+OPTIONS = GeneratorOptions(
+    Computation("float32"), GeneratorRows(instruction="", max_answer=8, **SIZES)
+)
 
 
 @pytest.fixture
@@ -67,11 +69,11 @@ def last_learned(generator):
 def test_the_sampler_stops_at_what_training_writes_and_at_all_that_a_folder_names(
     folder, files, others
 ):
-    generator = Generator.from_folder(SETTINGS, folder(**files))
+    generator = Generator.from_folder(OPTIONS, folder(**files))
     sampling = generator.sampling(temperature=0)
     assert last_learned(generator) == generator.model_config.eos_token_id == END
     assert sampling.stop == (END, PAD, *others) and sampling.pad == PAD
-    again = Generator.from_record(SETTINGS, generator.record())
+    again = Generator.from_record(OPTIONS, generator.record())
     assert again.model_config == generator.model_config
 
 
@@ -80,12 +82,12 @@ def test_an_end_token_inside_text_config_counts_as_one_beside_it(folder):
     config["text_config"] |= {"eos_token_id": [END, OTHER], "pad_token_id": None}
     path = folder()
     (path / "config.json").write_text(json.dumps(config))
-    assert Generator.from_folder(SETTINGS, path).sampling().stop == (END, PAD, OTHER)
+    assert Generator.from_folder(OPTIONS, path).sampling().stop == (END, PAD, OTHER)
 
 
 def test_answers_end_as_the_chat_template_ends_a_turn(folder):
     template = CHATML.replace("<|im_end|>\\n", "<|box_end|>\\n")
-    generator = Generator.from_folder(SETTINGS, folder(template))
+    generator = Generator.from_folder(OPTIONS, folder(template))
     assert last_learned(generator) == OTHER
     assert generator.sampling().stop == (OTHER, PAD, END)
 
@@ -93,7 +95,7 @@ def test_answers_end_as_the_chat_template_ends_a_turn(folder):
 def test_a_pad_of_images_is_told_and_never_used(folder, caplog):
     caplog.set_level(logging.INFO, "afmrl_jax")
     path = folder(config={"pad_token_id": VISION})
-    batch = Generator.from_folder(SETTINGS, path).processor(answers=False)([Row("blue")])
+    batch = Generator.from_folder(OPTIONS, path).processor(answers=False)([Row("blue")])
     assert (batch["tokens"][~batch["token_mask"]] == PAD).all()
     assert f"{path}: config.json pads with token {VISION}, which is not used" in caplog.text
 
@@ -119,7 +121,7 @@ def test_special_tokens_that_cannot_be_right_are_refused_when_a_folder_is_opened
 ):
     path = folder(**files)
     with pytest.raises(UserError, match=told) as error:
-        kind.from_folder(SETTINGS, path)
+        kind.from_folder(None, path)
     assert str(error.value).startswith(str(path))
 
 
@@ -130,6 +132,6 @@ def test_a_published_model_ends_answers_at_its_generation_config_s_tokens(tmp_pa
     for source in (published / "tokenizer", published / "qwen2_5_vl_7b"):
         for path in source.iterdir():
             shutil.copy(path, tmp_path)
-    config = Generator.from_folder(SETTINGS, tmp_path).model_config
+    config = Generator.from_folder(OPTIONS, tmp_path).model_config
     assert config.end_token_ids == (151645, 151643)
     assert config.to_hf()["eos_token_id"] == 151645

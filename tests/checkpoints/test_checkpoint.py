@@ -1,7 +1,6 @@
 """What is saved, what is kept, and what is done about damage."""
 
 import dataclasses
-import json
 import resource
 import shutil
 import threading
@@ -203,16 +202,6 @@ def test_a_process_waits_until_it_sees_the_checkpoint_that_another_one_sees(work
     late.start()
     checkpoints._see_newest(patience=20)
     assert not late.is_alive() and (workdir / "checkpoints" / "20").exists()
-
-
-def test_checkpoints_from_before_there_were_manifests_are_read(workdir):
-    folder = workdir / "checkpoints" / "3"
-    (folder / MANIFEST).unlink()
-    metadata = json.loads((folder / "_CHECKPOINT_METADATA").read_text())
-    metadata["custom_metadata"] = {}
-    (folder / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata))
-    checkpoints, step = find_checkpoints(str(workdir))
-    assert checkpoints.record(step) == {"config": "{}", "step": "3"}
 
 
 def test_a_memory_is_saved_beside_the_state_and_read_only_by_who_goes_on(workdir):

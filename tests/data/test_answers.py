@@ -15,13 +15,12 @@ from afmrl_jax.data.answers import (
     described,
     learnable,
     padded_lengths,
-    question,
     question_and_answer,
 )
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.prompts import CHATML, ChatPrompt
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
-from afmrl_jax.data.views import listing_text
+from afmrl_jax.data.views import evaluation_row, listing_text
 from afmrl_jax.models.presets import preset
 
 
@@ -148,7 +147,7 @@ def test_rows_are_padded_to_the_lengths_that_waste_least():
 
 def test_the_answer_is_the_attributes_and_the_question_has_none_of_them(catalog, processor):
     listing = catalog.listing(5)
-    shown, learned = question(catalog, 5, 1), question_and_answer(catalog, 5, processor)
+    shown, learned = evaluation_row(catalog, 5, 1), question_and_answer(catalog, 5, processor)
     assert shown.text == learned.text == listing_text(listing)
     assert shown.answer is None and learned.answer == format_attributes(listing.attributes)
     row = processor([learned])

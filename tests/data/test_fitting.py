@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from by_hand import loaded_encoder
 from PIL import Image
 
 from afmrl_jax.attributes.text import format_attributes
@@ -21,8 +23,7 @@ from afmrl_jax.data.views import (
     training_row,
 )
 from afmrl_jax.models.presets import preset
-from afmrl_jax.retrieval.tasks import Judge, own_attributes
-from afmrl_jax.rl.rollout import Query, QueryEmbedder
+from afmrl_jax.retrieval.evaluator import Evaluator, catalogue_attributes
 
 WORDS = ["navy", "blue", "dress", "with", "long", "sleeves", "for", "summer", "in", "soft"]
 TOKENIZER = train_tokenizer([" ".join(WORDS), "color: navy; sleeve: long\nDresses\n"] * 4, 400)
@@ -47,6 +48,19 @@ class OneListing:
 
     def image(self, index, which=0, draw=0):
         return PHOTO
+
+
+class Recording:
+    """A processor whose rows go through another function."""
+
+    def __init__(self, made, call):
+        self._made, self._call = made, call
+
+    def __getattr__(self, name):
+        return getattr(self._made, name)
+
+    def __call__(self, rows, buckets=()):
+        return self._call(rows, buckets)
 
 
 def processor(max_tokens=48, **changes):
@@ -170,15 +184,17 @@ def test_half_of_the_words_keep_those_of_attributes():
 def test_training_evaluation_and_rewards_read_one_text():
     catalog, made, seen = OneListing(LONG), processor(), []
 
-    def embed(rows):
-        seen.append(rows["tokens"][0])
-        return np.zeros((1, 2), np.float32)
+    def rows_seen(rows, buckets=()):
+        arrays = made(rows, buckets)
+        seen.append(arrays["tokens"][0])
+        return arrays
 
-    Judge(embed, made, catalog, batch=1, local=np.arange(1)).vectors(
-        "image+text", np.array([0]), own_attributes(catalog)
-    )
-    embedder = QueryEmbedder(embed, made, catalog, 1, np.arange(1))
-    _, cuts = embedder([Query(0, 0, TRUE), Query(0, 0, {"color": "red"}), Query(0)])
+    recording = Recording(made, rows_seen)
+    encoder = loaded_encoder(recording, lambda rows: rows["tokens"][:, :2].astype(jnp.float32), 1)
+    evaluator = Evaluator(encoder, catalog)
+    evaluator.vectors("image+text", np.array([0]), catalogue_attributes(catalog))
+    carried = [TRUE, {"color": "red"}, {}]
+    _, cuts = encoder.embed_listings(catalog, np.zeros(3, int), attributes=carried.__getitem__)
     options = Augmentation(1.0, 0.0, 1.0, 0.0, 0.0)
     row = training_row(catalog, 0, 1, "image+text", np.random.default_rng(0), options, others={})
     seen.append(made([row])["tokens"][0])
@@ -193,7 +209,7 @@ def test_cut_attributes_are_counted_once_a_listing():
 
     def row(index):
         attributes = {"color": "navy"} | ({"style": "long " * 9} if index else {})
-        return evaluation_row(catalog, index, "text", max_images=1, attributes=attributes)
+        return evaluation_row(catalog, index, 1, view="text", attributes=attributes)
 
     cuts = AttributeCuts(tight)
     assert len(cuts.made(np.array([0, 1, 2, 2, 2]), row)) == 5

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.processor import Processor, Row, check_preprocessor, window_grid
+from afmrl_jax.data.images import check_preprocessor, window_grid
+from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.prompts import PlainPrompt
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.models.config import from_hf

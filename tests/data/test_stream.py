@@ -16,9 +16,10 @@ from afmrl_jax.catalog.listings import open_catalog
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.pairs import Composition, PairBatches, PairSampler
 from afmrl_jax.data.processor import Processor
-from afmrl_jax.data.stream import NICENESS, Stream, StreamOptions
+from afmrl_jax.data.stream import Stream, StreamOptions
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.data.views import Augmentation, parse_mixture
+from afmrl_jax.data.workers import NICENESS
 from afmrl_jax.models.presets import preset
 
 

@@ -61,7 +61,7 @@ def test_text_is_title_category_description_and_attributes_only_when_given():
 )
 def test_a_view_shows_what_it_names(view, has_text, images):
     for row in (
-        evaluation_row(Catalogue(), 0, view, max_images=4),
+        evaluation_row(Catalogue(), 0, 4, view=view),
         training_row(Catalogue(), 0, 1, view, rng(), PLAIN, others={}),
     ):
         assert bool(row.text) == has_text
@@ -73,7 +73,7 @@ def test_a_training_view_of_a_listing_without_image_shows_its_text():
 
 
 def test_an_evaluation_row_holds_no_more_images_than_fit():
-    row = evaluation_row(Catalogue(n_images=9), 0, "image", max_images=4)
+    row = evaluation_row(Catalogue(n_images=9), 0, 4, view="image")
     assert len(row.images) == 4
 
 

@@ -65,7 +65,7 @@ def test_a_loop_that_its_data_ends_counts_as_often_as_is_said():
         return jax.lax.while_loop(lambda x: x.sum() > 1, lambda x: x @ x / 2, x)
 
     square = jax.ShapeDtypeStruct((32, 32), jnp.float32)
-    found = total(halved, square, unread=5)
+    found = total(halved, square, default_trip_count=5)
     assert found.unread_loops == 1 and found.flops == 5 * 2 * 32**3
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.assembly.options import GeneratorOptions
 from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import Checkpoints
 from afmrl_jax.checkpoints.state import TrainState, abstract_state, init_state
@@ -82,7 +83,9 @@ def taught(catalogue_folder, cache_dir, tmp_path_factory):
     parts = {part: getattr(tiny, part) for part in ("vision", "text")}
     one_layer = {name: dataclasses.replace(part, num_layers=1) for name, part in parts.items()}
     ids = special_token_ids(tokenizer) | {"vocab_size": tokenizer.get_vocab_size()}
-    generator = Generator(settings, tiny.replace(**one_layer, **ids), tokenizer)
+    generator = Generator(
+        GeneratorOptions.of(settings), tiny.replace(**one_layer, **ids), tokenizer
+    )
     workdir = tmp_path_factory.mktemp("taught")
     catalog = open_catalogue(CatalogOptions.of(settings), workdir)
     processor, loss = generator.processor(answers=True), generator.answer_loss(64)

@@ -19,8 +19,7 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.corpus import corpus_statistics
 from afmrl_jax.data.stream import Stream, StreamOptions
 from afmrl_jax.programs import agcl
-from afmrl_jax.retrieval.evaluation import parse_task
-from afmrl_jax.retrieval.tasks import validation_task
+from afmrl_jax.retrieval.tasks import parse_task, validation_task
 
 QUICK = True
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,7 +49,7 @@ def test_a_run_leaves_all_that_it_promises(agcl_config, whole, capsys):
     assert {"recall@1", "mrr", "map", "ndcg@10", "n_queries"} <= set(results["image->text"])
     assert json.loads((whole / "config.json").read_text(), parse_constant=int)["steps"] == 6
     assert list((whole / "tensorboard").iterdir())
-    assert "| before |" in told and "| after " in told
+    assert "| before " in told and "| after " in told
 
 
 def test_the_same_command_again_says_that_it_is_complete(agcl_config, whole, capsys):

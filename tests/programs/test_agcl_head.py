@@ -97,7 +97,7 @@ def test_what_reads_a_checkpoint_gets_the_encoder_alone(config, headed, tmp_path
         names = {name.rpartition(".")[2] for name in state_of(workdir) if "params." in name}
         assert names == {"lora_a", "lora_b", "kernel", "bias"}
     source = find_pretrained(str(workdir))
-    params = source.load(abstract_params(source.enc, make_mesh(dict(config.mesh))))
-    own = jax.tree.map(np.asarray, dataclasses.replace(source.enc, lora=None).init_params(0))
+    params = source.load(abstract_params(source.model, make_mesh(dict(config.mesh))))
+    own = jax.tree.map(np.asarray, dataclasses.replace(source.model, lora=None).init_params(0))
     assert jax.tree.structure(params) == jax.tree.structure(own)
     assert not np.array_equal(jax.tree.leaves(params)[-1], jax.tree.leaves(own)[-1])

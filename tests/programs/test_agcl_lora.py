@@ -14,7 +14,8 @@ from flax import nnx
 
 from afmrl_jax import runner
 from afmrl_jax.assembly.encoder import Encoder
-from afmrl_jax.assembly.model import abstract_params, lora_of
+from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.assembly.options import EncoderOptions, TrainingOptions
 from afmrl_jax.assembly.pretrained import Base, read_base
 from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
@@ -175,7 +176,8 @@ def test_a_base_that_is_gone_or_another_is_refused(config, adapted, folder, tmp_
 def test_a_seed_is_a_base_like_any_other(agcl_config):
     agcl_config.model.lora_rank = 2
     tokenizer = train_tokenizer([], 270)
-    enc = Encoder(agcl_config, small_config(tokenizer), tokenizer, lora=lora_of(agcl_config))
+    options, training = EncoderOptions.of(agcl_config), TrainingOptions.of(agcl_config)
+    enc = Encoder(options, small_config(tokenizer), tokenizer).for_training(training)
     mesh = make_mesh(dict(agcl_config.mesh))
     _, frozen = lora.split(abstract_params(enc, mesh))
     params, base = read_base(enc, frozen, Base(""))

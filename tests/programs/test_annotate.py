@@ -16,6 +16,7 @@ from openai_server import Server, said
 from PIL import Image
 
 from afmrl_jax import runner
+from afmrl_jax.annotation.answer_files import AnswerFile
 from afmrl_jax.annotation.endpoint import GIVE_UP
 from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.core.errors import TryAgain, UserError
@@ -372,19 +373,6 @@ def test_a_listing_that_changed_is_asked_again_and_its_old_answer_laid_over_noth
     assert again[: len(valid)] == valid  # nothing that was paid is lost
 
 
-def test_answers_that_do_not_say_what_was_shown_count_and_are_told(
-    config, server, tmp_path, caplog
-):
-    config.split = "test"
-    valid, _ = annotated(config, tmp_path)
-    for row in valid[1:]:
-        del row["content"]  # as in a file of the first version
-    path = tmp_path / "attributes.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in valid))
-    assert annotated(config, tmp_path)[0] == valid and len(server.payloads) == len(valid)
-    assert f"{len(valid) - 1} listings are answered in {tmp_path} by lines of an" in caplog.text
-
-
 def test_one_file_tells_listings_of_two_catalogues_with_one_id_apart(
     config, server, tmp_path, catalogue_folder
 ):
@@ -411,16 +399,16 @@ def test_an_endpoint_is_asked_by_one_process(config, tmp_path, monkeypatch):
 
 def test_a_last_line_whose_end_an_editor_left_out_is_kept(tmp_path):
     path = tmp_path / "attributes.jsonl"
-    path.write_text('{"listing_id": "a"}\n{"listing_id": "b"}')
+    path.write_text('{"listing_id": "a", "content": "1"}\n{"listing_id": "b", "content": "2"}')
     for _ in range(2):
-        answers = annotate.AnswerFile(path)
-        assert answers.keys == {("a", ""), ("b", "")}
+        answers = AnswerFile(path)
+        assert answers.keys == {("a", "1"), ("b", "2")}
         answers.close()
-    assert path.read_text() == '{"listing_id": "a"}\n{"listing_id": "b"}\n'
+    assert path.read_text().endswith('"content": "2"}\n')
 
 
 def test_a_line_that_is_no_answer_is_told(config, tmp_path):
-    (tmp_path / "attributes.jsonl").write_text('{"listing_id": "x"}\n[]\n')
+    (tmp_path / "attributes.jsonl").write_text('{"listing_id": "x", "content": "1"}\n[]\n')
     with pytest.raises(UserError, match=r"attributes\.jsonl line 2 is no answer"):
         runner.run(config, tmp_path)
 

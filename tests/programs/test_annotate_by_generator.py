@@ -1,8 +1,6 @@
 """Our own generator as the one that annotates: 40 listings of a small catalogue."""
 
-import itertools
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -14,14 +12,12 @@ from joined import joined
 
 from afmrl_jax import runner
 from afmrl_jax.annotation.answerers import pin_generator
-from afmrl_jax.assembly.describer import Describer
+from afmrl_jax.assembly.loaded import load_generator
 from afmrl_jax.catalog.opening import CatalogOptions, ListingOptions, open_catalogue, open_listings
-from afmrl_jax.catalog.synthetic import SyntheticCatalog
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, find_checkpoints
 from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh
-from afmrl_jax.programs.annotate import chosen_listings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,10 +53,10 @@ def test_every_listing_gets_what_the_generator_says_and_how_sure_it_is(config, f
     told = capsys.readouterr().out
     assert "40 of 40 listings are answered; this start: " in told and " tokens" in told
     catalog = open_listings(ListingOptions.of(config), folder)
-    describer = Describer(config.generator, make_mesh(dict(config.mesh)), 16, otherwise=config)
+    model = load_generator(config.generator, make_mesh(dict(config.mesh)), 16)
     said = {
         catalog.listing(i).listing_id: one
-        for i, one in enumerate(describer(catalog, np.arange(40)))
+        for i, one in enumerate(model.describe(catalog, np.arange(40)))
     }
     assert len(valid) > 20 and len(valid) + len(invalid) == 40
     for line in valid:
@@ -110,19 +106,6 @@ def test_two_processes_go_on_behind_the_last_whole_line_with_the_answers_of_one(
 
 def strip(line):
     return {name: value for name, value in line.items() if name != "confidence"}
-
-
-def test_a_share_is_of_whole_products_and_a_larger_one_holds_it():
-    catalog = SyntheticCatalog(families={"train": 3, "test": 2})
-    train = catalog.indices("train")
-    shares = [chosen_listings(catalog, "train", share) for share in (1e-9, 0.4, 0.7, 1.0)]
-    counts = [len(set(catalog.products[chosen])) for chosen in shares]
-    total = len(set(catalog.products[train]))
-    assert counts == [1, math.ceil(0.4 * total), math.ceil(0.7 * total), total]
-    for chosen, larger in itertools.pairwise(shares):
-        assert set(chosen) < set(larger) and sorted(chosen) == list(chosen)
-        assert set(chosen) == set(train[np.isin(catalog.products[train], catalog.products[chosen])])
-    assert list(shares[-1]) == list(train)
 
 
 def test_another_checkpoint_does_not_go_on_with_the_answers_of_the_first(config, folder, tmp_path):

@@ -17,7 +17,7 @@ from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.corpus import TrainedOn
-from afmrl_jax.programs.cit import Manifest, _digest, stages_of
+from afmrl_jax.programs.cit import Manifest, stages_of
 
 QUICK = True
 SIZES = {"workers": 0, "max_patches": 16, "min_pixels": 256, "max_pixels": 1024}
@@ -65,8 +65,7 @@ def lines(path):
 
 
 def manifest_of(workdir):
-    lines = json.loads((workdir / "manifest.json").read_text())["stages"]
-    return {line.pop("stage"): line for line in lines}
+    return json.loads((workdir / "manifest.json").read_text())
 
 
 @contextlib.contextmanager
@@ -98,7 +97,8 @@ def test_a_cycle_stopped_within_a_stage_goes_on_there_to_its_end(config, folder,
     assert ended.value.code == 143
     assert "stopped by SIGTERM at step" in told and "stopped in stage 3 of 11, rar" in told
     before = manifest_of(run)
-    assert [line["state"] for line in before.values()] == ["done"] * 2 + ["begun"] + ["waiting"] * 8
+    states = {name: line["state"] for name, line in before.items()}
+    assert states == {"agcl": "done", "sft": "done", "rar": "begun"}
     assert not (run / "annotate").exists()
     assert find_checkpoints(str(run / "rar"))[1] < config.rar.steps
 
@@ -109,7 +109,6 @@ def test_a_cycle_stopped_within_a_stage_goes_on_there_to_its_end(config, folder,
     assert list(after) == ["agcl", "sft", "rar", "annotate", "again", *JUDGED]
     assert {line["state"] for line in after.values()} == {"done"}
     assert after["agcl"] == before["agcl"] and after["sft"] == before["sft"]
-    assert after["rar"]["began"] == before["rar"]["began"]
     assert after["rar"]["seconds"] > before["rar"]["seconds"] > 0
     for row in ARMS:
         assert f"| first encoder, {row} " in told and f"| second encoder, {row} " in told
@@ -223,30 +222,6 @@ def test_what_the_cycle_sets_itself_is_not_offered(config, field):
         config = config[name]
     with pytest.raises(AttributeError, match=last):
         setattr(config, last, "x")
-
-
-def test_a_cycle_from_before_a_field_goes_on_where_its_value_computes_the_same(config, tmp_path):
-    older = json.loads(config.to_json())
-    del older["agcl"]["loss"]["head_weight"]
-    stages = stages_of(config, tmp_path)
-    (tmp_path / "agcl").mkdir()
-    (tmp_path / "config.json").write_text(json.dumps(older))
-    begun = {"stage": "agcl", "state": "begun", "began": "", "ended": "", "seconds": 1.0}
-    digest = _digest(older, stages[0])
-    text = json.dumps({"stages": [begun | {"running": None, "configuration": digest}]})
-    (tmp_path / "manifest.json").write_text(text)
-    config.agcl.loss.head_weight = 0.3
-    with pytest.raises(
-        UserError, match=r"agcl\.loss\.head_weight was 0\.0 \(the run is older than"
-    ):
-        Manifest(tmp_path, config, stages)
-    config.agcl.loss.head_weight = 0.0
-    Manifest(tmp_path, config, stages).write()
-    assert manifest_of(tmp_path)["agcl"]["configuration"] != digest
-    (tmp_path / "config.json").write_text(config.to_json())  # no more that of the manifest below
-    (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match="bring the two back as they were"):
-        Manifest(tmp_path, config, stages)
 
 
 def test_a_stage_may_begin_with_the_first_encoder(config, tmp_path):

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from afmrl_jax import runner
-from afmrl_jax.assembly.describer import Description
+from afmrl_jax.assembly.description import Description
 from afmrl_jax.assembly.pretrained import RECORD
 from afmrl_jax.attributes.text import Parsed, Verdict
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.programs import evaluate
-from afmrl_jax.retrieval.evaluation import paired
+from afmrl_jax.retrieval.scores import paired
 
 
 @pytest.fixture
@@ -111,14 +111,9 @@ def test_each_query_s_values_have_the_evaluation_s_means_and_pair_with_another_s
 
 
 class Parrot:
-    """Stands for a generator: it says the true attributes, of colours it is half sure."""
+    """In the place of a generator: it says the true attributes, of colours it is half sure."""
 
-    told = "parrot"
-
-    def __init__(self, path, mesh, batch, *, otherwise):
-        self.path = path
-
-    def __call__(self, catalog, listings):
+    def describe(self, catalog, listings):
         ASKED.extend(listings.tolist())
         for index in listings:
             own = catalog.listing(int(index)).attributes
@@ -133,16 +128,15 @@ ASKED = []
 def test_a_generator_describes_each_listing_once_and_what_it_is_unsure_of_is_left_out(
     config, folder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(evaluate, "Describer", Parrot)
+    monkeypatch.setattr(evaluate, "load_generator", lambda path, mesh, batch: Parrot())
     shown = {}
-    real = evaluate.Judge
 
-    class Watching(real):
-        def __init__(self, *args, enriched, **options):
+    class Watching(evaluate.Evaluator):
+        def __init__(self, model, catalog, enriched):
             shown.update(queries=enriched.queries, gallery=enriched.gallery)
-            super().__init__(*args, enriched=enriched, **options)
+            super().__init__(model, catalog, enriched)
 
-    monkeypatch.setattr(evaluate, "Judge", Watching)
+    monkeypatch.setattr(evaluate, "Evaluator", Watching)
     ASKED.clear()
     config.eval.update(
         batch=8, query_split="test", gallery_split="all", attributes="some/generator"
@@ -160,11 +154,11 @@ def test_a_generator_describes_each_listing_once_and_what_it_is_unsure_of_is_lef
 
 
 def watched(vectors, seen):
-    """Judge.vectors, which notes how many listings it is asked for and how the 31st is labelled."""
+    """Evaluator.vectors, which notes how many listings are asked for, and the 31st's label."""
 
-    def noting(judge, view, indices, attributes=None):
-        seen.append((len(indices), judge._catalog.listing(30).category))
-        return vectors(judge, view, indices, attributes)
+    def noting(evaluator, view, indices, attributes=None):
+        seen.append((len(indices), evaluator._catalog.listing(30).category))
+        return vectors(evaluator, view, indices, attributes)
 
     return noting
 
@@ -172,7 +166,8 @@ def watched(vectors, seen):
 def test_categories_are_told_where_asked_from_texts_that_do_not_state_them(
     config, folder, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(evaluate.Judge, "vectors", watched(evaluate.Judge.vectors, seen := []))
+    noting = watched(evaluate.Evaluator.vectors, seen := [])
+    monkeypatch.setattr(evaluate.Evaluator, "vectors", noting)
     config.eval.update(batch=8, tasks="image+text->image+text", downstream=True)
     results = judged(config, folder, tmp_path / "w")
     assert set(results) == {"image+text->image+text", "category"}
@@ -203,7 +198,7 @@ def test_categories_are_told_where_asked_from_texts_that_do_not_state_them(
 def test_attributes_that_cannot_be_had_are_told_before_anything_is_embedded(
     config, folder, tmp_path, monkeypatch, fields, told
 ):
-    monkeypatch.setattr(evaluate, "Judge", None)
+    monkeypatch.setattr(evaluate, "Evaluator", None)
     config.checkpoint = str(folder)
     config.eval.update(batch=8, **fields)
     with pytest.raises(UserError, match=told):

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from ml_collections import ConfigDict
 from PIL import Image
 
 from afmrl_jax import runner
@@ -45,7 +44,7 @@ def exported(agcl_config, whole):
 def load(path):
     """An encoder, its parameters, and a function from rows to embeddings."""
     source = find_pretrained(str(path))
-    enc = source.model(None)
+    enc = source.model
     params = source.load(jax.eval_shape(lambda: enc.init_params(0)))
     processor, embed = enc.processor(), jax.jit(enc.embed())
     return enc, params, lambda rows: np.asarray(embed(params, processor(rows)))
@@ -96,12 +95,12 @@ def test_max_seq_length_bounds_rows_with_their_images_and_is_kept(exported, tmp_
 
     model = SentenceTransformer(str(exported), trust_remote_code=True, device="cpu")
     enc = load(exported)[0]
-    data = ConfigDict(enc.settings.to_dict()).data
-    least = data.max_patches // 4 + 3  # an image's marks and <|endoftext|> stand around it
-    assert model.max_seq_length == data.max_tokens > least + 4
+    sizes = enc.options.rows
+    least = sizes.max_patches // 4 + 3  # an image's marks and <|endoftext|> stand around it
+    assert model.max_seq_length == sizes.max_tokens > least + 4
     model.max_seq_length = np.int64(least + 4)
-    data.max_tokens = least + 4
-    short = dataclasses.replace(enc, settings=ConfigDict(enc.settings.to_dict() | {"data": data}))
+    sizes = dataclasses.replace(sizes, max_tokens=least + 4)
+    short = dataclasses.replace(enc, options=dataclasses.replace(enc.options, rows=sizes))
     rows = [Row("two photos " * 30, (photo(64, 64, 1), photo(20, 90, 2))), Row("no photo " * 30)]
     ours = short.processor()(rows)
     inputs = [{"text": r.text, "image": list(r.images)} if r.images else r.text for r in rows]
@@ -224,7 +223,7 @@ def test_the_other_families_are_read_alike(exported, tmp_path, name):
     enc, _, _ = load(exported)
     vocabulary = special_token_ids(enc.tokenizer) | {"vocab_size": enc.model_config.vocab_size}
     enc = dataclasses.replace(enc, model_config=preset(name).replace(**vocabulary))
-    source = Pretrained(enc, load=None, step=None, evaluation=None, told="", path="")
+    source = Pretrained(enc, load=None, label="", path="")
     write_folder(tmp_path / "out", enc, jax.jit(lambda: enc.init_params(1))(), source)
     check_cosines(tmp_path / "out")
     whole_model(tmp_path / "out")
@@ -236,7 +235,7 @@ def test_a_model_without_a_head_loads_as_the_bare_model(exported, tmp_path):
     enc, params, _ = load(exported)
     config = enc.model_config.replace(tie_embeddings=False)
     enc = dataclasses.replace(enc, model_config=config)
-    source = Pretrained(enc, load=None, step=None, evaluation=None, told="", path="")
+    source = Pretrained(enc, load=None, label="", path="")
     write_folder(tmp_path / "out", enc, params, source)
     assert AutoConfig.from_pretrained(tmp_path / "out").architectures[0].endswith("Model")
     model, info = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -289,8 +288,7 @@ def test_the_model_card_quotes_without_breaking(exported, whole):
     enc, _, _ = load(exported)
     for task, scores in results.items():
         assert f"| {task}" in card and f"{scores['mrr']:.3f}" in card
-    settings = ConfigDict(enc.settings.to_dict() | {"note": "````\n# Not a heading"})
-    source = Pretrained(enc, load=None, step=3, evaluation=None, told="", path="")
-    card = model_card(dataclasses.replace(enc, settings=settings), source, head=True)
+    config = {"data": {}, "note": "````\n# Not a heading"}
+    card = model_card(enc, config, "", head=True)
     assert card.endswith("\n`````\n") and "\n# Not a heading" not in card
     assert "was not judged" in card

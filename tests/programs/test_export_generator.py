@@ -11,14 +11,14 @@ from flax import nnx
 from PIL import Image
 
 from afmrl_jax import runner
-from afmrl_jax.assembly.describer import Describer
 from afmrl_jax.assembly.encoder import Encoder
 from afmrl_jax.assembly.generator import Generator
+from afmrl_jax.assembly.loaded import load_generator
 from afmrl_jax.assembly.pretrained import find_pretrained, kind_of
 from afmrl_jax.catalog.opening import ListingOptions, open_listings
 from afmrl_jax.core.mesh import make_mesh
-from afmrl_jax.data.answers import question
 from afmrl_jax.data.processor import Row
+from afmrl_jax.data.views import evaluation_row
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +35,14 @@ def folder(taught, tmp_path_factory):
 def test_the_folder_gives_the_run_s_settings_back_and_holds_nothing_of_an_encoder(folder, taught):
     trained, found = (find_pretrained(str(path), Generator) for path in (taught, folder))
     assert kind_of(str(folder)) is kind_of(str(taught)) is Generator
-    settings = [source.enc.settings.to_dict() for source in (trained, found)]
-    settings[0]["data"].pop("cache_dir")
-    assert settings[0] == settings[1] and found.step == trained.step == 40
-    assert found.enc.model_config == trained.enc.model_config
-    assert found.enc.chat_template == trained.enc.chat_template
-    assert found.enc.tokenizer.to_str() == trained.enc.tokenizer.to_str()
-    assert find_pretrained(str(folder), Encoder).enc.settings is None  # as any other folder
+    before = {**trained.config, "data": dict(trained.config["data"])}
+    before["data"].pop("cache_dir")
+    assert found.config == before and found.step == trained.step == 40
+    assert found.model.options == trained.model.options
+    assert found.model.model_config == trained.model.model_config
+    assert found.model.chat_template == trained.model.chat_template
+    assert found.model.tokenizer.to_str() == trained.model.tokenizer.to_str()
+    assert find_pretrained(str(folder), Encoder).model.options is None  # as any other folder
     names = {path.name for path in folder.iterdir()}
     assert not names & {"sentence_encoder.py", "modules.json", "1_Pooling"}
     card = (folder / "README.md").read_text()
@@ -50,7 +51,8 @@ def test_the_folder_gives_the_run_s_settings_back_and_holds_nothing_of_an_encode
 
 def torch_inputs(generator, catalog, listings):
     """Our rows of listings that have one photo each, and what transformers wants of them."""
-    rows = generator.processor(answers=False)([question(catalog, int(i), 1) for i in listings])
+    questions = [evaluation_row(catalog, int(i), 1) for i in listings]
+    rows = generator.processor(answers=False)(questions)
     return rows, {
         "input_ids": torch.tensor(rows["tokens"]).long(),
         "attention_mask": torch.tensor(rows["token_mask"]).long(),
@@ -78,11 +80,12 @@ def test_transformers_answers_greedily_as_we_do(folder, taught, agcl_config):
     catalog = open_listings(ListingOptions.of(config), folder)
     listings = np.arange(40)
     mesh = make_mesh(dict(config.mesh))
-    ours = list(Describer(str(taught), mesh, 40, otherwise=config)(catalog, listings))
-    again = list(Describer(str(folder), mesh, 40, otherwise=config)(catalog, listings))
+    ours, again = (
+        load_generator(str(path), mesh, 40).describe(catalog, listings) for path in (taught, folder)
+    )
     assert [one.answer.text for one in again] == [one.answer.text for one in ours]
 
-    _, inputs = torch_inputs(find_pretrained(str(folder), Generator).enc, catalog, listings)
+    _, inputs = torch_inputs(find_pretrained(str(folder), Generator).model, catalog, listings)
     # How answers end, and that they are greedy, stands in the folder.
     answers = their_model(folder).generate(**inputs)[:, inputs["input_ids"].shape[1] :]
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -95,7 +98,7 @@ def test_what_the_card_says_to_do_gives_the_prompt_that_the_generator_was_taught
 
     tokenizer, generator = (
         AutoTokenizer.from_pretrained(folder),
-        find_pretrained(str(folder), Generator).enc,
+        find_pretrained(str(folder), Generator).model,
     )
     content = [{"type": "image"}, {"type": "text", "text": "red mug"}]
     chat = [
@@ -129,7 +132,7 @@ def test_the_card_asks_about_several_photos_and_a_long_text_as_training_did(fold
     done = {}
     exec(recipe, done)
 
-    processor = find_pretrained(str(folder), Generator).enc.processor(answers=False)
+    processor = find_pretrained(str(folder), Generator).model.processor(answers=False)
     shown = tuple(Image.open(file) for file in photos)
     batch = processor([Row(f"{title}\nhome\n{long}", shown)])
     mask, theirs = batch["token_mask"][0], done["inputs"]
@@ -147,7 +150,7 @@ def test_transformers_own_processor_sees_one_photo_at_the_size_of_training(folde
 
     one = Image.open(photos[0]).resize((900, 1200))
     theirs = Qwen2VLImageProcessorPil.from_pretrained(folder)(one, return_tensors="np")
-    processor = find_pretrained(str(folder), Generator).enc.processor(answers=False)
+    processor = find_pretrained(str(folder), Generator).model.processor(answers=False)
     batch = processor([Row("red mug", (one,))])
     used = batch["patch_segments"][0] > 0
     np.testing.assert_array_equal(theirs["pixel_values"], batch["patches"][0][used])
@@ -159,7 +162,7 @@ def test_rows_of_a_batch_end_together(folder, photos):
     kind = get_class_from_dynamic_module("listing_rows.ListingRows", str(folder))
     listings = [{"text": "red mug", "image": str(photos[1])}, {"text": "shirt"}]
     theirs = kind.load(str(folder)).inputs(listings)
-    processor = find_pretrained(str(folder), Generator).enc.processor(answers=False)
+    processor = find_pretrained(str(folder), Generator).model.processor(answers=False)
     batch = processor([Row("red mug", (Image.open(photos[1]),)), Row("shirt")])
     longest = theirs["input_ids"].shape[1]
     np.testing.assert_array_equal(theirs["input_ids"], batch["tokens"][:, -longest:])
@@ -168,7 +171,7 @@ def test_rows_of_a_batch_end_together(folder, photos):
 
 def test_transformers_computes_our_logits_and_knows_how_answers_end(folder, agcl_config):
     source = find_pretrained(str(folder), Generator)
-    generator, graph = source.enc, source.enc.graph()
+    generator, graph = source.model, source.model.graph()
     catalog = open_listings(ListingOptions.of(agcl_config), folder)
     rows, inputs = torch_inputs(generator, catalog, np.arange(4))
     with torch.no_grad():

@@ -90,8 +90,8 @@ def test_an_objective_of_a_user_s_module_trains_what_it_says_and_nothing_else(co
     check_bit_equal(tmp_path / "run", tmp_path / "stopped")
     # Whoever reads the run gets the whole encoder: the base's parameters, and those trained.
     source = find_pretrained(str(tmp_path / "run"))
-    params = source.load(abstract_params(source.enc, make_mesh(dict(config.mesh))))
-    began = source.enc.init_params(config.seed)
+    params = source.load(abstract_params(source.model, make_mesh(dict(config.mesh))))
+    began = source.model.init_params(config.seed)
     own = jax.tree.map(np.asarray, began)
     assert jax.tree.structure(params) == jax.tree.structure(own)
     assert rows[-1]["validation_parameters"] == sum(x.size for x in jax.tree.leaves(own))

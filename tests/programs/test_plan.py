@@ -10,7 +10,7 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.planning import report
 from afmrl_jax.planning import search as planning_search
-from afmrl_jax.planning.search import Choice, Tried, search
+from afmrl_jax.planning.search import Choice, Trial, search
 from afmrl_jax.programs import agcl, plan
 
 needs_compiler = pytest.mark.skipif(
@@ -89,7 +89,7 @@ def costs(choice):
     seconds = {"none": 1.0, "dots": 1.1, "attention": 1.2, "full": 1.3}[choice.remat]
     seconds += 0.002 * choice.micro_batches * fsdp
     fits = needed <= 10
-    return Tried(choice, fits, seconds if fits else None, needed)
+    return Trial(choice, fits, seconds if fits else None, needed)
 
 
 def test_the_search_ends_with_the_quickest_of_what_fits():
@@ -108,4 +108,4 @@ def test_a_search_in_which_nothing_fits_ends():
 
     tried = search(never, never(Choice(HALF, "none", 1)), batch=64, devices=4)
     assert [one.choice.micro_batches for one in tried] == [1, 1, 2, 4, 8, 16]
-    assert "Nothing that was tried fits" in planning_search._advice(tried)
+    assert "Nothing that was tried fits" in planning_search.advice(tried)

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from afmrl_jax import runner
-from afmrl_jax.assembly.generator import Answerer, Generator
+from afmrl_jax.assembly.generator import Generator
+from afmrl_jax.assembly.loaded import LoadedGenerator
 from afmrl_jax.assembly.model import abstract_params
+from afmrl_jax.assembly.options import GeneratorOptions
 from afmrl_jax.assembly.pretrained import find_pretrained
 from afmrl_jax.attributes.text import Verdict, parse
 from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh
-from afmrl_jax.data.answers import question
 from afmrl_jax.data.processor import Row
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.models.presets import preset
@@ -111,13 +112,13 @@ def test_a_checkpoint_alone_gives_the_generator_back(config, run):
     source = find_pretrained(str(run), Generator)
     mesh = make_mesh(dict(config.mesh))
     with jax.set_mesh(mesh):
-        params = source.load(abstract_params(source.enc, mesh))
+        params = source.load(abstract_params(source.model, mesh))
         catalog = open_catalogue(CatalogOptions.of(config), run)
         listings = {catalog.listing(i).listing_id: i for i in range(len(catalog))}
         wanted = [s for s in lines(run / "samples.jsonl") if s["step"] == 60]
         indices = np.array([listings[sample["listing_id"]] for sample in wanted])
-        answerer = Answerer(source.enc, mesh, batch=3)  # the last batch is filled up
-        found = list(answerer.answers(params, indices, lambda i, n: question(catalog, i, n)))
+        model = LoadedGenerator(source.model, params, mesh, batch=3)  # the last batch is filled up
+        found = list(model.answers(catalog, indices))
     assert [answer.text for answer in found] == [sample["answer"] for sample in wanted]
     assert all(answer.closed and (answer.log_probs <= 0).all() for answer in found)
     with pytest.raises(UserError, match="holds the generator of a run: name what has trained the"):
@@ -163,7 +164,7 @@ def test_the_loss_is_transformers_own_over_the_answers_tokens(config, tmp_path):
         **special_token_ids(tokenizer),
     )
     config.data.max_tokens = 80
-    generator = Generator(config, model_config, tokenizer)
+    generator = Generator(GeneratorOptions.of(config), model_config, tokenizer)
     shown = [Row("red mug", answer="colour: red"), Row("", answer="type: mug; colour: red, blue")]
     rows = generator.processor(answers=True)(shown, [(96, 0)])
     params = generator.init_params(0)

@@ -1,8 +1,10 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from by_hand import loaded_encoder
 from flax import nnx
 
 from afmrl_jax.catalog.listings import Overlay, open_catalog
@@ -12,13 +14,12 @@ from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.data.views import evaluation_row
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.presets import preset
-from afmrl_jax.retrieval.evaluation import parse_task
+from afmrl_jax.retrieval.evaluator import Evaluator, catalogue_attributes, enrichment
 from afmrl_jax.retrieval.tasks import (
-    Judge,
+    Task,
     can_be_run,
     choose_tasks,
-    enrichment,
-    own_attributes,
+    parse_task,
     parts_of,
     validation_sample,
 )
@@ -62,25 +63,26 @@ def test_texts_are_embedded_without_patches_and_as_they_are_with(catalog):
         nnx.eval_shape(lambda: Embedder(config, rngs=nnx.Rngs(0), dtype="float32"))
     )
     random = np.random.default_rng(0)
-    params = jax.tree.map(lambda x: random.normal(0, 0.1, x.shape).astype(np.float32), abstract)
-    model = jax.jit(lambda params, rows: nnx.merge(graph, params)(rows))
-    shapes = []
+    params = jax.tree.map(
+        lambda x: jnp.asarray(random.normal(0, 0.1, x.shape), jnp.float32), abstract
+    )
+    shapes = []  # of what is compiled
 
     def embed(rows):
         shapes.append((rows["tokens"].shape, rows["patches"].shape[:2]))
-        return model(params, rows)
+        return nnx.merge(graph, params)(rows)
 
     listings = catalog.indices("all")[:4]
-    judge = Judge(embed, processor, catalog, batch=4, local=np.arange(4))
-    vectors = judge.vectors("text", listings)
-    judge.vectors("image", listings)
+    evaluator = Evaluator(loaded_encoder(processor, embed, 4), catalog)
+    vectors = evaluator.vectors("text", listings)
+    evaluator.vectors("image", listings)
     assert shapes == [((4, 32), (4, 0)), ((4, 32), (4, 16))]
-    texts = [evaluation_row(catalog, int(i), "text", max_images=1) for i in listings]
-    np.testing.assert_allclose(vectors, model(params, processor(texts)), atol=1e-6)
+    texts = [evaluation_row(catalog, int(i), 1, view="text") for i in listings]
+    np.testing.assert_allclose(vectors, jax.jit(embed)(processor(texts)), atol=1e-6)
 
 
 class Words:
-    """Stands for the processor and the encoder: it keeps what it is shown, and holds few words."""
+    """In the place of a processor: it keeps what it is shown, and holds few words."""
 
     max_images, max_tokens, text_bucket = 1, 4, (4, 0)
 
@@ -97,13 +99,10 @@ class Words:
         return Shown(row.text, len(row.attributes) if fits else 0, max(ahead, self.max_tokens))
 
 
-def enriched_judge(catalog, side):
+def enriched_evaluator(catalog, side):
     words = Words()
-    given = enrichment(own_attributes(catalog), side)
-    judge = Judge(
-        lambda rows: rows["x"], words, catalog, batch=4, local=np.arange(4), enriched=given
-    )
-    return words, judge
+    enriched = enrichment(catalogue_attributes(catalog), side)
+    return words, Evaluator(loaded_encoder(words, lambda rows: rows["x"], 4), catalog, enriched)
 
 
 @pytest.mark.parametrize(
@@ -113,37 +112,37 @@ def test_a_side_alone_is_enriched_and_what_both_share_is_embedded_once(
     catalog, side, enriched, plain
 ):
     listings = catalog.indices("all")  # 40, in batches of 4
-    words, judge = enriched_judge(catalog, side)
-    judge.run([parse_task("text->text")], listings[:8], listings)
+    words, evaluator = enriched_evaluator(catalog, side)
+    evaluator.run([parse_task("text->text")], listings[:8], listings)
     carry = ["color: " in text for text in words.texts]
     assert (sum(carry), len(carry) - sum(carry)) == (enriched, plain)
     before = len(words.texts)
-    judge.run([parse_task("text->text"), parse_task("image->image")], listings[4:8], listings)
+    evaluator.run([parse_task("text->text"), parse_task("image->image")], listings[4:8], listings)
     # Nothing of the texts anew; image views carry no attributes, and are the same on both sides.
     assert words.texts[before:] == [""] * 40
 
 
 def test_vectors_come_in_the_order_asked_for_however_they_were_made(catalog):
-    _, judge = enriched_judge(catalog, "queries")
+    _, evaluator = enriched_evaluator(catalog, "queries")
     later, earlier = np.array([9, 2]), np.array([30, 2, 5])
-    first = judge.vectors("text", later)
-    both = judge.vectors("text", np.array([5, 9, 30, 2, 9]))
-    lengths = [len(evaluation_row(catalog, i, "text", max_images=1).text) for i in range(40)]
+    first = evaluator.vectors("text", later)
+    both = evaluator.vectors("text", np.array([5, 9, 30, 2, 9]))
+    lengths = [len(evaluation_row(catalog, i, 1, view="text").text) for i in range(40)]
     assert first[:, 0].tolist() == [lengths[9], lengths[2]]
     assert both[:, 0].tolist() == [lengths[i] for i in (5, 9, 30, 2, 9)]
-    assert judge.vectors("text", earlier)[:, 0].tolist() == [lengths[i] for i in earlier]
+    assert evaluator.vectors("text", earlier)[:, 0].tolist() == [lengths[i] for i in earlier]
 
 
 def test_texts_that_lose_attributes_are_told(catalog, caplog):
-    words, judge = enriched_judge(catalog, "queries")
+    words, evaluator = enriched_evaluator(catalog, "queries")
     # "MUG new", "mug", "color: red; type: mug" are 7 words; the odd listings' are as many.
     words.max_tokens = 7
     listings = catalog.indices("all")[:8]
     with caplog.at_level("WARNING", "afmrl_jax.data.views"):
-        judge.vectors("text", listings, judge.enriched.queries)
+        evaluator.vectors("text", listings, evaluator.enriched.queries)
         assert not caplog.records  # of "A fine thing." anything may be cut
         words.max_tokens = 6
-        judge.vectors("text", listings + 8, judge.enriched.queries)
+        evaluator.vectors("text", listings + 8, evaluator.enriched.queries)
     assert "8 of 8 texts lose attributes" in caplog.text
     assert "data.max_tokens=6, images included; trained with 7 it" in caplog.text
 
@@ -175,8 +174,10 @@ def test_a_listing_without_what_is_shown_neither_asks_nor_is_searched(catalog):
     # nothing to find, 2 and 3 find each other.
     partial, asked = Partial(catalog, no_image=[0, 30], no_text=[3]), np.arange(4)
     words = Words()
-    judge = Judge(lambda rows: rows["x"], words, partial, batch=4, local=np.arange(4))
-    found = judge.scores([parse_task("image->image"), CROSS, SAME], asked, catalog.indices("all"))
+    evaluator = Evaluator(loaded_encoder(words, lambda rows: rows["x"], 4), partial)
+    found = evaluator.scores(
+        [parse_task("image->image"), CROSS, SAME], asked, catalog.indices("all")
+    )
     assert found["image->image"].queries.tolist() == [2, 3]
     assert found["image->image"].extra == {"n_gallery": 38, "n_without": 1}
     assert found["image->image"].means()["n_queries"] == 2
@@ -221,3 +222,23 @@ def test_a_validation_sample_serves_the_first_task_that_can_be_run_on_it(catalog
 def test_a_side_that_does_not_exist_is_refused():
     with pytest.raises(UserError, match=r"eval\.enrich is 'query'.*did you mean \"queries\""):
         enrichment(None, "query")
+
+
+def test_the_own_listing_counts_only_where_the_views_share_no_modality():
+    assert parse_task("image->text") == Task("image", "text")
+    assert parse_task(" Text+Image -> image+text").name == "image+text->image+text"
+    shared = {name: parse_task(name).exclude_self for name in ("image->image", "text->image+text")}
+    assert shared == {"image->image": True, "text->image+text": True}
+    assert not parse_task("text->image").exclude_self
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("imgae->text", 'did you mean "image->text"'),
+        ("classify", "known are image.text->image.text, "),
+    ],
+)
+def test_a_mistyped_task_is_refused_with_a_suggestion(name, told):
+    with pytest.raises(UserError, match=told):
+        parse_task(name)

@@ -3,8 +3,11 @@
 They are the words of `words`, with a tail of forty that all have: "mug" seeks "red mug".
 """
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from by_hand import loaded_encoder
 from ml_collections import ConfigDict
 from words import Words
 
@@ -14,12 +17,11 @@ from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.models.presets import preset
 from afmrl_jax.programs import rar
+from afmrl_jax.retrieval.evaluator import Evaluator
 from afmrl_jax.rl.environment import Environment, Laps
 from afmrl_jax.rl.gallery import open_gallery
-from afmrl_jax.rl.held_out import HeldOut, Said
-from afmrl_jax.rl.judging import Judge
+from afmrl_jax.rl.held_out import Arms, HeldOut, Said
 from afmrl_jax.rl.rewards import Reward
-from afmrl_jax.rl.rollout import Query, QueryEmbedder
 from afmrl_jax.rl.watch import WatchLimits
 
 TAIL = " of fine make for home and garden" * 6
@@ -33,46 +35,40 @@ LIMITS = WatchLimits.of(get_config())
 CONFIGURATION = ConfigDict({"encoder": "runs/agcl"})
 
 
-def embedder_of(max_tokens):
+def encoder_of(max_tokens):
     processor = Processor(
         TOKENIZER, CONFIG, max_tokens=max_tokens, max_patches=4, min_pixels=256, max_pixels=256
     )
 
-    def embed(rows):
-        counts = [np.bincount(tokens, minlength=CONFIG.vocab_size) for tokens in rows["tokens"]]
-        vectors = np.array(counts, np.float32)
-        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    def unit_counts(rows):
+        vectors = jax.nn.one_hot(rows["tokens"], CONFIG.vocab_size).sum(axis=1)
+        return vectors / jnp.linalg.norm(vectors, axis=1, keepdims=True)
 
-    return QueryEmbedder(embed, processor, CATALOG, 3, np.arange(3))
+    return loaded_encoder(processor, unit_counts, 3)
 
 
-def gallery_of(embedder, folder):
-    return open_gallery(
-        folder,
-        CATALOG,
-        np.arange(5),
-        lambda listings: embedder([Query(int(i)) for i in listings]).vectors,
-        version="1",
-        agreed=bool,
-        write=False,
-    )
+def gallery_of(encoder, folder):
+    def embed(listings):
+        return encoder.embed_listings(CATALOG, listings).vectors
+
+    return open_gallery(folder, "1", CATALOG, np.arange(5), embed)
 
 
 @pytest.fixture(scope="module")
 def reads(tmp_path_factory):
-    embedder = embedder_of(32)
-    return embedder, gallery_of(embedder, tmp_path_factory.mktemp("reads"))
+    encoder = encoder_of(32)
+    return encoder, gallery_of(encoder, tmp_path_factory.mktemp("reads"))
 
 
 @pytest.fixture(scope="module")
 def is_deaf(tmp_path_factory):
     """Rows of four words and an end."""
-    embedder = embedder_of(5)
-    return embedder, gallery_of(embedder, tmp_path_factory.mktemp("deaf"))
+    encoder = encoder_of(5)
+    return encoder, gallery_of(encoder, tmp_path_factory.mktemp("deaf"))
 
 
-def metrics(embedder, gallery):
-    environment = Environment(CATALOG, embedder, gallery, OPTIONS, 4, scale=False)
+def metrics(encoder, gallery):
+    environment = Environment(CATALOG, encoder, gallery, OPTIONS, 4, scale=False)
     texts = ["color: red", "color: green", "red", ""]
     found = environment.judge(np.array([0]), np.array([0]), texts, [True] * 4, np.arange(4), Laps())
     return found.rewards[0], found.metrics()
@@ -96,16 +92,31 @@ def test_an_encoder_that_reads_no_attribute_is_refused_before_anything_compiles(
     with pytest.raises(UserError, match=r"5 of 5 texts lose attributes \(5 of them all\)") as error:
         rar._check_attributes_are_read(CONFIGURATION, CATALOG, is_deaf[0])
     needed = int(str(error.value).partition("--config.data.max_tokens=")[2].partition(",")[0])
-    rar._check_attributes_are_read(CONFIGURATION, CATALOG, embedder_of(needed))
+    rar._check_attributes_are_read(CONFIGURATION, CATALOG, encoder_of(needed))
 
 
 def test_a_generator_whose_answers_are_not_read_is_refused_before_it_trains(is_deaf, tmp_path):
     """Where the catalogue has no attributes only these tell."""
-    embedder, gallery = is_deaf
-    held_out = HeldOut(CATALOG, "test", np.arange(5), gallery, embedder, OPTIONS, 9)
+    encoder, gallery = is_deaf
+    held_out = HeldOut(CATALOG, "test", gallery, encoder, OPTIONS, 9)
     held_out.true = [{}] * len(held_out)
     said = [Said("color: red", lambda least: {"color": "red"})] * len(held_out)
-    judge = Judge(tmp_path, {"test": held_out}, lambda trained, listings: said, LIMITS)
+    arms = Arms(tmp_path, {"test": held_out}, lambda trained, listings: said, LIMITS)
     with pytest.raises(UserError, match="test queries: 2 of 2 texts lose attributes"):
-        judge.begin("begun")
+        arms.begin("begun")
     assert held_out.judge(said).answers["attributes_cut"] == 1
+
+
+def test_rewards_tell_of_cut_attributes_as_evaluation_does_and_once(tmp_path, caplog):
+    encoder = encoder_of(5)
+    gallery = gallery_of(encoder, tmp_path)
+    with caplog.at_level("WARNING", "afmrl_jax.data.views"):
+        found = [metrics(encoder, gallery)[1]["attributes_cut"] for _ in range(2)]
+        Evaluator(encoder, CATALOG).vectors(
+            "image+text", np.arange(2), lambda index: {"color": "red"}
+        )
+    assert found == [1, 1]  # of a step's metrics, each time
+    rewarded, evaluated = (message.partition(": ") for message in caplog.messages)
+    assert rewarded[0] == "queries with the answers' attributes" and evaluated[0] == "image+text"
+    same = rewarded[2].partition(";")[0]  # before the tokens that would hold these listings' texts
+    assert same == evaluated[2].partition(";")[0] and "2 of 2 texts lose attributes" in same

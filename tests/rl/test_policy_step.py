@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from afmrl_jax.assembly.generator import Generator
-from afmrl_jax.assembly.model import lora_of
+from afmrl_jax.assembly.options import GeneratorOptions, TrainingOptions
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.data.processor import Row
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
@@ -43,8 +43,8 @@ def made(config):
         vocab_size=tokenizer.get_vocab_size(),
         **special_token_ids(tokenizer),
     )
-    base = Generator(config, model_config, tokenizer)
-    generator = dataclasses.replace(base, lora=lora_of(config))
+    base = Generator(GeneratorOptions.of(config), model_config, tokenizer)
+    generator = base.for_training(TrainingOptions.of(config))
     mesh = make_mesh(dict(config.mesh))
     params = jax.jit(lambda: base.init_params(0))()
     built = build(config, mesh, generator)

@@ -5,16 +5,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from words import CATALOG, EMBEDDER, gallery_in
+from words import CATALOG, ENCODER, gallery_in, plain
 
 from afmrl_jax.attributes.text import Verdict
+from afmrl_jax.catalog.groups import askers
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.queries import QueryBatches
 from afmrl_jax.programs import rar
 from afmrl_jax.rl.environment import Environment, Laps
-from afmrl_jax.rl.gallery import askers, gallery_listings, open_gallery
+from afmrl_jax.rl.gallery import open_gallery
 from afmrl_jax.rl.rewards import Reward
-from afmrl_jax.rl.rollout import Query
 
 # The first says what the other listing of the mug shows, the second what another product's does.
 ANSWERS = ["color: red", "color: green", "red", "type: lamp"]
@@ -29,9 +29,7 @@ def gallery(tmp_path_factory):
 
 
 def judged(gallery, **options):
-    environment = Environment(
-        CATALOG, EMBEDDER, gallery, replace(RECALL, **options), 4, scale=False
-    )
+    environment = Environment(CATALOG, ENCODER, gallery, replace(RECALL, **options), 4, scale=False)
     laps, closed = Laps(), [True] * 4
     found = environment.judge(np.array([0]), np.array([0]), ANSWERS, closed, np.arange(4), laps)
     assert list(laps.seconds) == ["seconds_parse", "seconds_embed", "seconds_search"]
@@ -57,7 +55,7 @@ def test_rewards_are_those_worked_by_hand(gallery):
 
 def test_groups_that_differ_in_their_format_alone_are_told(gallery):
     """Their rewards do differ, so that `zero_variance` says nothing of them."""
-    environment = Environment(CATALOG, EMBEDDER, gallery, MARGIN, 2, False)
+    environment = Environment(CATALOG, ENCODER, gallery, MARGIN, 2, False)
     texts = ["color: red", "red", "color: red", "color: green"]
     found = environment.judge(
         np.array([0, 0]), np.zeros(2, int), texts, [True] * 4, np.arange(4), Laps()
@@ -66,8 +64,7 @@ def test_groups_that_differ_in_their_format_alone_are_told(gallery):
 
 
 def test_the_query_listing_never_counts(gallery):
-    plain = EMBEDDER([Query(0)]).vectors
-    found = gallery.find(plain, np.array([0]), k=1)
+    found = gallery.find(plain(np.array([0])), np.array([0]), k=1)
     assert found.ids[0, 0] == 0 and found.own[0] == 0  # it lies nearest to itself
     # What is left has listing 1 and 2 at one distance, so that the right one is never alone first.
     assert judged(gallery, kind="mrr").parts["mrr"].tolist()[:2] == [1, 0.5]
@@ -89,22 +86,21 @@ def test_a_gallery_is_embedded_once_and_its_approximate_index_is_held_against_th
     np.testing.assert_allclose(parts["gain"], judged(exact, kind="margin").parts["gain"], atol=1e-5)
 
 
-def test_large_galleries_are_whole_products_and_one_product_is_none(tmp_path):
-    for limit in (1, 2, 3):
-        listings = gallery_listings(CATALOG, "train", limit)
-        assert len(listings) >= limit
-        assert np.isin(CATALOG.products, CATALOG.products[listings]).sum() == len(listings)
+def test_a_gallery_of_one_product_is_none(tmp_path):
     with pytest.raises(UserError, match="all 2 listings of the gallery are one product"):
         vectors = np.eye(2, dtype=np.float32)
-        always = {"version": "1", "agreed": bool, "write": False}
-        open_gallery(tmp_path, CATALOG, np.array([0, 1]), lambda _: vectors, **always)
+        open_gallery(tmp_path, "1", CATALOG, np.array([0, 1]), lambda _: vectors)
 
 
 def test_a_split_for_judging_with_one_product_alone_is_left_out(tmp_path):
     """A small catalogue whose split is drawn has one now and then."""
-    one = SimpleNamespace(products=np.array([0, 0, 1, 1]), indices=lambda split: np.array([0, 1]))
+    one = SimpleNamespace(
+        products=np.array([0, 0, 1, 1]),
+        identities=np.arange(4),
+        indices=lambda split: np.array([0, 1]),
+    )
     config = SimpleNamespace(reward=SimpleNamespace(gallery=9))
-    assert rar._gallery(config, tmp_path, None, one, None, "1", "validation") is None
+    assert rar._gallery(config, tmp_path, one, None, "validation") is None
 
 
 def test_queries_are_a_function_of_seed_and_step():

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+import jax.numpy as jnp
 import numpy as np
+from by_hand import loaded_encoder
 
 from afmrl_jax.catalog.listings import Listing
 from afmrl_jax.data.processor import Shown
 from afmrl_jax.rl.gallery import open_gallery
-from afmrl_jax.rl.rollout import Query, QueryEmbedder
 
 WORDS = ("red", "green", "lamp", "mug", "hat")
 
@@ -22,6 +23,7 @@ class Words:
 
     def __post_init__(self):
         self.products = np.array([0, 0, 1, 2, 3], np.int32)
+        self.identities = np.arange(5)
 
     def __len__(self):
         return len(self.titles)
@@ -35,26 +37,30 @@ class Words:
 
 
 class Counting:
-    """Stands for the encoder's processor and for the encoder: rows to unit vectors."""
+    """In the place of a processor: rows to the counts of WORDS."""
 
     max_images = max_tokens = 1
 
     def shown(self, row):
         return Shown(row.text, len(row.attributes), self.max_tokens)
 
-    def __call__(self, rows):
+    def __call__(self, rows, buckets=()):
         counts = [[row.text.split().count(word) for word in WORDS] for row in rows]
-        vectors = np.array(counts, np.float32) + 1e-3
-        return {"vectors": vectors / np.linalg.norm(vectors, axis=1, keepdims=True)}
+        return {"counts": np.array(counts, np.float32)}
+
+
+def unit_counts(rows):
+    vectors = rows["counts"] + 1e-3
+    return vectors / jnp.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 CATALOG = Words()
-EMBEDDER = QueryEmbedder(lambda rows: rows["vectors"], Counting(), CATALOG, 3, np.arange(3))
+ENCODER = loaded_encoder(Counting(), unit_counts, 3)
 
 
-def gallery_in(
-    folder, embed=lambda listings: EMBEDDER([Query(int(i)) for i in listings])[0], **how
-):
-    listings = np.arange(len(CATALOG))
-    always = {"version": "1", "agreed": bool, "write": True}
-    return open_gallery(folder, CATALOG, listings, embed, **always, **how)
+def plain(listings):
+    return ENCODER.embed_listings(CATALOG, listings).vectors
+
+
+def gallery_in(folder, embed=plain, **how):
+    return open_gallery(folder, "1", CATALOG, np.arange(len(CATALOG)), embed, **how)

@@ -46,7 +46,7 @@ def random_tensors(config: QwenVLConfig, dtype=np.float32) -> dict[str, np.ndarr
     """A whole checkpoint, other numbers in each tensor."""
     random = np.random.default_rng(0)
     return {
-        name: random.normal(size=target.their_shape).astype(dtype)
+        name: random.normal(size=target.hf_shape).astype(dtype)
         for target in hf_weights.targets(abstract_state(config), config)
         for name in target.names
     }
@@ -101,7 +101,7 @@ def test_a_published_index_fills_every_parameter_with_transformers_shapes(folder
         list(published["weight_map"])
     )
 
-    ours = {name: target.their_shape for target in plan for name in target.names}
+    ours = {name: target.hf_shape for target in plan for name in target.names}
     assert 2 * sum(map(math.prod, ours.values())) == published["metadata"]["total_size"]
     with torch.device("meta"):
         model = CLASSES[config.architecture](

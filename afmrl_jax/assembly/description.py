@@ -1,26 +1,17 @@
-"""What a trained generator says of listings, and how sure it is of each attribute.
+"""An answer read, and how sure its generator is of each attribute.
 
-Axes: N listings · T tokens of an answer.
+Axis: T tokens of an answer.
 """
 
 import codecs
-import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from tokenizers import Tokenizer
 
-from afmrl_jax.assembly.generator import Answer, Answerer, Generator
-from afmrl_jax.assembly.model import abstract_params
-from afmrl_jax.assembly.pretrained import find_pretrained
+from afmrl_jax.assembly.generator import Answer
 from afmrl_jax.attributes.text import Parsed, Verdict, parse
-from afmrl_jax.catalog.listings import Catalog
-from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.answers import question
 
 # Byte-level BPE writes a byte as one letter: printable ones as themselves, others from U+0100 on.
 _PLAIN = (*range(33, 127), *range(161, 173), *range(174, 256))
@@ -39,6 +30,11 @@ class Description:
     answer: Answer
     parsed: Parsed
     confidence: dict[str, float]
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """A valid answer's attributes; {} where it is invalid."""
+        return self.sure(0.0)
 
     def sure(self, least: float) -> dict[str, str]:
         """A valid answer's attributes with confidence >= least; {} where it is invalid."""
@@ -93,31 +89,3 @@ def _token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
         return bytes(_BYTE_OF[letter] for letter in text)
     except KeyError:
         return text.encode()
-
-
-class Describer:
-    """A trained generator that describes listings, greedily.
-
-    path: as in `find_pretrained`. batch: rows at once, of all processes. otherwise: settings for a
-    model that has no run's, with `model` and `data`. Of a workdir it is the checkpoint that did
-    best on validation: rewarded for too long, a generator may fall silent.
-    """
-
-    def __init__(self, path: str, mesh: Mesh, batch: int, *, otherwise: ConfigDict):
-        """Raises UserError where there is no generator, or the mesh cannot split the batch."""
-        source = find_pretrained(path, Generator, best=None)
-        if source.enc.settings is None and "max_answer" not in otherwise.data:
-            raise UserError(
-                f"{path} is not known to answer with attributes: name what configs/sft.py or "
-                "configs/rar.py has trained"
-            )
-        self.generator = source.model(otherwise)
-        self.told, self.path = source.told, source.path  # see Pretrained
-        self._answerer = Answerer(self.generator, mesh, batch, temperature=0)
-        self._params = source.load(abstract_params(self.generator, mesh))
-
-    def __call__(self, catalog: Catalog, listings: np.ndarray) -> Iterator[Description]:
-        """What is said of each of listings, int[N] indices, in order, the same on every process."""
-        row = functools.partial(question, catalog)
-        for answer in self._answerer.answers(self._params, listings, row):
-            yield describe(answer, self.generator.tokenizer)

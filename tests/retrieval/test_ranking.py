@@ -1,23 +1,11 @@
-"""Evaluation: own listings, ties, dropped queries, exact against ScaNN, embedding in batches."""
+"""Ranking: own listings, ties, dropped queries, exact against ScaNN."""
 
-import json
-import threading
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.retrieval import evaluation, metrics
-from afmrl_jax.retrieval.evaluation import (
-    Task,
-    embed_listings,
-    parse_task,
-    rank_and_score,
-    results_table,
-    write_evaluation,
-)
+from afmrl_jax.retrieval import metrics, ranking
+from afmrl_jax.retrieval.ranking import Side, rank_and_score
 
 
 def unit(vectors):
@@ -31,8 +19,8 @@ def angles(*degrees):
 
 
 def judge(vectors, keys, products, **options):
-    sides = (vectors, np.array(keys), np.array(products))
-    return rank_and_score(*sides, *sides, **{"exclude_self": True, **options}).means()
+    side = Side(vectors, np.array(keys), np.array(products))
+    return rank_and_score(side, side, **{"exclude_self": True, **options}).means()
 
 
 def test_a_gallery_of_four_scores_as_worked_by_hand():
@@ -50,7 +38,7 @@ def test_several_right_listings_count_by_their_precisions():
     vectors, products = angles(0, 1, 2, 3), ["a", "a", "b", "a"]
     query = (vectors[:1], np.array(["q"]), np.array(["a"]))
     gallery = (vectors, np.array(["q", "w", "x", "y"]), np.array(products))
-    scores = rank_and_score(*query, *gallery, exclude_self=True).means()
+    scores = rank_and_score(Side(*query), Side(*gallery), exclude_self=True).means()
     assert scores["map"] == pytest.approx((1 / 1 + 2 / 3) / 2)
     assert scores["recall@1_ci95"] == pytest.approx((1 - 1 / (1 + 1.96**2)) / 2)  # of one hit
 
@@ -66,9 +54,9 @@ def test_every_copy_of_the_query_listing_in_the_gallery_is_taken_out():
     # The gallery is two catalogues that share listing a1: its copy must not count as a find.
     query = (angles(0), np.array(["a1"]), np.array(["a"]))
     gallery = (angles(0, 0, 20, 40), np.array(["a1", "a1", "b1", "a2"]), np.array([*"aaba"]))
-    scores = rank_and_score(*query, *gallery, exclude_self=True).means()
+    scores = rank_and_score(Side(*query), Side(*gallery), exclude_self=True).means()
     assert scores["mrr"] == 1 / 2 and scores["n_gallery"] == 4
-    scores = rank_and_score(*query, *gallery, exclude_self=True, exact_below=0).means()
+    scores = rank_and_score(Side(*query), Side(*gallery), exclude_self=True, exact_below=0).means()
     assert scores["mrr"] == 1 / 2 and scores["index_recall"] == 1
 
 
@@ -113,12 +101,12 @@ def test_a_tie_that_goes_on_behind_scanns_last_rank_finds_nothing():
 
 
 def test_equal_vectors_tie_however_a_block_of_the_product_rounds_them(monkeypatch):
-    monkeypatch.setattr(evaluation, "query_block", lambda n: 8)
+    monkeypatch.setattr(ranking, "query_block", lambda n: 8)
     photos = unit(np.random.default_rng(0).normal(size=(5, 256)))
     rows = np.arange(1001)
     queries = (photos[1:4], -rows[1:4], rows[1:4])
     gallery = (photos[rows % 5], rows, rows)
-    scores = rank_and_score(*queries, *gallery, exclude_self=True).means()
+    scores = rank_and_score(Side(*queries), Side(*gallery), exclude_self=True).means()
     assert scores["mrr"] == 1 / 200  # of 200 with its photo one is its product's
 
 
@@ -134,7 +122,7 @@ def test_embeddings_that_are_not_finite_are_refused(side):
     arguments = [angles(0, 5), np.arange(2), np.zeros(2), angles(0, 5), np.arange(2), np.zeros(2)]
     arguments[side] = arguments[side] * np.array([[1], [np.nan]])
     with pytest.raises(UserError, match=r"1 of 2 (query|gallery) embeddings are not finite"):
-        rank_and_score(*arguments, exclude_self=True)
+        rank_and_score(Side(*arguments[:3]), Side(*arguments[3:]), exclude_self=True)
 
 
 def clustered(rng, products, dimension=32, noise=0.25):
@@ -147,9 +135,9 @@ def test_every_way_of_ranking_equals_the_slow_definition_also_among_ties(path, m
     products = np.repeat(np.arange(60), [8] * 10 + [5] * 12 + [1] * 38)
     # Steps of 1/4: cosines are exact in float32, and many of them equal.
     vectors = np.round(4 * clustered(np.random.default_rng(1), products, 8)) / 4
-    monkeypatch.setattr(evaluation, "query_block", lambda n: 64)
-    monkeypatch.setattr(evaluation, "WIDE", 1 if path == "bins" else 1000)
-    evaluation._exact_ranks.clear_cache()
+    monkeypatch.setattr(ranking, "query_block", lambda n: 64)
+    monkeypatch.setattr(ranking, "WIDE", 1 if path == "bins" else 1000)
+    ranking._exact_ranks.clear_cache()
     below = 0 if path == "scann" else 179
     ours = judge(vectors.astype(np.float32), np.arange(178), products, exact_below=below)
     ranks, n_relevant = np.zeros((140, 7), int), np.array([7] * 80 + [4] * 60)
@@ -170,104 +158,10 @@ def test_a_large_gallery_is_scored_by_scann_and_says_how_far_to_trust_it():
     vectors = clustered(rng, products, 64, noise=0.12)
     queries = (vectors[:400], np.arange(400), products[:400])
     gallery = (vectors, np.arange(5000), products)
-    exact = rank_and_score(*queries, *gallery, exclude_self=True).means()
-    scann = rank_and_score(*queries, *gallery, exclude_self=True, exact_below=5000).means()
+    exact = rank_and_score(Side(*queries), Side(*gallery), exclude_self=True).means()
+    scann = rank_and_score(
+        Side(*queries), Side(*gallery), exclude_self=True, exact_below=5000
+    ).means()
     assert 0.8 < scann["index_recall"] <= 1 and "index_recall" not in exact
     for name in ("recall@1", "recall@10", "mrr", "map", "ndcg@10"):
         assert scann[name] == pytest.approx(exact[name], abs=0.03), name
-
-
-def test_embedding_fills_the_last_batch_keeps_the_order_and_compiles_once():
-    traced, shapes, threads = [], set(), set()
-
-    @jax.jit
-    def embed(rows):
-        traced.append(1)
-        return jnp.stack([rows["x"], -rows["x"]], axis=1).astype(jnp.bfloat16)
-
-    def make_rows(indices):
-        shapes.add(indices.shape)
-        threads.add(threading.current_thread())
-        return {"x": indices.astype(np.float32)}
-
-    indices = np.array([5, 3, 8, 1, 9, 2, 7])
-    vectors = embed_listings(embed, make_rows, indices, batch_size=3)
-    np.testing.assert_array_equal(vectors, np.stack([indices, -indices], axis=1))
-    assert vectors.dtype == np.float32 and len(traced) == 1 and shapes == {(3,)}
-    assert len(threads) == 1 and threading.current_thread() not in threads
-
-
-def test_a_long_wait_says_how_far_it_is(caplog, monkeypatch):
-    for seconds, words in [(3600, []), (0, ["0 of 25 rows made", "10 of 25 rows made"])]:
-        monkeypatch.setattr(evaluation, "SILENCE", seconds)
-        with caplog.at_level("INFO", "afmrl_jax.retrieval.evaluation"):
-            starts = evaluation.with_progress(range(0, 25, 10), 25, "rows made")
-            assert [next(starts), next(starts)] == [0, 10]
-        assert caplog.messages == words
-
-
-def test_a_failure_while_rows_are_made_reaches_the_caller():
-    def make_rows(indices):
-        raise UserError("photo 3 cannot be read")
-
-    with pytest.raises(UserError, match="photo 3"):
-        embed_listings(lambda rows: rows, make_rows, np.arange(5), 2)
-    with pytest.raises(ValueError, match="no listings"):
-        embed_listings(lambda rows: rows, make_rows, np.arange(0), 2)
-
-
-def test_the_own_listing_counts_only_where_the_views_share_no_modality():
-    assert parse_task("image->text") == Task("image", "text")
-    assert parse_task(" Text+Image -> image+text").name == "image+text->image+text"
-    shared = {name: parse_task(name).exclude_self for name in ("image->image", "text->image+text")}
-    assert shared == {"image->image": True, "text->image+text": True}
-    assert not parse_task("text->image").exclude_self
-
-
-@pytest.mark.parametrize(
-    ("name", "told"),
-    [
-        ("imgae->text", 'did you mean "image->text"'),
-        ("classify", "known are image.text->image.text, "),
-    ],
-)
-def test_a_mistyped_task_is_refused_with_a_suggestion(name, told):
-    with pytest.raises(UserError, match=told):
-        parse_task(name)
-
-
-def test_the_evaluation_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "run" / "evaluation.json"
-    results = {"image->text": {"recall@1": 0.5, "n_queries": 2, "n_gallery": 4}}
-    write_evaluation(path, results)
-    assert json.loads(path.read_text()) == results
-    with pytest.raises(ValueError, match="JSON"):
-        write_evaluation(path, {"image->text": {"recall@1": float("nan")}})
-    assert json.loads(path.read_text()) == results
-    assert [p.name for p in path.parent.iterdir()] == ["evaluation.json"]
-
-
-def test_the_table_shows_models_side_by_side_and_leaves_unknown_cells_empty():
-    first = {"recall@1": 0.0523, "recall@1_ci95": 0.01, "n_queries": 1200}
-    table = results_table({"untrained": {"t": first}, "trained": {"t": {"recall@1": 0.5}}})
-    assert table.splitlines() == [
-        "| task | model     | R@1           | n_queries |",
-        "| ---- | --------- | ------------- | --------- |",
-        "| t    | untrained | 0.052 ± 0.010 | 1,200     |",
-        "| t    | trained   | 0.500         |           |",
-    ]
-
-
-def test_tasks_without_a_metric_in_common_stand_in_tables_of_their_own():
-    category = {"accuracy": 0.5, "n_queries": 4, "nmi": 0.25, "nmi_ci95": 0.125}
-    table = results_table({"a": {"t": {"recall@1": 1.0}, "c": category, "u": {"recall@1": 0.0}}})
-    assert table.splitlines() == [
-        "| task | model | R@1   |",
-        "| ---- | ----- | ----- |",
-        "| t    | a     | 1.000 |",
-        "| u    | a     | 0.000 |",
-        "",
-        "| task | model | accuracy | nmi           | n_queries |",
-        "| ---- | ----- | -------- | ------------- | --------- |",
-        "| c    | a     | 0.500    | 0.250 ± 0.125 | 4         |",
-    ]

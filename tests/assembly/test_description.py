@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from afmrl_jax.assembly.describer import Description, describe, token_starts
+from afmrl_jax.assembly.description import Description, describe, token_starts
 from afmrl_jax.assembly.generator import Answer
 from afmrl_jax.attributes.text import Parsed, Verdict, parse
 from afmrl_jax.data.tokenizer import train_tokenizer
