@@ -40,7 +40,7 @@ from running import train, write
 from afmrl_jax.attributes.text import Verdict, format_attributes, parse
 from afmrl_jax.configs.rar import get_config
 from afmrl_jax.core.chips import CHIPS, chip_of
-from afmrl_jax.data.processor import Processor, Row
+from afmrl_jax.data.processor import Processor, Row, RowSizes
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.losses.policy import PolicyGradient, policy_loss
 from afmrl_jax.models import lora, sampler
@@ -176,7 +176,9 @@ def random_step(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict]
             for part, duration in times.items():
                 seconds[part].append(duration)
     prefill, decode = (statistics.median(seconds.pop(part)) for part in ("prefill", "decode"))
-    read = bytes_a_step(config, lora.without(params()), rows["token_mask"], samples, args.new)
+    read = bytes_a_step(
+        config, lora.without_adapters(params()), rows["token_mask"], samples, args.new
+    )
     return seconds, against_memory(args, read, prefill, decode)
 
 
@@ -223,7 +225,10 @@ def make_update(config: QwenVLConfig, args: argparse.Namespace):
     reference = jax.tree.map(lambda x: x.astype(dtype), trained) if full else frozen
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, weight_decay=0.0))
     state = trained, jax.jit(optimizer.init)(trained)
-    score = functools.partial(score_answers, chunk=VOCABULARY_CHUNK, temperature=1.0)
+
+    def score(graph, params, rows, tokens, mask):
+        options = {"chunk": VOCABULARY_CHUNK, "temperature": 1.0}
+        return score_answers(nnx.merge(graph, params), rows, tokens, mask, **options)
 
     def loss(params, frozen, part):
         rows, answers = part
@@ -295,10 +300,8 @@ def make_embedder(args: argparse.Namespace):
     tokenizer = train_tokenizer([WORDS] * 4, 400)
     config = preset(name).replace(**special_token_ids(tokenizer))
     area, dtype = (args.grid * config.vision.patch_size) ** 2, args.dtype
-    processor = Processor(
-        tokenizer, config, max_tokens=args.prompt + args.new, max_patches=args.grid**2,
-        min_pixels=area // 2, max_pixels=area,
-    )  # fmt: skip
+    sizes = RowSizes(args.prompt + args.new, args.grid**2, min_pixels=area // 2, max_pixels=area)
+    processor = Processor(tokenizer, config, sizes)
 
     def make() -> Embedder:
         return Embedder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)

@@ -16,7 +16,7 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.options import Options, between
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.stream import Batch
-from afmrl_jax.data.views import Augmentation, OtherAttributes, listing_text, training_row
+from afmrl_jax.data.views import TrainingViews, listing_text
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,10 @@ class PairSampler:
 class PairBatches:
     """step -> batch, by indexing. Picklable: worker processes hold a copy."""
 
-    catalog: Catalog
+    views: TrainingViews
     sampler: PairSampler
     processor: Processor
     statistics: CorpusStatistics
-    augmentation: Augmentation
-    others: OtherAttributes
     query_views: tuple[tuple[str, ...], np.ndarray]
     target_views: tuple[tuple[str, ...], np.ndarray]
     max_terms: int
@@ -146,24 +144,25 @@ class PairBatches:
         return self.steps
 
     def __repr__(self) -> str:  # Grain compares it when it restores a stream
-        return f"PairBatches({self.catalog.fingerprint}, seed={self.seed}, steps={self.steps})"
+        fingerprint = self.views.catalog.fingerprint
+        return f"PairBatches({fingerprint}, seed={self.seed}, steps={self.steps})"
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step: the processor's arrays as [A, C, V, ...]; `listing`, the listings'
         indices, and `product`, their products, int32[A, C, V]; and BM25's `terms`, `query_weights`
         and `document_weights`, [A, C, V, T].
         """
-        listings = self.sampler.draw(step)
+        catalog, listings = self.views.catalog, self.sampler.draw(step)
         examples = np.arange(len(listings)).reshape(self.micro_batches, -1)[:, self.rows]
         rows, attributes = [], []
         for example in examples.flat:
             rows += self._rows(step, int(example), listings[example])
-            attributes += [self.catalog.listing(int(i)).attributes for i in listings[example]]
+            attributes += [catalog.listing(int(i)).attributes for i in listings[example]]
         drawn = listings[examples]
         flat = self.processor(rows) | self.statistics.encode(attributes, self.max_terms)
         batch = {k: v.reshape(*drawn.shape, *v.shape[1:]) for k, v in flat.items()}
         batch["listing"] = drawn.astype(np.int32)
-        batch["product"] = self.catalog.products[drawn]
+        batch["product"] = catalog.products[drawn]
         return batch
 
     def _rows(self, step: int, example: int, listings: np.ndarray) -> list[Row]:
@@ -176,22 +175,13 @@ class PairBatches:
         draws = 1 + rng.integers(2**31 - 1, size=len(listings))
         shorten = False
         if listings[0] == listings[1]:  # one listing stands for both sides
-            listing = self.catalog.listing(int(listings[0]))
+            listing = self.views.catalog.listing(int(listings[0]))
             if listing.n_images and listing_text(listing) and rng.random() < 0.5:
                 # ... so they share no modality
                 chosen[:2] = ["image", "text"] if rng.random() < 0.5 else ["text", "image"]
             else:  # ... or differ in crop and kept text
                 shorten = True
         return [
-            training_row(
-                self.catalog,
-                int(listing),
-                int(draw),
-                view,
-                rng,
-                self.augmentation,
-                others=self.others,
-                shorten=shorten and column < 2,
-            )
+            self.views.row(int(listing), view, rng, draw=int(draw), shorten=shorten and column < 2)
             for column, (listing, draw, view) in enumerate(zip(listings, draws, chosen))
         ]

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -57,9 +58,16 @@ def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
     abstract = abstract_state(trained, optimizer, mesh)
     graph, plain = generator.graph(), dataclasses.replace(generator, lora=None).graph()
     sampling = generator.sampling(temperature=config.temperature)
-    score = functools.partial(
-        score_answers, chunk=config.vocabulary_chunk, temperature=config.temperature
-    )
+
+    def score(graph: nnx.GraphDef, params: Params, rows: Arrays, answers: Arrays):
+        return score_answers(
+            nnx.merge(graph, params),
+            rows,
+            answers["tokens"],
+            answers["mask"],
+            chunk=config.vocabulary_chunk,
+            temperature=config.temperature,
+        )
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
     def rollout(params: Any, rows: Arrays, step: int) -> Samples:
@@ -83,8 +91,8 @@ def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
 
     @functools.partial(jax.jit, out_shardings=batch_sharding(mesh, 1))
     def reference(params: Any, rows: Arrays, answers: Arrays):
-        parts = (rows, answers["tokens"], answers["mask"])
-        return jax.lax.map(lambda part: score(plain, params, *part)[0], parts)
+        answers = {name: answers[name] for name in ("tokens", "mask")}
+        return jax.lax.map(lambda part: score(plain, params, *part)[0], (rows, answers))
 
     gradient = _gradient(config, functools.partial(score, graph))
     flops = functools.partial(_flops, config, generator, params)
@@ -99,7 +107,7 @@ def _gradient(config: ConfigDict, score: Callable[..., tuple[jax.Array, jax.Arra
 
     def loss(params: Params, part: Batch):
         rows, answers = part["rows"], part["answers"]
-        log_probs, entropy = score(params, rows, answers["tokens"], answers["mask"])
+        log_probs, entropy = score(params, rows, answers)
         # Before the first update old and new are the same numbers, so that no pass is needed.
         answers = {"old_log_probs": jax.lax.stop_gradient(log_probs)} | answers
         flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in answers.items()}
@@ -156,7 +164,7 @@ def parts(config: ConfigDict, mesh: Mesh, generator: Generator, built: Built) ->
             (params, rows, number),
             named_arguments={"parameters": params},
             intermediates={"cache": cache},
-            useful=whole(lora.without(params)) / 3,
+            useful=whole(lora.without_adapters(params)) / 3,
             default_trip_count=data.max_answer,
         ),
         built.update.part(
@@ -184,5 +192,5 @@ def _flops(config: ConfigDict, generator: Generator, params: Params, batch: Batc
     }
     count = functools.partial(cost.step_flops, model, amount=amount, gradcache=False)
     passes = 2 if config.policy.kl else 1  # without a gradient, a third each: sampler, reference
-    forward = passes * count(lora.without(params)) / 3
+    forward = passes * count(lora.without_adapters(params)) / 3
     return config.inner_epochs * count(params) + forward
