@@ -37,9 +37,9 @@ def get_config(arm: str = "annotate") -> ConfigDict:
     config.split = "all"  # train | validation | test | all: the listings to annotate
     config.share = 1.0  # of the split's products that are annotated, each with all its listings
 
-    # A generator's workdir, one of its checkpoints, or a folder exported from it. Prompt and rows are
-    # those of its training; it answers greedily, and gives its confidence in each attribute. Of the
-    # fields below it uses only eval.batch.
+    # A generator's workdir, one of its checkpoints, or a folder exported from it. It reads rows as
+    # in its training, answers greedily, and gives its confidence in each attribute. Of the fields
+    # below it uses only eval.batch.
     config.generator = ""  # "" = the endpoint
     config.eval = ConfigDict()
     # 32 listings fit into a CPU's cache; an accelerator takes more.
@@ -57,8 +57,8 @@ def get_config(arm: str = "annotate") -> ConfigDict:
     config.api.key_variable = "OPENAI_API_KEY"  # the environment variable that holds the key
     config.api.concurrency = 8  # requests at once
     config.api.timeout = 120.0  # seconds of a server's silence
-    # A failed request is sent again after waits that double, or that the server names. A busy server
-    # (429, 502, 503), or one that is away, gets (retries + 1) * timeout seconds to answer.
+    # A failed request is sent again after waits that double, or that the server names. A server
+    # that is busy (429, 502, 503), or away, gets (retries + 1) * timeout seconds to answer.
     config.api.retries = 5  # repetitions of a request
     # OpenAI's newer models want max_completion_tokens, and no temperature.
     config.api.options = '{"max_tokens": 256, "temperature": 0}'  # JSON sent with each request

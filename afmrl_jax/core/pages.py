@@ -13,13 +13,14 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import flatten
 
+Result = TypeVar("Result")
 PACKAGED = Path(__file__).parents[1] / "configs"
 # ml_collections' message for a field that a locked configuration does not have.
 NO_FIELD = re.compile(r'Key "(\w+)" does not exist and cannot be added')
@@ -76,7 +77,7 @@ def _module(page: Path) -> ModuleType:
     return module
 
 
-def _run(page: Path, call: Callable[[], Any]) -> Any:
+def _run(page: Path, call: Callable[[], Result]) -> Result:
     """The result of `call`, which runs code of the page. Raises UserError where that fails."""
     try:
         return call()

@@ -1,7 +1,8 @@
 """Which listings make up a batch: a pure function of (seed, step).
 
 Axes: B pairs of a global batch · V views of a pair: the query, its target, then mined negatives ·
-A micro-batches · C pairs of one (this process's) · P products · k look-alikes · T term slots.
+A micro-batches · C pairs of a micro-batch (this process's) · P products · k neighbours · T term
+slots.
 """
 
 from dataclasses import dataclass
@@ -21,12 +22,12 @@ from afmrl_jax.data.views import TrainingViews, listing_text
 
 @dataclass(frozen=True)
 class Composition(Options, section="data"):
-    """Which products stand beside each other in a batch."""
+    """The products of a batch."""
 
-    lookalike_share: float = between(0, 1)  # of the pairs that come in groups of look-alikes
-    lookalike_group: int = between(2)  # products a group
-    hard_negatives: int = between(0)  # mined negatives a query
-    neighbours: int = between(1)  # look-alikes remembered of each product
+    lookalike_share: float = between(0, 1)  # share of the pairs in groups of look-alikes
+    lookalike_group: int = between(2)  # products of a group
+    hard_negatives: int = between(0)  # mined negatives of a query
+    neighbours: int = between(1)  # look-alikes kept of each product
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,9 +45,10 @@ class Composition(Options, section="data"):
 class PairSampler:
     """Draws the listings of each step's global batch from one split of a catalogue.
 
-    Each epoch shuffles the products anew. A batch takes the next ones; where groups of look-alikes
-    are wanted, the first ones lead groups, and their look-alikes take the places of the last ones.
-    No product is the query of a batch twice. A product's only listing is paired with itself.
+    Each epoch shuffles the products anew, and a batch takes the next products of that order. With
+    groups of look-alikes its first products lead groups, and their look-alikes replace its last
+    products. No product is the query of a batch twice. A product's only listing is paired with
+    itself.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class PairSampler:
         seed: int,
         neighbours: np.ndarray | None,
     ):
-        """batch: pairs of a global batch. neighbours: int32[P, K] of `look_alikes`; None where the
+        """batch: pairs of a global batch. neighbours: int32[P, k] of `look_alikes`; None where the
         composition needs none. Raises UserError for a batch larger than the number of products."""
         self._listings, self._starts = listings_by_product(catalog, split)
         self._batch, self._composition = batch, composition
@@ -74,7 +76,7 @@ class PairSampler:
         self._order = grain.MapDataset.range(products).seed(seed).shuffle().repeat()
 
     def products(self, step: int) -> np.ndarray:
-        """int64[B]: the products of a batch, all different; look-alikes of one leader in a row."""
+        """int64[B]: the products of a batch, all different; a leader's look-alikes follow it."""
         batch, c = self._batch, self._composition
         order = [int(self._order[step * batch + slot]) for slot in range(batch)]
         waiting = iter(order)
@@ -126,7 +128,7 @@ class PairSampler:
 
 @dataclass(frozen=True)
 class PairBatches:
-    """step -> batch, by indexing. Picklable: worker processes hold a copy."""
+    """The batches of a run, a pure function of (seed, step); see stream.Batches."""
 
     views: TrainingViews
     sampler: PairSampler

@@ -1,6 +1,6 @@
 """Batches of queries, for a generator to answer.
 
-Axes: A micro-batches · C queries of one (this process's) · Q queries of a step.
+Axes: A micro-batches · C queries of a micro-batch (this process's) · Q queries of a step.
 """
 
 from dataclasses import dataclass

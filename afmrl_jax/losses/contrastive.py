@@ -5,7 +5,7 @@ masks leave,
     L_i = -log( w_ii e^(s_ii/t) / (w_ii e^(s_ii/t) + sum over j in N_i of w_ij e^(s_ij/t)) ).
 
 Axes: B queries · M = B (1 + k) targets, the first B the queries' positives, then k mined hard
-negatives a query · E embedding · T attribute terms.
+negatives a query · E embedding · T term slots.
 """
 
 import functools

@@ -6,7 +6,7 @@ share a softmax. A listing's loss is the mean, over its attributes that are labe
 The squares of an embedding's numbers add up to 1; the factor gives them the variance that a linear
 layer expects. The head begins at zero: all values of a name are equally likely.
 
-Axes: ... leading axes of listings · E embedding · L labels · G names · T attribute terms.
+Axes: ... leading axes of listings · E embedding · L labels · G names · T term slots.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 The vocabulary's logits of all positions, float32[N, S, V], would be the largest array of a language
 model's training. Here a chunk of positions has them at a time, forward and backward.
-Axes: N rows · S positions · C positions of a chunk · A chunks · D width · V vocabulary.
+Axes: N rows · S tokens · A chunks of positions · C positions of a chunk · D width · V vocabulary.
 """
 
 import functools

@@ -79,7 +79,6 @@ def policy_loss(
         denominator = count
     else:
         denominator = count * mask.shape[1]
-
     totals = {
         "answers": is_answer,
         "skipped": is_answer & answers["zero_variance"],
@@ -91,15 +90,23 @@ def policy_loss(
         "ratio": jnp.where(trained, ratio, 0),
         "entropy": jnp.where(mask, entropy, 0),
     }
-    maxima = {"ratio_max": totals["ratio"]}
-    if "reference_log_probs" in answers:
-        totals["kl"] = _k3(log_probs, answers["reference_log_probs"], mask)
-    if "sampler_log_probs" in answers:
-        difference = jnp.where(mask, jnp.abs(old - answers["sampler_log_probs"]), 0)
-        totals["sampler_difference"] = maxima["sampler_difference_max"] = difference
+    totals |= _differences(log_probs, answers)
+    with_maximum = totals.keys() & {"ratio", "sampler_difference"}
+    maxima = {f"{name}_max": totals[name] for name in sorted(with_maximum)}
     totals = {name: jnp.sum(x, dtype=jnp.float32) for name, x in totals.items()}
     totals |= {name: jnp.max(x) for name, x in maxima.items()}
     return jnp.sum(sums), denominator, lax.stop_gradient(totals)
+
+
+def _differences(log_probs: jax.Array, answers: Mapping[str, jax.Array]) -> Metrics:
+    """float32[B, T]: the KL from the reference, and the sampler's difference, as far as known."""
+    mask, differences = answers["mask"], {}
+    if "reference_log_probs" in answers:
+        differences["kl"] = _k3(log_probs, answers["reference_log_probs"], mask)
+    if "sampler_log_probs" in answers:
+        difference = jnp.abs(answers["old_log_probs"] - answers["sampler_log_probs"])
+        differences["sampler_difference"] = jnp.where(mask, difference, 0)
+    return differences
 
 
 def policy_metrics(totals: Mapping[str, jax.Array]) -> Metrics:

@@ -12,13 +12,14 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jax.tree_util import KeyPath
 from tokenizers import Tokenizer
 
 from afmrl_jax.core.errors import UserError
@@ -350,7 +351,7 @@ def _for_decoding(model: QwenVL) -> QwenVL:
     graph, state = nnx.split(model)
     mesh = jax.sharding.get_abstract_mesh()
 
-    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+    def cast(path: KeyPath, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         return leaf.astype(model.dtype) if MATRIX.search(name) else leaf
 
