@@ -1,9 +1,10 @@
-"""Names for the types that most rooms pass on."""
+"""Names of the nested dicts that signatures carry."""
 
 from typing import Any
 
 import jax
 
-Params = Any  # nested dicts of arrays
-Rows = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
+# A nested dict of arrays, or of what describes or places them: `jax.ShapeDtypeStruct`, shardings.
+Params = Any
+Rows = dict[str, jax.Array]  # the arrays of a batch by name, as a Processor makes them
+Metrics = dict[str, jax.Array]  # scalars by name

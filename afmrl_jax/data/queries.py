@@ -24,9 +24,9 @@ class QueryBatches:
     """
 
     catalog: Catalog
-    listings: np.ndarray  # int64, of which each has something to find
+    listings: np.ndarray  # int64, the listings to query with
     processor: Processor  # the generator's
-    queries: int  # of a step, of all processes
+    queries: int  # queries of a step, of all processes
     micro_batches: int  # A
     rows: np.ndarray  # int[C], this process's places in each micro-batch
     seed: int
