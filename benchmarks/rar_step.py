@@ -225,14 +225,11 @@ def make_update(config: QwenVLConfig, args: argparse.Namespace):
     reference = jax.tree.map(lambda x: x.astype(dtype), trained) if full else frozen
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, weight_decay=0.0))
     state = trained, jax.jit(optimizer.init)(trained)
-
-    def score(graph, params, rows, tokens, mask):
-        options = {"chunk": VOCABULARY_CHUNK, "temperature": 1.0}
-        return score_answers(nnx.merge(graph, params), rows, tokens, mask, **options)
+    score = functools.partial(score_answers, chunk=VOCABULARY_CHUNK, temperature=1.0)
 
     def loss(params, frozen, part):
         rows, answers = part
-        scores = score(graph, lora.join(params, frozen), rows, answers["tokens"], answers["mask"])
+        scores = score(graph, lora.join(params, frozen), rows, answers)
         flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in answers.items()}
         log_probs, entropy = (x.reshape(-1, x.shape[-1]) for x in scores)
         flat["old_log_probs"] = jax.lax.stop_gradient(log_probs)
@@ -240,7 +237,7 @@ def make_update(config: QwenVLConfig, args: argparse.Namespace):
 
     @jax.jit
     def refer(params, rows, answers):
-        parts = (rows, answers["tokens"], answers["mask"])
+        parts = (rows, {name: answers[name] for name in ("tokens", "mask")})
         return jax.lax.map(lambda part: score(plain, params, *part)[0], parts)
 
     @functools.partial(jax.jit, donate_argnums=0)
