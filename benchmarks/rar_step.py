@@ -40,7 +40,7 @@ from running import train, write
 from afmrl_jax.attributes.text import Verdict, format_attributes, parse
 from afmrl_jax.configs.rar import get_config
 from afmrl_jax.core.chips import CHIPS, chip_of
-from afmrl_jax.data.processor import Processor, Row
+from afmrl_jax.data.processor import Processor, Row, RowSizes
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.losses.policy import PolicyGradient, policy_loss
 from afmrl_jax.models import lora, sampler
@@ -176,7 +176,9 @@ def random_step(args: argparse.Namespace) -> tuple[dict[str, list[float]], dict]
             for part, duration in times.items():
                 seconds[part].append(duration)
     prefill, decode = (statistics.median(seconds.pop(part)) for part in ("prefill", "decode"))
-    read = bytes_a_step(config, lora.without(params()), rows["token_mask"], samples, args.new)
+    read = bytes_a_step(
+        config, lora.without_adapters(params()), rows["token_mask"], samples, args.new
+    )
     return seconds, against_memory(args, read, prefill, decode)
 
 
@@ -227,7 +229,7 @@ def make_update(config: QwenVLConfig, args: argparse.Namespace):
 
     def loss(params, frozen, part):
         rows, answers = part
-        scores = score(graph, lora.join(params, frozen), rows, answers["tokens"], answers["mask"])
+        scores = score(graph, lora.join(params, frozen), rows, answers)
         flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in answers.items()}
         log_probs, entropy = (x.reshape(-1, x.shape[-1]) for x in scores)
         flat["old_log_probs"] = jax.lax.stop_gradient(log_probs)
@@ -235,7 +237,7 @@ def make_update(config: QwenVLConfig, args: argparse.Namespace):
 
     @jax.jit
     def refer(params, rows, answers):
-        parts = (rows, answers["tokens"], answers["mask"])
+        parts = (rows, {name: answers[name] for name in ("tokens", "mask")})
         return jax.lax.map(lambda part: score(plain, params, *part)[0], parts)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -295,10 +297,8 @@ def make_embedder(args: argparse.Namespace):
     tokenizer = train_tokenizer([WORDS] * 4, 400)
     config = preset(name).replace(**special_token_ids(tokenizer))
     area, dtype = (args.grid * config.vision.patch_size) ** 2, args.dtype
-    processor = Processor(
-        tokenizer, config, max_tokens=args.prompt + args.new, max_patches=args.grid**2,
-        min_pixels=area // 2, max_pixels=area,
-    )  # fmt: skip
+    sizes = RowSizes(args.prompt + args.new, args.grid**2, min_pixels=area // 2, max_pixels=area)
+    processor = Processor(tokenizer, config, sizes)
 
     def make() -> Embedder:
         return Embedder(config, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)

@@ -38,7 +38,7 @@ from PIL import Image
 
 from afmrl_jax.configs import agcl
 from afmrl_jax.core.chips import chip_of
-from afmrl_jax.data.processor import Processor, Row
+from afmrl_jax.data.processor import Processor, Row, RowSizes
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.losses.contrastive import Contrastive, contrastive_loss
 from afmrl_jax.models import lora
@@ -111,14 +111,8 @@ def make_rows(args: argparse.Namespace) -> tuple[QwenVLConfig, Rows]:
     tokenizer = train_tokenizer([], 270)
     config = preset(args.preset).replace(**special_token_ids(tokenizer))
     area = args.max_patches * config.vision.patch_size**2
-    processor = Processor(
-        tokenizer,
-        config,
-        max_tokens=args.max_tokens,
-        max_patches=args.max_patches,
-        min_pixels=area * 3 // 4,
-        max_pixels=area,
-    )
+    sizes = RowSizes(args.max_tokens, args.max_patches, min_pixels=area * 3 // 4, max_pixels=area)
+    processor = Processor(tokenizer, config, sizes)
     rows = []
     for _ in range(2 * args.batch):
         aspect = random.choice([3 / 4, 1, 4 / 3])

@@ -40,7 +40,7 @@ from afmrl_jax.data.tokenizer import (
 )
 from afmrl_jax.models.config import QwenVLConfig, from_hf
 from afmrl_jax.models.embedder import Embedder
-from afmrl_jax.models.lora import LoRA, adapt, hold
+from afmrl_jax.models.lora import LoRA, adapt, add_base_adapters
 from afmrl_jax.models.partition import param_shardings
 from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
@@ -78,7 +78,7 @@ class Assembly(abc.ABC):
         # Frozen parameters are stored as they are multiplied; only trained ones need float32.
         param_dtype = dtype if self.lora else jnp.float32
         model = self.assemble(rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=self.remat)
-        hold(model, self.base_lora)
+        add_base_adapters(model, self.base_lora)
         if self.lora:
             adapt(model, self.lora, rngs)
         return model
@@ -93,17 +93,8 @@ class Assembly(abc.ABC):
 
     def make_processor(self, prompt: Prompt, **more: Any) -> Processor:
         """Rows of the options' sizes; more: the Processor's other arguments."""
-        rows = self.options.rows
-        return Processor(
-            self.tokenizer,
-            self.model_config,
-            max_tokens=rows.max_tokens,
-            max_patches=rows.max_patches,
-            min_pixels=rows.min_pixels,
-            max_pixels=rows.max_pixels,
-            prompt=prompt,
-            **more,
-        )
+        sizes = self.options.rows.sizes
+        return Processor(self.tokenizer, self.model_config, sizes, prompt=prompt, **more)
 
     def abstract_rows(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from afmrl_jax.core.options import Options, among, between
+from afmrl_jax.data.processor import RowSizes
 from afmrl_jax.models.layers import REMATS
 from afmrl_jax.models.lora import LoRA
 
@@ -22,6 +23,11 @@ class RowOptions(Options, section="data"):
     max_patches: int = between(1)  # of a row, over all its images
     min_pixels: int = between(1)  # area to which a smaller image is enlarged
     max_pixels: int = between(1)  # area to which a larger image is reduced
+
+    @property
+    def sizes(self) -> RowSizes:
+        """The sizes of a prompt's row."""
+        return RowSizes(self.max_tokens, self.max_patches, self.min_pixels, self.max_pixels)
 
 
 @dataclass(frozen=True)

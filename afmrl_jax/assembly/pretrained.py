@@ -217,7 +217,7 @@ def _of_adapter(folder: Path, path: str, kind: type[AnyAssembly]) -> Pretrained[
     log.info("%s: a PEFT adapter of %d matrices on %s", folder, len(adapter.tensors), base)
 
     def load(abstract: Any) -> Any:
-        plain = lora.plain(abstract)
+        plain = lora.without_any_adapters(abstract)
         adapters = adapter.read(plain, model.model_config)
         params = hf_weights.load(base, plain, model.model_config)
         return _combined(lora.join(adapters, params), own.scale, abstract)
@@ -229,7 +229,7 @@ def _combined(params: Any, scale: float, abstract: Any) -> Any:
     """Parameters with adapters as `abstract` says: merged in float32, or apart."""
     example = jax.tree.leaves(abstract)[0]
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    combine = lora.apart if lora.is_apart(abstract) else lora.merge
+    combine = lora.as_base_adapters if lora.has_base_adapters(abstract) else lora.merge
     return jax.jit(lambda params: combine(params, scale, example.dtype), out_shardings=shardings)(
         params
     )
@@ -279,7 +279,7 @@ def read_base(model: Assembly, frozen: Any, base: Base) -> tuple[Any, Base]:
     else:
         shardings = jax.tree.map(lambda x: x.sharding, frozen)
         fresh = functools.partial(model.init_params, base.seed)
-        params = jax.jit(lambda: lora.without(fresh()), out_shardings=shardings)()
+        params = jax.jit(lambda: lora.without_adapters(fresh()), out_shardings=shardings)()
     found = lora.fingerprint(params)
     if base.fingerprint not in ("", found):
         raise UserError(
@@ -302,7 +302,7 @@ def _load_run(
     example = jax.tree.leaves(abstract)[0]
     whole = abstract_params(model, example.sharding.mesh)
     trained, frozen = lora.split(whole, trainable)
-    params, _ = read_base(model, lora.without(whole), Base.of_record(record))
+    params, _ = read_base(model, lora.without_adapters(whole), Base.of_record(record))
     trained = checkpoints.restore_params(step, trained)
     params = lora.join(trained, lora.subset(params, frozen))
     return _combined(params, training.lora.scale if training.lora else 1.0, abstract)

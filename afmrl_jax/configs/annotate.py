@@ -4,9 +4,9 @@ python -m afmrl_jax.main --config=configs/annotate.py --workdir=runs/annotated
 
 Or with a generator that was trained here: --config.generator=runs/sft
 
-An endpoint's key stands in the environment, as OPENAI_API_KEY. The same command again goes on where
-the last one stopped. What gave no attributes stands in invalid.jsonl, listings that the endpoint
-refuses among them: delete lines there to have their listings asked again.
+The environment variable OPENAI_API_KEY holds the endpoint's key. The same command again goes on
+where the last one stopped. invalid.jsonl has a line for each listing that got no attributes, also
+for those that the endpoint refuses: delete a line to ask about its listing again.
 
 Then: --config.data.attributes=runs/annotated/attributes.jsonl
 
@@ -37,12 +37,12 @@ def get_config(arm: str = "annotate") -> ConfigDict:
     config.split = "all"  # train | validation | test | all: the listings to annotate
     config.share = 1.0  # of the split's products that are annotated, each with all its listings
 
-    # A generator's workdir, one of its checkpoints, or a folder exported from it. It is asked as it
-    # was trained to be, greedily, and each line tells its confidence in each attribute. Of the
-    # fields below only eval.batch counts then.
+    # A generator's workdir, one of its checkpoints, or a folder exported from it. It reads rows as
+    # in its training, answers greedily, and gives its confidence in each attribute. Of the fields
+    # below it uses only eval.batch.
     config.generator = ""  # "" = the endpoint
     config.eval = ConfigDict()
-    # 32 listings stay in a CPU's cache; an accelerator takes more.
+    # 32 listings fit into a CPU's cache; an accelerator takes more.
     config.eval.batch = 32  # listings that a generator answers at once, on all devices
 
     # ---- an endpoint
@@ -56,17 +56,18 @@ def get_config(arm: str = "annotate") -> ConfigDict:
     config.api.model = ""  # the model's name at that endpoint
     config.api.key_variable = "OPENAI_API_KEY"  # the environment variable that holds the key
     config.api.concurrency = 8  # requests at once
-    config.api.timeout = 120.0  # seconds that a server may be silent
-    # A request that fails is sent again after waits that double, or as the server says. A server
-    # that has no time for any (429, 502, 503), or is away, is waited for: (retries + 1) * timeout
-    # without an answer.
-    config.api.retries = 5  # of a request
+    config.api.timeout = 120.0  # seconds of a server's silence
+    # A failed request is sent again after waits that double, or that the server names. A server
+    # that is busy (429, 502, 503), or away, gets (retries + 1) * timeout seconds to answer.
+    config.api.retries = 5  # repetitions of a request
     # OpenAI's newer models want max_completion_tokens, and no temperature.
     config.api.options = '{"max_tokens": 256, "temperature": 0}'  # JSON sent with each request
 
-    config.budget = ConfigDict()  # of this start of the program; 0 = no limit
-    config.budget.requests = 0  # retries included
-    config.budget.tokens = 0  # of prompts, images and answers, as the server counts them
+    # Limits of one start of the program.
+    config.budget = ConfigDict()
+    config.budget.requests = 0  # requests, retries included; 0 = no limit
+    # Tokens of prompts, images and answers, as the server counts them.
+    config.budget.tokens = 0  # 0 = no limit
 
     if arm == "tiny":
         config.split = "train"

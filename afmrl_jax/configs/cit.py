@@ -1,12 +1,12 @@
-"""The whole cycle (CIT): an encoder and a generator, each trained by means of the other.
+"""The whole cycle (CIT): an encoder and a generator, each trained with the help of the other.
 
 python -m afmrl_jax.main --config=configs/cit.py --workdir=W/cit
 
-Every stage has the fields of its own file, as --config.rar.steps=50, less those that are said once
-for all and those that the cycle sets. The same command again goes on where the last one stopped. To
+Every stage has the fields of its page, as --config.rar.steps=50, without those that all stages
+share and those that the cycle sets. The same command again goes on where the last one stopped. To
 run a stage anew, delete its folder and those of the stages after it.
 
-configs/cit.py:tiny takes every stage's tiny arm: the whole cycle in a minute or two, to see it run.
+configs/cit.py:tiny takes every stage's tiny arm: the whole cycle runs in a minute or two.
 """
 
 from types import ModuleType
@@ -16,10 +16,10 @@ from ml_collections import ConfigDict
 from afmrl_jax.configs import agcl, annotate, common, evaluate, rar, sft
 
 ARMS = ("cit", "tiny")
-# Fields that are said once for all stages.
+# Fields that all stages share.
 SHARED = ("program", "seed", "mesh", "data.path", "data.shared_ids", "data.attributes")
 SHARED += ("data.cache_dir", "data.on_bad_listing")
-# A model that was trained here knows its rows.
+# Fields that a model trained here brings with it.
 ROWS = ("data.instruction", "data.max_tokens", "data.max_answer", "data.max_patches")
 ROWS += ("data.min_pixels", "data.max_pixels")
 ENDPOINT = ("prompt", "images", "image_side", "text_characters", "api", "budget")
@@ -32,13 +32,13 @@ def get_config(arm: str = "cit") -> ConfigDict:
     config.seed = 0
     common.catalogue(config)
     common.attributes(config)
-    # The share of the training products that are annotated, and that `again` learns from.
-    config.share = 0.4
+    # The stage `again` learns from the annotated products.
+    config.share = 0.4  # share of the training products that are annotated
 
-    def stage(page: ModuleType, *taken: str) -> ConfigDict:
-        """The fields of a stage's page, less those shared and those `taken`."""
+    def stage(page: ModuleType, *removed: str) -> ConfigDict:
+        """The fields of a stage's page without those shared and those of `removed`."""
         fields = (page.get_config("tiny") if arm == "tiny" else page.get_config()).unlock()
-        for name in (*SHARED, *taken):
+        for name in (*SHARED, *removed):
             section, _, field = name.rpartition(".")
             part = fields[section] if section else fields
             if field in part:
@@ -46,21 +46,23 @@ def get_config(arm: str = "cit") -> ConfigDict:
         return fields
 
     config.agcl = stage(agcl)  # the first encoder
-    config.sft = stage(sft)  # the generator. init_from may be agcl: the encoder of this cycle
+    # The generator. Its init_from may be agcl: then it starts from the first encoder.
+    config.sft = stage(sft)
     config.rar = stage(rar, "generator", "encoder", *ROWS)
     config.annotate = stage(annotate, "generator", "split", "share", *ENDPOINT)
-    # The second encoder. Its init_from may be agcl: then it goes on from the first one.
+    # The second encoder. Its init_from may be agcl: then it starts from the first encoder.
     config.again = stage(agcl)
-    taken = ("checkpoint", "model", "eval.attributes", "eval.enrich", "data.prompt")
-    config.evaluate = stage(evaluate, *taken, *ROWS)
+    removed = ("checkpoint", "model", "eval.attributes", "eval.enrich", "data.prompt")
+    config.evaluate = stage(evaluate, *removed, *ROWS)
 
     config.again.data.described_only = True
-    config.again.data.attribute_noise = 0.0  # what the generator says is wrong often enough
+    # The generator's attributes are wrong often enough.
+    config.again.data.attribute_noise = 0.0
     task = "image+text->image+text"
     config.agcl.eval.tasks = config.again.eval.tasks = config.evaluate.eval.tasks = task
     if arm == "tiny":
         config.share = annotate.get_config("tiny").share
-    else:  # the whole takes 35 minutes on two CPU cores
+    else:  # 35 minutes for the whole cycle on two CPU cores
         config.agcl.steps = config.again.steps = 240
-        config.sft.steps = 1500  # more than four minutes
+        config.sft.steps = 1500
     return config.lock()

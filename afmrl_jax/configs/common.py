@@ -1,10 +1,11 @@
-"""Fields that several programs share: a page calls what it needs, then sets what differs."""
+"""Fields that several programs share: a page calls the functions that it needs, then sets the
+values that differ."""
 
 from ml_collections import ConfigDict
 
 
 def check_arm(arm: str, arms: tuple[str, ...]) -> None:
-    """Raises ValueError, which names the arms, for one that a page does not have."""
+    """Raises ValueError, which names the arms, for an arm that a page does not have."""
     if arm not in arms:
         raise ValueError(f"there is no arm {arm!r}: it has {', '.join(arms)}")
 
@@ -12,7 +13,8 @@ def check_arm(arm: str, arms: tuple[str, ...]) -> None:
 def get_config() -> ConfigDict:
     """The fields of every program."""
     config = ConfigDict()
-    config.mesh = ConfigDict()  # devices along each axis; -1 = all that are left, on one axis
+    # Devices along each axis. At most one axis is -1: it takes all devices that the others leave.
+    config.mesh = ConfigDict()
     config.mesh.slice = 1  # pods joined over the data-centre network
     config.mesh.data = -1  # replicas
     config.mesh.fsdp = 1  # replicas that share the parameters
@@ -26,30 +28,31 @@ def get_config() -> ConfigDict:
 def catalogue(config: ConfigDict) -> None:
     """The listings."""
     config.data.path = "builtin"  # builtin, or folders, Parquet files, tfds:NAME, by commas
-    # With several catalogues True means that listings with one listing_id and a photo in common are
-    # one listing, and that one product_id is one product. False: each catalogue has its own ids.
+    # True: in several catalogues, listings with the same listing_id and a common photo are the same
+    # listing, and the same product_id is the same product. False: each catalogue numbers its own.
     config.data.shared_ids = True
-    config.data.on_bad_listing = "error"  # error | skip (drop, count and list them)
+    config.data.on_bad_listing = "error"  # error | skip (leave out, count and list)
 
 
 def attributes(config: ConfigDict) -> None:
-    """Whose attributes the listings have."""
-    # A JSONL file of {"listing_id": ..., "attributes": {...}}, as annotate writes it, replaces the
-    # catalogue's attributes; a listing without a line then has none. "" = the catalogue's.
-    config.data.attributes = ""
+    """The attributes of the listings."""
+    # A JSONL file of {"listing_id": ..., "attributes": {...}}, as annotate writes it. It replaces
+    # the catalogue's attributes; a listing without a line then has none.
+    config.data.attributes = ""  # "" = the catalogue's attributes
 
 
 def schedule(config: ConfigDict, steps: int, evaluators: str) -> None:
-    """How long a program trains, and how often it looks, saves and logs."""
+    """How long a program trains, and how often it validates, saves and logs."""
     config.seed = 0
     config.steps = steps  # optimizer steps of the whole run
-    config.log_every = 10  # steps
+    config.log_every = 10  # steps between log lines
     config.eval_every = 0  # steps between validations; 0 = only at the end
     config.checkpoint_every = 0  # steps between checkpoints; 0 = only at the end
     config.checkpoint_dir = ""  # "" = WORKDIR/checkpoints; another folder, or gs://BUCKET/FOLDER
-    # Who judges at validations, by commas: the program's evaluator, or module:function of your own.
-    config.evaluators = evaluators  # the first one's first number chooses the best checkpoint
-    config.profile = ""  # START:END, the steps to trace into WORKDIR/profile; "" = none
+    # Evaluators of a validation, by commas: the program's, or module:function, yours. The first
+    # number of the first evaluator chooses the best checkpoint.
+    config.evaluators = evaluators
+    config.profile = ""  # START:END, steps to trace into WORKDIR/profile; "" = none
 
 
 def batches(config: ConfigDict) -> None:
@@ -57,14 +60,14 @@ def batches(config: ConfigDict) -> None:
     # The micro-batches of a batch are computed one after the other, with the same gradient.
     config.micro_batches = 1  # 1 = the whole batch at once
     config.data.workers = 1  # processes that prepare batches; 0 = a thread of the training process
-    config.data.timeout = 600.0  # seconds that a batch may take before the run ends
+    config.data.timeout = 600.0  # seconds to wait for a batch before the run ends
 
 
 def model(config: ConfigDict) -> None:
     """How a model computes, and which of its parameters are trained."""
     config.model = ConfigDict()
-    # The computation's type; trained parameters and the loss stay float32. CPUs are faster in
-    # float32, accelerators in bfloat16.
+    # The type of the computation; trained parameters and the loss are float32. CPUs are faster with
+    # float32, accelerators with bfloat16.
     config.model.dtype = "float32"  # float32 | bfloat16
     # The backward pass recomputes nothing, all but matrix products, all but attention, or all.
     config.model.remat = "none"  # none | dots | attention | full
@@ -81,13 +84,13 @@ def model(config: ConfigDict) -> None:
 def optimizer(config: ConfigDict, learning_rate: float) -> None:
     """Warm-up to the learning rate, then a cosine."""
     config.optimizer = ConfigDict()
-    # From scratch Muon needs half of AdamW's steps, each 15 to 30% slower on CPUs; pretrained
-    # weights, and LoRA's narrow matrices, take AdamW.
+    # From scratch Muon needs half as many steps as AdamW, each 15 to 30% slower on CPUs. Use AdamW
+    # for pretrained weights and for LoRA.
     config.optimizer.name = "adamw"  # adamw | muon
     config.optimizer.learning_rate = learning_rate
     config.optimizer.warmup_share = 0.1  # share of the updates
-    config.optimizer.final_share = 0.02  # share of the learning rate where the cosine ends
-    config.optimizer.weight_decay = 0.05  # matrices only
+    config.optimizer.final_share = 0.02  # share of the learning rate at the cosine's end
+    config.optimizer.weight_decay = 0.05  # of matrices alone
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.98
     config.optimizer.clip_norm = 1.0  # greatest norm of the gradient; 0 = not clipped
@@ -103,7 +106,7 @@ def rows(config: ConfigDict, max_tokens: int) -> None:
 
 
 def tiny_rows(config: ConfigDict) -> None:
-    """The smallest inputs that still show something, prepared by the process that trains."""
+    """The smallest useful inputs, prepared by the process that trains."""
     config.data.workers = 0
     config.data.max_patches = 16
     config.data.min_pixels = 256

@@ -1,4 +1,4 @@
-"""Writes a model for others: python -m afmrl_jax.main --config=configs/export.py
+"""Writes a model as a Hugging Face folder: python -m afmrl_jax.main --config=configs/export.py
 --config.checkpoint=runs/agcl --config.out=exported
 """
 
@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     config.checkpoint = ""
     config.best = False  # of a workdir, the best on validation instead of the last
     evaluate.folder(config)
-    config.out = ""  # the Hugging Face folder to write; one that export wrote is replaced
-    config.dtype = "float32"  # float32 | bfloat16: the type of the weights written
+    # The folder to write. It may replace only a folder that export wrote.
+    config.out = ""
+    config.dtype = "float32"  # float32 | bfloat16: type of the written weights
     return config.lock()

@@ -1,7 +1,7 @@
 """Stage 2: the generator, taught to answer a listing with its attributes (SFT).
 
 configs/sft.py        on the built-in catalogue, small enough for two CPU cores
-configs/sft.py:tiny   a few steps, in seconds: a look at the program, no good generator
+configs/sft.py:tiny   a few steps, in seconds: shows the program, trains no good generator
 
 To distil a larger model, let it write attributes (configs/annotate.py) and name them:
 --config.data.attributes=FILE.
@@ -27,10 +27,10 @@ def get_config(arm: str = "sft") -> ConfigDict:
 
     config.batch = 16  # answers of the global batch
     common.batches(config)
-    config.micro_batches = 2  # 8 rows each, which stay in a CPU's cache
+    config.micro_batches = 2  # micro-batches of 8 rows, which fit into a CPU's cache
     config.vocabulary_chunk = 16  # tokens of each row whose logits are in memory at once
-    # A checkpoint of a generator, or of an encoder, which has learnt to see, or a Hugging Face
-    # folder.
+    # A checkpoint of a generator, or of an encoder, whose vision tower is trained already; or a
+    # Hugging Face folder.
     config.init_from = ""  # "" = from scratch
 
     common.model(config)
@@ -40,28 +40,29 @@ def get_config(arm: str = "sft") -> ConfigDict:
     common.optimizer(config, learning_rate=4e-3)  # pretrained weights take 1e-5
     config.optimizer.name = "muon"
 
-    common.rows(config, max_tokens=96)  # a question's
-    # The instruction is the system's turn of the model's chat template; "" = the template's words.
+    common.rows(config, max_tokens=96)
+    # The instruction is the system's turn of the chat template; "" keeps the template's turn.
     config.data.instruction = "List the product's key attributes."
-    config.data.max_answer = 52  # tokens of an answer; pairs that it does not hold are not learned
-    # Rows of like length make a batch, padded to one of so many lengths, with a compilation each.
-    # Texts that differ more than the built-in catalogue's take 4.
-    config.data.buckets = 2  # 1 = all rows padded to the longest
-    # A policy that has never left an attribute out cannot be rewarded for it in RAR.
-    config.data.answer_dropout = 0.15  # share of attributes that training answers leave out
+    # Pairs that do not fit into an answer are not learned.
+    config.data.max_answer = 52  # tokens of an answer
+    # Rows of similar length make a batch, which is padded to one of a few lengths, each with its
+    # compilation. Texts that differ more than those of the built-in catalogue take 4.
+    config.data.buckets = 2  # lengths; 1 = the longest row's for all batches
+    # RAR can reward a policy for leaving an attribute out only if the policy has done so before.
+    config.data.answer_dropout = 0.15  # share of attributes left out of training answers
 
     config.eval = ConfigDict()
     config.eval.batch = 128  # listings answered at once
-    config.eval.validation_listings = 128  # listings of that split answered at each validation
-    config.eval.listings = 2000  # listings of the test split answered at the end
-    config.eval.samples = 3  # answers shown of each evaluation
+    config.eval.validation_listings = 128  # listings of the validation split, at each validation
+    config.eval.listings = 2000  # listings of the test split, at the end
+    config.eval.samples = 3  # answers printed by each evaluation
 
     if arm == "tiny":
         config.update(steps=60, batch=8, log_every=10, eval_every=30, checkpoint_every=30)
         common.tiny_rows(config)
         config.data.max_tokens = 48
         config.data.max_answer = 24
-        config.data.answer_dropout = 0.8  # short answers are learned soon
+        config.data.answer_dropout = 0.8  # short answers, which are learned soon
         config.model.vocab_size = 512
         config.eval.update(batch=16, validation_listings=16, listings=32)
     return config.lock()

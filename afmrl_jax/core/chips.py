@@ -7,11 +7,13 @@ import jax
 
 @dataclass(frozen=True)
 class Chip:
-    """flops: dense bf16, a second. bandwidth: bytes a second between chip and its memory. memory:
-    bytes that a program may use. link: bytes a second, one way, of one link to a neighbour.
-    network: bytes a second, one way, between pods (TPU) or machines (GPU). clock: Hz, 0 where no
-    cycles are estimated. wraps: a dimension of the torus of this length, or a multiple of it, is a
-    ring; 0: no torus.
+    """A chip's peak rates and memory.
+
+    flops: dense bf16 operations a second. bandwidth: bytes a second between the chip and its
+    memory. memory: bytes that a program may use. link: bytes a second, one way, of one link to a
+    neighbour. network: bytes a second, one way, between pods (TPU) or machines (GPU). clock: Hz; 0
+    where no cycles are estimated. wraps: a dimension of the torus is a ring where its length is a
+    multiple of this; 0 where there is no torus.
     """
 
     flops: float
@@ -26,7 +28,7 @@ class Chip:
 GIB = 2**30
 
 
-# By the start of jax's device_kind.
+# Chips by the first characters of JAX's device_kind.
 CHIPS = {
     "NVIDIA H200": Chip(989e12, 4.8e12, 141e9, 450e9, 50e9),
     "NVIDIA H100": Chip(989e12, 3.35e12, 80e9, 450e9, 50e9),
@@ -40,6 +42,6 @@ CHIPS = {
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """The chip of a device; None where it is not known (a CPU's peaks are not)."""
-    kinds = sorted(CHIPS, key=len, reverse=True)
-    return next((CHIPS[k] for k in kinds if device.device_kind.startswith(k)), None)
+    """The chip of a device; None for an unknown one, such as any CPU."""
+    prefixes = sorted(CHIPS, key=len, reverse=True)
+    return next((CHIPS[p] for p in prefixes if device.device_kind.startswith(p)), None)

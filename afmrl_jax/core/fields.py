@@ -1,4 +1,4 @@
-"""A configuration's fields: their dotted names, and what values they may have."""
+"""A configuration's fields: their dotted names, and the values that they may have."""
 
 import difflib
 import math
@@ -9,30 +9,30 @@ from afmrl_jax.core.errors import UserError
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted field -> value, of a ConfigDict or a dict."""
+    """Dotted field -> value, of a ConfigDict or a dict, nested to any depth."""
     flat = {}
     for key, value in config.items():
-        # Not by its class: a ConfigDict is no dict.
+        # Not isinstance(value, dict): a ConfigDict is no dict.
         nested = hasattr(value, "items")
         flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat
 
 
 def check_range(field: str, value: float, low: float, high: float) -> None:
-    """Raises UserError where the value is not between the two, both allowed."""
+    """Raises UserError where the value is below `low` or above `high`."""
     if not low <= value <= high:
         raise UserError(f"{field} is {value!r}: give {_allowed(low, high)}")
 
 
 def _allowed(low: float, high: float) -> str:
     most = str(high) if isinstance(high, int) else f"{high:g}"
-    if 0 < low < 1e-5:  # stands for more than 0
+    if 0 < low < 1e-5:  # the smallest numbers stand for "more than 0"
         return "more than 0" if high == math.inf else f"more than 0, at most {most}"
     return f"{low:g} or more" if high == math.inf else f"{low:g} to {most}"
 
 
 def check_choice(field: str, value: object, allowed: Sequence[str]) -> None:
-    """Raises UserError, with the nearest choice, where the value is none of those allowed."""
+    """Raises UserError, with the most similar choice, where the value is not allowed."""
     if value not in allowed:
         close = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
         hint = f'; did you mean "{close[0]}"?' if close else ""

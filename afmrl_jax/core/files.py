@@ -1,7 +1,7 @@
 """Files and folders that are written whole or not at all: nobody sees them half written.
 
-They are written beside, under a temporary name, and then renamed. Temporary names do not hold the
-process's id: containers that share a folder share those too.
+They are written in the same folder under a temporary name, and then renamed. Temporary names do not
+hold the process's id: processes of several containers that share a folder may have the same id.
 """
 
 import contextlib
@@ -25,8 +25,8 @@ def write_atomically(path: Path, content: str | np.ndarray) -> None:
 
 @contextlib.contextmanager
 def whole_files(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
-    """Temporary paths by name, to write to; they take the names, in their order, if nothing is
-    raised. The folder is made where there is none."""
+    """Temporary paths by name, to write to. If nothing is raised, they are renamed to the names, in
+    their order. A missing folder is made."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as temporary:
         paths = {name: Path(temporary) / name for name in names}
@@ -37,16 +37,16 @@ def whole_files(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]
 
 @contextlib.contextmanager
 def whole_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A temporary folder that takes the name `path` if nothing is raised.
+    """A temporary folder that is renamed to `path` if nothing is raised.
 
-    replace: whether it takes the place of a folder that stands there, which is set aside for the
-    moment between two renames and then deleted. Else that folder stays: another process was faster.
+    replace: whether it replaces a folder at `path`, which is set aside between two renames and then
+    deleted. Else that folder stays, because another process was faster.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".unfinished-"))
     new, old = temporary / "new", temporary / "old"
     try:
-        new.mkdir()  # with everybody's rights, which mkdtemp does not give
+        new.mkdir()  # readable for others, unlike a folder of mkdtemp
         yield new
         if replace and path.exists():
             path.rename(old)

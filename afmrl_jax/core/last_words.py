@@ -1,10 +1,10 @@
-"""How one process of several ends all of them, by the sentence that ended it.
+"""How a process of several ends all of them, with the sentence that explains its end.
 
 Process 0 hosts JAX's coordination service, so it is the last to leave. The process that ends first
-leaves its sentence there, and the others look for it.
-Everything that is not JAX's public interface stands in this file. Seen on jax 0.10.2:
-`jax._src.distributed.global_state` (the service's client), and that the runtime ends a process that
-lost the service by SIGABRT.
+writes its sentence there, and the others look for it.
+This file alone depends on JAX's internals, as of jax 0.10.2: on
+`jax._src.distributed.global_state` (the service's client), and on the runtime's ending a process
+that lost the service by SIGABRT.
 """
 
 import contextlib
@@ -24,20 +24,21 @@ from jax._src.distributed import global_state  # JAX has no public name for its 
 from afmrl_jax.core.errors import UserError
 
 TRY_AGAIN = os.EX_TEMPFAIL  # 75, the exit status that launch/restart.sh starts again
-LINGER_SECONDS = 5  # that process 0 stays when it ends
-LISTEN_SECONDS = 1.0  # between two looks for the other processes' last words
-_KEY = "afmrl_jax/last_words"  # in the coordination service
+LINGER_SECONDS = 5  # seconds that process 0 waits before it ends
+LISTEN_SECONDS = 1.0  # seconds between two looks for the other processes' last words
+_KEY = "afmrl_jax/last_words"  # key of the last words in the coordination service
 _LAST: list[tuple[str, int]] = []  # another process's sentence and status, once they are known
 _HEARD = threading.Event()  # set when _LAST is filled
 _PRINTING = threading.Lock()  # taken once, by the thread that prints why this process ends
-# In the errors of JAX's runtime, gloo, NCCL and Orbax when another process is gone.
+# Words in the errors of JAX's runtime, gloo, NCCL and Orbax when another process is gone.
 LOST = r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|CoordinationService|[Bb]arrier"
 
 
 def listen() -> None:
     """Begins to look for the others' last words; call it once, when all have joined."""
-    # Where process 0 is gone, JAX's runtime aborts from a thread of its own, while the main thread
-    # is about to raise what `lost` reads. The handler sleep(SIGABRT) gives it SIGABRT = 6 seconds.
+    # When process 0 is gone, a thread of JAX's runtime aborts this process while the main thread is
+    # about to raise the error that `lost` reads. The handler sleep(SIGABRT) gives that thread 6
+    # seconds, which is the number of SIGABRT.
     libc = ctypes.CDLL(None)
     libc.signal(signal.SIGABRT, libc.sleep)
     threading.Thread(target=_follow, daemon=True).start()
@@ -62,7 +63,7 @@ def say_last(sentence: str, status: int = 0) -> None:
         print(f"afmrl_jax: {sentence}", file=sys.stderr, flush=True)
     if status and jax.distributed.is_initialized():
         words = json.dumps([jax.process_index(), sentence, status])
-        # Raised where another process was first, or where the service is gone.
+        # JAX raises this error where another process was first, or where the service is gone.
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             global_state.client.key_value_set(_KEY, words)
 
@@ -70,7 +71,7 @@ def say_last(sentence: str, status: int = 0) -> None:
 def last_words() -> tuple[str, int] | None:
     """The sentence and the exit status with which another process ended; None where none is known.
 
-    Waits two seconds for them, and no longer: where process 0 is gone, JAX ends this process soon.
+    Waits no longer than two seconds: where process 0 is gone, JAX soon ends this process.
     """
     return _LAST[0] if _HEARD.wait(2 * LISTEN_SECONDS) else None
 
@@ -81,7 +82,8 @@ def _follow() -> None:
     The main thread may wait for that process in a collective or a barrier that fails after minutes,
     or never.
     """
-    seconds = LISTEN_SECONDS * max(1, global_state.num_processes / 100)  # spares process 0
+    # Many processes look less often, to spare process 0.
+    seconds = LISTEN_SECONDS * max(1, global_state.num_processes / 100)
     while (client := global_state.client) is not None:
         time.sleep(seconds)
         try:
@@ -92,7 +94,7 @@ def _follow() -> None:
             return
         _LAST.append((f"process {index} ended, and so do all: {sentence}", status))
         _HEARD.set()
-        time.sleep(LISTEN_SECONDS)  # in which the main thread may end the process itself
+        time.sleep(LISTEN_SECONDS)  # time for the main thread to end the process itself
         say_last(_LAST[0][0])
         leave(status)
 
@@ -107,6 +109,7 @@ def leave(status: int) -> int:
         sys.stdout.flush()
         sys.stderr.flush()
         if jax.process_index() == 0:
-            time.sleep(LINGER_SECONDS)  # so that the others hear its words before they miss it
+            # The others read the last words before they miss this process.
+            time.sleep(LINGER_SECONDS)
         os._exit(status)
     return status

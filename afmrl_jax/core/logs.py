@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, and a line or a progress bar on the terminal."""
+"""A run's logs: metrics.jsonl, TensorBoard, and a line or a progress bar on the terminal."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from afmrl_jax.core.files import write_atomically
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drops the logged steps after `step` from a metrics.jsonl, and a last line half written."""
+    """Drops the steps after `step`, and a half-written last line, from a metrics.jsonl."""
     if not path.exists():
         return
     kept = []
@@ -36,10 +36,13 @@ def duration(seconds: float) -> str:
 
 
 class RunWriter:
-    """Metrics of one run; silent where `active` is False (every process but the first)."""
+    """Writes a run's logs; does nothing where `active` is False (every process but the first)."""
 
     def __init__(self, workdir: Path, *, first_step: int, steps: int, active: bool):
-        """Opens the logs, cut back to `first_step`, the restored step (0 = from scratch)."""
+        """Opens the logs and cuts them back to `first_step`, the restored step (0 = from scratch).
+
+        steps: of the whole run.
+        """
         self.active = active
         self._first_step, self._steps = first_step, steps
         self._started = time.monotonic()
@@ -67,8 +70,8 @@ class RunWriter:
         if self._progress:
             self._progress.update(self._task, completed=step)
 
-    def log(self, step: int, metrics: Mapping[str, float], told: str) -> None:
-        """Records one step's metrics; `told` is what the terminal shows of them.
+    def log(self, step: int, metrics: Mapping[str, float], summary: str) -> None:
+        """Records a step's metrics; the terminal shows `summary`.
 
         Values that are not finite are written as null: JSON has no NaN.
         """
@@ -80,14 +83,14 @@ class RunWriter:
         for name, value in metrics.items():
             self._tensorboard.add_scalar(name, value, step)
         if self._progress:
-            self._progress.update(self._task, description=told, completed=step)
+            self._progress.update(self._task, description=summary, completed=step)
         else:
             spent = time.monotonic() - self._started
             left = spent / max(1, step - self._first_step) * (self._steps - step)
-            self.say(f"step {step}/{self._steps}  {told}  ETA {duration(left)}")
+            self.say(f"step {step}/{self._steps}  {summary}  ETA {duration(left)}")
 
     def say(self, text: str) -> None:
-        """One plain line, above the progress bar where there is one."""
+        """Prints a plain line, above the progress bar where there is one."""
         if not self.active:
             return
         if self._progress:
@@ -96,7 +99,7 @@ class RunWriter:
             print(text, flush=True)
 
     def close(self) -> None:
-        """Flushes and closes everything; the terminal is left clean."""
+        """Closes the files and removes the progress bar."""
         if not self.active:
             return
         if self._progress:

@@ -18,50 +18,50 @@ BATCH_AXES = ("slice", "data", "fsdp")
 
 
 def make_mesh(sizes: dict[str, int], among: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of all devices; `sizes` maps each of AXES to its length, -1 for what is left.
+    """The mesh of all devices.
 
-    among: other devices than those at hand, as of a topology that is only planned for.
-
+    sizes: the length of each of AXES; -1 for the number of devices that the others leave. among:
+    devices of a topology to plan for, instead of this machine's.
     Raises UserError where the lengths do not multiply to the number of devices, or `slice` is not
     the number of slices of Cloud TPUs.
     """
-    devices = len(among or jax.devices())
+    devices = list(among or jax.devices())
+    count = len(devices)
     lengths = [sizes[axis] for axis in AXES]
-    told = " x ".join(f"{axis} {length}" for axis, length in zip(AXES, lengths))
+    shape = " x ".join(f"{axis} {length}" for axis, length in zip(AXES, lengths))
     if lengths.count(-1) > 1 or any(length < 1 and length != -1 for length in lengths):
-        raise UserError(f"mesh {told}: each axis is a positive number, and at most one is -1")
+        raise UserError(f"mesh {shape}: each axis is a positive number, and at most one is -1")
     if -1 in lengths:
         known = -int(np.prod(lengths))
-        if devices % known:
-            raise UserError(f"mesh {told} does not divide {devices} devices: change mesh.*")
-        lengths[lengths.index(-1)] = devices // known
-    if int(np.prod(lengths)) != devices:
+        if count % known:
+            raise UserError(f"mesh {shape} does not divide {count} devices: change mesh.*")
+        lengths[lengths.index(-1)] = count // known
+    if int(np.prod(lengths)) != count:
         raise UserError(
-            f"mesh {told} needs {int(np.prod(lengths))} devices, but there are {devices}: "
+            f"mesh {shape} needs {int(np.prod(lengths))} devices, but there are {count}: "
             "change mesh.* or set one axis to -1"
         )
     auto = (AxisType.Auto,) * len(AXES)
-    found = list(among or jax.devices())
-    if found[0].platform != "tpu":  # GPUs have a slice_index too: their machine's
+    if devices[0].platform != "tpu":  # a GPU has a slice_index too, its machine's
         return jax.make_mesh(tuple(lengths), AXES, axis_types=auto, devices=among)
-    slices = len({getattr(device, "slice_index", None) for device in found})
+    slices = len({getattr(device, "slice_index", None) for device in devices})
     if lengths[0] != slices:
         raise UserError(
             f"there are {slices} slices, and mesh.slice is {lengths[0]}: set it to {slices}, so "
             "that only gradients cross the network between them"
         )
-    # An axis may take part of a side of the torus, as 16 of 8 x 8.
+    # An axis may take a part of the torus's sides: of 8 x 8 chips, 16.
     split = {"allow_split_physical_axes": True}
     if slices == 1:
-        placed = mesh_utils.create_device_mesh(lengths, found, **split)
+        placed = mesh_utils.create_device_mesh(lengths, devices, **split)
     else:
         within, between = (1, *lengths[1:]), (slices, 1, 1, 1)
-        placed = mesh_utils.create_hybrid_device_mesh(within, between, found, **split)
+        placed = mesh_utils.create_hybrid_device_mesh(within, between, devices, **split)
     return Mesh(placed, AXES, axis_types=auto)
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
+    """The number of parts that a batch is split into."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
@@ -76,11 +76,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def local_rows(mesh: Mesh, rows: int, field: str) -> np.ndarray:
-    """Which of a global batch's `rows` this process must deliver, in this order (all, if alone).
+    """The rows, of the `rows` of a global batch, that this process must deliver, in this order.
 
-    Returns int64[n], ascending. On a torus a process's chips need not be neighbours along an axis
-    of the mesh, so they may lie apart. Raises UserError, naming the configuration's `field`, where
-    the mesh cannot split the rows evenly.
+    Returns int64[n], ascending; all rows where the process is alone. On a torus a process's chips
+    need not be neighbours along an axis of the mesh, so its rows need not be either. Raises
+    UserError, naming the configuration's `field`, where the mesh cannot split the rows evenly.
     """
     if rows % batch_shards(mesh):
         raise UserError(
@@ -95,8 +95,10 @@ def local_rows(mesh: Mesh, rows: int, field: str) -> np.ndarray:
 def put_batch(
     batch: dict[str, np.ndarray], mesh: Mesh, *, axis: int, rows: int
 ) -> dict[str, jax.Array]:
-    """Global arrays from this process's part, the rows that `local_rows` names; dimension `axis`
-    counts `rows` in the whole batch."""
+    """Global arrays from this process's rows, those of `local_rows`.
+
+    axis: the dimension that counts rows; rows: its length in the global batch.
+    """
     sharding = batch_sharding(mesh, axis)
 
     def put(array: np.ndarray) -> jax.Array:

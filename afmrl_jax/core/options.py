@@ -1,5 +1,5 @@
-"""Settings as small frozen dataclasses: a field's range or words stand beside it, its value stands
-in the configuration page alone.
+"""Settings as small frozen dataclasses. A class declares each field's range or words; only the
+configuration page has its value.
 
     @dataclass(frozen=True)
     class Contrastive(Options, section="loss"):
@@ -20,21 +20,20 @@ from afmrl_jax.core.fields import check_choice, check_range
 
 
 def between(low: float, high: float = math.inf) -> Any:
-    """A number's field: its lowest and its highest value, both allowed."""
+    """The field of a number from `low` to `high`, both allowed."""
     return dataclasses.field(metadata={"range": (low, high)})
 
 
 def among(*words: str) -> Any:
-    """A field that is one of these words."""
+    """The field of one of these words."""
     return dataclasses.field(metadata={"words": words})
 
 
 class Options:
-    """The base of frozen dataclasses whose fields are a section's of a configuration.
+    """The base of frozen dataclasses whose fields are those of a configuration's section.
 
-    section: the dotted name of that part of the configuration; "" for its own fields. A field's
-    range is checked whenever an object is made. A field that is itself Options is read by its own
-    `of`.
+    section: the section's dotted name; "" for the fields outside all sections. Each new object's
+    values are checked. A field whose type is an Options class is read by that class's `of`.
     """
 
     section: ClassVar[str] = ""
@@ -46,10 +45,10 @@ class Options:
 
     @classmethod
     def of(cls, config: Mapping[str, Any] | Any) -> Self:
-        """Reads the fields of a whole configuration, a ConfigDict or a dict.
+        """Reads the fields from a whole configuration, a ConfigDict or a dict.
 
-        Raises UserError, naming the field as a flag does, for a value that is outside its range or
-        of another type, and for one that is missing.
+        Raises UserError, which names the field as a flag does, for a missing value, one outside its
+        range and one of another type.
         """
         part = config
         for name in filter(None, cls.section.split(".")):
@@ -91,11 +90,11 @@ def _is_number(value: object) -> bool:
 def check_options(config: Any, options: Iterable[type[Options]], prefix: str = "") -> None:
     """Raises UserError for the first field of these options that is missing or out of range.
 
-    prefix: stands before the field's name in the message, as "rar." for a section of a larger
-    configuration.
+    prefix: stands before the field's name in the message; "rar.", for example, where `config` is
+    that section of a larger configuration.
     """
-    for kind in options:
+    for options_class in options:
         try:
-            kind.of(config)
+            options_class.of(config)
         except UserError as error:
             raise UserError(f"{prefix}{error}") from None

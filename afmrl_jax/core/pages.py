@@ -1,6 +1,6 @@
 """The page that --config names: a Python file whose get_config returns a program's fields.
 
-The package's own pages are configs/NAME.py from any folder, but for one with such a file itself.
+From any folder configs/NAME.py is the package's page, unless that folder has such a file itself.
 """
 
 import difflib
@@ -13,22 +13,23 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import flatten
 
+Result = TypeVar("Result")
 PACKAGED = Path(__file__).parents[1] / "configs"
-# What ml_collections says of a field that a locked configuration has not.
+# ml_collections' message for a field that a locked configuration does not have.
 NO_FIELD = re.compile(r'Key "(\w+)" does not exist and cannot be added')
 NEAR = re.compile(r'Did you mean "(\w+)" instead of')
 PROGRAMS = sorted(p.stem for p in PACKAGED.glob("[a-z]*.py") if p.stem != "common")
 
 
 def find_page(path: str) -> Path:
-    """The file at `path`, or the package's own page of that name. Raises UserError for none."""
+    """The file at `path`, or the package's page of that name. Raises UserError for neither."""
     if Path(path).is_file():
         return Path(path)
     names = [f"configs/{program}.py" for program in PROGRAMS]
@@ -40,10 +41,10 @@ def find_page(path: str) -> Path:
 
 
 def load_page(name: str) -> ConfigDict:
-    """Runs the page that `name`, FILE or FILE:ARM, names; its fields, locked.
+    """Runs a page and returns its fields, locked. name: FILE or FILE:ARM.
 
-    Raises UserError, with the line, for what goes wrong in the file, and where it has no arm of
-    that name or returns something else than a ConfigDict.
+    Raises UserError for an error in the file, with its line, and where the file has no such arm or
+    does not return a ConfigDict.
     """
     path, *arm = name.split(":", 1)
     page = find_page(path)
@@ -56,8 +57,8 @@ def load_page(name: str) -> ConfigDict:
     try:
         inspect.signature(get_config).bind(*arm)
     except TypeError:
-        what = f"has no arms: leave out :{arm[0]}" if arm else f"wants an arm: give {path}:ARM"
-        raise UserError(f"{page} {what}") from None
+        advice = f"has no arms: leave out :{arm[0]}" if arm else f"wants an arm: give {path}:ARM"
+        raise UserError(f"{page} {advice}") from None
     config = _run(page, lambda: get_config(*arm))
     if type(config) is not ConfigDict:
         raise UserError(
@@ -67,58 +68,58 @@ def load_page(name: str) -> ConfigDict:
 
 
 def _module(page: Path) -> ModuleType:
-    # A page may import its neighbours by their folder's name; at the end this hides nobody else.
+    # A page may import its neighbours by their folder's name. Being last, the path hides no module.
     sys.path.append(str(page.absolute().parent.parent))
     loader = importlib.machinery.SourceFileLoader("config_page", str(page))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("config_page", loader))
-    sys.modules["config_page"] = module  # where dataclasses and pickle look for a class's module
+    sys.modules["config_page"] = module  # dataclasses and pickle look for a class's module here
     loader.exec_module(module)
     return module
 
 
-def _run(page: Path, do: Callable[[], Any]) -> Any:
-    """What `do` returns. Raises UserError where the page fails in it."""
+def _run(page: Path, call: Callable[[], Result]) -> Result:
+    """The result of `call`, which runs code of the page. Raises UserError where that fails."""
     try:
-        return do()
+        return call()
     except UserError:
         raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(page)]
         where = f"{page} line {lines[-1]}" if lines else str(page)
-        what = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
         if isinstance(error, SyntaxError):
-            where, what = f"{error.filename} line {error.lineno}", error.msg
-        elif isinstance(error, ValueError):  # as of an arm that a page has not
-            what = str(error)
-        elif missing := NO_FIELD.search(str(error)):  # behind it stands the whole configuration
+            where, reason = f"{error.filename} line {error.lineno}", error.msg
+        elif isinstance(error, ValueError):  # raised, for one, for an arm that a page does not have
+            reason = str(error)
+        elif missing := NO_FIELD.search(str(error)):  # the message goes on with all fields
             near = NEAR.search(str(error))
             hint = f": did you mean {near[1]!r}?" if near else ""
-            what = f"the configuration has no field {missing[1]!r}{hint}"
+            reason = f"the configuration has no field {missing[1]!r}{hint}"
         elif isinstance(error, ImportError) and (error.name or "").split(".")[0] == "configs":
-            what += "; write `from afmrl_jax.configs import NAME` for a page of the package"
-        raise UserError(f"{where}: {' '.join(what.split())}") from None
+            reason += "; write `from afmrl_jax.configs import NAME` for a page of the package"
+        raise UserError(f"{where}: {' '.join(reason.split())}") from None
 
 
 def program_fields(program: str) -> dict[str, Any]:
-    """Dotted field -> value of the program's own page; no program, no fields."""
+    """Dotted field -> value of the package's page for a program; {} for an unknown program."""
     if program not in PROGRAMS:
         return {}
     return flatten(importlib.import_module(f"afmrl_jax.configs.{program}").get_config())
 
 
 def check_program(config: ConfigDict) -> None:
-    """Raises UserError where the configuration names no program that there is."""
+    """Raises UserError where the configuration does not name a program that exists."""
     program = config.get("program")
     if program not in PROGRAMS:
-        found = "names no program" if program is None else f"names the program {program!r}"
-        raise UserError(f"the configuration {found}: `program` is one of {', '.join(PROGRAMS)}")
+        problem = "names no program" if program is None else f"names the program {program!r}"
+        raise UserError(f"the configuration {problem}: `program` is one of {', '.join(PROGRAMS)}")
 
 
 def check_page(config: ConfigDict) -> None:
-    """Raises UserError where the fields are not those of the program's own page, or of their types.
+    """Raises UserError where the fields, or their types, are not those of the package's page.
 
-    A field that no program reads would be ignored in silence, as a misspelt name.
+    A field that no program reads, such as a misspelt name, would be ignored in silence.
     """
     check_program(config)
     program = config.program
@@ -135,9 +136,9 @@ def check_page(config: ConfigDict) -> None:
             f"afmrl_jax.configs.{program}.get_config()"
         )
     for name, value in fields.items():
-        kind = type(default[name])
-        if type(value) is not kind and not (kind is float and type(value) is int):
+        expected = type(default[name])
+        if type(value) is not expected and not (expected is float and type(value) is int):
             raise UserError(
-                f"{name} is {value!r}, a {type(value).__name__}: expected {kind.__name__}, as "
+                f"{name} is {value!r}, a {type(value).__name__}: expected {expected.__name__}, as "
                 f"{default[name]!r} in {page}"
             )

@@ -1,4 +1,4 @@
-"""What an image file shows: any kind of pixels as upright RGB of eight bits.
+"""Image files with any kind of pixels as upright RGB of eight bits.
 
 Exported folders carry this file beside listing_rows.py, so it needs NumPy and Pillow alone.
 """
@@ -6,9 +6,10 @@ Exported folders carry this file beside listing_rows.py, so it needs NumPy and P
 import numpy as np
 from PIL import ExifTags, Image
 
-FAINT = 16  # of 255: an alpha channel that nowhere reaches it hides the whole picture
-ONE_COLOUR = 2  # of 255: by how much the pixels of a one-coloured JPEG may differ
-# A PNG names its transparent colour in the bits of the file, Pillow gives the pixels in eight.
+# Of 255: an alpha channel that is below this everywhere hides the whole picture.
+FAINT = 16
+ONE_COLOUR = 2  # of 255, the most by which the pixels of a one-coloured JPEG differ
+# A PNG gives its transparent colour in the file's bits, Pillow gives the pixels in eight.
 _TO_EIGHT_BITS = {"L;2": 85.0, "L;4": 17.0, "RGB;16B": 1 / 256}
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -22,7 +23,7 @@ _TURNS = {
 
 
 class Unshowable(ValueError):
-    """Why a good file shows nothing. `kind` groups such files; the message follows their name."""
+    """A good file that shows nothing. `kind` groups such files; the message follows their name."""
 
     def __init__(self, kind: str, message: str):
         super().__init__(message)
@@ -30,13 +31,15 @@ class Unshowable(ValueError):
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """An opened image as RGB, upright by its EXIF orientation, transparency laid on white.
+    """An opened image as RGB, upright by its EXIF orientation, transparent parts on white.
 
-    On black where white would hide it all. An alpha channel that hides the whole picture is left
-    out. More than 8 bits: see `_eight_bits`. Raises Unshowable, or what Pillow's decoders raise.
+    They are on black where the picture would not show on white. An alpha channel that hides the
+    whole picture is left out. For more than 8 bits see `_eight_bits`. Raises Unshowable, and the
+    errors of Pillow's decoders.
     """
     rawmode = image.tile[0][3] if image.format == "PNG" and image.tile else None
-    if isinstance(text := image.info.get("xmp"), str):  # of a TIFF; Pillow looks for bytes in it
+    # A TIFF's XMP may be a str, in which Pillow fails to look for bytes.
+    if isinstance(text := image.info.get("xmp"), str):
         image.info["xmp"] = text.encode()
     image.load()
     colour, factor = image.info.get("transparency"), _TO_EIGHT_BITS.get(rawmode)
@@ -49,25 +52,25 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if turn is not None:
         image = image.transpose(turn)
     image = _opaque(image) if image.has_transparency_data else image.convert("RGB")
-    image.info = {}  # else whoever shows the image upright would turn it once more
+    image.info = {}  # an orientation left here would let the next reader turn the image again
     return image
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What sets the image upright. No other tag is read, and none written anew, as Pillow's
-    exif_transpose does: it fails where any of them is odd."""
+    """The turn that sets the image upright. Pillow's exif_transpose reads all tags and writes them
+    anew, and fails where any of them is odd; this reads one tag."""
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    except Exception:  # broken EXIF raises whatever it leads Pillow to; the photo is good
+    except Exception:  # broken EXIF can raise any error in Pillow; the photo is good
         return None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of 12, 16 or 32 bits, or of floats, as "L", or "LA" where pixels have no value.
+    """Grey of 12, 16 or 32 bits, or of floats, as "L"; as "LA" where pixels have no value.
 
-    White is 255, 65,535 or the format's highest number, the first that no pixel exceeds, as many
-    a file holds fewer bits than it has room for; of floats 1, 255 or 65,535. Raises Unshowable
-    where the numbers fit none of them.
+    White is the first of 255, 65,535 and the format's highest number that no pixel exceeds, because
+    many files use fewer bits than they have room for; for floats 1, 255 or 65,535. Raises
+    Unshowable where the numbers fit none of them.
     """
     tags = getattr(image, "tag_v2", {})  # of TIFF
     pixels = np.asarray(image)
@@ -79,7 +82,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         hidden |= pixels == image.info["transparency"]
     low, high = (float(f(where=~hidden, initial=0)) for f in (pixels.min, pixels.max))
     whites = (1.0, 255.0, 65535.0)
-    if image.mode == "F":  # resampling overshoots; below a sixteenth all would be black
+    # Resampled floats may overshoot white; with all below a sixteenth of it all would be black.
+    if image.mode == "F":
         fits = [
             white for white in whites if high <= 2 * white and (high > white / 16 or white == 1)
         ]

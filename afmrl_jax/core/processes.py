@@ -19,18 +19,18 @@ from afmrl_jax.core.errors import UserError
 
 log = logging.getLogger(__name__)
 
-JOIN_SECONDS = 300
-HEARTBEAT_SECONDS = 45  # without a sign of life until JAX gives a process up
+JOIN_SECONDS = 300  # seconds to wait for the other processes
+HEARTBEAT_SECONDS = 45  # seconds without a sign of life after which JAX gives a process up
 EXPLICIT = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
 
 
 def initialize_distributed(seconds: int = JOIN_SECONDS) -> None:
     """Joins the other processes, where the environment says that this is one of several.
 
-    Said by COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID; else by SLURM (srun), Open MPI or
-    Cloud TPU (one slice or several, as VMs or in GKE), whose addresses JAX finds itself.
-    Raises UserError where that is said by halves, before JAX touches a device. Ends the process
-    with a sentence and `last_words.TRY_AGAIN` where the others can't be reached within `seconds`.
+    The variables are COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID; else those of SLURM (srun),
+    Open MPI or Cloud TPU (one slice or several, as VMs or in GKE), whose addresses JAX finds.
+    Raises UserError where variables are missing, before JAX touches a device. Ends the process with
+    a sentence and `last_words.TRY_AGAIN` where the others can't be reached within `seconds`.
     """
     env = os.environ
     if any(name in env for name in EXPLICIT):
@@ -56,9 +56,9 @@ def initialize_distributed(seconds: int = JOIN_SECONDS) -> None:
 def _explicit(env: Mapping[str, str]) -> tuple[str, int, int]:
     """Coordinator's address, number of processes, index of this one."""
     if missing := [name for name in EXPLICIT if name not in env]:
-        found = [name for name in EXPLICIT if name in env]
+        present = [name for name in EXPLICIT if name in env]
         raise UserError(
-            f"{', '.join(found)} set without {', '.join(missing)}: set all three, or none to run "
+            f"{', '.join(present)} set without {', '.join(missing)}: set all three, or none to run "
             "as one process"
         )
     address = env["COORDINATOR_ADDRESS"]
@@ -120,10 +120,10 @@ def _cluster(env: Mapping[str, str]) -> str | None:
 
 
 def _tpu_vm(env: Mapping[str, str]) -> bool:
-    """Whether this is a Cloud TPU VM, whose metadata tell JAX of the slice's other workers.
+    """Whether this is a Cloud TPU VM, whose metadata name the slice's other workers to JAX.
 
-    By what importing JAX sets: TPU_ML_PLATFORM where there are TPU chips and their library,
-    TPU_SKIP_MDS_QUERY (also set in GKE and Colab) where no metadata are to be asked.
+    Importing JAX sets TPU_ML_PLATFORM where there are TPU chips and their library, and
+    TPU_SKIP_MDS_QUERY (also set in GKE and Colab) where metadata are not to be read.
     """
     allowed = "tpu" in (env.get("JAX_PLATFORMS") or "tpu")
     return allowed and "TPU_ML_PLATFORM" in env and "TPU_SKIP_MDS_QUERY" not in env
@@ -139,7 +139,7 @@ def _integer(name: str, env: Mapping[str, str]) -> int:
 
 def _join(others: str, seconds: int, *args: str | int, **kwargs: str) -> None:
     """Calls jax.distributed.initialize. others: the processes that this one waits for, in words."""
-    # When JAX's own time limit is over it aborts with a stack trace: this one ends before.
+    # JAX aborts with a stack trace when its time limit is over: `seconds` is over before.
     watch = threading.Timer(seconds, _give_up, [others, seconds])
     watch.daemon = True
     watch.start()
@@ -166,13 +166,13 @@ def _give_up(others: str, seconds: int) -> None:
 
 
 def meet(where: str) -> None:
-    """Waits until all processes are here. where: a name for it, the same in all."""
+    """Waits until all processes are here. where: a name of the place, the same in all processes."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"afmrl_jax {where}")
 
 
 def first_says(flags: bool | np.ndarray) -> np.ndarray:
-    """The first process's flags, bool[...], in all processes: workdirs need not be shared."""
+    """The first process's flags, bool[...], in all processes, which need not share its workdir."""
     return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(flags, np.bool_)), np.bool_)
 
 

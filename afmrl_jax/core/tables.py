@@ -1,10 +1,10 @@
-"""Tables of Markdown, as a terminal shows them: columns of one width."""
+"""Tables in Markdown that can also be read on a terminal."""
 
 from collections.abc import Sequence
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The lines of a table, each cell padded to its column; without a newline at the end.
+    """The lines of a table, each cell padded to its column's width; no newline at the end.
 
     head: the columns' names. rows: as many cells each.
     """

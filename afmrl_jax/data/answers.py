@@ -1,6 +1,6 @@
 """The batches that a generator learns from: listings as questions, their attributes as answers.
 
-Axes: A micro-batches · C rows of one (this process's) · S tokens · N sampled rows.
+Axes: A micro-batches · C rows of a micro-batch (this process's) · S tokens · N sampled rows.
 """
 
 import dataclasses
@@ -35,9 +35,10 @@ ROUNDED = 8  # tokens; padded lengths are multiples of it
 class Learnable(NamedTuple):
     """The answer that a generator can learn for a listing.
 
-    answer: whole attributes, as many as `parse` reads and max_answer holds; None where that is no
-    attribute, because an empty answer would teach silence. pairs: attributes in the answer;
-    left_out: attributes that are not; needed: the max_answer that holds all that `parse` reads.
+    answer: whole attributes, as many as `parse` reads and max_answer holds; None for no attribute,
+    because an empty answer would teach silence. pairs: number of attributes in the answer.
+    left_out: number of attributes that are not in it. needed: the max_answer that holds all
+    attributes that `parse` reads.
     """
 
     answer: str | None
@@ -47,7 +48,7 @@ class Learnable(NamedTuple):
 
 
 def learnable(attributes: Mapping[str, str], processor: Processor) -> Learnable:
-    """The whole, valid answer to learn; attributes that do not fit are left out, and shorter ones
+    """A valid answer of whole attributes. Attributes that do not fit are left out, and shorter ones
     behind them are kept.
 
     attributes: normalised. processor: its max_answer limits the answer, the end token included.
@@ -83,10 +84,10 @@ def question_and_answer(
     left_out: Callable[[], bool] = lambda: False,
     view: str = "image+text",
 ) -> Row:
-    """The listing as the question, its attributes as the answer, as far as they are `learnable`.
+    """The listing as the question, its `learnable` attributes as the answer.
 
     processor: with room for answers. left_out: called once an attribute, True to leave it out; the
-    first attribute stays where all would go. view: "text" opens no image.
+    first attribute stays where all would be left out. view: "text" opens no image.
     """
     attributes = normalise(catalog.listing(index, draw).attributes)
     kept = {name: value for name, value in attributes.items() if not left_out()}
@@ -120,8 +121,8 @@ def described(catalog: Catalog, split: str, cache: Path) -> np.ndarray:
 class AnswerOptions(Options, section="data"):
     """The answers that a generator learns."""
 
-    buckets: int = between(1)  # lengths that batches are padded to
-    answer_dropout: float = between(0, 1)  # of the attributes, left out at random
+    buckets: int = between(1)  # lengths to which batches are padded
+    answer_dropout: float = between(0, 1)  # share of attributes left out at random
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,13 @@ class AnswerBatches:
     """
 
     catalog: Catalog
-    listings: np.ndarray  # int64, to learn from
+    listings: np.ndarray  # int64, the listings to learn from
     processor: Processor
     batch: int  # rows of a step, of all processes
     micro_batches: int  # A
     rows: np.ndarray  # int[C], this process's places in each micro-batch
     dropout: float  # share of attributes left out of answers, at random
-    buckets: int  # padded lengths, at most
+    buckets: int  # padded lengths at most
     seed: int
     steps: int
     _window: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)

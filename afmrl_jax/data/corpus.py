@@ -3,7 +3,7 @@
 They are read from the catalogue once and kept in the cache under its fingerprint: a catalogue of
 millions takes minutes to read listing by listing.
 
-Axes: P products · k look-alikes.
+Axes: P products · k neighbours.
 """
 
 import hashlib

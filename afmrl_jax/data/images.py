@@ -32,7 +32,7 @@ Grid = tuple[int, int]  # an image's rows and columns of merge windows
 
 
 class Patcher:
-    """Resizes images and cuts them into patches; picklable, and without transformers from then on.
+    """Resizes images and cuts them into patches. Picklable; only making one needs transformers.
 
     min_pixels, max_pixels: bounds on a resized image's area, as in Qwen2-VL's processor.
     window: patches that the model merges into one feature.
@@ -53,10 +53,10 @@ class Patcher:
         self.window = vision.merge_size**2
 
     def grids(self, images: Sequence[Image.Image], windows: int) -> list[Grid]:
-        """The grid of each image, such that they take at most so many merge windows together.
+        """The grid of each image. Together they take at most `windows` merge windows.
 
-        Images share the windows fairly: each gets an even share, and small images leave the rest of
-        theirs to larger ones.
+        Images share the windows fairly: each gets an even share, and small images leave what they
+        do not need to larger ones.
         """
         grids = [self._grid(image, windows) for image in images]
         # Smallest first: the windows that an image leaves of its share go to the larger ones.
@@ -155,8 +155,7 @@ def _patch_positions(rows: int, columns: int, merge: int) -> np.ndarray:
 
 
 def _normalised_levels(architecture: str) -> np.ndarray:
-    """The number that the image processor makes of each of a channel's 256 levels:
-    float32[3, 256]."""
+    """The normalised number of each of a channel's 256 levels, float32[3, 256]."""
     # Imported here, so that worker processes, which unpickle the table, start at once.
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -168,9 +167,9 @@ def _normalised_levels(architecture: str) -> np.ndarray:
 
 
 def check_preprocessor(folder: Path, config: QwenVLConfig) -> None:
-    """Raises UserError where a Hugging Face folder asks for other patches than the model's.
+    """Raises UserError where a Hugging Face folder's images have other patches than the model's.
 
-    Its pixel bounds are advice: the configuration's min_pixels and max_pixels rule.
+    The folder's pixel bounds do not count: the configuration's min_pixels and max_pixels do.
     """
     path = folder / "preprocessor_config.json"
     if path.is_file():

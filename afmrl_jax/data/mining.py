@@ -1,4 +1,4 @@
-"""Look-alikes: for each product, the other products whose attributes resemble its own the most.
+"""Look-alikes: for each product, the other products with the most similar attributes.
 
 Axes: P products · k neighbours · T term slots · W distinct terms.
 """
@@ -13,8 +13,8 @@ from afmrl_jax.attributes.bm25 import CorpusStatistics
 VERSION = 1  # of the algorithm, for caches of its results
 MAX_TERMS = 32  # terms a product
 BLOCK_ENTRIES = 4_000_000  # scores in memory at a time, 12 bytes each
-PAIRED = 8  # common attributes of a product whose pairs are terms too
-SPARE = 4  # candidates a neighbour that the approximate search passes to the exact scores
+PAIRED = 8  # common attributes of a product, whose pairs are terms too
+SPARE = 4  # candidates for each neighbour, which the approximate search passes to exact scoring
 
 
 def mine_neighbours(

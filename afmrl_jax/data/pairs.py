@@ -1,7 +1,8 @@
 """Which listings make up a batch: a pure function of (seed, step).
 
 Axes: B pairs of a global batch · V views of a pair: the query, its target, then mined negatives ·
-A micro-batches · C pairs of one (this process's) · P products · k look-alikes · T term slots.
+A micro-batches · C pairs of a micro-batch (this process's) · P products · k neighbours · T term
+slots.
 """
 
 from dataclasses import dataclass
@@ -16,17 +17,17 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.options import Options, between
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.stream import Batch
-from afmrl_jax.data.views import Augmentation, OtherAttributes, listing_text, training_row
+from afmrl_jax.data.views import TrainingViews, listing_text
 
 
 @dataclass(frozen=True)
 class Composition(Options, section="data"):
-    """Which products stand beside each other in a batch."""
+    """The products of a batch."""
 
-    lookalike_share: float = between(0, 1)  # of the pairs that come in groups of look-alikes
-    lookalike_group: int = between(2)  # products a group
-    hard_negatives: int = between(0)  # mined negatives a query
-    neighbours: int = between(1)  # look-alikes remembered of each product
+    lookalike_share: float = between(0, 1)  # share of the pairs in groups of look-alikes
+    lookalike_group: int = between(2)  # products of a group
+    hard_negatives: int = between(0)  # mined negatives of a query
+    neighbours: int = between(1)  # look-alikes kept of each product
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,9 +45,10 @@ class Composition(Options, section="data"):
 class PairSampler:
     """Draws the listings of each step's global batch from one split of a catalogue.
 
-    Each epoch shuffles the products anew. A batch takes the next ones; where groups of look-alikes
-    are wanted, the first ones lead groups, and their look-alikes take the places of the last ones.
-    No product is the query of a batch twice. A product's only listing is paired with itself.
+    Each epoch shuffles the products anew, and a batch takes the next products of that order. With
+    groups of look-alikes its first products lead groups, and their look-alikes replace its last
+    products. No product is the query of a batch twice. A product's only listing is paired with
+    itself.
     """
 
     def __init__(
@@ -58,7 +60,7 @@ class PairSampler:
         seed: int,
         neighbours: np.ndarray | None,
     ):
-        """batch: pairs of a global batch. neighbours: int32[P, K] of `look_alikes`; None where the
+        """batch: pairs of a global batch. neighbours: int32[P, k] of `look_alikes`; None where the
         composition needs none. Raises UserError for a batch larger than the number of products."""
         self._listings, self._starts = listings_by_product(catalog, split)
         self._batch, self._composition = batch, composition
@@ -74,7 +76,7 @@ class PairSampler:
         self._order = grain.MapDataset.range(products).seed(seed).shuffle().repeat()
 
     def products(self, step: int) -> np.ndarray:
-        """int64[B]: the products of a batch, all different; look-alikes of one leader in a row."""
+        """int64[B]: the products of a batch, all different; a leader's look-alikes follow it."""
         batch, c = self._batch, self._composition
         order = [int(self._order[step * batch + slot]) for slot in range(batch)]
         waiting = iter(order)
@@ -126,14 +128,12 @@ class PairSampler:
 
 @dataclass(frozen=True)
 class PairBatches:
-    """step -> batch, by indexing. Picklable: worker processes hold a copy."""
+    """The batches of a run, a pure function of (seed, step); see stream.Batches."""
 
-    catalog: Catalog
+    views: TrainingViews
     sampler: PairSampler
     processor: Processor
     statistics: CorpusStatistics
-    augmentation: Augmentation
-    others: OtherAttributes
     query_views: tuple[tuple[str, ...], np.ndarray]
     target_views: tuple[tuple[str, ...], np.ndarray]
     max_terms: int
@@ -146,24 +146,25 @@ class PairBatches:
         return self.steps
 
     def __repr__(self) -> str:  # Grain compares it when it restores a stream
-        return f"PairBatches({self.catalog.fingerprint}, seed={self.seed}, steps={self.steps})"
+        fingerprint = self.views.catalog.fingerprint
+        return f"PairBatches({fingerprint}, seed={self.seed}, steps={self.steps})"
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step: the processor's arrays as [A, C, V, ...]; `listing`, the listings'
         indices, and `product`, their products, int32[A, C, V]; and BM25's `terms`, `query_weights`
         and `document_weights`, [A, C, V, T].
         """
-        listings = self.sampler.draw(step)
+        catalog, listings = self.views.catalog, self.sampler.draw(step)
         examples = np.arange(len(listings)).reshape(self.micro_batches, -1)[:, self.rows]
         rows, attributes = [], []
         for example in examples.flat:
             rows += self._rows(step, int(example), listings[example])
-            attributes += [self.catalog.listing(int(i)).attributes for i in listings[example]]
+            attributes += [catalog.listing(int(i)).attributes for i in listings[example]]
         drawn = listings[examples]
         flat = self.processor(rows) | self.statistics.encode(attributes, self.max_terms)
         batch = {k: v.reshape(*drawn.shape, *v.shape[1:]) for k, v in flat.items()}
         batch["listing"] = drawn.astype(np.int32)
-        batch["product"] = self.catalog.products[drawn]
+        batch["product"] = catalog.products[drawn]
         return batch
 
     def _rows(self, step: int, example: int, listings: np.ndarray) -> list[Row]:
@@ -176,22 +177,13 @@ class PairBatches:
         draws = 1 + rng.integers(2**31 - 1, size=len(listings))
         shorten = False
         if listings[0] == listings[1]:  # one listing stands for both sides
-            listing = self.catalog.listing(int(listings[0]))
+            listing = self.views.catalog.listing(int(listings[0]))
             if listing.n_images and listing_text(listing) and rng.random() < 0.5:
                 # ... so they share no modality
                 chosen[:2] = ["image", "text"] if rng.random() < 0.5 else ["text", "image"]
             else:  # ... or differ in crop and kept text
                 shorten = True
         return [
-            training_row(
-                self.catalog,
-                int(listing),
-                int(draw),
-                view,
-                rng,
-                self.augmentation,
-                others=self.others,
-                shorten=shorten and column < 2,
-            )
+            self.views.row(int(listing), view, rng, draw=int(draw), shorten=shorten and column < 2)
             for column, (listing, draw, view) in enumerate(zip(listings, draws, chosen))
         ]

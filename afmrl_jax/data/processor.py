@@ -46,8 +46,18 @@ class Row:
     attributes: tuple[tuple[int, int], ...] = ()
 
 
+@dataclass(frozen=True)
+class RowSizes:
+    """How large a prompt's row and its images may be."""
+
+    max_tokens: int  # tokens of a row, images included
+    max_patches: int  # patches of a row, over all its images
+    min_pixels: int  # area to which a smaller image is enlarged
+    max_pixels: int  # area to which a larger image is reduced
+
+
 class RowArray(NamedTuple):
-    """One of a row's arrays."""
+    """An array of a row."""
 
     shape: tuple[int, ...]
     dtype: type[np.generic]
@@ -57,7 +67,7 @@ class RowArray(NamedTuple):
 def row_arrays(
     config: QwenVLConfig, tokens: int, patches: int, *, answers: bool
 ) -> dict[str, RowArray]:
-    """The arrays of one row by name; a batch of rows has these axes behind its own.
+    """The arrays of one row by name; a batch of rows has its axes before these.
 
     tokens: S; patches: P; answers: whether rows hold an answer to learn.
     """
@@ -77,9 +87,9 @@ class Shown(NamedTuple):
     """The part of a row's text that the model reads.
 
     text: a plain row of this text gives the same tokens (its end, behind the attributes, may be
-    cut). attributes: how many of the row's attributes the text holds, each whole. needed: the
-    max_tokens of a row that holds all attributes and the text before them, whole; this processor's
-    max_tokens where its row does.
+    cut). attributes: how many of the row's attributes the text holds uncut. needed: the max_tokens
+    with which a row holds all attributes and the text before them uncut; this processor's
+    max_tokens where that is enough.
     """
 
     text: str
@@ -87,7 +97,7 @@ class Shown(NamedTuple):
     needed: int
 
 
-class _Line(NamedTuple):
+class _TokenRow(NamedTuple):
     """A row's tokens before padding."""
 
     tokens: np.ndarray  # int32[L], L <= S
@@ -99,10 +109,10 @@ class _Line(NamedTuple):
 class Processor:
     """Rows to arrays of fixed shapes; pure, picklable, without JAX or torch.
 
-    max_tokens, max_patches: the size of every prompt. A row's images share both and are resized
-    until they fit. Its text is cut from the end; attributes are left out only where they do not fit
-    beside the first words of the text before them.
-    min_pixels, max_pixels: bounds on a resized image's area, as in Qwen2-VL's processor.
+    sizes: max_tokens and max_patches are the size of every prompt. A row's images share both and
+    are resized until they fit. Its text is cut from the end; attributes are left out only where
+    they do not fit beside the first words of the text before them. min_pixels and max_pixels bound
+    a resized image's area, as in Qwen2-VL's processor.
     prompt: the tokens around images and text; by default only the marks of a plain row.
     max_answer: tokens for an answer behind each prompt, the closing eos_token_id of the config
     included; a longer answer is refused. The prompt does not depend on the answer.
@@ -114,31 +124,32 @@ class Processor:
         self,
         tokenizer: Tokenizer,
         config: QwenVLConfig,
+        sizes: RowSizes,
         *,
-        max_tokens: int,
-        max_patches: int,
-        min_pixels: int,
-        max_pixels: int,
         prompt: Prompt = _PLAIN,
         max_answer: int = 0,
         pad_left: bool = False,
     ):
         self.tokenizer = text_tokenizer(tokenizer)
-        self.max_tokens, self.max_patches, self.max_answer = max_tokens, max_patches, max_answer
+        self.max_tokens, self.max_patches = sizes.max_tokens, sizes.max_patches
+        self.max_answer = max_answer
         self.prompt, self.pad_left = prompt, pad_left
         self.ids = checked_ids(tokenizer, config)
         self._config = config.replace(pad_token_id=self.ids["pad_token_id"])
-        self._patcher = Patcher(config, min_pixels, max_pixels)
+        self._patcher = Patcher(config, sizes.min_pixels, sizes.max_pixels)
         # Frames up to two images are made here: a worker process would have to import jinja2.
         self._frames: dict[int, tuple[Frame, int]] = {}
-        _, fixed_of_one, fixed_of_two = (self._frame(n)[1] for n in range(3))
-        self._check(fixed_of_one)
+        _, fixed, fixed_of_two = (self._frame(n)[1] for n in range(3))
+        self._check(fixed)
         # Each further image takes its marks and at least one merge window.
-        further = (max_tokens - fixed_of_one - 1) // (fixed_of_two - fixed_of_one + 1)
-        self.max_images = min(max_patches // self._patcher.window, 1 + further)
+        further = (self.max_tokens - fixed - 1) // (fixed_of_two - fixed + 1)
+        self.max_images = min(self.max_patches // self._patcher.window, 1 + further)
 
     def _check(self, fixed: int) -> None:
-        """fixed: tokens of a row of one image, without its text and the image's features."""
+        """Raises UserError where the sizes leave no room for an image.
+
+        fixed: tokens of a row with one image, without its text and the image's features.
+        """
         window = self._patcher.window
         if self.max_patches < window or self.max_patches % window:
             raise UserError(
@@ -165,12 +176,13 @@ class Processor:
         int32[N, P, 2], rows and columns of the patch's whole image, in patches, 1 on padding; with
         max_answer also answer_mask bool[N, S].
 
-        buckets: the (S, P) to choose from; the first that holds all rows is taken, and the rows'
+        buckets: the (S, P) to choose from. The first that holds all rows is taken, and the rows'
         content does not depend on it. By default the only bucket is (max_tokens + max_answer,
-        max_patches). Processes see different rows of one batch: each must offer the same single
-        bucket, chosen by what is known of all rows, as `text_bucket`.
-        Raises UserError for a row with more than max_images images; ValueError where no bucket
-        holds the rows, or max_answer not an answer: cut, it would be learned as if it were whole.
+        max_patches). Processes see different rows of a batch, so each must give the same single
+        bucket, such as `text_bucket`, that is known to hold all processes' rows.
+        Raises UserError for a row with more than max_images images. Raises ValueError where no
+        bucket holds the rows, and for an answer longer than max_answer: cut, it would be learned as
+        if it were whole.
         """
         lines = [self._line(row) for row in rows]
         length, patches = self._bucket(lines, buckets)
@@ -193,10 +205,12 @@ class Processor:
 
     @property
     def text_bucket(self) -> tuple[int, int]:
-        """The bucket of rows that have no images: the model leaves out its vision tower."""
+        """The bucket of rows without images, for which the model leaves out its vision tower."""
         return self.max_tokens + self.max_answer, 0
 
-    def _bucket(self, lines: list[_Line], buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    def _bucket(
+        self, lines: list[_TokenRow], buckets: Sequence[tuple[int, int]]
+    ) -> tuple[int, int]:
         tokens = max((len(line.tokens) for line in lines), default=0)
         windows = max((sum(map(math.prod, line.grids)) for line in lines), default=0)
         patches = windows * self._patcher.window
@@ -208,7 +222,7 @@ class Processor:
         )
 
     def _frame(self, n_images: int) -> tuple[Frame, int]:
-        """The frame of so many images, and its number of tokens without their features."""
+        """The frame of a row of n_images, and its number of tokens without the images' features."""
         if n_images not in self._frames:
             frame = self.prompt.frame(n_images, self.tokenizer)
             prefix = encode_text(self.tokenizer, frame.prefix)
@@ -216,13 +230,13 @@ class Processor:
             self._frames[n_images] = frame, fixed
         return self._frames[n_images]
 
-    def _line(self, row: Row) -> _Line:
+    def _line(self, row: Row) -> _TokenRow:
         grids = self._grids(row.images)
         frame, _ = self._frame(len(row.images))
         text, _ = self._fitted(row, self._room(grids))
         answer = self._answer(row)
         ids = np.array([*frame.head, *text, *frame.tail, *answer], np.int32)
-        return _Line(*_expanded(ids, self.ids["image_token_id"], grids), len(answer), grids)
+        return _TokenRow(*_expanded(ids, self.ids["image_token_id"], grids), len(answer), grids)
 
     def _answer(self, row: Row) -> list[int]:
         if row.answer is None:
@@ -245,14 +259,15 @@ class Processor:
         if text == row.text:
             return Shown(text, attributes, self.max_tokens)
         frame, _ = self._frame(len(grids))
-        ahead = row.text[: row.attributes[-1][1]]
-        needed = self.max_tokens - room + len(encode_text(self.tokenizer, frame.piece(ahead)))
+        text_needed = row.text[: row.attributes[-1][1]]
+        tokens_needed = len(encode_text(self.tokenizer, frame.piece(text_needed)))
+        needed = self.max_tokens - room + tokens_needed
         if grids:  # max_tokens may limit the images too: longer rows would show them larger
             needed += self.max_patches // self._patcher.window - self._most_windows(len(grids))
-        return Shown(text, attributes, max(needed, -(-len(ahead) // _CHARACTERS_PER_TOKEN)))
+        return Shown(text, attributes, max(needed, -(-len(text_needed) // _CHARACTERS_PER_TOKEN)))
 
     def _fitted(self, row: Row, room: int) -> tuple[list[int], tuple[str, int]]:
-        """Tokens of the row's text, at most `room`; then the text that they are tokens of, and how
+        """Tokens of the row's text, at most `room`; then the text that gives these tokens, and how
         many of the row's attributes it holds."""
         n_images, longest = len(row.images), self._longest_text
         text, kept = row.text, len(row.attributes)
@@ -272,7 +287,7 @@ class Processor:
 
     @property
     def _longest_text(self) -> int:
-        """Characters of a text that are tokenised at most."""
+        """The most characters of a text that are tokenised."""
         return _CHARACTERS_PER_TOKEN * self.max_tokens
 
     def _tokens(self, text: str, n_images: int) -> list[int]:
@@ -281,23 +296,23 @@ class Processor:
         return encode_text(self.tokenizer, frame.piece(text[: self._longest_text]))
 
     def _room(self, grids: Sequence[Grid]) -> int:
-        """Tokens that images of these grids leave for the text of a row."""
+        """Tokens that a row with images of these grids has left for its text."""
         return self.max_tokens - self._around(len(grids), sum(map(math.prod, grids)))
 
     def _around(self, n_images: int, windows: int) -> int:
-        """Tokens around the text of a row whose images have so many merge windows together."""
+        """Tokens around the text of a row whose images have `windows` merge windows together."""
         frame, _ = self._frame(n_images)
         return len(frame.head) - n_images + windows + len(frame.tail)
 
     def _most_windows(self, n_images: int) -> int:
-        """Merge windows that a row's images may have together."""
+        """The most merge windows that a row's images may have together."""
         fixed = self._frame(n_images)[1]
         return min(self.max_patches // self._patcher.window, self.max_tokens - fixed)
 
     def most_tokens(self, row: Row, n_images: int) -> int:
         """The largest number of tokens that the row can take once its images are added.
 
-        row: without images. n_images: how many to add, of any size; max_images where it is larger.
+        row: without images. n_images: how many to add, of any size; at most max_images count.
         """
         n_images = min(n_images, self.max_images)
         windows = self._most_windows(n_images) if n_images else 0
@@ -305,7 +320,7 @@ class Processor:
         return min(tokens, self.max_tokens) + len(self._answer(row))
 
     def _grids(self, images: Sequence[Image.Image]) -> list[Grid]:
-        """The grids of a row's images, which fit the row together."""
+        """The grids of a row's images, at which all of them fit the row."""
         if len(images) > self.max_images:
             raise UserError(
                 f"a row has {len(images)} images, and max_tokens={self.max_tokens} with "
@@ -320,9 +335,9 @@ def _expanded(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens with each image's repeated once a feature, and M-RoPE's positions: int32[3, L].
 
-    Text advances by one a token on all three axes. An image's features stand still in time and
-    count rows and columns; text goes on behind the longer side (Qwen2-VL's `get_rope_index`, the
-    same in all three families for still images).
+    Text advances by one a token on all three axes. An image's features keep the same time and count
+    rows and columns; the text behind it goes on from the longer side (Qwen2-VL's `get_rope_index`,
+    the same in all three families for still images).
     """
     images = np.flatnonzero(ids == image_id)
     counts, advance = np.ones((2, len(ids)), np.int32)

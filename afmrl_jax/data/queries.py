@@ -1,6 +1,6 @@
 """Batches of queries, for a generator to answer.
 
-Axes: A micro-batches · C queries of one (this process's) · Q queries of a step.
+Axes: A micro-batches · C queries of a micro-batch (this process's) · Q queries of a step.
 """
 
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ class QueryBatches:
     """
 
     catalog: Catalog
-    listings: np.ndarray  # int64, of which each has something to find
+    listings: np.ndarray  # int64, the listings to query with
     processor: Processor  # the generator's
-    queries: int  # of a step, of all processes
+    queries: int  # queries of a step, of all processes
     micro_batches: int  # A
     rows: np.ndarray  # int[C], this process's places in each micro-batch
     seed: int

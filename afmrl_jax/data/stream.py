@@ -3,7 +3,7 @@
 An element is a pure function of (seed, step), so the stream's whole state is one integer, the next
 step, whatever the processes, workers or devices.
 
-Axes: A micro-batches · C examples of one (this process's).
+Axes: A micro-batches · C examples of a micro-batch (this process's).
 """
 
 import contextlib
@@ -30,17 +30,17 @@ PATIENCE = 5  # seconds for a worker to finish its batch, before it is killed
 
 @dataclass(frozen=True)
 class StreamOptions(Options, section="data"):
-    """Who makes batches ahead, and how long one is waited for."""
+    """The processes that make batches ahead, and how long to wait for a batch."""
 
-    workers: int = between(0)  # processes; 0: a thread of this one
-    timeout: float = between(1, 1_000_000)  # seconds a batch, the first one's with workers' start
+    workers: int = between(0)  # processes; 0: a thread of the training process
+    timeout: float = between(1, 1_000_000)  # seconds to wait for a batch, workers' start included
 
 
 class Batches(Protocol):
-    """step -> batch, by indexing; `listing`, int32[A, C, ...], says which listings it shows.
+    """step -> batch, by indexing. A batch has `listing`, int32[A, C, ...], its listings' indices.
 
-    Picklable: worker processes hold a copy. Its repr must differ from that of other batches: Grain
-    compares it.
+    Picklable, for the copies in worker processes. Grain compares the reprs of two objects, so
+    different batches need different ones.
     """
 
     def __len__(self) -> int: ...
@@ -69,8 +69,8 @@ class Stream:
             )
         self._iterator = iter(dataset)
         self.next_step, self.timeout = next_step, options.timeout
-        # Grain waits without end for a worker that hangs, so that a thread must wait for Grain; as
-        # a daemon it does not keep a process that ends.
+        # Grain waits forever for a worker that hangs, so a thread waits for Grain. The thread is a
+        # daemon, so that the process can end without it.
         self._ready: queue.Queue[Batch | Exception] = queue.Queue(maxsize=1 if workers else 2)
         self._closing = threading.Event()
         self._reader = threading.Thread(target=self._read, name="batches", daemon=True)
@@ -80,14 +80,14 @@ class Stream:
         while not self._closing.is_set():
             try:
                 batch = next(self._iterator)
-                # Copied out of the memory shared with a worker: JAX may keep an array as long as
-                # it likes.
+                # The arrays lie in memory shared with a worker, and JAX may keep them for any time:
+                # so they are copied.
                 batch = {name: np.array(array) for name, array in batch.items()}
-            except Exception as error:  # StopIteration too: whoever waits for a batch gets it
+            except Exception as error:  # StopIteration too; `__next__` raises it
                 self._ready.put(error)
                 return
             self._ready.put(batch)
-            del batch  # it would be held while the next is made
+            del batch  # else its memory would be in use while the next batch is made
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -143,5 +143,5 @@ class Stream:
         self._iterator.close()
         if self._workers:
             self._workers.close()
-        del self._iterator  # it holds the last batch, in that shared memory
+        del self._iterator  # its last batch lies in memory shared with a worker
         gc.collect()

@@ -19,14 +19,13 @@ from afmrl_jax.core.options import Options, between
 from afmrl_jax.data.processor import Processor, Row
 
 VIEWS = ("image+text", "image", "text")
-SEPARATOR = "; "  # of attributes, as `format_attributes` writes them
+SEPARATOR = "; "  # between attributes, as `format_attributes` writes it
+SAMPLED = 200  # listings of which the cuts are counted
 log = logging.getLogger(__name__)
-
-SAMPLED = 200  # listings on which to measure whether attributes fit
 
 
 def parse_mixture(text: str, field: str) -> tuple[tuple[str, ...], np.ndarray]:
-    """ "image+text 0.7, text 0.3" -> the views and their shares, which must sum to 1.
+    """The views of a text such as "image+text 0.7, text 0.3", and their shares, float64.
 
     Raises UserError, naming `field`, for an unknown view or shares that do not sum to 1.
     """
@@ -47,21 +46,21 @@ def parse_mixture(text: str, field: str) -> tuple[tuple[str, ...], np.ndarray]:
 
 @dataclass(frozen=True)
 class Augmentation(Options, section="data"):
-    """How a training view differs from the listing as it stands."""
+    """How a training view differs from the catalogue's listing."""
 
-    crop_area: float = between(0.01, 1)  # least share of the image's area that a crop keeps
-    flip_share: float = between(0, 1)  # of images mirrored
-    attribute_share: float = between(0, 1)  # of texts that carry the structured attributes
-    attribute_dropout: float = between(0, 1)  # of those, attributes left out
-    attribute_noise: float = between(0, 1)  # of those, values replaced by another listing's
+    crop_area: float = between(0.01, 1)  # least share of an image's area that a crop keeps
+    flip_share: float = between(0, 1)  # share of images that are mirrored
+    attribute_share: float = between(0, 1)  # share of texts that carry the attributes
+    attribute_dropout: float = between(0, 1)  # share of those attributes that are left out
+    attribute_noise: float = between(0, 1)  # share of values replaced by another listing's
 
 
-# category -> attributes of some of its listings, whence the values of attribute noise come
+# category -> attributes of some of its listings: the source of attribute noise
 OtherAttributes = Mapping[str, Sequence[Mapping[str, str]]]
 
 
 def attribute_pairs(attributes: Mapping[str, str]) -> list[str]:
-    """ "name: value" of each: `format_attributes` is these, SEPARATOR between them."""
+    """ "name: value" of each attribute; `format_attributes` joins these with SEPARATOR."""
     return [format_attributes({name: value}) for name, value in normalise(attributes).items()]
 
 
@@ -72,7 +71,7 @@ def listing_row(
 ) -> Row:
     """Title, category, attributes if any, description: the most important first.
 
-    Every text with attributes is made here, so that training, evaluation and rewards read the same.
+    It makes every text with attributes, so that training, evaluation and rewards read the same.
     """
     lines = [line for line in (listing.title, listing.category) if line]
     pairs, places = attribute_pairs(attributes or {}), []
@@ -98,10 +97,11 @@ def evaluation_row(
     view: str = "image+text",
     attributes: Mapping[str, str] | None = None,
 ) -> Row:
-    """The listing as it stands, with its first `max_images` images; attributes join its text.
+    """The listing without augmentation: its first `max_images` images, and its text with the
+    attributes.
 
     A part that the listing lacks is left out, even if the row is then empty. draw: as
-    `training_row`'s.
+    `TrainingViews.row`'s.
     """
     images = listing_images(catalog, index, max_images, draw) if "image" in view else ()
     return view_row(catalog.listing(index, draw), view, images, attributes)
@@ -110,7 +110,7 @@ def evaluation_row(
 def listing_images(
     catalog: Catalog, index: int, max_images: int, draw: int = 0
 ) -> tuple[Image.Image, ...]:
-    """The first `max_images` images of a listing. draw: as `training_row`'s."""
+    """The first `max_images` images of a listing. draw: as `TrainingViews.row`'s."""
     shown = range(min(catalog.listing(index, draw).n_images, max_images))
     images = (catalog.image(index, which, draw) for which in shown)
     return tuple(image for image in images if image is not None)
@@ -122,50 +122,57 @@ def view_row(
     images: Sequence[Image.Image],
     attributes: Mapping[str, str] | None = None,
 ) -> Row:
-    """`listing_row` for a view that shows text; for others the images, some of the view's, alone.
+    """`listing_row` for a view that shows text; the images alone for other views.
 
-    Every listing that is judged or rewarded passes here.
+    images: none where the view shows none. Evaluation and rewards make all rows by this function.
     """
     return listing_row(listing, images, attributes) if "text" in view else Row("", tuple(images))
 
 
-def training_row(
-    catalog: Catalog,
-    index: int,
-    draw: int,
-    view: str,
-    rng: np.random.Generator,
-    options: Augmentation,
-    *,
-    others: OtherAttributes,
-    shorten: bool = False,
-) -> Row:
-    """One augmented view, with one image; `shorten` keeps a random half of the text's words.
+@dataclass(frozen=True)
+class TrainingViews:
+    """Augmented views of a catalogue's listings."""
 
-    draw: the number of a rendering, for a rendered catalogue. A listing without the part that
-    `view` names shows the part that it has.
-    """
-    listing = catalog.listing(index, draw)
-    image = None
-    if listing.n_images and ("image" in view or not listing_text(listing)):
-        image = catalog.image(index, int(rng.integers(listing.n_images)), draw)
-    row = Row("")
-    if "text" in view or image is None:
-        attributes = None
-        if rng.random() < options.attribute_share:
-            attributes = _corrupted(listing, rng, options, others.get(listing.category, ()))
-        row = listing_row(listing, (), attributes)
-        if shorten:
-            row = _shortened(row, rng)
-    images = () if image is None else (_augmented(image, rng, options),)
-    return dataclasses.replace(row, images=images)
+    catalog: Catalog
+    options: Augmentation
+    others: OtherAttributes
+
+    def row(
+        self,
+        index: int,
+        view: str,
+        rng: np.random.Generator,
+        *,
+        draw: int,
+        shorten: bool = False,
+    ) -> Row:
+        """A view of a listing, with at most one image.
+
+        draw: the number of a rendering, for a rendered catalogue. shorten: keeps a random half of
+        the text's words. A listing without the part that `view` names shows the part that it has.
+        """
+        listing = self.catalog.listing(index, draw)
+        image = None
+        if listing.n_images and ("image" in view or not listing_text(listing)):
+            image = self.catalog.image(index, int(rng.integers(listing.n_images)), draw)
+        row = Row("")
+        if "text" in view or image is None:
+            attributes = None
+            if rng.random() < self.options.attribute_share:
+                others = self.others.get(listing.category, ())
+                attributes = _corrupted(listing, rng, self.options, others)
+            row = listing_row(listing, (), attributes)
+            if shorten:
+                row = _shortened(row, rng)
+        images = () if image is None else (_augmented(image, rng, self.options),)
+        return dataclasses.replace(row, images=images)
 
 
 def _shortened(row: Row, rng: np.random.Generator) -> Row:
-    """A random half of the text's words; each kept word of an attribute counts as an attribute."""
+    """A random half of the text's words; each kept word of an attribute becomes an attribute."""
     words = row.text.split()
     kept = np.sort(rng.permutation(len(words))[: max(1, len(words) // 2)])
-    first = last = 0  # words of attributes: from `first` on, up to `last`
+    first = last = 0  # words of attributes: from `first`, before `last`
     if row.attributes:
         first = len(row.text[: row.attributes[0][0]].split())
         last = len(row.text[: row.attributes[-1][1]].split())
@@ -209,9 +216,9 @@ def _augmented(image: Image.Image, rng: np.random.Generator, options: Augmentati
 class AttributeCuts:
     """Counts rows whose attributes do not all fit, or whose title is cut to make room for them.
 
-    enriched: rows with attributes. Of these, losing: rows that lose an attribute; bare: rows that
-    lose all; shorter: rows that lose the end of title and category. needed: the max_tokens with
-    which no row would lose any.
+    enriched: rows with attributes. losing: rows among them that lose an attribute; bare: that lose
+    all; shorter: that lose the end of title and category. needed: the max_tokens with which no row
+    would lose any.
     """
 
     def __init__(self, processor: Processor):
@@ -219,17 +226,17 @@ class AttributeCuts:
         self.enriched = self.losing = self.bare = self.shorter = 0
         self.needed = processor.max_tokens
 
-    def made(self, numbers: np.ndarray, row: Callable[[int], Row]) -> list[Row]:
-        """row(number) of each of numbers, int[N]. A number that occurs again, as those that fill up
-        a batch do, is made and counted once."""
-        rows = {number: row(number) for number in dict.fromkeys(numbers.tolist())}
-        for made in rows.values():
-            if made.attributes:
-                shown = self._processor.shown(made)
+    def made(self, numbers: np.ndarray, make_row: Callable[[int], Row]) -> list[Row]:
+        """Makes and counts the rows of numbers, int[N]. A repeated number, such as those that fill
+        up a batch, is made and counted once."""
+        rows = {number: make_row(number) for number in dict.fromkeys(numbers.tolist())}
+        for row in rows.values():
+            if row.attributes:
+                shown = self._processor.shown(row)
                 self.enriched += 1
-                self.losing += shown.attributes < len(made.attributes)
+                self.losing += shown.attributes < len(row.attributes)
                 self.bare += not shown.attributes
-                self.shorter += bool(shown.attributes) and shown.text != made.text
+                self.shorter += bool(shown.attributes) and shown.text != row.text
                 self.needed = max(self.needed, shown.needed)
         return [rows[number] for number in numbers.tolist()]
 
@@ -252,8 +259,8 @@ class AttributeCuts:
         )
 
     def tell(self, where: str) -> bool:
-        """Logs what is lost, if anything: a warning where it is an attribute. where: in whose
-        texts. Returns whether anything was."""
+        """Logs the losses, if any: as a warning where a row loses an attribute. where: the texts
+        that were cut, in words. Returns whether there were losses."""
         lost = bool(self.losing or self.shorter)
         if lost:
             log.log(logging.WARNING if self.losing else logging.INFO, "%s: %s", where, self)
@@ -263,12 +270,13 @@ class AttributeCuts:
 def sampled_cuts(
     catalog: Catalog, split: str, processor: Processor, max_images: int
 ) -> AttributeCuts:
-    """The cuts in a sample of a split's listings, with their attributes, titles and photos."""
+    """The cuts in rows of a sample of a split's listings, with attributes and photos."""
     cuts = AttributeCuts(processor)
 
     def row(index: int) -> Row:
         attributes = catalog.listing(index).attributes
-        view = "image+text" if attributes else "text"  # without attributes no photo matters
+        # Only rows with attributes count, so the others need no photos.
+        view = "image+text" if attributes else "text"
         return evaluation_row(catalog, index, max_images, view=view, attributes=attributes)
 
     cuts.made(np.random.default_rng(0).permutation(catalog.indices(split))[:SAMPLED], row)

@@ -2,8 +2,9 @@
 of past batches' targets as further negatives (cross-batch memory, Wang et al. 2020, arXiv
 1912.06798).
 
-Axes: A micro-batches · C examples of one · V views of an example (query, target, hard negatives) ·
-B = A C pairs · M = B (V - 1) targets · P slots of the memory · E embedding · T attribute terms.
+Axes: A micro-batches · C pairs of one micro-batch · V views of a pair (query, target, hard
+negatives) · B = A C pairs · M = B (V - 1) targets · P slots of the memory · E embedding · T term
+slots.
 """
 
 import logging
@@ -18,6 +19,7 @@ from jax.sharding import Mesh
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.core.mesh import batch_sharding, replicated
 from afmrl_jax.core.options import Options, between
+from afmrl_jax.core.types import Metrics, Params
 from afmrl_jax.losses.contrastive import Contrastive, contrastive_loss
 from afmrl_jax.losses.labels import LabelHead, Labels, frequent_labels, label_loss
 
@@ -30,19 +32,19 @@ AbstractArrays = dict[str, jax.ShapeDtypeStruct]
 
 @dataclass(frozen=True)
 class PastBatches(Options, section="loss"):
-    """Negatives from batches before."""
+    """Negatives from past batches."""
 
-    memory_batches: int = between(0)  # batches whose targets are remembered; 0: none
+    memory_batches: int = between(0)  # past batches whose targets are kept; 0: none
 
 
 @dataclass(frozen=True)
 class AGCL:
     """The objective (`training.objective.Objective`) of configs/agcl.py.
 
-    labels: what the head tells apart; None without a head. memory_batches: the last batches whose
-    targets are negatives too. They are embeddings of the encoder as it was then, without a
-    gradient; their products and attributes weigh and mask them as they do any negative. They are
-    candidates of queries only: where targets ask for queries (`symmetric`), there are none.
+    labels: the head's; None without a head. memory_batches: how many past batches give their
+    targets as further negatives. These embeddings are of the encoder as it was then, and have no
+    gradient; their products and attributes weight and mask them like other negatives. They are
+    candidates of queries only: the direction from targets to queries (`symmetric`) has none.
     """
 
     contrastive: Contrastive
@@ -59,8 +61,8 @@ class AGCL:
     def of(cls, config: Any, statistics: CorpusStatistics | None, mesh: Mesh) -> Self:
         """The objective of a whole configuration.
 
-        statistics: of the training listings' attributes, from which the head's labels are taken;
-        None where there is no head.
+        statistics: of the training listings' attributes; they give the head's labels. None where
+        there is no head.
         """
         head, labels = LabelHead.of(config), None
         if head.head_weight:
@@ -76,13 +78,14 @@ class AGCL:
     def memory(self, width: int, batch: AbstractArrays) -> AbstractArrays:
         """The slots for past targets, the newest first; {} without a memory.
 
+        width: E. batch: `batch_arrays`, [A, C, V, ...].
         embedding float32[P, E]; product int32[P], terms int32[P, T], query_weights and
         document_weights float32[P, T] of their listings; filled bool[P].
         """
         if not self.memory_batches:
             return {}
-        pairs_a, pairs_c, views = batch["product"].shape
-        slots = self.memory_batches * pairs_a * pairs_c * (views - 1)
+        micro_batches, pairs, views = batch["product"].shape
+        slots = self.memory_batches * micro_batches * pairs * (views - 1)
         arrays = {
             name: jax.ShapeDtypeStruct((slots, *batch[name].shape[3:]), batch[name].dtype)
             for name in self.batch_arrays
@@ -92,12 +95,12 @@ class AGCL:
         return arrays | {"embedding": embedding, "filled": filled}
 
     def __call__(
-        self, trained: Any, memory: Arrays, embeddings: jax.Array, batch: Arrays
-    ) -> tuple[jax.Array, Arrays, dict[str, jax.Array]]:
-        """The mean loss, the next memory, and metrics: each device's queries against all targets,
-        and the head's loss of every view.
+        self, trained: Params, memory: Arrays, embeddings: jax.Array, batch: Arrays
+    ) -> tuple[jax.Array, Arrays, Metrics]:
+        """The mean loss, the next memory, and metrics. The loss is of each device's queries against
+        all targets, and of the head for every view.
 
-        trained: the parameters, of which the head's are read here. embeddings: float32[A, C, V, E].
+        trained: the parameters; only the head's are read. embeddings: float32[A, C, V, E].
         batch: `batch_arrays`, [A, C, V, ...].
         """
         info, targets = {}, {}
@@ -113,15 +116,15 @@ class AGCL:
         )
         value = total / count
         if self.labels:
-            total, count, of_head = label_loss(
+            total, count, head_metrics = label_loss(
                 trained[HEAD], embeddings, batch["terms"], self.labels
             )
             value += self.head_weight * total / jnp.maximum(count, 1)
-            metrics |= of_head
+            metrics |= head_metrics
         return value, self._remembered(memory, targets), metrics
 
     def _remembered(self, memory: Arrays, targets: Arrays) -> Arrays:
-        """The memory with a batch's targets before all others; the oldest leave it."""
+        """The memory with a batch's targets first; the oldest targets leave it."""
         if not memory:
             return {}
         filled = jnp.ones(len(targets["product"]), bool)
@@ -135,7 +138,7 @@ class AGCL:
 def _sides(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[A, C, V, ...] -> queries [B, ...], targets [M, ...], the positives first.
 
-    C is what the mesh splits, so it becomes the major part of B: nothing moves between devices.
+    The mesh splits C, so C becomes the major part of B: nothing moves between devices.
     """
     array = jnp.swapaxes(array, 0, 1)
     parts = [array[:, :, view].reshape(-1, *array.shape[3:]) for view in range(array.shape[2])]

@@ -1,17 +1,17 @@
 """The contrastive losses: InfoNCE (VLM2Vec), attribute-guided (AGCL), hardness-weighted (LLaVE).
 
-One formula, of which all are settings: with w the weights, t the temperature, N_i the negatives
-that the masks leave,
+All are settings of one formula. With w the weights, t the temperature, N_i the negatives that the
+masks leave,
     L_i = -log( w_ii e^(s_ii/t) / (w_ii e^(s_ii/t) + sum over j in N_i of w_ij e^(s_ij/t)) ).
 
 Axes: B queries · M = B (1 + k) targets, the first B the queries' positives, then k mined hard
-negatives a query · E embedding · T attribute terms.
+negatives a query · E embedding · T term slots.
 """
 
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,21 +20,22 @@ from jax import lax
 from afmrl_jax.attributes.bm25 import bm25_matrix
 from afmrl_jax.core.masked import masked_quantiles
 from afmrl_jax.core.options import Options, among, between
+from afmrl_jax.core.types import Metrics
 
 # The logit of a masked candidate: its exponential is exactly 0, and no inf - inf can arise.
 MASKED = -1e30
 
-# A listing that scores less than this against itself says next to nothing (no attributes, or such
-# as nearly every product has): agreeing with it must not count as full agreement.
+# A listing that scores less than this against itself has no attributes, or such as nearly every
+# product has: agreement with it must not count as full agreement.
 SELF_SCORE_FLOOR = 1.0
 
-Side = Mapping[str, jax.Array]  # one side's product, terms, query_weights, document_weights
+Side = Mapping[str, jax.Array]  # product, terms, query_weights, document_weights of one side
 
 
 @dataclass(frozen=True)
 class Contrastive(Options, section="loss"):
-    """Which contrastive loss. A mask whose threshold nothing can pass is off and costs nothing:
-    2 of cosines and of their margins, 1 of agreements."""
+    """Which contrastive loss. A mask is off, and costs nothing, where no candidate can exceed its
+    threshold: 2 for cosines and for their margins, 1 for agreements."""
 
     temperature: float = between(1e-4, 10)
     negative_weight: str = among("none", "bm25", "similarity")  # InfoNCE, AGCL, LLaVE
@@ -67,17 +68,16 @@ def contrastive_loss(
     info: Mapping[str, jax.Array],
     options: Contrastive,
     past: Mapping[str, jax.Array] | None = None,
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+) -> tuple[jax.Array, jax.Array, Metrics]:
     """The contrastive loss of a global batch, with gradient to queries and targets.
 
     queries float[B, E] and targets float[M, E], L2-normalised; targets[i] for i < B is the
     positive of queries[i]. info: query_product int32[B], target_product int32[M], and for BM25
     query_terms int32[B, T], query_query_weights and query_document_weights float32[B, T], the same
     for target_ with M rows (`CorpusStatistics.encode`); only what the options need is read.
-    past: targets of batches before as P further candidates of the queries, without a gradient:
-    embedding float[P, E], product and terms and weights as the targets have them, and filled
-    bool[P], False of a slot that holds nothing. They are no candidates of the direction targets ->
-    queries. None or {} without.
+    past: P targets of past batches, further candidates of the queries without a gradient: embedding
+    float[P, E], product, terms and weights as info has them of targets, and filled bool[P], False
+    for an empty slot. Targets have no past queries as candidates. None or {}: no past targets.
 
     Returns (sum of the rows' losses, B, metrics), all scalars; computed in float32, or in float64
     where the embeddings are. The metrics, of queries -> targets of this batch:
@@ -96,77 +96,90 @@ def contrastive_loss(
     n, m = queries.shape[0], targets.shape[0]
     dtype = jnp.promote_types(queries.dtype, jnp.float32)
     queries, targets = queries.astype(dtype), targets.astype(dtype)
-    asking, asked = _side(info, "query_"), _side(info, "target_")
-    masks = {}
+    query_side, target_side = _side(info, "query_"), _side(info, "target_")
     if past:
         targets = jnp.concatenate([targets, lax.stop_gradient(past["embedding"]).astype(dtype)])
-        asked = {name: jnp.concatenate([array, past[name]]) for name, array in asked.items()}
-        masks["empty"] = jnp.concatenate([jnp.zeros(m, bool), ~past["filled"]])[None, :]
-    scores, scores_back = _bm25_both_ways(asking, asked, options)
-    same = asking["product"][:, None] == asked["product"][None, :]
+        target_side = {k: jnp.concatenate([x, past[k]]) for k, x in target_side.items()}
+    scores = _bm25_both_ways(query_side, target_side, options)
+    same_product = query_side["product"][:, None] == target_side["product"][None, :]
+    masks = {}
     if past:
-        same &= ~masks["empty"]
-    if options.masks_attributes:
-        agreement = jnp.minimum(
-            _agreement(scores, asking, axis=1), _agreement(scores_back, asked, axis=0)
-        )
-        masks["attributes"] = agreement > options.mask_attributes
-    if options.same_product == "drop":
-        masks["same_product"] = same
+        masks["empty"] = jnp.concatenate([jnp.zeros(m, bool), ~past["filled"]])[None, :]
+        same_product &= ~masks["empty"]
+    masks |= _listing_masks(same_product, scores, (query_side, target_side), options)
     similarity = _cosines(queries, targets)
     # Not the diagonal of the matrix above: cutting it from shards would gather them.
     positive = jnp.sum(queries * targets[:n], axis=1)
-    weights = _bm25_log_weights(scores, asking, options, axis=1)
-    losses, outcome = _one_way(similarity, positive, targets, same, masks, weights, options, axis=1)
-    metrics = _metrics(similarity, positive, same, outcome, m)
+    weights = _bm25_log_weights(scores[0], query_side, options, axis=1)
+    candidates = _Candidates(similarity, positive, same_product, masks, weights, axis=1)
+    losses, outcome = _one_way(candidates, targets, options)
+    metrics = _metrics(candidates, outcome, m)
     if options.symmetric:
-        masks = {rule: mask[:, :n] for rule, mask in masks.items()}
-        weights = _bm25_log_weights(scores_back, asked, options, axis=0)
-        weights = None if weights is None else weights[:, :n]
-        similarity, same = similarity[:, :n], same[:, :n]
-        back, _ = _one_way(similarity, positive, queries, same, masks, weights, options, axis=0)
-        losses = (losses + back) / 2
+        weights = _bm25_log_weights(scores[1], target_side, options, axis=0)
+        candidates = candidates._replace(weights=weights, axis=0).first(n)
+        losses_back, _ = _one_way(candidates, queries, options)
+        losses = (losses + losses_back) / 2
     return jnp.sum(losses), jnp.asarray(n, losses.dtype), metrics
+
+
+class _Candidates(NamedTuple):
+    """The candidates of one side's B rows on the other side.
+
+    similarity: float[B, M], cosines; rows are the queries in either direction. positive: float[B],
+    the cosine of each pair. same_product: bool[B, M]. masks: bool[B, M] or [1, M] by rule, True
+    where a candidate is dropped. weights: float[B, M], log w; None where candidates are not
+    weighted. axis: along which a row's candidates lie: 1, the targets of queries; 0, the queries of
+    targets, where M = B.
+    """
+
+    similarity: jax.Array
+    positive: jax.Array
+    same_product: jax.Array
+    masks: Mapping[str, jax.Array]
+    weights: jax.Array | None
+    axis: int
+
+    def first(self, columns: int) -> Self:
+        """The candidates in the first columns alone."""
+        return self._replace(
+            similarity=self.similarity[:, :columns],
+            same_product=self.same_product[:, :columns],
+            masks={rule: mask[:, :columns] for rule, mask in self.masks.items()},
+            weights=None if self.weights is None else self.weights[:, :columns],
+        )
 
 
 class _Outcome(NamedTuple):
     """What became of the candidates, [B, M] each: the positives, what is dropped or a positive, the
-    masks by rule, and log w if candidates are weighed."""
+    masks by rule, and log w if candidates are weighted."""
 
-    own: jax.Array
+    positives: jax.Array
     dropped: jax.Array
     masks: dict[str, jax.Array]
     weights: jax.Array | None
 
 
 def _one_way(
-    similarity: jax.Array,
-    positive: jax.Array,
-    candidates: jax.Array,
-    same: jax.Array,
-    masks: Mapping[str, jax.Array],
-    weights: jax.Array | None,
-    options: Contrastive,
-    axis: int,
+    candidates: _Candidates, embeddings: jax.Array, options: Contrastive
 ) -> tuple[jax.Array, _Outcome]:
-    """Losses [B] of one side against the other's candidates, which lie along `axis`.
+    """Losses [B] of one side's rows against their candidates.
 
-    similarity float[B, M], rows the queries in either direction; positive [B]; candidates [M, E],
-    the asked side's embeddings; same bool[B, M]; masks by the rules that know no embedding; weights
-    log w [B, M] by BM25 if any. Axis 1: queries ask targets; axis 0: the reverse, M = B.
+    candidates: with the masks that need no embedding, and with BM25's weights. embeddings:
+    float[M, E], the candidates'.
     """
-    own = jnp.arange(same.shape[0])[:, None] == jnp.arange(same.shape[1])[None, :]  # the positives
+    similarity, positive, same_product, masks, weights, axis = candidates
+    positives = jnp.arange(same_product.shape[0])[:, None] == jnp.arange(same_product.shape[1])
     frozen, frozen_positive = lax.stop_gradient((similarity, positive))
     masks = dict(masks)
     if options.masks_target_similarity:
-        fixed = lax.stop_gradient(candidates)
-        to_positive = _cosines(fixed[: same.shape[0]], fixed)
+        fixed = lax.stop_gradient(embeddings)
+        to_positive = _cosines(fixed[: same_product.shape[0]], fixed)
         masks["target_similarity"] = to_positive > options.mask_target_similarity
     if options.masks_margin:
         limit = jnp.expand_dims(frozen_positive, axis) + options.mask_margin
         masks["margin"] = frozen > limit
-    extra = same & ~own  # the product's other listings
-    dropped = functools.reduce(jnp.logical_or, masks.values(), own)
+    extra = same_product & ~positives  # the product's other listings
+    dropped = functools.reduce(jnp.logical_or, masks.values(), positives)
     if options.same_product == "positive":
         dropped = dropped | extra
 
@@ -175,19 +188,19 @@ def _one_way(
     boost = weights if options.boost_positive and options.negative_weight == "bm25" else None
     logits = similarity / options.temperature
     # log w joins the logit; w itself would overflow where strengths are large.
-    negatives = jnp.where(dropped, MASKED, _plus(logits, weights))
-    negatives = jax.nn.logsumexp(negatives, axis=axis)  # [B]
-    positives = positive / options.temperature
+    negative_logits = jnp.where(dropped, MASKED, _plus(logits, weights))
+    negative_logits = jax.nn.logsumexp(negative_logits, axis=axis)  # [B]
+    positive_logits = positive / options.temperature
     if boost is not None:
-        positives += jnp.sum(jnp.where(own, boost, 0.0), axis=axis)
+        positive_logits += jnp.sum(jnp.where(positives, boost, 0.0), axis=axis)
     # -log(e^p / (e^p + e^n)) = softplus(n - p): exactly 0 without negatives.
-    losses = jax.nn.softplus(negatives - positives)
+    losses = jax.nn.softplus(negative_logits - positive_logits)
     if options.same_product == "positive":
-        others = jax.nn.softplus(jnp.expand_dims(negatives, axis) - _plus(logits, boost))
+        others = jax.nn.softplus(jnp.expand_dims(negative_logits, axis) - _plus(logits, boost))
         others = jnp.sum(jnp.where(extra, others, 0.0), axis=axis)
         losses = (losses + others) / (1 + jnp.sum(extra, axis=axis))
 
-    return losses, _Outcome(own, dropped, masks, weights)
+    return losses, _Outcome(positives, dropped, masks, weights)
 
 
 def _plus(logits: jax.Array, log_weights: jax.Array | None) -> jax.Array:
@@ -205,75 +218,107 @@ def _cosines(rows: jax.Array, columns: jax.Array) -> jax.Array:
 
 
 def _bm25_both_ways(
-    asking: Side, asked: Side, options: Contrastive
+    query_side: Side, target_side: Side, options: Contrastive
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """BM25 of targets for queries, and of queries for targets, both [B, M]; None if not needed."""
-    weighed = options.negative_weight == "bm25"
+    weighted = options.negative_weight == "bm25"
     there = back = None
-    if weighed or options.masks_attributes:
+    if weighted or options.masks_attributes:
         there = bm25_matrix(
-            asking["terms"], asking["query_weights"], asked["terms"], asked["document_weights"]
+            query_side["terms"],
+            query_side["query_weights"],
+            target_side["terms"],
+            target_side["document_weights"],
         )
-    if (weighed and options.symmetric) or options.masks_attributes:
-        # The weights change places and the terms do not: it is born as [B, M], its rows sharded.
+    if (weighted and options.symmetric) or options.masks_attributes:
+        # The weights change places and the terms do not: the matrix is made as [B, M], with its
+        # rows sharded.
         back = bm25_matrix(
-            asking["terms"], asking["document_weights"], asked["terms"], asked["query_weights"]
+            query_side["terms"],
+            query_side["document_weights"],
+            target_side["terms"],
+            target_side["query_weights"],
         )
     return there, back
 
 
+def _listing_masks(
+    same_product: jax.Array,
+    scores: tuple[jax.Array | None, jax.Array | None],
+    sides: tuple[Side, Side],
+    options: Contrastive,
+) -> dict[str, jax.Array]:
+    """The masks, bool[B, M] by rule, that need the listings alone and not their embeddings.
+
+    scores: of `_bm25_both_ways`. sides: the queries' and the targets'.
+    """
+    masks = {}
+    if options.masks_attributes:
+        agreement = _agreement(scores[0], sides[0], axis=1)
+        agreement_back = _agreement(scores[1], sides[1], axis=0)
+        masks["attributes"] = jnp.minimum(agreement, agreement_back) > options.mask_attributes
+    if options.same_product == "drop":
+        masks["same_product"] = same_product
+    return masks
+
+
 def _agreement(scores: jax.Array, side: Side, axis: int) -> jax.Array:
-    """Scores as shares, in [0, 1], of what each of the asking side scores against itself.
+    """Scores as shares, in [0, 1], of each listing's score against itself.
 
     Not of B_ii: that is the score of another listing, tiny where its attributes are missing.
+    side: the listings that the scores are of; axis: along which their candidates lie.
     """
-    own = jnp.sum(side["query_weights"] * side["document_weights"], axis=1)
-    return jnp.clip(scores / jnp.expand_dims(jnp.maximum(own, SELF_SCORE_FLOOR), axis), 0.0, 1.0)
+    self_scores = jnp.sum(side["query_weights"] * side["document_weights"], axis=1)
+    self_scores = jnp.maximum(self_scores, SELF_SCORE_FLOOR)
+    return jnp.clip(scores / jnp.expand_dims(self_scores, axis), 0.0, 1.0)
 
 
 def _bm25_log_weights(
     scores: jax.Array | None, side: Side, options: Contrastive, axis: int
 ) -> jax.Array | None:
-    """log w = a (1 + tanh(B)), [B, M], B scaled or raw; None where BM25 does not weigh."""
+    """log w = a (1 + tanh(B)), [B, M], B scaled or raw; None where BM25 gives no
+    weights."""
     if options.negative_weight != "bm25":
         return None
     scaled = _agreement(scores, side, axis) if options.weight_scale == "self" else scores
     return options.weight_strength * (1 + jnp.tanh(scaled))
 
 
-def _metrics(
-    similarity: jax.Array, positive: jax.Array, same: jax.Array, outcome: _Outcome, columns: int
-) -> dict[str, jax.Array]:
+def _metrics(candidates: _Candidates, outcome: _Outcome, n_targets: int) -> Metrics:
     """Accuracies, what each mask drops, and quantiles of weights; see `contrastive_loss`.
 
-    columns: M, the first candidates, which are the batch's targets: of them alone it tells.
+    n_targets: the first candidates, which are the batch's targets; past ones are left out.
     """
-    frozen, positive = lax.stop_gradient((similarity, positive))
-    own, dropped, masks, weights = outcome
-    if columns < frozen.shape[1]:
-        frozen, same, own, dropped = (x[:, :columns] for x in (frozen, same, own, dropped))
-        masks = {rule: mask[:, :columns] for rule, mask in masks.items() if rule != "empty"}
-        weights = None if weights is None else weights[:, :columns]
-    n_rows, n_columns = own.shape
-    candidates = max(n_rows * (n_columns - 1), 1)
+    frozen, positive = lax.stop_gradient((candidates.similarity, candidates.positive))
+    same_product = candidates.same_product
+    positives, dropped, masks, weights = outcome
+    if n_targets < frozen.shape[1]:
+        frozen, same_product, positives, dropped = (
+            x[:, :n_targets] for x in (frozen, same_product, positives, dropped)
+        )
+        masks = {rule: mask[:, :n_targets] for rule, mask in masks.items() if rule != "empty"}
+        weights = None if weights is None else weights[:, :n_targets]
+    n_rows, n_columns = positives.shape
+    n_candidates = max(n_rows * (n_columns - 1), 1)
 
     def count(mask: jax.Array) -> jax.Array:
-        return jnp.sum(mask & ~own, dtype=jnp.float32)
+        return jnp.sum(mask & ~positives, dtype=jnp.float32)
 
-    best = jnp.max(jnp.where(same | own, -jnp.inf, frozen), axis=1)
-    best_left = jnp.max(jnp.where(same | dropped, -jnp.inf, frozen), axis=1)
+    best = jnp.max(jnp.where(same_product | positives, -jnp.inf, frozen), axis=1)
+    best_left = jnp.max(jnp.where(same_product | dropped, -jnp.inf, frozen), axis=1)
     metrics = {
         # Strictly nearer: a collapsed encoder, to which all is equal, scores 0 and not 1.
         "accuracy": jnp.mean(positive > best, dtype=jnp.float32),
         "accuracy_unmasked": jnp.mean(positive > best_left, dtype=jnp.float32),
-        "masked": count(functools.reduce(jnp.logical_or, masks.values())) / candidates
+        "masked": count(functools.reduce(jnp.logical_or, masks.values())) / n_candidates
         if masks
         else jnp.zeros(()),
     }
     for rule, mask in masks.items():
-        metrics[f"masked_by_{rule}"] = count(mask) / candidates
+        metrics[f"masked_by_{rule}"] = count(mask) / n_candidates
         if rule != "same_product":
-            metrics[f"precision_of_{rule}"] = count(mask & same) / jnp.maximum(count(mask), 1.0)
+            same = count(mask & same_product)
+            metrics[f"precision_of_{rule}"] = same / jnp.maximum(count(mask), 1.0)
     if weights is not None:
         levels = {"weight_p10": 0.1, "weight_p50": 0.5, "weight_p90": 0.9, "weight_p99": 0.99}
         quantiles = masked_quantiles(weights, ~dropped, tuple(levels.values()))

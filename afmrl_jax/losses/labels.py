@@ -1,12 +1,12 @@
-"""The attribute-label head: one linear layer that tells an embedding's attributes; a baseline.
+"""The attribute-label head: a linear layer that predicts attributes from an embedding; a baseline.
 
-Labels are the most frequent "name=value" pairs of the training catalogue, and those of one name
+Labels are the most frequent "name=value" pairs of the training catalogue. The labels of a name
 share a softmax. A listing's loss is the mean, over its attributes that are labels, of
     log(sum over the labels k of its name of e^(z_k)) - z_label,    z = sqrt(E) e W + b.
-The factor gives an embedding's numbers, whose squares add up to 1, the variance that a linear layer
-expects. The head begins at zero: every value of a name is as likely as the others.
+The squares of an embedding's numbers add up to 1; the factor gives them the variance that a linear
+layer expects. The head begins at zero: all values of a name are equally likely.
 
-Axes: ... leading axes of listings · E embedding · L labels · G names · T attribute terms.
+Axes: ... leading axes of listings · E embedding · L labels · G names · T term slots.
 """
 
 import math
@@ -22,22 +22,23 @@ from jax import lax
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.options import Options, between
+from afmrl_jax.core.types import Metrics
 
 
 @dataclass(frozen=True)
 class LabelHead(Options, section="loss"):
-    """A head beside the encoder, and what its loss counts."""
+    """A label head beside the encoder, and the weight of its loss."""
 
-    head_weight: float = between(0, 1000)  # of its loss, in nats an attribute; 0: there is no head
-    head_labels: int = between(1)  # of the most frequent pairs, which it tells
+    head_weight: float = between(0, 1000)  # weight of its loss, in nats an attribute; 0: no head
+    head_labels: int = between(1)  # labels at most, the most frequent pairs
 
 
 @dataclass(frozen=True)
 class Labels:
-    """What a head tells apart; known from BM25's statistics, whose terms a batch holds."""
+    """The labels of a head. They are terms of BM25's statistics, as a batch holds them."""
 
     terms: np.ndarray  # int32[L], ascending: the labels' ids among the statistics' terms
-    names: np.ndarray  # int32[L], ascending from 0: whose values they are
+    names: np.ndarray  # int32[L], ascending from 0: the number of each label's name
 
     @property
     def n_names(self) -> int:
@@ -50,16 +51,16 @@ class Labels:
 
 
 def frequent_labels(statistics: CorpusStatistics, most: int) -> Labels:
-    """The pairs that most products have, at most that many; of a name with one value none.
+    """The `most` most frequent pairs, less those of names that have only one value among them.
 
     Raises UserError where no name has two values.
     """
     frequencies = statistics.document_frequencies
-    # Only a pair's term has a "=": a value's words have none.
+    # Terms that hold a "=" are pairs; the others are words of values.
     pairs = [(term_id, term) for term_id, term in enumerate(frequencies) if "=" in term]
     kept = sorted(pairs, key=lambda pair: (-frequencies[pair[1]], pair[0]))[:most]
     values = Counter(_name(term) for _, term in kept)
-    # Terms stand in alphabetical order in the statistics, so a name's are neighbours.
+    # The statistics' terms are in alphabetical order, so those of a name are neighbours.
     kept = sorted((term_id, _name(term)) for term_id, term in kept if values[_name(term)] > 1)
     if not kept:
         raise UserError(
@@ -78,12 +79,12 @@ def _name(term: str) -> str:
 
 def label_loss(
     head: Mapping[str, jax.Array], embeddings: jax.Array, terms: jax.Array, labels: Labels
-) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
+) -> tuple[jax.Array, jax.Array, Metrics]:
     """The sum of the listings' losses, in nats, and the number of listings that have labels.
 
     head: kernel float[E, L], bias float[L]. embeddings: float[..., E]. terms: int32[..., T], as
-    `CorpusStatistics.encode` gives them; one that is no label counts nothing, nor does a listing
-    that has none.
+    `CorpusStatistics.encode` gives them. Terms that are no labels, and listings without labels, do
+    not count.
     Returns (sum, count, metrics), all scalars: head_loss, the mean; head_accuracy, the mean share
     of a listing's labels whose logit is above all others of their name.
     """
@@ -94,29 +95,30 @@ def label_loss(
     name = jnp.asarray(labels.names)[place]
 
     def over_names(reduce: Callable[..., jax.Array], values: jax.Array) -> jax.Array:
-        """[..., L] -> [..., G]. No axis of listings is moved into another: one is sharded."""
+        """[..., L] -> [..., G]. The axes of listings stay apart, because one of them is sharded."""
         rows = jnp.moveaxis(values, -1, 0)
         rows = reduce(rows, labels.names, labels.n_names, indices_are_sorted=True)
         return jnp.moveaxis(rows, 0, -1)
 
-    def of_term(values: jax.Array, places: jax.Array) -> jax.Array:
+    def of_terms(values: jax.Array, places: jax.Array) -> jax.Array:
         return jnp.take_along_axis(values, places, axis=-1)
 
     best = over_names(jax.ops.segment_max, lax.stop_gradient(logits))
     above = logits - best[..., labels.names]
     normaliser = jnp.log(over_names(jax.ops.segment_sum, jnp.exp(above)))
-    own = of_term(above, place)
-    losses = of_term(normaliser, name) - own
-    # At a tie nothing is told: a head that says the same of all values scores 0, not 1.
-    ties = of_term(over_names(jax.ops.segment_sum, jnp.float32(above == 0)), name)
-    right = (own == 0) & (ties == 1)
+    label_logits = of_terms(above, place)
+    losses = of_terms(normaliser, name) - label_logits
+    # A tie is no answer: a head that gives all values one logit scores 0, not 1.
+    ties = of_terms(over_names(jax.ops.segment_sum, jnp.float32(above == 0)), name)
+    right = (label_logits == 0) & (ties == 1)
 
-    found = jnp.sum(labelled, axis=-1)
+    label_counts = jnp.sum(labelled, axis=-1)
 
     def total(values: jax.Array) -> jax.Array:
-        means = jnp.sum(jnp.where(labelled, values, 0), axis=-1) / jnp.maximum(found, 1)
+        means = jnp.sum(jnp.where(labelled, values, 0), axis=-1) / jnp.maximum(label_counts, 1)
         return jnp.sum(means)
 
-    loss, count = total(losses), jnp.sum(found > 0, dtype=logits.dtype)
-    some = jnp.maximum(count, 1)
-    return loss, count, {"head_loss": loss / some, "head_accuracy": total(right) / some}
+    loss, count = total(losses), jnp.sum(label_counts > 0, dtype=logits.dtype)
+    at_least_one = jnp.maximum(count, 1)
+    metrics = {"head_loss": loss / at_least_one, "head_accuracy": total(right) / at_least_one}
+    return loss, count, metrics

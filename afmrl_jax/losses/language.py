@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens, and the cross-entropy of answers (SFT).
 
-The vocabulary's logits of all positions, float32[N, S, V], are the largest array that a language
-model's training can make: here they live a chunk of positions at a time, forward and backward.
-Axes: N rows · S positions · C positions of a chunk · A chunks · D width · V vocabulary.
+The vocabulary's logits of all positions, float32[N, S, V], would be the largest array of a language
+model's training. Here a chunk of positions has them at a time, forward and backward.
+Axes: N rows · S tokens · A chunks of positions · C positions of a chunk · D width · V vocabulary.
 """
 
 import functools
@@ -28,9 +28,9 @@ def token_log_probs(
     hidden: [N, S, D], where position s predicts tokens[:, s] (the caller shifts). logits_fn: the
     model's head, `QwenVL.logits`; gradients reach the parameters that it closes over. tokens:
     int32[N, S]. chunk: positions of each row at a time; N x chunk x V float32 are alive at once.
-    temperature: that of sampling, where old and new log-probs are compared (`losses.policy`). mask:
-    bool[N, S], positions wanted, by default all; the others cost nothing where no row wants any of
-    their chunk, and give 0.
+    temperature: the sampler's, where old and new log-probs are compared (`losses.policy`). mask:
+    bool[N, S], the positions to score, by default all. The others give 0; a chunk in which no row
+    has a position to score costs nothing.
 
     Returns (log_probs, entropy), float32[N, S] each, in nats; the entropy carries no gradient.
     The backward pass computes a chunk's logits once more instead of keeping them.
@@ -47,16 +47,16 @@ def token_log_probs(
 
     # The loop itself keeps XLA from merging the recomputation with the forward pass.
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one_chunk(hidden: jax.Array, tokens: jax.Array, mask: jax.Array):
+    def score_chunk(hidden: jax.Array, tokens: jax.Array, mask: jax.Array):
         score = functools.partial(_score, logits_fn, temperature)
         shapes = jax.eval_shape(score, hidden, tokens)
 
-        def nothing(*_):
+        def zeros(*_):
             return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-        return lax.cond(mask.any(), score, nothing, hidden, tokens)
+        return lax.cond(mask.any(), score, zeros, hidden, tokens)
 
-    chunks = lax.map(lambda x: one_chunk(*x), (cut(hidden), cut(tokens), cut(mask)))
+    chunks = lax.map(lambda x: score_chunk(*x), (cut(hidden), cut(tokens), cut(mask)))
     log_probs, entropy = (jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :length] for x in chunks)
     return jnp.where(mask, log_probs, 0), jnp.where(mask, entropy, 0)
 
@@ -81,14 +81,14 @@ def answer_cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
     """-log p of the answers' tokens, given all before them in their row.
 
-    hidden: [N, S, D], the model's at these very tokens: position s predicts token s + 1, and the
-    shift is made here. tokens: int32[N, S]. answer_mask: bool[N, S], True at the answer's tokens,
-    the stop token included; a row's first token has nothing before it and never counts.
+    hidden: [N, S, D], the model's states at these tokens. Position s predicts token s + 1; this
+    function makes the shift. tokens: int32[N, S]. answer_mask: bool[N, S], True at the answer's
+    tokens, the stop token included; a row's first token has nothing before it and never counts.
     chunk, logits_fn: as `token_log_probs` takes them.
     Returns (sum in nats, number of answer tokens), float32 scalars: sums over micro-batches, then
     one division, give the gradient of the whole batch.
     """
-    following, wanted = jnp.roll(tokens, -1, axis=1), jnp.roll(answer_mask, -1, axis=1)
-    wanted = wanted.at[:, -1].set(False)
-    log_probs, _ = token_log_probs(hidden, logits_fn, following, chunk, mask=wanted)
-    return -jnp.sum(log_probs), jnp.sum(wanted, dtype=log_probs.dtype)
+    next_tokens, next_mask = jnp.roll(tokens, -1, axis=1), jnp.roll(answer_mask, -1, axis=1)
+    next_mask = next_mask.at[:, -1].set(False)
+    log_probs, _ = token_log_probs(hidden, logits_fn, next_tokens, chunk, mask=next_mask)
+    return -jnp.sum(log_probs), jnp.sum(next_mask, dtype=log_probs.dtype)

@@ -60,11 +60,11 @@ def attend(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(causal: bool, *inputs: Any) -> jax.Array:
+def _attend(causal: bool, *inputs: jax.Array | Angles) -> jax.Array:
     return _forward(causal, *inputs)[0]
 
 
-def _forward(causal: bool, *inputs: Any) -> tuple[jax.Array, tuple]:
+def _forward(causal: bool, *inputs: jax.Array | Angles) -> tuple[jax.Array, tuple]:
     results = _by_rows(functools.partial(_mix, causal), inputs)
     mixed, log_total = checkpoint_name(results, MIXED)
     return mixed, (inputs, mixed, log_total)
@@ -79,7 +79,7 @@ def _backward(causal: bool, residuals: tuple, gradient: jax.Array) -> tuple:
 _attend.defvjp(_forward, _backward)
 
 
-def _mix(causal: bool, *inputs: Any) -> tuple[jax.Array, jax.Array]:
+def _mix(causal: bool, *inputs: jax.Array | Angles) -> tuple[jax.Array, jax.Array]:
     """The result of `attend`, and the logarithm of each query's sum of exponentials,
     float32[N, K, R, S]. inputs: `attend`'s arrays."""
     query, key, value = _turned(*inputs[:4])
@@ -94,7 +94,7 @@ def _mix(causal: bool, *inputs: Any) -> tuple[jax.Array, jax.Array]:
     return (mixed / total).astype(value.dtype).reshape(inputs[0].shape), log_total
 
 
-def _mix_back(causal: bool, *arrays: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _mix_back(causal: bool, *arrays: jax.Array | Angles) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of query, key and value before they were turned.
 
     arrays: `attend`'s; then both results of `_mix`, and the gradient of the first.

@@ -1,7 +1,7 @@
 """A product's vector: the last token's hidden state of a Qwen-VL model, normalised to length one.
 
 Pooling as VLM2Vec (https://arxiv.org/abs/2410.05160).
-Axes: N rows · S tokens · D width · E embedding size, D unless truncated.
+Axes: N rows · S tokens · D width · E embedding, D unless truncated.
 """
 
 from collections.abc import Mapping

@@ -70,8 +70,8 @@ class Linear(nnx.Module):
         self.lora_b = nnx.Param(jnp.zeros((*stack, rank, *self.outputs), jnp.float32))
         self.lora_scale = scale
 
-    def hold(self, rank: int) -> None:
-        """Makes room for a frozen adapter of this rank, whose scale is within B."""
+    def add_base_adapter(self, rank: int) -> None:
+        """Adds a frozen adapter of this rank, of zeros, whose scale is within B."""
         *stack, inputs = self.kernel.shape[: -len(self.outputs)]
         self.base_a = nnx.Param(jnp.zeros((*stack, inputs, rank), jnp.float32))
         self.base_b = nnx.Param(jnp.zeros((*stack, rank, *self.outputs), jnp.float32))

@@ -1,4 +1,4 @@
-"""LoRA: a narrow pair of matrices beside each frozen kernel, the only ones that are trained.
+"""LoRA: a narrow pair of matrices beside each frozen kernel; only these pairs are trained.
 
 y = x W + alpha / r (x A) B (Hu et al. 2021, https://arxiv.org/abs/2106.09685), computed by
 `layers.Linear`. This module chooses the kernels that get adapters, splits the parameters into
@@ -13,7 +13,6 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +20,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.types import Params
 from afmrl_jax.models.layers import Linear
 
 ADAPTER = ("lora_a", "lora_b")  # A [I, r] and B [r, *O], float32
-BASE = ("base_a", "base_b")  # the base model's adapters, frozen, their scale within B
+BASE = ("base_a", "base_b")  # the base model's frozen adapters, with their scale within B
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class LoRA:
 
     rank: int
     alpha: float  # an adapter's scale is alpha / rank
-    targets: str  # regex, searched in each kernel's path, as layers.0.attention.query.kernel
+    # A regular expression, searched in each kernel's path, as layers.0.attention.query.kernel.
+    targets: str
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
@@ -64,11 +65,14 @@ def adapt(model: nnx.Module, lora: LoRA, rngs: nnx.Rngs) -> None:
         raise UserError(f"lora_targets {lora.targets!r} fits no kernel; the model has {paths}")
 
 
-def hold(model: nnx.Module, adapters: Sequence[LoRA]) -> None:
-    """Makes room in each Linear for the adapters with which the base was trained (`apart`)."""
+def add_base_adapters(model: nnx.Module, adapters: Sequence[LoRA]) -> None:
+    """Adds frozen adapters, of zeros, to the Linears that the base's training adapted.
+
+    Their parameters come from `as_base_adapters`.
+    """
     for path, module in _linears(model):
         if rank := sum(lora.rank for lora in adapters if re.search(lora.targets, path)):
-            module.hold(rank)
+            module.add_base_adapter(rank)
 
 
 def _linears(model: nnx.Module) -> list[tuple[str, Linear]]:
@@ -80,12 +84,12 @@ def _linears(model: nnx.Module) -> list[tuple[str, Linear]]:
     ]
 
 
-def split(params: Any, trainable: str = "") -> tuple[Any, Any]:
-    """(trained, frozen): the adapters and the rest. Without adapters the parameters in whose path,
-    as layers.gate.kernel, the regular expression `trainable` is found, by default all, and the
-    rest.
+def split(params: Params, trainable: str = "") -> tuple[Params, Params]:
+    """(trained, frozen): the adapters, and the other parameters.
 
-    Raises UserError where it is found nowhere, and where there are adapters beside it.
+    trainable: without adapters, a regular expression that is searched in each parameter's path, as
+    layers.gate.kernel; those that match are trained, by default all.
+    Raises UserError where no path matches, and where there are adapters and a `trainable` too.
     """
     adapters = _pick(params, lambda name: name in ADAPTER)
     if adapters:
@@ -94,7 +98,7 @@ def split(params: Any, trainable: str = "") -> tuple[Any, Any]:
                 f"the method trains the parameters {trainable!r}, and LoRA would train adapters: "
                 "set model.lora_rank to 0"
             )
-        return adapters, without(params)
+        return adapters, without_adapters(params)
     if not trainable:
         return params, {}
     trained = _matching(params, lambda path: bool(re.search(trainable, path)))
@@ -103,22 +107,22 @@ def split(params: Any, trainable: str = "") -> tuple[Any, Any]:
     return trained, _matching(params, lambda path: not re.search(trainable, path))
 
 
-def subset(params: Any, like: Any) -> Any:
-    """Of the parameters those that `like`, a tree with some of their names, has."""
+def subset(params: Params, like: Params) -> Params:
+    """The parameters that `like`, a tree with some of their names, has too."""
     if not isinstance(like, dict):
         return params
     return {name: subset(params[name], part) for name, part in like.items()}
 
 
-def join(trained: Any, frozen: Any) -> Any:
-    """The parameters that `split` took apart; nothing is copied."""
+def join(trained: Params, frozen: Params) -> Params:
+    """The parameters before `split`; nothing is copied."""
     params = dict(trained)
     for name, part in frozen.items():
         params[name] = join(params[name], part) if name in params else part
     return params
 
 
-def without(params: Any) -> Any:
+def without_adapters(params: Params) -> Params:
     """The parameters without the trained adapters: those with which training began.
 
     They fit a model made without adapters; nothing is copied.
@@ -126,7 +130,7 @@ def without(params: Any) -> Any:
     return _pick(params, lambda name: name not in ADAPTER)
 
 
-def merge(params: Any, scale: float, dtype: DTypeLike) -> Any:
+def merge(params: Params, scale: float, dtype: DTypeLike) -> Params:
     """The parameters of an equal model without adapters: W + scale A B for each adapted W.
 
     scale: LoRA's. The sum is computed in float32 and rounded once; all parameters become `dtype`.
@@ -145,45 +149,46 @@ def merge(params: Any, scale: float, dtype: DTypeLike) -> Any:
     return merged
 
 
-def apart(params: Any, scale: float, dtype: DTypeLike) -> Any:
-    """The parameters of an equal model whose adapters are all its base's, frozen (`hold`).
+def as_base_adapters(params: Params, scale: float, dtype: DTypeLike) -> Params:
+    """The parameters of an equal model in which all adapters are frozen ones of the base.
 
-    scale: LoRA's. The other parameters become `dtype`, and nothing is added to them.
+    scale: LoRA's. The other parameters become `dtype`, and nothing is added to them. They fit a
+    model with `add_base_adapters`.
     """
     if not isinstance(params, dict):
         return params.astype(dtype)
-    held = {n: apart(part, scale, dtype) for n, part in _others(params).items()}
+    frozen = {n: as_base_adapters(part, scale, dtype) for n, part in _others(params).items()}
     if pairs := _pairs(params, scale):
-        ranks = pairs[0][0].ndim - 2  # the axis of B
-        held["base_a"] = jnp.concatenate([a for a, _, _ in pairs], axis=-1)
-        held["base_b"] = jnp.concatenate([s * b for _, b, s in pairs], axis=ranks)
-    return held
+        rank_axis = pairs[0][0].ndim - 2  # of B
+        frozen["base_a"] = jnp.concatenate([a for a, _, _ in pairs], axis=-1)
+        frozen["base_b"] = jnp.concatenate([s * b for _, b, s in pairs], axis=rank_axis)
+    return frozen
 
 
-def plain(params: Any) -> Any:
-    """The parameters without any adapter; nothing is added to them."""
+def without_any_adapters(params: Params) -> Params:
+    """The parameters without trained and base adapters; nothing is added to them."""
     return _pick(params, lambda name: name not in (*BASE, *ADAPTER))
 
 
-def is_apart(params: Any) -> bool:
-    """Whether a model holds its base's adapters."""
+def has_base_adapters(params: Params) -> bool:
+    """Whether a model has adapters of its base."""
     return bool(_pick(params, lambda name: name in BASE))
 
 
-def _others(params: dict[str, Any]) -> dict[str, Any]:
+def _others(params: Params) -> Params:
     return {name: part for name, part in params.items() if name not in (*BASE, *ADAPTER)}
 
 
-def _pairs(params: dict[str, Any], scale: float) -> list[tuple[jax.Array, jax.Array, float]]:
+def _pairs(params: Params, scale: float) -> list[tuple[jax.Array, jax.Array, float]]:
     """A, B and the scale of each adapter of one kernel, the base's first."""
     both = ((BASE, 1.0), (ADAPTER, scale))
     return [(params[a], params[b], s) for (a, b), s in both if a in params]
 
 
-def fingerprint(params: Any) -> str:
+def fingerprint(params: Params) -> str:
     """A hash of the parameters' names, shapes, dtypes and bits, the same on every mesh.
 
-    The checksums are sums of whole numbers, exact in any order of summation. params: arrays.
+    The checksums are sums of whole numbers, exact in any order of summation.
     """
     sums = jax.jit(lambda tree: jax.tree.map(_checksum, tree))(params)
     content = [
@@ -204,7 +209,7 @@ def _checksum(x: jax.Array) -> jax.Array:
     return jnp.sum(bits.astype(jnp.uint32) * (position * 2 + 1), dtype=jnp.uint32)
 
 
-def _matching(params: Any, chosen: Callable[[str], bool], prefix: str = "") -> Any:
+def _matching(params: Params, chosen: Callable[[str], bool], prefix: str = "") -> Params:
     """The leaves with chosen paths; branches that hold none are left out."""
     matching = {}
     for name, part in params.items():
@@ -217,7 +222,7 @@ def _matching(params: Any, chosen: Callable[[str], bool], prefix: str = "") -> A
     return matching
 
 
-def _pick(params: Any, accepts: Callable[[str], bool]) -> Any:
+def _pick(params: Params, accepts: Callable[[str], bool]) -> Params:
     """The leaves with names that are accepted; branches without such leaves are left out."""
     picked = {}
     for name, part in params.items():

@@ -7,13 +7,14 @@ layer runs.
 
 import math
 import re
-from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import KeyPath
 from jax.typing import DTypeLike
 
 from afmrl_jax.core.mesh import BATCH_AXES
+from afmrl_jax.core.types import Params
 
 P = PartitionSpec
 
@@ -42,7 +43,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
 )
 
 
-def param_shardings(tree: Any, mesh: Mesh) -> Any:
+def param_shardings(tree: Params, mesh: Mesh) -> Params:
     """The sharding of each array of a tree of parameters, or of an optimiser's state made like one.
 
     tree: arrays or ShapeDtypeStructs. Returns the same tree of NamedSharding. A mesh axis that does
@@ -51,7 +52,7 @@ def param_shardings(tree: Any, mesh: Mesh) -> Any:
     """
     unmatched = []
 
-    def sharding(path: Any, leaf: Any) -> NamedSharding | None:
+    def sharding(path: KeyPath, leaf: jax.ShapeDtypeStruct | jax.Array) -> NamedSharding | None:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         spec = _spec(name, leaf.shape)
         if spec is None:
@@ -85,7 +86,7 @@ def row_shards(rows: int) -> int:
     return 0 if rows % shards else shards
 
 
-def gathered(params: Any, dtype: DTypeLike) -> Any:
+def gathered(params: Params, dtype: DTypeLike) -> Params:
     """Parameters of one layer as it multiplies them: matrices in `dtype`, whole along `fsdp`.
 
     params: a tree whose paths end as RULES name them, without a stacked axis. Without this gather
@@ -100,7 +101,7 @@ def gathered(params: Any, dtype: DTypeLike) -> Any:
     if jax.sharding.get_abstract_mesh().shape.get("fsdp", 1) == 1:
         return params
 
-    def gather(path: Any, leaf: jax.Array) -> jax.Array:
+    def gather(path: KeyPath, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         spec = _spec(name, leaf.shape)
         if spec is None or not MATRIX.search(name):

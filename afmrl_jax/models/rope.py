@@ -3,7 +3,7 @@
 Each rotary frequency follows one position axis. A static table assigns the axes, so that chunked
 M-RoPE (Qwen2-VL, https://arxiv.org/abs/2409.12191), interleaved M-RoPE (Qwen3-VL,
 https://arxiv.org/abs/2511.21631) and the towers' 2-D RoPE are one function.
-Axes: N rows · S tokens or patches · X position axes · H heads · d head size.
+Axes: N rows · S tokens or patches · X position axes · H query heads · d head size.
 """
 
 from typing import TypeAlias

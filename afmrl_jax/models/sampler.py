@@ -1,10 +1,10 @@
 """Generation: G answers to each prompt, with the log-probs that reinforcement learning needs.
 
 `prefill` reads every prompt once and draws the first token of each of its samples; `decode` is one
-while loop, a token a step, that ends when all answers have. The samples of a prompt share its
-cache: their queries are an axis of one product with the prompt's keys, which are never copied.
+while loop, a token a step, which ends when all answers have ended. The samples of a prompt share
+its cache: their queries are an axis of one product with the prompt's keys, which are never copied.
 Axes: N prompts (rows) · G samples of a prompt · S prompt tokens · T generated tokens · V vocabulary
-· H query heads · K key/value heads · R = H / K · D head size.
+· H query heads · K key/value heads · R = H / K · D width · d head size.
 """
 
 import dataclasses
@@ -12,17 +12,19 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
+from jax.tree_util import KeyPath
 from tokenizers import Tokenizer
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import BATCH_AXES
+from afmrl_jax.core.types import Params
 from afmrl_jax.models.config import VISION_TOKEN
 from afmrl_jax.models.embedder import pool_last
 from afmrl_jax.models.partition import MATRIX, param_shardings, shard_rows
@@ -36,14 +38,15 @@ KeyValue = tuple[jax.Array, jax.Array]
 class Sampling:
     """How tokens are drawn and when an answer ends; static, so each value compiles its own loop.
 
-    Forbidden ids are taken out first; the temperature divides what is left.
+    Forbidden ids are taken out first; the temperature divides the other ids' logits.
     """
 
-    max_new_tokens: int  # T; an answer cut here is marked as truncated
-    stop: tuple[int, ...]  # an answer ends with the first of these ids, itself included
-    forbidden: tuple[int, ...] = ()  # never drawn: a sampled image token breaks the next forward
-    pad: int = 0  # stands behind an answer's end
-    temperature: float = 1.0  # 0 takes the most probable token
+    max_new_tokens: int  # T, the most tokens of an answer; a longer one is marked as truncated
+    stop: tuple[int, ...]  # ids that end an answer, which includes the first of them
+    # Ids that are never drawn: a sampled image token would break the next forward pass.
+    forbidden: tuple[int, ...] = ()
+    pad: int = 0  # id behind an answer's end
+    temperature: float = 1.0  # of the distribution; 0: always the most probable token
 
     def __post_init__(self) -> None:
         bounds = {
@@ -59,16 +62,16 @@ class Sampling:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Samples:
-    """Answers, with what a policy gradient needs of each token.
+    """Answers, with the log-probs of each token that a policy gradient needs.
 
     tokens: int32[N, G, T], `pad` behind the end. mask: bool[N, G, T], True through the stop token.
-    log_probs: float32[N, G, T], of the policy: log-softmax of the model's own logits over all ids,
-    not tempered, forbidden ids *not* taken out. A trainer that applies log-softmax to
-    its logits gets these very numbers and needs to know nothing of how tokens were drawn.
-    sampling_log_probs: float32[N, G, T], of the distribution that the token was drawn from: after
-    forbidden ids and temperature; 0 when greedy. At temperature 1 the two differ by the probability
-    of the forbidden ids alone. Both are 0 behind the end.
-    truncated: bool[N, G], no stop token within T.
+    log_probs: float32[N, G, T], of the policy: log-softmax of the model's logits over all ids,
+    without temperature, forbidden ids *not* taken out. A trainer that applies log-softmax to its
+    logits gets the same numbers and needs to know nothing of how tokens were drawn.
+    sampling_log_probs: float32[N, G, T], of the distribution that the token was drawn from: without
+    forbidden ids, with temperature; 0 when greedy. At temperature 1 only the probability of the
+    forbidden ids makes these two differ. Both are 0 behind the end.
+    truncated: bool[N, G], True where T tokens hold no stop token.
     """
 
     tokens: jax.Array
@@ -81,7 +84,7 @@ class Samples:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """What passes from prefill to decode and around its loop."""
+    """The state that prefill gives to decode, and that each turn of decode's loop replaces."""
 
     tokens: jax.Array  # int32[N, G, T]
     log_probs: jax.Array  # float32[N, G, T]
@@ -92,15 +95,15 @@ class DecodeState:
     keys: jax.Array  # key[N, G]
     first_position: jax.Array  # int32[N], of the first token generated
     prompt_mask: jax.Array  # bool[N, S]
-    prompt_cache: tuple[KeyValue, ...]  # a layer: keys and values [N, K, S, D]
-    cache: tuple[KeyValue, ...]  # a layer: keys and values [N, K, G, T, D]
+    prompt_cache: tuple[KeyValue, ...]  # a layer: keys and values [N, K, S, d]
+    cache: tuple[KeyValue, ...]  # a layer: keys and values [N, K, G, T, d]
 
 
 def forbidden_ids(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
-    """Ids that no answer may hold: image, video and vision tokens, which would ask the next forward
-    pass for features that there are not, and ids of the table for which there is no token.
+    """Ids that no answer may hold: image, video and vision tokens, for which the next forward pass
+    would need features, and ids of the embedding table that are no token.
 
-    vocab_size: of the model, at least the tokenizer's.
+    vocab_size: the model's, at least the tokenizer's.
     """
     named = tokenizer.get_vocab().items()
     vision = sorted(i for name, i in named if VISION_TOKEN.fullmatch(name))
@@ -114,17 +117,17 @@ def sample_keys(key: jax.Array, rows: Sequence[int] | jax.Array, num_samples: in
     answer does not depend on the mesh, the batch or the prompts beside it. Returns key[N, G].
     """
 
-    def of_row(row: jax.Array) -> jax.Array:
+    def keys_of_row(row: jax.Array) -> jax.Array:
         row_key = jax.random.fold_in(key, row)
         samples = jnp.arange(num_samples)
         return jax.vmap(lambda sample: jax.random.fold_in(row_key, sample))(samples)
 
-    return jax.vmap(of_row)(jnp.asarray(rows))
+    return jax.vmap(keys_of_row)(jnp.asarray(rows))
 
 
 def generate(
     graph: nnx.GraphDef,
-    params: Any,
+    params: Params,
     rows: Mapping[str, jax.Array],
     keys: jax.Array,
     sampling: Sampling,
@@ -132,8 +135,9 @@ def generate(
     """Answers to prompts.
 
     graph, params: nnx.split of a QwenVL with its head. rows: as QwenVL reads them, padded left or
-    right; a row without any token is filling, and gets no answer. keys: key[N, G] of `sample_keys`.
-    Under `jax.set_mesh` rows, caches and answers are split by rows, and heads over `tensor`.
+    right; a row without any token only fills the batch and gets no answer. keys: key[N, G] of
+    `sample_keys`. Under `jax.set_mesh` rows, caches and answers are split by rows, and heads over
+    `tensor`.
     """
     state = prefill(graph, params, rows, keys, sampling)
     return samples_of(decode(graph, params, state, sampling))
@@ -142,7 +146,7 @@ def generate(
 @functools.partial(jax.jit, static_argnames=("graph", "sampling"))
 def prefill(
     graph: nnx.GraphDef,
-    params: Any,
+    params: Params,
     rows: Mapping[str, jax.Array],
     keys: jax.Array,
     sampling: Sampling,
@@ -181,24 +185,25 @@ def prefill(
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "sampling"), donate_argnames="state")
-def decode(graph: nnx.GraphDef, params: Any, state: DecodeState, sampling: Sampling) -> DecodeState:
-    """Draws tokens until every answer has ended; the state is given up for the one returned."""
+def decode(
+    graph: nnx.GraphDef, params: Params, state: DecodeState, sampling: Sampling
+) -> DecodeState:
+    """Draws tokens until every answer has ended; the state is donated to the returned one."""
     model = _for_decoding(nnx.merge(graph, params))
-    # Straight code, not a scan, which would cut each layer's weights and cache out of a stack at
-    # every token: seen to take 1.4 times as long on a CPU, and 7 times with the cache in its carry.
+    # Straight code: a scan would cut each layer's weights and cache out of a stack at every token.
+    # On a CPU it took 1.4 times as long, and 7 times with the cache in its carry.
     layers = [layer for group in model.layers for layer in _unstack(group)]
     frequencies = text_frequencies(model.config.text)
 
     def step(state: DecodeState) -> DecodeState:
-        at = state.step - 1  # of the last token drawn, which the cache does not hold yet
+        at = state.step - 1  # index of the last token drawn, which the cache does not hold yet
         tokens = jax.lax.dynamic_index_in_dim(state.tokens, at, axis=2, keepdims=False)
         x = shard_rows(model.embed_tokens(tokens))
         positions = jnp.broadcast_to((state.first_position + at)[:, None, None], (*tokens.shape, 3))
         angles = rotary_angles(positions, *frequencies)
         cache = []
         for layer, prompt, answers in zip(layers, state.prompt_cache, state.cache):
-            mix = functools.partial(_attend, prompt, answers, state.prompt_mask, at, angles)
-            x, answers = layer(x, mix)
+            x, answers = layer(x, _Attention(prompt, state.prompt_mask, answers, at, angles))
             x = shard_rows(x)
             cache.append(answers)
         state = dataclasses.replace(state, cache=tuple(cache))
@@ -272,13 +277,13 @@ def _add_token(state: DecodeState, logits: jax.Array, sampling: Sampling) -> Dec
 
 
 def _highest(x: jax.Array) -> jax.Array:
-    """Where along the last axis the highest number is, the first of equals; int32.
+    """The index of the highest number along the last axis, the first of equals; int32.
 
-    As argmax, by two plain reductions: on a CPU argmax took half of a greedy step.
+    Two plain reductions instead of argmax, which took half of a greedy step on a CPU.
     """
-    places = jnp.arange(x.shape[-1], dtype=jnp.int32)
-    highest = x == x.max(axis=-1, keepdims=True)
-    return jnp.where(highest, places, x.shape[-1] - 1).min(axis=-1)
+    indices = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    is_highest = x == x.max(axis=-1, keepdims=True)
+    return jnp.where(is_highest, indices, x.shape[-1] - 1).min(axis=-1)
 
 
 def _log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
@@ -289,60 +294,64 @@ def _log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
     return chosen[..., 0] - jax.nn.logsumexp(logits, axis=-1)
 
 
-def _attend(
-    prompt: KeyValue,
-    answers: KeyValue,
-    prompt_mask: jax.Array,
-    at: jax.Array,
-    angles: Angles,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-) -> tuple[jax.Array, KeyValue]:
-    """One token of each sample attends to its prompt and to what the sample has generated.
+class _Attention(NamedTuple):
+    """The attention of one layer for the next token of each sample: to the sample's prompt and to
+    the tokens that it has generated."""
 
-    query: [N, G, H, D]; key, value: [N, G, K, D], which go into the answers' cache at token `at`.
-    Returns [N, G, H, D] and the filled cache. One float32 softmax over both parts, as `attend`'s.
-    """
-    query, key = rotate(query, angles), rotate(key, angles)
-    answers = tuple(
-        _shard_cache(
-            jax.lax.dynamic_update_index_in_dim(cache, jnp.swapaxes(new, 1, 2), at, axis=3)
+    prompt: KeyValue  # keys and values [N, K, S, d]
+    prompt_mask: jax.Array  # bool[N, S]
+    answers: KeyValue  # keys and values [N, K, G, T, d] of the tokens before
+    at: jax.Array  # int32[], index of the token among those generated
+    angles: Angles  # of the token
+
+    def __call__(
+        self, query: jax.Array, key: jax.Array, value: jax.Array
+    ) -> tuple[jax.Array, KeyValue]:
+        """query: [N, G, H, d]; key, value: [N, G, K, d], of the token.
+
+        Returns [N, G, H, d] and the answers' cache with the token's key and value. One float32
+        softmax over both parts, as in `attention.attend`.
+        """
+        query, key = rotate(query, self.angles), rotate(key, self.angles)
+        answers = tuple(
+            _shard_cache(
+                jax.lax.dynamic_update_index_in_dim(cache, jnp.swapaxes(new, 1, 2), self.at, axis=3)
+            )
+            for cache, new in zip(self.answers, (key, value))
         )
-        for cache, new in zip(answers, (key, value))
-    )
-    prompts, num_samples, heads, size = query.shape
-    groups, length = answers[0].shape[1], answers[0].shape[3]
-    query = jnp.moveaxis(query.reshape(prompts, num_samples, groups, heads // groups, size), 1, 2)
-    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    to_prompt = einsum("nkgrd,nksd->nkgrs", query, prompt[0])
-    to_answer = einsum("nkgrd,nkgtd->nkgrt", query, answers[0])
-    lowest = jnp.finfo(jnp.float32).min
-    scores = jnp.concatenate(
-        [
-            jnp.where(prompt_mask[:, None, None, None], to_prompt, lowest),
-            jnp.where(jnp.arange(length) <= at, to_answer, lowest),
-        ],
-        axis=-1,
-    )
-    weights = jax.nn.softmax(scores * size**-0.5).astype(value.dtype)
-    to_prompt, to_answer = jnp.split(weights, [to_prompt.shape[-1]], axis=-1)
-    mixed = einsum("nkgrs,nksd->nkgrd", to_prompt, prompt[1])
-    mixed = mixed + einsum("nkgrt,nkgtd->nkgrd", to_answer, answers[1])
-    mixed = jnp.moveaxis(mixed, 2, 1).reshape(prompts, num_samples, heads, size)
-    return mixed.astype(value.dtype), answers
+        prompts, num_samples, heads, size = query.shape
+        groups, length = answers[0].shape[1], answers[0].shape[3]
+        query = query.reshape(prompts, num_samples, groups, heads // groups, size)
+        query = jnp.moveaxis(query, 1, 2)
+        einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        to_prompt = einsum("nkgrd,nksd->nkgrs", query, self.prompt[0])
+        to_answer = einsum("nkgrd,nkgtd->nkgrt", query, answers[0])
+        lowest = jnp.finfo(jnp.float32).min
+        scores = jnp.concatenate(
+            [
+                jnp.where(self.prompt_mask[:, None, None, None], to_prompt, lowest),
+                jnp.where(jnp.arange(length) <= self.at, to_answer, lowest),
+            ],
+            axis=-1,
+        )
+        weights = jax.nn.softmax(scores * size**-0.5).astype(value.dtype)
+        to_prompt, to_answer = jnp.split(weights, [to_prompt.shape[-1]], axis=-1)
+        mixed = einsum("nkgrs,nksd->nkgrd", to_prompt, self.prompt[1])
+        mixed = mixed + einsum("nkgrt,nkgtd->nkgrd", to_answer, answers[1])
+        mixed = jnp.moveaxis(mixed, 2, 1).reshape(prompts, num_samples, heads, size)
+        return mixed.astype(value.dtype), answers
 
 
 def _for_decoding(model: QwenVL) -> QwenVL:
     """The model with its matrices in the dtype of computation and gathered over `fsdp`.
 
-    Every token reads every weight: both are done once before the loop instead of at each step. The
-    split over `tensor` stays. Numbers do not change: matrices are cast so at each use.
+    Every token reads every weight, so the cast and the gathering are done once before the loop. The
+    split over `tensor` stays. Numbers do not change: each use would cast the matrices too.
     """
     graph, state = nnx.split(model)
     mesh = jax.sharding.get_abstract_mesh()
 
-    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+    def cast(path: KeyPath, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         return leaf.astype(model.dtype) if MATRIX.search(name) else leaf
 
@@ -367,7 +376,7 @@ def _unstack(group: nnx.Module) -> list[nnx.Module]:
 def _shard_cache(x: jax.Array) -> jax.Array:
     """Rows, the first axis, split as activations are; heads, the second, over `tensor`.
 
-    Each only where the mesh divides it; nothing outside `jax.set_mesh`.
+    An axis is split only where the mesh divides it, and none outside `jax.set_mesh`.
     """
     sizes = jax.sharding.get_abstract_mesh().shape
     if not all(axis in sizes for axis in (*BATCH_AXES, "tensor")):

@@ -58,7 +58,13 @@ from afmrl_jax.data.corpus import (
 from afmrl_jax.data.pairs import Composition, PairBatches, PairSampler
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.stream import StreamOptions
-from afmrl_jax.data.views import Augmentation, listing_text, parse_mixture, sampled_cuts
+from afmrl_jax.data.views import (
+    Augmentation,
+    TrainingViews,
+    listing_text,
+    parse_mixture,
+    sampled_cuts,
+)
 from afmrl_jax.losses.agcl import AGCL
 from afmrl_jax.losses.labels import LabelHead
 from afmrl_jax.models import lora
@@ -341,13 +347,12 @@ def _batches(
         kept = composition.neighbours
         neighbours = look_alikes(catalog, "train", kept, statistics, _cache(config))
     noisy = augmentation.attribute_share and augmentation.attribute_noise
+    others = attributes_by_category(example_listings(catalog, "train")) if noisy else {}
     return PairBatches(
-        catalog=catalog,
+        views=TrainingViews(catalog, augmentation, others),
         sampler=PairSampler(catalog, "train", config.batch, composition, config.seed, neighbours),
         processor=processor,
         statistics=statistics,
-        augmentation=augmentation,
-        others=attributes_by_category(example_listings(catalog, "train")) if noisy else {},
         query_views=parse_mixture(data.query_views, "data.query_views"),
         target_views=parse_mixture(data.target_views, "data.target_views"),
         max_terms=data.max_terms,

@@ -134,7 +134,7 @@ class Run:
         if step.frozen:
             base = Base(source.path if source else "", seed=self.schedule.seed)
             base = Base.of_record(self.saved) if self.saved else base
-            whole = lora.without(lora.join(trained, step.frozen))
+            whole = lora.without_adapters(lora.join(trained, step.frozen))
             params, base = read_base(model, whole, base)
             frozen = lora.subset(params, step.frozen)
             self.record |= base.record() | ({"trainable": trainable} if trainable else {})

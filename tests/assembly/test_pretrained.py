@@ -208,7 +208,7 @@ def test_a_peft_adapter_is_its_base_with_the_change_added(sft, tmp_path):
     folder.mkdir()
     (base / "config.json").write_text(json.dumps(config.to_hf()))
     enc.tokenizer.save(str(base / "tokenizer.json"))
-    plan = hf_weights.targets(lora.without(abstract_params(enc, MESH)), config)
+    plan = hf_weights.targets(lora.without_adapters(abstract_params(enc, MESH)), config)
     tensors = {
         name: random.normal(size=target.hf_shape).astype(np.float32)
         for target in plan

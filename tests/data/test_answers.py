@@ -17,7 +17,7 @@ from afmrl_jax.data.answers import (
     padded_lengths,
     question_and_answer,
 )
-from afmrl_jax.data.processor import Processor, Row
+from afmrl_jax.data.processor import Processor, Row, RowSizes
 from afmrl_jax.data.prompts import CHATML, ChatPrompt
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.data.views import evaluation_row, listing_text
@@ -39,23 +39,20 @@ def processor(catalog):
     return Processor(
         tokenizer,
         config,
-        max_tokens=160,
-        max_patches=64,
-        min_pixels=1024,
-        max_pixels=4096,
+        RowSizes(max_tokens=160, max_patches=64, min_pixels=1024, max_pixels=4096),
         prompt=ChatPrompt(CHATML),
         max_answer=120,
         pad_left=True,
     )
 
 
-def processor_of(processor, **sizes):
+def processor_of(processor, max_answer=0, **sizes):
     """Another one with the same tokenizer."""
     config = preset("tiny").replace(
         vocab_size=processor.tokenizer.get_vocab_size(), **processor.ids
     )
     usual = {"max_tokens": 64, "max_patches": 64, "min_pixels": 256, "max_pixels": 4096}
-    return Processor(processor.tokenizer, config, **usual | sizes)
+    return Processor(processor.tokenizer, config, RowSizes(**usual | sizes), max_answer=max_answer)
 
 
 def batches(catalog, processor, rows=(0, 1, 2, 3), micro_batches=2, buckets=1):

@@ -10,17 +10,17 @@ from PIL import Image
 
 from afmrl_jax.attributes.text import format_attributes
 from afmrl_jax.catalog.listings import Listing
-from afmrl_jax.data.processor import Processor, Row
+from afmrl_jax.data.processor import Processor, Row, RowSizes
 from afmrl_jax.data.prompts import CHATML, ChatPrompt, PlainPrompt
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.data.views import (
     AttributeCuts,
     Augmentation,
+    TrainingViews,
     evaluation_row,
     listing_row,
     listing_text,
     sampled_cuts,
-    training_row,
 )
 from afmrl_jax.models.presets import preset
 from afmrl_jax.retrieval.evaluator import Evaluator, catalogue_attributes
@@ -63,9 +63,9 @@ class Recording:
         return self._call(rows, buckets)
 
 
-def processor(max_tokens=48, **changes):
-    sizes = {"max_patches": 64, "min_pixels": 256, "max_pixels": 4096}
-    return Processor(TOKENIZER, CONFIG, max_tokens=max_tokens, **sizes | changes)
+def processor(max_tokens=48, max_patches=64, **options):
+    sizes = RowSizes(max_tokens, max_patches, min_pixels=256, max_pixels=4096)
+    return Processor(TOKENIZER, CONFIG, sizes, **options)
 
 
 def read(made, row):
@@ -173,8 +173,8 @@ def test_half_of_the_words_keep_those_of_attributes():
     made, words = processor(), set(format_attributes(TRUE).split())
     for seed in range(30):
         rng = np.random.default_rng(seed)
-        row = training_row(
-            OneListing(LONG), 0, 1, "image+text", rng, options, others={}, shorten=True
+        row = TrainingViews(OneListing(LONG), options, {}).row(
+            0, "image+text", rng, draw=1, shorten=True
         )
         kept = [row.text[start:end] for start, end in row.attributes]
         assert set(kept) <= words and made.shown(row).attributes == len(kept)
@@ -196,7 +196,7 @@ def test_training_evaluation_and_rewards_read_one_text():
     carried = [TRUE, {"color": "red"}, {}]
     _, cuts = encoder.embed_listings(catalog, np.zeros(3, int), attributes=carried.__getitem__)
     options = Augmentation(1.0, 0.0, 1.0, 0.0, 0.0)
-    row = training_row(catalog, 0, 1, "image+text", np.random.default_rng(0), options, others={})
+    row = TrainingViews(catalog, options, {}).row(0, "image+text", np.random.default_rng(0), draw=1)
     seen.append(made([row])["tokens"][0])
     evaluated, rewarded, other, plain, trained = (tokens.tolist() for tokens in seen)
     assert evaluated == rewarded == trained

@@ -12,7 +12,7 @@ from PIL import Image
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.images import check_preprocessor, window_grid
-from afmrl_jax.data.processor import Processor, Row
+from afmrl_jax.data.processor import Processor, Row, RowSizes
 from afmrl_jax.data.prompts import PlainPrompt
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.models.config import from_hf
@@ -32,8 +32,9 @@ def _processor(**changes) -> Processor:
         "min_pixels": 4 * FACTOR**2,
         "max_pixels": 16 * FACTOR**2,
         "prompt": PlainPrompt("Find it."),
-    }
-    return Processor(TOKENIZER, CONFIG, **settings | changes)
+    } | changes
+    sizes = RowSizes(**{field: settings.pop(field) for field in RowSizes.__annotations__})
+    return Processor(TOKENIZER, CONFIG, sizes, **settings)
 
 
 def _image(width: int, height: int, seed: int = 0, mode: str = "RGB") -> Image.Image:
@@ -170,7 +171,7 @@ def test_patches_are_bit_equal_to_the_library_image_processor(architecture, patc
         images.append(_image(int(width), int(height), 8 + i))
     vision = dataclasses.replace(CONFIG.vision, patch_size=patch)
     config = CONFIG.replace(vision=vision, architecture=architecture)
-    processor = Processor(TOKENIZER, config, max_tokens=64, max_patches=64, **bounds)
+    processor = Processor(TOKENIZER, config, RowSizes(max_tokens=64, max_patches=64, **bounds))
     batch = processor([Row("", (image,)) for image in images])
     for i, image in enumerate(images):
         expected = library(images=[image], return_tensors="np")
@@ -360,16 +361,16 @@ def test_settings_that_leave_no_room_are_errors(changes, message):
 
 def test_a_tokenizer_and_a_model_that_disagree_are_an_error():
     other = CONFIG.replace(image_token_id=7)
-    bounds = {"max_tokens": 64, "max_patches": 64, "min_pixels": 1, "max_pixels": 4096}
+    sizes = RowSizes(max_tokens=64, max_patches=64, min_pixels=1, max_pixels=4096)
     with pytest.raises(UserError, match=r"image_token_id is \d+ and the model's 7"):
-        Processor(TOKENIZER, other, **bounds)
+        Processor(TOKENIZER, other, sizes)
 
 
 def test_marks_that_a_tokenizer_does_not_call_special_cannot_be_forged_either():
     state = TOKENIZER.to_str().replace('"special": true', '"special": false')
     state = state.replace('"special":true', '"special":false')
-    bounds = {"max_tokens": 64, "max_patches": 64, "min_pixels": 1, "max_pixels": 4096}
-    batch = Processor(type(TOKENIZER).from_str(state), CONFIG, **bounds)([Row("<|image_pad|>")])
+    sizes = RowSizes(max_tokens=64, max_patches=64, min_pixels=1, max_pixels=4096)
+    batch = Processor(type(TOKENIZER).from_str(state), CONFIG, sizes)([Row("<|image_pad|>")])
     assert (batch["tokens"] != IDS["image_token_id"]).all()
 
 
@@ -380,13 +381,13 @@ def test_it_runs_without_torch_and_workers_start_without_transformers():
         import afmrl_jax.data.processor
         assert not {"jax", "transformers"} & set(sys.modules), "a worker would wait for these"
         from PIL import Image
-        from afmrl_jax.data.processor import Processor, Row
+        from afmrl_jax.data.processor import Processor, Row, RowSizes
         from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
         from afmrl_jax.models.presets import preset
         tokenizer = train_tokenizer(["navy"], 280)
         config = preset("tiny").replace(**special_token_ids(tokenizer))
-        bounds = dict(max_tokens=64, max_patches=64, min_pixels=1, max_pixels=4096)
-        batch = Processor(tokenizer, config, **bounds)([Row("v", (Image.new("RGB", (32, 32)),))])
+        sizes = RowSizes(max_tokens=64, max_patches=64, min_pixels=1, max_pixels=4096)
+        batch = Processor(tokenizer, config, sizes)([Row("v", (Image.new("RGB", (32, 32)),))])
         assert batch["patch_segments"].sum() == 16
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

@@ -15,10 +15,10 @@ from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.catalog.listings import open_catalog
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.pairs import Composition, PairBatches, PairSampler
-from afmrl_jax.data.processor import Processor
+from afmrl_jax.data.processor import Processor, RowSizes
 from afmrl_jax.data.stream import Stream, StreamOptions
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
-from afmrl_jax.data.views import Augmentation, parse_mixture
+from afmrl_jax.data.views import Augmentation, TrainingViews, parse_mixture
 from afmrl_jax.data.workers import NICENESS
 from afmrl_jax.models.presets import preset
 
@@ -34,14 +34,10 @@ def batches(catalogue_folder, tmp_path_factory):
     neighbours = (np.arange(products)[:, None] + [1, 2]) % products
     mixture = parse_mixture("image+text 0.5, image 0.25, text 0.25", "views")
     return PairBatches(
-        catalog=catalog,
+        views=TrainingViews(catalog, Augmentation(0.6, 0.5, 0.5, 0.3, 0.1), others={}),
         sampler=PairSampler(catalog, "train", 8, Composition(0.5, 2, 1, 2), 0, neighbours),
-        processor=Processor(
-            tokenizer, config, max_tokens=24, max_patches=16, min_pixels=256, max_pixels=1024
-        ),
+        processor=Processor(tokenizer, config, RowSizes(24, 16, 256, 1024)),
         statistics=CorpusStatistics.from_documents([{"color": "red", "type": "mug"}]),
-        augmentation=Augmentation(0.6, 0.5, 0.5, 0.3, 0.1),
-        others={},
         query_views=mixture,
         target_views=mixture,
         max_terms=8,

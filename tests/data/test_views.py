@@ -6,10 +6,10 @@ from afmrl_jax.catalog.listings import Listing
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.views import (
     Augmentation,
+    TrainingViews,
     evaluation_row,
     listing_text,
     parse_mixture,
-    training_row,
 )
 
 PLAIN = Augmentation(1.0, 0.0, 0.0, 0.0, 0.0)
@@ -62,14 +62,14 @@ def test_text_is_title_category_description_and_attributes_only_when_given():
 def test_a_view_shows_what_it_names(view, has_text, images):
     for row in (
         evaluation_row(Catalogue(), 0, 4, view=view),
-        training_row(Catalogue(), 0, 1, view, rng(), PLAIN, others={}),
+        TrainingViews(Catalogue(), PLAIN, {}).row(0, view, rng(), draw=1),
     ):
         assert bool(row.text) == has_text
         assert len(row.images) == images
 
 
 def test_a_training_view_of_a_listing_without_image_shows_its_text():
-    assert training_row(Catalogue(n_images=0), 0, 1, "image", rng(), PLAIN, others={}).text
+    assert TrainingViews(Catalogue(n_images=0), PLAIN, {}).row(0, "image", rng(), draw=1).text
 
 
 def test_an_evaluation_row_holds_no_more_images_than_fit():
@@ -80,8 +80,8 @@ def test_an_evaluation_row_holds_no_more_images_than_fit():
 def test_a_crop_keeps_its_least_area_and_a_flip_mirrors():
     options = Augmentation(0.5, 1.0, 0.0, 0.0, 0.0)
     for seed in range(20):
-        row = training_row(
-            Catalogue(), 0, 1, "image", np.random.default_rng(seed), options, others={}
+        row = TrainingViews(Catalogue(), options, {}).row(
+            0, "image", np.random.default_rng(seed), draw=1
         )
         image = row.images[0]
         assert 0.45 * 1200 <= image.width * image.height <= 1200
@@ -90,7 +90,7 @@ def test_a_crop_keeps_its_least_area_and_a_flip_mirrors():
 
 
 def test_shortened_text_keeps_half_of_the_words_in_order():
-    row = training_row(Catalogue(), 0, 1, "text", rng(), PLAIN, others={}, shorten=True)
+    row = TrainingViews(Catalogue(), PLAIN, {}).row(0, "text", rng(), draw=1, shorten=True)
     words = listing_text(listing()).split()
     kept = row.text.split()
     assert len(kept) == len(words) // 2
@@ -102,7 +102,7 @@ def test_attributes_join_a_share_of_the_texts_with_some_left_out():
     options = Augmentation(1.0, 0.0, 0.5, 0.5, 0.0)
     generator = rng()
     texts = [
-        training_row(Catalogue(), 0, 1, "text", generator, options, others={}).text
+        TrainingViews(Catalogue(), options, {}).row(0, "text", generator, draw=1).text
         for _ in range(400)
     ]
     shown = sum("color: navy" in text for text in texts)
@@ -114,7 +114,7 @@ def test_a_share_of_the_values_is_that_of_another_listing_of_the_category():
     options = Augmentation(1.0, 0.0, 1.0, 0.0, 0.25)
     generator = rng()
     texts = [
-        training_row(Catalogue(), 0, 1, "text", generator, options, others=others).text
+        TrainingViews(Catalogue(), options, others).row(0, "text", generator, draw=1).text
         for _ in range(400)
     ]
     wrong = sum("color: red" in text for text in texts)

@@ -62,7 +62,7 @@ def params():
 def test_fresh_adapters_change_nothing_and_merged_ones_as_much_as_apart(params, random_rows):
     rows = random_rows(CONFIG, n=2, s=12, p=16)
     adapted, plain = embedder(LORA), embedder(None)
-    base = plain(lora.without(params), rows)
+    base = plain(lora.without_adapters(params), rows)
     np.testing.assert_allclose(adapted(params, rows), base, atol=1e-6)
     params = trained(params)
     merged = lora.merge(params, LORA.scale, jnp.float32)
@@ -101,9 +101,9 @@ def test_adapters_held_apart_are_the_same_change(outputs):
     (base_a, base_b), (lora_a, lora_b) = pair(3), pair(2)
     layer = {"kernel": kernel, "lora_a": lora_a, "lora_b": lora_b}
     both = {"layer": {**layer, "base_a": base_a, "base_b": base_b}}
-    assert lora.is_apart(both) and not lora.is_apart({"layer": layer})
+    assert lora.has_base_adapters(both) and not lora.has_base_adapters({"layer": layer})
     assert lora.split(both)[0] == {"layer": {"lora_a": lora_a, "lora_b": lora_b}}
-    held = lora.apart(both, 0.7, jnp.bfloat16)["layer"]
+    held = lora.as_base_adapters(both, 0.7, jnp.bfloat16)["layer"]
     assert held.keys() == {"kernel", "base_a", "base_b"} and held["base_a"].shape == (2, 16, 5)
     np.testing.assert_array_equal(held["kernel"], kernel)
     exact = np.asarray(kernel, np.float64)

@@ -32,7 +32,7 @@ from qwen_cases import (
 from safetensors.numpy import load_file, save_file
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.processor import Processor, Row
+from afmrl_jax.data.processor import Processor, Row, RowSizes
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.models.config import QwenVLConfig, from_hf
 from afmrl_jax.models.presets import preset
@@ -142,10 +142,12 @@ def test_the_processors_rows_are_transformers_patches_grids_and_rope_positions(c
     processor = Processor(
         tokenizer,
         config,
-        max_tokens=110,
-        max_patches=80 * vision.merge_size**2,
-        min_pixels=(vision.patch_size * vision.merge_size) ** 2,
-        max_pixels=MAX_PIXELS,
+        RowSizes(
+            max_tokens=110,
+            max_patches=80 * vision.merge_size**2,
+            min_pixels=(vision.patch_size * vision.merge_size) ** 2,
+            max_pixels=MAX_PIXELS,
+        ),
         pad_left=side == "left",
     )
     rows = [

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from afmrl_jax.catalog.listings import open_catalog
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.processor import Processor
+from afmrl_jax.data.processor import Processor, RowSizes
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.models.presets import preset
 from afmrl_jax.programs import agcl, sft
@@ -21,9 +21,9 @@ CONFIG = preset("tiny").replace(
 DATA = ConfigDict({"attribute_share": 0.7, "query_views": "image 1", "target_views": "text 1"})
 
 
-def processor(**sizes):
+def processor(max_answer=0, **sizes):
     usual = {"max_tokens": 64, "max_patches": 4, "min_pixels": 256, "max_pixels": 256}
-    return Processor(TOKENIZER, CONFIG, **usual | sizes)
+    return Processor(TOKENIZER, CONFIG, RowSizes(**usual | sizes), max_answer=max_answer)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from flax import nnx
 
 from afmrl_jax.catalog.listings import Overlay, open_catalog
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.processor import Processor, Shown
+from afmrl_jax.data.processor import Processor, RowSizes, Shown
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.data.views import evaluation_row
 from afmrl_jax.models.embedder import Embedder
@@ -56,9 +56,7 @@ def test_texts_are_embedded_without_patches_and_as_they_are_with(catalog):
         vocab_size=tokenizer.get_vocab_size(), **special_token_ids(tokenizer)
     )
     side = config.vision.patch_size * config.vision.merge_size
-    processor = Processor(
-        tokenizer, config, max_tokens=32, max_patches=16, min_pixels=side**2, max_pixels=4 * side**2
-    )
+    processor = Processor(tokenizer, config, RowSizes(32, 16, side**2, 4 * side**2))
     graph, abstract = nnx.split(
         nnx.eval_shape(lambda: Embedder(config, rngs=nnx.Rngs(0), dtype="float32"))
     )

@@ -13,7 +13,7 @@ from words import Words
 
 from afmrl_jax.configs.rar import get_config
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.processor import Processor
+from afmrl_jax.data.processor import Processor, RowSizes
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.models.presets import preset
 from afmrl_jax.programs import rar
@@ -36,9 +36,8 @@ CONFIGURATION = ConfigDict({"encoder": "runs/agcl"})
 
 
 def encoder_of(max_tokens):
-    processor = Processor(
-        TOKENIZER, CONFIG, max_tokens=max_tokens, max_patches=4, min_pixels=256, max_pixels=256
-    )
+    sizes = RowSizes(max_tokens, max_patches=4, min_pixels=256, max_pixels=256)
+    processor = Processor(TOKENIZER, CONFIG, sizes)
 
     def unit_counts(rows):
         vectors = jax.nn.one_hot(rows["tokens"], CONFIG.vocab_size).sum(axis=1)

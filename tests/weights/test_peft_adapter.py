@@ -54,7 +54,7 @@ def write(folder, tensors, **changes):
 def abstract(model=QwenVL, config=CONFIG, hold=()):
     def make():
         made = model(config, rngs=nnx.Rngs(0))
-        lora.hold(made, hold)
+        lora.add_base_adapters(made, hold)
         return nnx.to_pure_dict(nnx.state(made))
 
     return jax.eval_shape(make)
@@ -79,7 +79,9 @@ def test_each_matrix_changes_its_layer_as_peft_adds_it(tmp_path, rslora, scale):
     np.testing.assert_allclose(change(place, 288)[0].T, wanted, atol=1e-5)
     # And a model that holds the adapters apart has a place for each, and no other.
     held = abstract(hold=[adapter.lora(CONFIG)])
-    shapes = jax.tree.map(np.shape, lora.apart(lora.join(read, zeros(abstract())), 1.0, np.float32))
+    shapes = jax.tree.map(
+        np.shape, lora.as_base_adapters(lora.join(read, zeros(abstract())), 1.0, np.float32)
+    )
     assert shapes == jax.tree.map(np.shape, held)
 
 
