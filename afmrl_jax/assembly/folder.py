@@ -340,9 +340,10 @@ def _copy_module(folder: Path, name: str) -> None:
 
 def _rows(model: Encoder | Generator) -> dict[str, Any]:
     """How rows are made, as `assembly.listing_rows.ListingRows` takes it."""
-    processor = check_processor(model)
-    names = ("max_tokens", "max_patches", "min_pixels", "max_pixels", "pad_left")
-    return {name: getattr(processor, name) for name in names} | _frames(model, processor)
+    processor, rows = check_processor(model), model.options.rows
+    names = ("max_tokens", "max_patches", "min_pixels", "max_pixels")
+    bounds = {name: getattr(rows, name) for name in names}
+    return bounds | {"pad_left": processor.pad_left} | _frames(model, processor)
 
 
 def _windows(model: Encoder | Generator) -> int:

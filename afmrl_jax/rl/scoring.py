@@ -1,25 +1,25 @@
-"""Scores answers by the model that drew them, or by another: log-probs and entropies.
+"""Log-probs and entropies of answers, under the model that drew them or under another.
 
-The answers to a prompt are scored in one row behind it, each blind to the others: photos and prompt
-are read once, whatever the number of answers.
+The answers to a prompt follow it in one row, each masked from the others: photos and prompt are
+read once, whatever the number of answers.
 Axes: C prompts · G answers of a prompt · S prompt tokens · T answer tokens · D width.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from afmrl_jax.core.types import Params
 from afmrl_jax.losses.language import token_log_probs
 from afmrl_jax.models.partition import shard_rows
 
 
 def score_answers(
     graph: nnx.GraphDef,
-    params: Any,
+    params: Params,
     rows: Mapping[str, jax.Array],
     tokens: jax.Array,
     mask: jax.Array,
@@ -39,20 +39,20 @@ def score_answers(
     x = jnp.concatenate([x, model.embed_tokens(tokens.reshape(prompts, behind))], axis=1)
     if deepstack is not None:
         deepstack = jnp.pad(deepstack, ((0, 0), (0, 0), (0, behind), (0, 0)))
-    # Each answer's text goes on behind the prompt by one a token on all axes, as in the sampler.
+    # An answer's positions follow the prompt's, one more a token on all axes, as in the sampler.
     shown = jnp.where(rows["token_mask"][:, None], rows["positions"], -1)
-    own = shown.max(axis=(1, 2), keepdims=True) + 1 + jnp.tile(jnp.arange(length), samples)
-    own = jnp.broadcast_to(own, (prompts, rows["positions"].shape[1], behind))
+    positions = shown.max(axis=(1, 2), keepdims=True) + 1 + jnp.tile(jnp.arange(length), samples)
+    positions = jnp.broadcast_to(positions, (prompts, rows["positions"].shape[1], behind))
     real = jnp.concatenate([rows["token_mask"], mask.reshape(prompts, behind)], axis=1)
-    # Whose each token is: 0 the prompt's, which all see, else its answer's number.
-    whose = np.concatenate([np.zeros(size, int), 1 + np.arange(behind) // length])
-    seen = (whose == 0) | (whose[:, None] == whose)
+    # 0 for tokens of the prompt, which all tokens see; else the number of the answer.
+    segments = np.concatenate([np.zeros(size, int), 1 + np.arange(behind) // length])
+    seen = (segments == 0) | (segments[:, None] == segments)
     packed = {
-        "positions": jnp.concatenate([rows["positions"], own], axis=2),
+        "positions": jnp.concatenate([rows["positions"], positions], axis=2),
         "attention_mask": real[:, None] & seen,
     }
     hidden, _ = model.read(packed, cache=False, embedded=(shard_rows(x), deepstack))
-    # A token is predicted at the one before it, an answer's first at the prompt's last.
+    # Each token is predicted at the token before it, the first of an answer at the prompt's last.
     last = jnp.broadcast_to(hidden[:, None, size - 1 : size], (prompts, samples, 1, x.shape[2]))
     hidden = hidden[:, size:].reshape(prompts, samples, length, -1)
     hidden = jnp.concatenate([last, hidden[:, :, :-1]], axis=2).reshape(-1, length, x.shape[2])

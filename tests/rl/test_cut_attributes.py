@@ -20,7 +20,7 @@ from afmrl_jax.programs import rar
 from afmrl_jax.retrieval.evaluator import Evaluator
 from afmrl_jax.rl.environment import Environment, Laps
 from afmrl_jax.rl.gallery import open_gallery
-from afmrl_jax.rl.held_out import Arms, HeldOut, Said
+from afmrl_jax.rl.held_out import Arms, HeldOut, QueryAnswer
 from afmrl_jax.rl.rewards import Reward
 from afmrl_jax.rl.watch import WatchLimits
 
@@ -100,7 +100,7 @@ def test_a_generator_whose_answers_are_not_read_is_refused_before_it_trains(is_d
     encoder, gallery = is_deaf
     held_out = HeldOut(CATALOG, "test", gallery, encoder, OPTIONS, 9)
     held_out.true = [{}] * len(held_out)
-    said = [Said("color: red", lambda least: {"color": "red"})] * len(held_out)
+    said = [QueryAnswer("color: red", lambda least: {"color": "red"})] * len(held_out)
     arms = Arms(tmp_path, {"test": held_out}, lambda trained, listings: said, LIMITS)
     with pytest.raises(UserError, match="test queries: 2 of 2 texts lose attributes"):
         arms.begin("begun")
