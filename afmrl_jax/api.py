@@ -174,7 +174,7 @@ def train(config: str | Path, workdir: str | Path, **fields: Any) -> Path:
     otherwise than in the page. Raises UserError for fields that the page does not have, and for
     all that the program finds wrong.
     """
-    from afmrl_jax.main import run
+    from afmrl_jax.runner import run
 
     page = _with_fields(load_page(str(config)), fields)
     check_page(page)

@@ -1,27 +1,22 @@
 """python -m afmrl_jax.main --config=configs/agcl.py [--workdir=DIR] [--config.FIELD=VALUE ...]
 
-Reads the flags, joins the other processes, makes the mesh, and runs the program that the config
-names. Kept tiny, so that a notebook can import the rest.
+Reads the flags and runs the program that the config names (runner.py). To import this module
+defines flags, so that nobody does.
 """
 
-import importlib
 import logging
-import os
 import re
 import sys
-import traceback
 from pathlib import Path
 
 from absl import flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from afmrl_jax.core.errors import TryAgain, UserError
+from afmrl_jax import runner
+from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import flatten
-from afmrl_jax.core.pages import check_page, check_program, find_page, load_page
-
-# transformers only reads tokenizers and images here: that it finds no torch is as it should be.
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+from afmrl_jax.core.pages import check_page, find_page, load_page
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "The program and its settings: a file of configs/, with :ARM where it has arms."
@@ -41,49 +36,11 @@ _WORKDIR = flags.DEFINE_string(
     None,
     "Where the run lives; the same command again resumes it. Default: runs/PROGRAM.",
 )
-# Programs of which the first process alone reads and writes the workdir; where checkpoints go to a
-# bucket, each machine of a pod may have a workdir of its own.
-OWN_WORKDIRS = ("agcl", "sft")
 _PLAN = flags.DEFINE_string(
     "plan",
     None,
     "Instead of a run: what it would need on v5e:16x16, 2xv5e:4x4 (slices), ... or local.",
 )
-
-
-def run(config: ConfigDict, workdir: Path, plan: str | None = None) -> None:
-    """Runs `config.program` in `workdir`, on all devices of all processes; with `plan` only tells
-    what that would need on such devices."""
-    if ":/" in str(workdir):
-        raise UserError(
-            f"--workdir={workdir}: logs need a file system, as NFS or a bucket mounted by gcsfuse; "
-            "for checkpoints alone give --config.checkpoint_dir=gs://BUCKET/FOLDER"
-        )
-    check_program(config)
-    if plan:
-        from afmrl_jax.programs import plan as planner  # it sets what JAX reads when it is loaded
-
-        return planner.main(config, workdir, plan)
-    import jax  # only now: --help and a mistyped field must not wait for it
-
-    from afmrl_jax.catalog.opening import cache_folder
-    from afmrl_jax.checkpoints.integrity import is_bucket
-    from afmrl_jax.core.mesh import make_mesh
-    from afmrl_jax.core.processes import check_shared, initialize_distributed
-
-    initialize_distributed()
-    program = importlib.import_module(f"afmrl_jax.programs.{config.program}")
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder(config.data.cache_dir) / "xla"))
-    mesh = make_mesh(dict(config.mesh))
-    elsewhere = config.get("checkpoint_dir")
-    if not (config.program in OWN_WORKDIRS and is_bucket(elsewhere)):
-        check_shared(workdir)
-    if elsewhere and not is_bucket(elsewhere):
-        check_shared(Path(elsewhere).expanduser())
-    if jax.process_index():  # what all processes know is told once
-        logging.getLogger("afmrl_jax").setLevel(logging.WARNING)
-    with jax.set_mesh(mesh):
-        program.main(config, workdir, mesh)
 
 
 def _explain(error: Exception) -> str:
@@ -112,33 +69,6 @@ def _help(config: ConfigDict | None) -> str:
     )
     lines += [f"  {name} = {value!r}" for name, value in flatten(config).items()]
     return "\n".join(lines)
-
-
-def _end(error: BaseException, checkpoints: Path) -> int:
-    """Says how a run ended; the exit status: 2 where the user got something wrong, 75 where it is
-    worth starting again, 1 for what should not happen. Of several processes all end with the status
-    of the first that ends by a sentence, and say it."""
-    from afmrl_jax.core.processes import TRY_AGAIN, last_words, leave, lost, say_last
-
-    if reason := lost(error):
-        if words := last_words():
-            say_last(words[0])
-            return leave(words[1])
-        saved = checkpoints.glob("*/_CHECKPOINT_METADATA")  # none of a bucket's, which is not asked
-        steps = [int(p.parent.name) for p in saved if p.parent.name.isdigit()]
-        told = f"step {max(steps)} is saved" if steps else "what was saved stays"
-        say_last(
-            f"another of the processes ended or can't be reached ({reason}): {told}; start the "
-            "same command again on all of them"
-        )
-        return leave(TRY_AGAIN)
-    if isinstance(error, UserError | OSError):  # a full disk is told in a sentence too
-        passing = isinstance(error, TryAgain | ConnectionError | TimeoutError)
-        status = TRY_AGAIN if passing else 2
-        say_last(str(error), status)
-        return leave(status)
-    traceback.print_exception(error)
-    return leave(130 if isinstance(error, KeyboardInterrupt) else 1)
 
 
 def cli(argv: list[str]) -> int:
@@ -180,12 +110,12 @@ def cli(argv: list[str]) -> int:
         logger.info("%s is not in this folder: it is the package's, %s", path, page)
     workdir = Path(_WORKDIR.value or Path("runs") / config.program)
     try:
-        run(config, workdir, _PLAN.value)
+        runner.run(config, workdir, _PLAN.value)
     except SystemExit:
         raise  # stopped by a signal, when all is saved
     except BaseException as error:
         folder = Path(config.get("checkpoint_dir") or workdir / "checkpoints")
-        return _end(error, folder.expanduser())
+        return runner.end(error, folder.expanduser())
     return 0
 
 

@@ -115,7 +115,7 @@ def run_ours(
     state = jax.block_until_ready(sampler.prefill(graph, params, rows, keys, sampling))
     middle = time.perf_counter()
     state = jax.block_until_ready(sampler.decode(graph, params, state, sampling))
-    return sampler.samples(state), middle - start, time.perf_counter() - middle
+    return sampler.samples_of(state), middle - start, time.perf_counter() - middle
 
 
 def their_generate(config: QwenVLConfig, params: dict, rows: Rows) -> Callable:

@@ -22,7 +22,7 @@ from afmrl_jax.configs import agcl
 from afmrl_jax.losses.contrastive import Contrastive, contrastive_loss
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.presets import preset
-from afmrl_jax.training import gradcache
+from afmrl_jax.training.gradients import gradcache
 
 ROW = SimpleNamespace(tokens=56, patches=64, terms=32)
 LIMIT = 1.3
@@ -69,7 +69,7 @@ def measure(batch: int, chunk: int) -> dict[str, int]:
         return nnx.merge(graphdef, params)(flat).reshape(chunk, 2, -1)
 
     def step(params, rows, side):
-        return gradcache.value_and_grad(embed, lambda _, e: loss(e, side))(params, rows)
+        return gradcache(embed, lambda _, e: loss(e, side))(params, rows)
 
     memory = jax.jit(step).lower(params, rows, side).compile().memory_analysis()
     return {

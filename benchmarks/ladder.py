@@ -26,6 +26,7 @@ import numpy as np
 from real_photos import split_luma
 from running import evaluation, train, write
 
+from afmrl_jax.core.tables import markdown_table
 from afmrl_jax.retrieval.metrics import interval95, paired
 
 TASK = "image+text->image+text"
@@ -273,14 +274,14 @@ def collect(ladders: list[Ladder], rung: Rung, enrich: str) -> dict[str, Any]:
 
 
 def table(rows: dict[str, dict[str, Any]], names: list[str]) -> str:
-    lines = [["", *names, "R@1 over the rung above", "training, TFLOP"]]
+    lines = []
     for name, row in rows.items():
         cells = [f"{row['cells'][n]['mean']:.3f} ± {row['cells'][n]['half']:.3f}" for n in names]
         by_seed = row["cells"][names[0]]["by_seed"]
         cells[0] += f" ({min(by_seed):.3f}-{max(by_seed):.3f})"
         lines.append([name, *cells, row["gain"], row["tflops"]])
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    head = ["", *names, "R@1 over the rung above", "training, TFLOP"]
+    return markdown_table(head, lines) + "\n"
 
 
 def climb(ladders: list[Ladder], enrich: str) -> dict[str, dict[str, Any]]:

@@ -52,7 +52,7 @@ from afmrl_jax.retrieval.exact import ExactIndex
 from afmrl_jax.rl.advantages import group_advantages
 from afmrl_jax.rl.rewards import Retrieved, Reward, rewards
 from afmrl_jax.rl.scoring import score_answers
-from afmrl_jax.training import accumulate
+from afmrl_jax.training.gradients import accumulate
 
 PARTS = ("rollout", "parse", "embed", "search", "update")
 UNTIMED = 2  # first steps, which compile
@@ -241,7 +241,7 @@ def make_update(config: QwenVLConfig, args: argparse.Namespace):
     @functools.partial(jax.jit, donate_argnums=0)
     def learn(state, frozen, rows, answers):
         params, moments = state
-        gradient = accumulate.value_and_grad(lambda params, part: loss(params, frozen, part))
+        gradient = accumulate(lambda params, part: loss(params, frozen, part))
         (value, _), gradients = gradient(params, (rows, answers))
         changes, moments = optimizer.update(gradients, moments, params)
         return (optax.apply_updates(params, changes), moments), value

@@ -46,7 +46,7 @@ from afmrl_jax.models.config import QwenVLConfig
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.presets import preset
 from afmrl_jax.planning import cost
-from afmrl_jax.training import gradcache
+from afmrl_jax.training.gradients import gradcache
 from afmrl_jax.weights import hf_weights
 
 Rows = dict[str, np.ndarray]
@@ -178,7 +178,7 @@ def jax_step(
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state, frozen, rows):
         trained, opt_state = state
-        gradient = gradcache.value_and_grad(
+        gradient = gradcache(
             lambda trained, chunk: embed(lora.join(trained, frozen), chunk),
             lambda _, embeddings: infonce(embeddings),
         )

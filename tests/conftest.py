@@ -23,6 +23,8 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
         os.environ["TESTS_CORES"] = ",".join(map(str, cores))
         os.sched_setaffinity(0, own)
 
+TESTS = Path(__file__).parent
+
 # An example that is slow on a busy machine is no failure.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
@@ -30,9 +32,11 @@ hypothesis.settings.load_profile("patient")
 
 @pytest.fixture(scope="session", autouse=True)
 def what_is_started():
-    """See started/sitecustomize.py; this process itself has torch, to compare with."""
+    """See started/sitecustomize.py; this process itself has torch, to compare with. toy.py can be
+    started by its name."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent / "started"), prepend=os.pathsep)
+        for folder in (TESTS, TESTS / "started"):
+            patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
         yield
 
 

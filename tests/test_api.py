@@ -136,6 +136,14 @@ def test_what_was_exported_is_the_model_of_its_run(model, run, tmp_path, cache_d
     np.testing.assert_array_equal(exported.embed(rows), model.embed(rows))
 
 
+def test_other_parameters_make_other_vectors_of_another_version(model):
+    before, version = model.embed("red mug"), model.version
+    other = model.with_params(jax.tree.map(lambda x: x + 0.01, model.params))
+    assert other.version != version == model.version
+    assert not np.allclose(other.embed("red mug"), before)
+    np.testing.assert_array_equal(model.embed("red mug"), before)
+
+
 def test_an_evaluation_scores_each_task(model, catalog):
     scores = aj.evaluate(model, catalog, tasks="image->image, text->text", split="all")
     assert list(scores) == ["image->image", "text->text"]

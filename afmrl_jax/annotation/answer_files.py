@@ -17,7 +17,6 @@ from afmrl_jax.core.files import write_atomically
 log = logging.getLogger(__name__)
 
 FILES = ("attributes", "invalid")  # .jsonl: what is valid, and the rest
-NO_CONTENT = ""  # in a line that does not say it
 KEPT_CHARACTERS = 10_000  # of an invalid answer
 
 
@@ -43,8 +42,7 @@ class Said:
 
 class AnswerFiles:
     """attributes.jsonl and invalid.jsonl of a workdir; keys: what they hold, each listing's id and
-    its content (`Content.key`; NO_CONTENT in files of older versions). A listing whose line is
-    deleted is asked again."""
+    its content (`Content.key`). A listing whose line is deleted is asked again."""
 
     def __init__(self, workdir: Path, config: ConfigDict):
         """Leaves the configuration there too, which those who go on must have."""
@@ -128,7 +126,7 @@ def _read_keys(path: Path) -> tuple[set[tuple[str, str]], int, bytes]:
             whole += len(line)
             try:
                 fields = json.loads(line)
-                keys.add((fields["listing_id"], fields.get("content", NO_CONTENT)))
+                keys.add((fields["listing_id"], fields["content"]))
             except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
                 raise UserError(
                     f"{path} line {number} is no answer of this program: delete the line"

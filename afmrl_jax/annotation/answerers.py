@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -23,6 +22,7 @@ from afmrl_jax.attributes.reading import read_answer
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.options import Options, between
+from afmrl_jax.core.processes import first_says
 from afmrl_jax.data.processor import Row
 from afmrl_jax.data.views import evaluation_row
 
@@ -89,7 +89,7 @@ class Described:
 
     def agree(self, done: np.ndarray) -> np.ndarray:
         """The first process's view, which alone has read the files."""
-        return multihost_utils.broadcast_one_to_all(done.astype(np.uint8)).astype(bool)
+        return first_says(done)
 
     def answers(self, catalog: Catalog, listings: np.ndarray) -> Iterator[tuple[int, Said]]:
         """The answer to each of listings beside its number there, in order."""

@@ -71,15 +71,15 @@ class Generator(Assembly):
 
         return loss
 
-    def sampling(self, **drawn: Any) -> Sampling:
-        """How answers are drawn and end; drawn: temperature, top_k, top_p."""
+    def sampling(self, temperature: float = 0.0) -> Sampling:
+        """How answers are drawn, greedily at temperature 0, and how they end."""
         config, named = self.model_config, self.tokenizer
         return Sampling(
             self.options.rows.max_answer,
             stop=config.end_token_ids,
             forbidden=forbidden_ids(named, config.vocab_size) if named else (),
             pad=config.pad_token_id,
-            **drawn,
+            temperature=temperature,
         )
 
     def read(self, tokens: np.ndarray, log_probs: np.ndarray, truncated: bool) -> Answer:

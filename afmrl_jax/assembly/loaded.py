@@ -209,7 +209,7 @@ class LoadedGenerator:
         self.generator, self.params, self.mesh, self.batch = generator, params, mesh, batch
         self._local = local_rows(mesh, batch, "eval.batch")
         self._processor = generator.processor(answers=False)
-        graph, sampling = generator.graph(), generator.sampling(temperature=0)
+        graph, sampling = generator.graph(), generator.sampling()
 
         def answer(params: Any, rows: dict[str, jax.Array], numbers: jax.Array):
             keys = sample_keys(jax.random.key(0), numbers, 1)

@@ -90,8 +90,8 @@ def find_pretrained(
         return _of_folder(folder, path, kind)
     checkpoints, step = find_checkpoints(path, best=best)
     record = checkpoints.record(step)
-    found = record.get("kind", Encoder.kind)  # the oldest records are all encoders'
-    config = recorded(record["config"])
+    found = record["kind"]
+    config = recorded(record["config"], path)
     # An encoder's run does not say how a generator is asked.
     options = kind.options_type.of(config) if found == kind.kind else None
     model = kind.from_record(options, record)
@@ -151,7 +151,7 @@ def kind_of(path: str, *, best: bool = False) -> type[Encoder] | type[Generator]
     else:
         checkpoints, step = find_checkpoints(path, best=best)
         record = checkpoints.record(step)
-    return Generator if record and record.get("kind") == Generator.kind else Encoder
+    return Generator if record and record["kind"] == Generator.kind else Encoder
 
 
 def _resolve(path: str) -> Path | epath.Path:
@@ -173,8 +173,7 @@ def _record_of(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        needed = {name: record[name] for name in ("config", "step", "evaluation")}
-        return needed | {"kind": record.get("kind", Encoder.kind)}  # the oldest are encoders'
+        return {name: record[name] for name in ("kind", "config", "step", "evaluation")}
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{file} is no record of a run: export the folder again, or delete the file to use "
@@ -187,7 +186,7 @@ def _of_folder(folder: Path, path: str, kind: type[AnyAssembly]) -> Pretrained[A
     record = _record_of(folder)
     options, known = None, {}
     if record and record["kind"] == kind.kind:
-        options = kind.options_type.of(record["config"])
+        options = kind.options_type.of(recorded(record["config"], folder))
         known = {name: record[name] for name in ("step", "config", "evaluation")}
     model = kind.from_folder(options, folder)
     return Pretrained(
@@ -280,7 +279,7 @@ def read_base(model: Assembly, frozen: Any, base: Base) -> tuple[Any, Base]:
     else:
         shardings = jax.tree.map(lambda x: x.sharding, frozen)
         fresh = functools.partial(model.init_params, base.seed)
-        params = jax.jit(lambda: lora.split(fresh())[1], out_shardings=shardings)()
+        params = jax.jit(lambda: lora.without(fresh()), out_shardings=shardings)()
     found = lora.fingerprint(params)
     if base.fingerprint not in ("", found):
         raise UserError(
@@ -295,13 +294,15 @@ def _load_run(
     checkpoints: Checkpoints, step: int, record: dict[str, str], kind: type[Assembly], abstract: Any
 ) -> Any:
     """A checkpoint's parameters as `abstract` says; adapters are merged in float32, or apart."""
-    config = recorded(record["config"])
+    config, trainable = recorded(record["config"], checkpoints.folder), record.get("trainable", "")
     training = TrainingOptions.of(config)
-    if not training.lora:
+    if not training.lora and not trainable:
         return checkpoints.restore_params(step, abstract)
     model = kind.from_record(kind.options_type.of(config), record).for_training(training)
     example = jax.tree.leaves(abstract)[0]
-    trained, frozen = lora.split(abstract_params(model, example.sharding.mesh))
-    frozen, _ = read_base(model, frozen, Base.of_record(record))
-    params = lora.join(checkpoints.restore_params(step, trained), frozen)
-    return _combined(params, training.lora.scale, abstract)
+    whole = abstract_params(model, example.sharding.mesh)
+    trained, frozen = lora.split(whole, trainable)
+    params, _ = read_base(model, lora.without(whole), Base.of_record(record))
+    trained = checkpoints.restore_params(step, trained)
+    params = lora.join(trained, lora.subset(params, frozen))
+    return _combined(params, training.lora.scale if training.lora else 1.0, abstract)

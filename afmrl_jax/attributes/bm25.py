@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from afmrl_jax.attributes.comparison import VERSION, fold, says_nothing, words
+from afmrl_jax.attributes.comparison import fold, says_nothing, words
 from afmrl_jax.attributes.identifiers import find_identifiers
 
 REMEMBERED = 1 << 15  # pairs whose terms are cached: a catalogue repeats the same few pairs
@@ -83,12 +83,6 @@ def _empty_values(documents: Sequence[Mapping[str, str]]) -> Counter[str]:
     return Counter(value for value in values if says_nothing(value))
 
 
-def version_of(statistics: str) -> int:
-    """The version of the comparison in the JSON that `CorpusStatistics.to_json` wrote. Version 1
-    wrote no version."""
-    return json.loads(statistics).get("version", 1)
-
-
 @dataclass(frozen=True)
 class CorpusStatistics:
     """BM25's statistics of the training catalogue; kept in checkpoints so that scores stay put.
@@ -104,7 +98,6 @@ class CorpusStatistics:
     b: float = 0.75  # how much a long document's weights are lowered
     identifiers: dict[str, int] = field(default_factory=dict)  # names left out -> documents
     empty_values: dict[str, int] = field(default_factory=dict)  # folded value -> occurrences
-    version: int = VERSION  # version of the comparison that made the terms
 
     @classmethod
     def from_documents(
@@ -134,12 +127,8 @@ class CorpusStatistics:
 
     @classmethod
     def from_json(cls, text: str) -> "CorpusStatistics":
-        """The statistics that `to_json` wrote. Raises ValueError if another version of the
-        comparison made their terms: those can't be compared with terms of this version."""
-        fields = json.loads(text)
-        if (version := fields.get("version", 1)) != VERSION:
-            raise ValueError(f"the statistics' terms are of version {version}, these of {VERSION}")
-        return cls(**fields)
+        """The statistics that `to_json` wrote."""
+        return cls(**json.loads(text))
 
     def encode(
         self, documents: Sequence[Mapping[str, str]], max_terms: int

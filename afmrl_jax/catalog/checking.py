@@ -31,13 +31,12 @@ from afmrl_jax.catalog.conversion import (
     FileState,
     file_state,
     hash_bytes,
-    new_folder,
     open_columns,
 )
 from afmrl_jax.catalog.names import SPLITS
 from afmrl_jax.catalog.sources import Source
 from afmrl_jax.catalog.validation import BadListing, ImageFolder, quote, read_image
-from afmrl_jax.core.files import write_atomically
+from afmrl_jax.core.files import whole_folder, write_atomically
 from afmrl_jax.core.pixels import is_one_colour
 
 X, Y = TypeVar("X"), TypeVar("Y")
@@ -115,7 +114,7 @@ def check(source: Source, converted: Path, *, workers: int, anew: bool = False) 
         folder = converted / state
         if folder.exists() and not anew:
             return folder
-        with new_folder(folder) as temporary:
+        with whole_folder(folder) as temporary:
             _check_into(temporary, source, converted, pool)
             if anew:
                 shutil.rmtree(folder, ignore_errors=True)

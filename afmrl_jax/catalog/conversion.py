@@ -17,8 +17,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,7 +36,7 @@ from afmrl_jax.catalog.validation import (
     identify,
 )
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.files import write_atomically
+from afmrl_jax.core.files import whole_folder, write_atomically
 
 # The version of the cache's contents; raise it with any change of this file or catalog/checking.py.
 FORMAT = 2
@@ -63,24 +61,6 @@ LISTING_COLUMNS = pa.schema(
 )
 IMAGE_COLUMNS = pa.schema([("images", pa.list_(pa.large_binary()))])
 log = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that is renamed to `path` once it is whole.
-
-    If another process was faster, that process's folder stays.
-    """
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=".unfinished-"))
-    try:
-        yield temporary
-        try:
-            temporary.rename(path)
-        except OSError:
-            if not path.exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class BadListings:
@@ -198,7 +178,7 @@ def convert(source: Source, cache_dir: Path) -> Path:
     folder = home / _source_content(source, home, state)
     if not folder.exists():
         log.info("%s: converting %s", source.name, source.path)
-        with new_folder(folder) as temporary:
+        with whole_folder(folder) as temporary:
             _convert_into(temporary, source)
             if _source_state(source) != state:
                 raise UserError(f"{source.path} changed while it was read: start again")

@@ -21,12 +21,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from afmrl_jax.catalog.conversion import BATCH_ROWS, BadListings, new_folder, open_columns
+from afmrl_jax.catalog.conversion import BATCH_ROWS, BadListings, open_columns
 from afmrl_jax.catalog.identity import match_keys
 from afmrl_jax.catalog.listings import Catalog, Listing, Overlay, append_new, report_bad
 from afmrl_jax.catalog.sources import Source, line_source
 from afmrl_jax.catalog.validation import BadListing, check_annotation, identify, quote
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.files import whole_folder
 
 FORMAT = 3  # version of the cache's contents; raise it with any change of `_convert`
 COLUMNS = pa.schema([("attributes", pa.large_string())])
@@ -62,7 +63,7 @@ def open_attributes(
     cache.mkdir(parents=True, exist_ok=True)
     folder = cache / f"attributes-{fingerprint}"
     if not folder.exists():
-        with new_folder(folder) as temporary:
+        with whole_folder(folder) as temporary:
             _convert(catalog, source, temporary)
     summary = json.loads((folder / "summary.json").read_text())
     if summary["bad"]:

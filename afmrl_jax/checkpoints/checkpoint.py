@@ -1,10 +1,11 @@
 """Checkpoints of a run: state, stream position and everything that its embeddings depend on.
 
 A checkpoint is whole or absent: Orbax writes beside and renames, or in a bucket adds a last object,
-once a manifest of its files is there too. It holds the state in two parts, params and optimizer,
-whose step is the stream's position, and the run's record, strings by name: config, model,
-tokenizer, corpus statistics, the catalogue's fingerprint. One that is no longer as it was written
-is left for the one before it; who reads parameters alone looks at nothing else.
+once a manifest of its files is there too. It holds the state in parts: params; optimizer, whose
+step is the stream's position; memory, where a method has one. Beside them stands the run's record,
+strings by name: config, model, tokenizer, corpus statistics, the catalogue's fingerprint. One that
+is no longer as it was written is left for the one before it; who reads parameters alone looks at
+nothing else.
 """
 
 import contextlib
@@ -14,7 +15,6 @@ import json
 import logging
 import os
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +27,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
+from afmrl_jax.checkpoints import orbax_fixes
 from afmrl_jax.checkpoints.integrity import (
-    MANIFEST,
     agree,
     check_reachable,
     find_damage,
@@ -38,11 +38,12 @@ from afmrl_jax.checkpoints.integrity import (
 )
 from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.errors import TryAgain, UserError
+from afmrl_jax.core.processes import meet
 
 log = logging.getLogger("afmrl_jax")
 
 _UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax's folders end until then
-_OPTIMIZER = "optimizer"  # the part that only a run which goes on reads
+_OPTIMIZER, _MEMORY = "optimizer", "memory"  # parts that only a run which goes on reads
 _KEPT = 2  # of the last checkpoints; the best is kept beside them
 
 
@@ -66,7 +67,7 @@ class Checkpoints:
         self._writing = 0  # the step that is being written, or was last
         self._needed = 0  # bytes of a state
         self._error: BaseException | None = None  # of a save, where there are several processes
-        self._unread = "" if writable else f"{_OPTIMIZER}/"
+        self._unread = () if writable else (f"{_OPTIMIZER}/", f"{_MEMORY}/")
         self._orbax = None
         if writable:
             self._clean()
@@ -74,7 +75,7 @@ class Checkpoints:
             # A plain function: Orbax copies its options, and a method's object with them.
             self._orbax = _writer(self.folder, lambda: self._seal())
             if jax.process_count() > 1:
-                self._hear_of_errors()
+                orbax_fixes.hear_of_errors(self._orbax, self._set_error)
 
     @property
     def latest(self) -> int | None:
@@ -119,9 +120,8 @@ class Checkpoints:
         try:
             self._orbax.save_checkpointables_async(
                 step,
-                {"params": state.params, _OPTIMIZER: _rest(state), "run": record},
+                _parts(state) | {"run": record},
                 metrics=None if validation is None else {"validation": validation},
-                custom_metadata={"manifest": MANIFEST},
             )
         except Exception as error:  # Orbax's, TensorStore's, the system's: all end the same way
             raise self._failed(error) from error
@@ -130,7 +130,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Until all is written. Raises UserError where it could not be."""
         try:
-            while self._error is None and jax.process_count() > 1 and self._is_saving():
+            while self._error is None and jax.process_count() > 1 and orbax_fixes.is_saving():
                 time.sleep(0.02)
             if self._error:
                 raise self._error
@@ -163,12 +163,7 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """The state, straight into the shardings of `abstract`, whatever mesh it was saved from."""
-        folder = self.folder / str(step)
-        if _is_joined(folder):
-            return ocp.load_checkpointables(folder, {"state": abstract})["state"]
-        wanted = {"params": abstract.params, _OPTIMIZER: _rest(abstract)}
-        loaded = ocp.load_checkpointables(folder, wanted)
-        return TrainState(params=loaded["params"], **loaded[_OPTIMIZER])
+        return _joined(ocp.load_checkpointables(self.folder / str(step), _parts(abstract)))
 
     def restore_params(self, step: int, abstract: Any) -> Any:
         """The parameters alone, straight into the shardings of `abstract`.
@@ -178,11 +173,7 @@ class Checkpoints:
         folder, context = self.folder / str(step), ocp.Context()
         context.pytree.loading.partial_load = True
         with context:
-            if _is_joined(folder):
-                loaded = ocp.load_checkpointables(folder, {"state": {"params": abstract}})["state"]
-            else:
-                loaded = ocp.load_checkpointables(folder, {"params": abstract})
-        params = loaded["params"]
+            params = ocp.load_checkpointables(folder, {"params": abstract})["params"]
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
             raise ValueError(f"{folder} lacks some of these parameters")
         return params
@@ -190,9 +181,8 @@ class Checkpoints:
     def restore_raw(self, step: int) -> Any:
         """The state as nested containers of arrays on this process's device, as it was saved."""
         folder = self.folder / str(step)
-        if _is_joined(folder):
-            return ocp.load_checkpointables(folder, {"state": None})["state"]
-        loaded = ocp.load_checkpointables(folder, {"params": None, _OPTIMIZER: None})
+        names = ["params", _OPTIMIZER, *([_MEMORY] if (folder / _MEMORY).is_dir() else [])]
+        loaded = ocp.load_checkpointables(folder, dict.fromkeys(names))
         return loaded.pop(_OPTIMIZER) | loaded
 
     def __enter__(self) -> "Checkpoints":
@@ -258,19 +248,19 @@ class Checkpoints:
     def _set_aside(self) -> None:
         """Renames what is damaged and newer than the newest whole one: the run comes by there. And
         what is older where its score is torn: Orbax reads all scores, and fails at one."""
-        _meet("cleaned")
+        meet("checkpoints cleaned")
         self._see_newest()
         whole = self.latest
         steps = self._steps() if whole is not None else []
         damaged = [step for step in steps if step > whole or self._is_torn(step)]
-        _meet("looked through")
+        meet("checkpoints looked through")
         for step in damaged if jax.process_index() == 0 else ():
             path = self.folder / str(step)
             names = (f"{step}.damaged{n or ''}" for n in itertools.count())
             aside = next(a for name in names if not (a := self.folder / name).exists())
             path.rename(aside)
             log.warning("%s is set aside as %s; step %d goes on", path, aside.name, whole)
-        _meet("set aside")
+        meet("checkpoints set aside")
 
     def _see_newest(self, patience: float = 90.0) -> None:
         """Until this process sees the newest checkpoint that any of them sees: network file systems
@@ -291,23 +281,8 @@ class Checkpoints:
                 )
             time.sleep(0.2)
 
-    def _hear_of_errors(self) -> None:
-        """Keeps the error of a save in `_error`. Orbax's own thread tells it only when it has met
-        those of the other processes, which wait for this one elsewhere: 20 minutes."""
-        manager = self._orbax._manager  # there is no public way
-        wait = manager._wait_for_checkpointers
-
-        def heard() -> None:
-            try:
-                wait()
-            except BaseException as error:
-                self._error = error
-                raise
-
-        manager._wait_for_checkpointers = heard
-
-    def _is_saving(self) -> bool:
-        return any(thread.name == "save_finalize" for thread in threading.enumerate())
+    def _set_error(self, error: BaseException) -> None:
+        self._error = error
 
     def _seal(self) -> None:
         """Writes the manifest of the step that is being written, before Orbax calls it whole."""
@@ -376,14 +351,18 @@ def find_checkpoints(path: str, *, best: bool | None = False) -> tuple[Checkpoin
     )
 
 
-def _rest(state: TrainState) -> dict[str, Any]:
-    """The state without its parameters."""
-    return {"step": state.step, "opt_state": state.opt_state}
+def _parts(state: TrainState) -> dict[str, Any]:
+    """The state as the parts that are read apart."""
+    parts = {
+        "params": state.params,
+        _OPTIMIZER: {"step": state.step, "opt_state": state.opt_state},
+    }
+    return parts | ({_MEMORY: state.memory} if state.memory else {})
 
 
-def _is_joined(folder: epath.Path) -> bool:
-    """Whether a checkpoint has the whole state in one part, as they were written at first."""
-    return (folder / "state").is_dir()
+def _joined(parts: dict[str, Any]) -> TrainState:
+    """The state of its parts."""
+    return TrainState(params=parts["params"], memory=parts.get(_MEMORY, {}), **parts[_OPTIMIZER])
 
 
 def _reached(folder: epath.PathLike) -> epath.Path:
@@ -424,11 +403,6 @@ def _writer(folder: epath.Path, seal: Callable[[], None]) -> ocp.training.Checkp
         save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
         preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(_KEPT), best]),
     )
-
-
-def _meet(when: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"checkpoints {when}")
 
 
 def _size(state: TrainState) -> int:

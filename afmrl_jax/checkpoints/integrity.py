@@ -12,11 +12,10 @@ import json
 from pathlib import Path
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.processes import texts_of_all
 
 MANIFEST = "manifest.json"
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax's file that a whole checkpoint has
@@ -54,29 +53,28 @@ def write_manifest(folder: epath.Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(told, indent=1))
 
 
-def find_damage(folder: epath.Path, unread: str = "") -> str:
+def find_damage(folder: epath.Path, unread: tuple[str, ...] = ()) -> str:
     """Why a checkpoint cannot be used, as far as this process sees; "" where it can.
 
-    unread: how names of files begin that nobody will read. It looks at the sizes of all others and
-    at the checksums of its share of them. Files beside those of the manifest do not matter, nor
-    does a manifest's absence in what was saved without one.
+    unread: beginnings of the names of files that nobody will read. It looks at the sizes of all
+    others and at the checksums of its share of them. Files beside those of the manifest do not
+    matter.
     """
     changed = "its file {} is not as it was written"
     try:
-        metadata = json.loads((folder / _METADATA).read_text())
-        sealed = "manifest" in metadata.get("custom_metadata", {})
+        json.loads((folder / _METADATA).read_text())
     except FileNotFoundError:
         return f"its file {_METADATA} is missing"
-    except (ValueError, AttributeError, TypeError):
+    except ValueError:
         return changed.format(_METADATA)
     if not is_finished(folder):
         return f"its file {_COMMITTED} is missing"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        names = [name for name in sorted(manifest) if not unread or not name.startswith(unread)]
+        names = [name for name in sorted(manifest) if not name.startswith(unread)]
         sizes = {name: manifest[name]["size"] for name in names}
     except FileNotFoundError:
-        return f"its file {MANIFEST} is missing" if sealed else ""
+        return f"its file {MANIFEST} is missing"
     except (ValueError, TypeError, KeyError):
         return changed.format(MANIFEST)
     try:
@@ -102,14 +100,7 @@ def _differences(folder: epath.Path, manifest: dict[str, dict], sizes: dict[str,
 
 def agree(told: str) -> str:
     """The words of the first process that has any; every process calls, and gets the same."""
-    if jax.process_count() == 1:
-        return told
-    own = np.frombuffer(told.encode()[:_TOLD].ljust(_TOLD, b"\0"), np.uint8)
-    all_told = [
-        bytes(row).rstrip(b"\0").decode(errors="ignore")
-        for row in multihost_utils.process_allgather(own)
-    ]
-    return next((one for one in all_told if one), "")
+    return next(filter(None, texts_of_all(told, _TOLD)), "")
 
 
 def _files(folder: epath.Path) -> dict[str, int]:

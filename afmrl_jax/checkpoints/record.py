@@ -1,8 +1,6 @@
 """Whether a run that goes on is still the one that began: its configuration, its catalogue."""
 
-import functools
 import json
-import logging
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,60 +8,40 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from afmrl_jax.attributes import comparison
-from afmrl_jax.attributes.bm25 import version_of
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import flatten
 from afmrl_jax.core.pages import program_fields
 
-log = logging.getLogger(__name__)
-
-# The kind of fingerprint that records have; without it, one of texts and of images' sizes.
-FINGERPRINTS = "bytes"
-
 # Fields that change how a run is watched or where it runs, never what it computes.
 MAY_CHANGE = (
-    "log_every", "eval_every", "checkpoint_every", "checkpoint_dir", "mesh.", "eval.batch",
-    "data.workers", "data.timeout", "data.cache_dir", "profile",
+    "log_every", "eval_every", "evaluators", "checkpoint_every", "checkpoint_dir", "mesh.",
+    "eval.batch", "data.workers", "data.timeout", "data.cache_dir", "profile",
 )  # fmt: skip
 
-# Fields that the first records lack, with the value that computes what was computed without them. A
-# new field that MAY_CHANGE does not name belongs here.
-BEFORE = {
-    "data.answer_dropout": 0.0,
-    "data.attributes": "",
-    "data.buckets": 1,
-    "data.described_only": False,
-    "data.prompt": "plain",
-    "data.shared_ids": True,
-    "eval.enrich": "both",
-    "generator": "",
-    "loss.head_labels": 2048,
-    "loss.head_weight": 0.0,
-    "model.lora_alpha": 32.0,
-    "model.lora_rank": 0,
-    "model.lora_targets": r"^layers\.",
-    "optimizer.name": "adamw",
-    "share": 1.0,
-}
 
+def recorded(saved: str | Mapping[str, Any], where: str | Path) -> ConfigDict:
+    """A run's configuration, from its record.
 
-def recorded(saved: str | Mapping[str, Any]) -> ConfigDict:
-    """A run's configuration, from its record; fields that are newer have BEFORE's values.
-
-    saved: its JSON, or what that says. Raises UserError where it is neither.
+    saved: its JSON, or what that says. where: the run, for the errors. Raises UserError for what is
+    neither, and for other fields than the run's program has today.
     """
     try:
         config = json.loads(saved) if isinstance(saved, str) else saved
         program, fields = config.get("program"), flatten(config)
     except (ValueError, AttributeError):
-        raise UserError("the record of a run holds no configuration") from None
-    for name in program_fields(program).keys() - fields.keys():
-        key = name.partition(".")[2] if program == "cit" else name
-        if key in BEFORE:
-            *sections, field = name.split(".")
-            inner = functools.reduce(lambda part, key: part.setdefault(key, {}), sections, config)
-            inner[field] = BEFORE[key]
+        raise UserError(
+            f"{where}: the record of a run holds no configuration; bring it back, or start anew "
+            "with another --workdir"
+        ) from None
+    today = program_fields(program) or fields
+    # Exported folders leave out data.cache_dir, a place on one machine, which may change.
+    names = (name for name in today.keys() ^ fields.keys() if not name.startswith(MAY_CHANGE))
+    if differ := sorted(names):
+        told = [f"{name} is {'gone' if name in fields else 'new'} since" for name in differ]
+        raise UserError(
+            f"{where} holds a run of another version of {program}: {', '.join(told)}; use that "
+            "version, or start anew with another --workdir"
+        )
     return ConfigDict(config)
 
 
@@ -74,13 +52,7 @@ def check_unchanged(
 
     saved: the JSON of that configuration. may_change: beginnings of fields that may differ.
     """
-    try:
-        before = flatten(recorded(saved))
-    except UserError as error:
-        raise UserError(
-            f"{workdir}: {error}; bring it back, or start anew with another --workdir"
-        ) from None
-    now, older = flatten(json.loads(config.to_json())), flatten(json.loads(saved))
+    before, now = flatten(recorded(saved, workdir)), flatten(json.loads(config.to_json()))
     if before.get("program") != now["program"]:
         raise UserError(
             f"{workdir} holds a run of {before.get('program')}: give {now['program']} another "
@@ -88,21 +60,11 @@ def check_unchanged(
         )
     differ = [
         name
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name) and not name.startswith(may_change)
+        for name in sorted(now)
+        if not name.startswith(may_change) and before.get(name) != now[name]
     ]
-    if alone := [name for name in differ if name not in before or name not in now]:
-        fields = [f"{name} is {'gone' if name in before else 'new'} since" for name in alone]
-        raise UserError(
-            f"{workdir} holds a run of another version of {now['program']}: {', '.join(fields)}; "
-            "go on with that version, or start anew with another --workdir"
-        )
     if differ:
-        changed = [
-            f"{name} was {before[name]!r}{'' if name in older else ' (the run is older than it)'} "
-            f"and is now {now[name]!r}"
-            for name in differ
-        ]
+        changed = [f"{name} was {before[name]!r} and is now {now[name]!r}" for name in differ]
         flag = f"--config.{differ[0]}={shlex.quote(str(before[differ[0]]))}"
         raise UserError(
             f"{workdir} holds a run of another configuration: {'; '.join(changed)}. Give the old "
@@ -110,47 +72,26 @@ def check_unchanged(
         )
 
 
-def catalogue_record(fingerprint: str) -> dict[str, str]:
-    """What a run's record says of its catalogue."""
-    return {"catalogue": fingerprint, "fingerprints": FINGERPRINTS}
-
-
-def check_catalogue(saved: dict[str, str], fingerprint: str, path: str, workdir: Path) -> None:
+def check_catalogue(saved: Mapping[str, str], fingerprint: str, path: str, workdir: Path) -> None:
     """Raises UserError where the catalogue at `path` is not the one that a run began with.
 
-    saved: the run's record. fingerprint: of the catalogue as it is now. Where the record's is of an
-    older kind, which cannot be compared, only warns.
+    saved: the run's record. fingerprint: of the catalogue as it is now.
     """
-    if saved["catalogue"] == fingerprint:
-        return
-    if saved.get("fingerprints") == FINGERPRINTS:
+    if saved["catalogue"] != fingerprint:
         raise UserError(
             f"the catalogue {path} is not the one that {workdir} began with: bring "
             "that one back, or start anew with another --workdir"
         )
-    log.warning(
-        "%s began with a version that knew photos by their size alone: it goes on with %s, and "
-        "whether that is still its catalogue cannot be told",
-        workdir,
-        path,
-    )
 
 
-def check_terms(statistics: str, workdir: Path, *, labels: bool) -> None:
-    """Warns where a run began with attribute terms that are made otherwise today.
+def check_statistics(saved: Mapping[str, str], statistics: str, workdir: Path) -> None:
+    """Raises UserError where the same catalogue's attributes give other terms than when a run
+    began, which weigh its negatives and are its labels.
 
-    statistics: of its record. Raises UserError where such terms are the labels that it learns.
+    saved: the run's record. statistics: as `CorpusStatistics.to_json` writes them now.
     """
-    before = version_of(statistics)
-    if before == comparison.VERSION:
-        return
-    began = (
-        f"{workdir} began with a program that compares attributes otherwise (version {before}, "
-        f"this is {comparison.VERSION})"
-    )
-    if labels:
+    if saved["statistics"] != statistics:
         raise UserError(
-            f"{began}, and its head's labels are others now: end the run with that program, or "
-            "begin anew in another --workdir"
+            f"{workdir} began with a version of the program that compares attributes otherwise: "
+            "go on with that version, or start anew with another --workdir"
         )
-    log.warning("%s: from here on its negatives are weighed and masked as this one does", began)

@@ -4,7 +4,7 @@ The source of randomness is the data stream, a pure function of the step, so the
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -20,18 +20,23 @@ from afmrl_jax.core.mesh import replicated
 class TrainState:
     """step: int32[], the steps done. params, those that are trained, and opt_state: float32.
 
-    What LoRA freezes is no part of it: neither donated nor saved.
+    memory: what a method carries from step to step and does not train, as embeddings of past
+    batches; nested dicts of arrays, {} where there is nothing.
+    Frozen parameters are no part of the state: neither donated nor saved.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    memory: Any = field(default_factory=dict)
 
 
-def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    params: Any, optimizer: optax.GradientTransformation, mesh: Mesh, memory: Any = None
+) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is computed.
 
-    params: abstract, with shardings. The optimizer's moments lie as their parameters do.
+    params, memory: abstract, with shardings. The optimizer's moments lie as their parameters do.
     """
     placed = {path: x.sharding for path, x in jax.tree.leaves_with_path(params)}
     whole = replicated(mesh)
@@ -44,7 +49,7 @@ def abstract_state(params: Any, optimizer: optax.GradientTransformation, mesh: M
 
     opt_state = jax.tree.map_with_path(place, jax.eval_shape(optimizer.init, params))
     step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    return TrainState(step, params, opt_state)
+    return TrainState(step, params, opt_state, memory or {})
 
 
 def init_state(
@@ -52,14 +57,16 @@ def init_state(
     optimizer: optax.GradientTransformation,
     abstract: TrainState,
 ) -> TrainState:
-    """The state at step 0, computed by the devices that keep it: never whole on one of them.
+    """The state at step 0, computed by the devices that keep it: never whole on one of them. Its
+    memory is zeros.
 
     params: parameters already in their shardings, or a function that makes them.
     """
     if callable(params):
         params = jax.jit(params, out_shardings=_shardings(abstract.params))()
     opt_state = jax.jit(optimizer.init, out_shardings=_shardings(abstract.opt_state))(params)
-    return TrainState(jax.device_put(jnp.int32(0), abstract.step.sharding), params, opt_state)
+    step = jax.device_put(jnp.int32(0), abstract.step.sharding)
+    return TrainState(step, params, opt_state, zeros(abstract.memory))
 
 
 def zeros(abstract: Any) -> Any:

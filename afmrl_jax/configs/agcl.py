@@ -19,10 +19,11 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.program = "agcl"
     common.catalogue(config)
     common.attributes(config)
-    common.schedule(config, steps=400)
+    common.schedule(config, steps=400, evaluators="retrieval")
     config.eval_every = 100
     config.checkpoint_every = 50
 
+    config.method = "agcl"  # agcl, or module:Class, an objective of your own
     config.batch = 64  # pairs of the global batch (VLM2Vec-V2: 1024)
     common.batches(config)  # micro-batches by GradCache: each one's loss is of the whole batch
     config.init_from = ""  # a checkpoint or a Hugging Face folder; "" = from scratch
@@ -71,6 +72,8 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.loss.mask_attributes = 0.95  # drop j if the attributes agree both ways above this
     config.loss.same_product = "drop"  # drop | positive | keep: other listings of the product
     config.loss.symmetric = True  # whether targets look for queries too
+    # Cross-batch memory: targets of the last batches as further negatives of the queries (MOON).
+    config.loss.memory_batches = 0  # batches that are remembered; 0 = none
     # losses/labels.py: beside the loss above a linear layer tells attributes from embeddings.
     config.loss.head_weight = 0.0  # weight of its loss, in nats an attribute; 0 = no such head
     config.loss.head_labels = 2048  # the most frequent pairs of name and value, which it tells

@@ -39,7 +39,7 @@ def attributes(config: ConfigDict) -> None:
     config.data.attributes = ""
 
 
-def schedule(config: ConfigDict, steps: int) -> None:
+def schedule(config: ConfigDict, steps: int, evaluators: str) -> None:
     """How long a program trains, and how often it looks, saves and logs."""
     config.seed = 0
     config.steps = steps  # optimizer steps of the whole run
@@ -47,6 +47,8 @@ def schedule(config: ConfigDict, steps: int) -> None:
     config.eval_every = 0  # steps between validations; 0 = only at the end
     config.checkpoint_every = 0  # steps between checkpoints; 0 = only at the end
     config.checkpoint_dir = ""  # "" = WORKDIR/checkpoints; another folder, or gs://BUCKET/FOLDER
+    # Who judges at validations, by commas: the program's evaluator, or module:function of your own.
+    config.evaluators = evaluators  # the first one's first number chooses the best checkpoint
     config.profile = ""  # START:END, the steps to trace into WORKDIR/profile; "" = none
 
 

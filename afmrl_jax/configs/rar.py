@@ -23,7 +23,7 @@ def get_config(arm: str = "rar") -> ConfigDict:
     config.program = "rar"
     common.catalogue(config)
     common.attributes(config)
-    common.schedule(config, steps=80)
+    common.schedule(config, steps=80, evaluators="held_out")
     config.log_every = 1
     config.eval_every = 16  # the checkpoint that is best then is the one that is judged and used
     config.checkpoint_every = 10

@@ -1,20 +1,10 @@
-"""Several processes that run one program: how they join, and how one ends without the others.
+"""Several processes that run one program: how they join, and how they agree."""
 
-Process 0 hosts JAX's coordination service, so it is the last to leave. What ends one of them by a
-sentence ends all: it leaves the sentence there, and the others look for it.
-"""
-
-import contextlib
-import ctypes
-import json
 import logging
 import os
-import re
 import secrets
-import signal
 import socket
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Mapping
@@ -22,25 +12,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax._src.distributed import global_state  # JAX has no public name for its service's values
 from jax.experimental import multihost_utils
 
+from afmrl_jax.core import last_words
 from afmrl_jax.core.errors import UserError
 
 log = logging.getLogger(__name__)
 
-TRY_AGAIN = os.EX_TEMPFAIL  # 75, the exit status that launch/restart.sh starts again
 JOIN_SECONDS = 300
 HEARTBEAT_SECONDS = 45  # without a sign of life until JAX gives a process up
-LINGER_SECONDS = 5
-LISTEN_SECONDS = 1.0  # between looks for what another said
-_WORDS = "afmrl_jax/last_words"  # in the service: of the first that ends by a sentence
-_LAST: list[tuple[str, int]] = []  # the same, heard from another process
-_HEARD = threading.Event()
-_SAYING = threading.Lock()  # taken, once, by the thread that says how this process ends
 EXPLICIT = ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID")
-# What JAX's runtime, gloo, NCCL and Orbax say where another process is gone.
-LOST = r"Gloo|NCCL|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|CoordinationService|[Bb]arrier"
 
 
 def initialize_distributed(seconds: int = JOIN_SECONDS) -> None:
@@ -49,14 +30,14 @@ def initialize_distributed(seconds: int = JOIN_SECONDS) -> None:
     Said by COORDINATOR_ADDRESS, NUM_PROCESSES and PROCESS_ID; else by SLURM (srun), Open MPI or
     Cloud TPU (one slice or several, as VMs or in GKE), whose addresses JAX finds itself.
     Raises UserError where that is said by halves, before JAX touches a device. Ends the process
-    with a sentence and TRY_AGAIN where the others can't be reached within so many `seconds`.
+    with a sentence and `last_words.TRY_AGAIN` where the others can't be reached within `seconds`.
     """
     env = os.environ
     if any(name in env for name in EXPLICIT):
         address, count, index = _explicit(env)
         if count > 1:
-            told = f"process {index} of {count}: the others at {address}"
-            _join(told, seconds, address, count, index, cluster_detection_method="deactivate")
+            others = f"process {index} of {count}: the others at {address}"
+            _join(others, seconds, address, count, index, cluster_detection_method="deactivate")
     elif cluster := _cluster(env):
         try:
             _join(f"the other processes of {cluster}", seconds)
@@ -81,7 +62,7 @@ def _explicit(env: Mapping[str, str]) -> tuple[str, int, int]:
             "as one process"
         )
     address = env["COORDINATOR_ADDRESS"]
-    count, index = _whole("NUM_PROCESSES", env), _whole("PROCESS_ID", env)
+    count, index = _integer("NUM_PROCESSES", env), _integer("PROCESS_ID", env)
     if not 0 <= index < count:
         raise UserError(f"PROCESS_ID={index} is not one of {count} processes: 0 to {count - 1}")
     host, _, port = address.rpartition(":")
@@ -109,12 +90,12 @@ def _check_free(port: int, address: str) -> None:
 
 
 def _cluster(env: Mapping[str, str]) -> str | None:
-    """What a scheduler made this process a part of, as "SLURM's 4 tasks"; None if it is alone."""
+    """The group of processes that a scheduler started, such as "SLURM's 4 tasks"; None if alone."""
     hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES") or ""
-    hosts, slices = len(hosts.split(",")), _whole("MEGASCALE_NUM_SLICES", env)
-    tasks, ranks = _whole("SLURM_NTASKS", env), _whole("OMPI_COMM_WORLD_SIZE", env)
+    hosts, slices = len(hosts.split(",")), _integer("MEGASCALE_NUM_SLICES", env)
+    tasks, ranks = _integer("SLURM_NTASKS", env), _integer("OMPI_COMM_WORLD_SIZE", env)
     if hosts > 1 or slices > 1:
-        told = f"Cloud TPU's {slices} slices" if slices > 1 else f"Cloud TPU's {hosts} hosts"
+        cluster = f"Cloud TPU's {slices} slices" if slices > 1 else f"Cloud TPU's {hosts} hosts"
         needed = ["TPU_WORKER_ID"] if hosts > 1 else []
         if slices > 1:
             needed += ["MEGASCALE_SLICE_ID", "MEGASCALE_COORDINATOR_ADDRESS"]
@@ -125,17 +106,17 @@ def _cluster(env: Mapping[str, str]) -> str | None:
                 tasks,
             )
             return None
-        told, needed = f"SLURM's {tasks} tasks", ["SLURM_PROCID", "SLURM_LOCALID"]
+        cluster, needed = f"SLURM's {tasks} tasks", ["SLURM_PROCID", "SLURM_LOCALID"]
     elif ranks > 1:
-        told, needed = f"Open MPI's {ranks} ranks", ["OMPI_COMM_WORLD_RANK"]
+        cluster, needed = f"Open MPI's {ranks} ranks", ["OMPI_COMM_WORLD_RANK"]
     else:
         return None
     if missing := [name for name in needed if name not in env]:
         raise UserError(
-            f"the environment names {told}, but not {', '.join(missing)}: which of them this "
+            f"the environment names {cluster}, but not {', '.join(missing)}: which of them this "
             f"process is. Set that, or {', '.join(EXPLICIT)}"
         )
-    return told
+    return cluster
 
 
 def _tpu_vm(env: Mapping[str, str]) -> bool:
@@ -144,125 +125,71 @@ def _tpu_vm(env: Mapping[str, str]) -> bool:
     By what importing JAX sets: TPU_ML_PLATFORM where there are TPU chips and their library,
     TPU_SKIP_MDS_QUERY (also set in GKE and Colab) where no metadata are to be asked.
     """
-    wanted = "tpu" in (env.get("JAX_PLATFORMS") or "tpu")
-    return wanted and "TPU_ML_PLATFORM" in env and "TPU_SKIP_MDS_QUERY" not in env
+    allowed = "tpu" in (env.get("JAX_PLATFORMS") or "tpu")
+    return allowed and "TPU_ML_PLATFORM" in env and "TPU_SKIP_MDS_QUERY" not in env
 
 
-def _whole(name: str, env: Mapping[str, str]) -> int:
-    """That variable, 1 where it is not set."""
+def _integer(name: str, env: Mapping[str, str]) -> int:
+    """The environment variable's value; 1 where it is not set."""
     try:
         return int(env.get(name) or 1)
     except ValueError:
         raise UserError(f"{name}={env[name]} must be a whole number") from None
 
 
-def _join(told: str, seconds: int, *where: str | int, **how: str) -> None:
-    """jax.distributed.initialize; `told`: whom this process waits for."""
-    # Where JAX's own time is over it aborts, with a stack trace: so ours is over before.
-    watch = threading.Timer(seconds, _give_up, [told, seconds])
+def _join(others: str, seconds: int, *args: str | int, **kwargs: str) -> None:
+    """Calls jax.distributed.initialize. others: the processes that this one waits for, in words."""
+    # When JAX's own time limit is over it aborts with a stack trace: this one ends before.
+    watch = threading.Timer(seconds, _give_up, [others, seconds])
     watch.daemon = True
     watch.start()
     try:
         jax.distributed.initialize(
-            *where,
+            *args,
             initialization_timeout=2 * seconds + 60,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            **how,
+            **kwargs,
         )
     finally:
         watch.cancel()
-    # Where process 0 is gone, JAX's runtime aborts from a thread of its own, while the main thread
-    # is about to raise what `lost` reads. This handler, sleep(SIGABRT), lets it: for 6 seconds.
-    libc = ctypes.CDLL(None)
-    libc.signal(signal.SIGABRT, libc.sleep)
-    threading.Thread(target=_listen, daemon=True).start()
+    last_words.listen()
 
 
-def _give_up(told: str, seconds: int) -> None:
+def _give_up(others: str, seconds: int) -> None:
     print(
-        f"afmrl_jax: {told} can't be reached within {seconds} s: start the same command on every "
+        f"afmrl_jax: {others} can't be reached within {seconds} s: start the same command on every "
         "machine, and see that they reach process 0 by that name and port",
         file=sys.stderr,
         flush=True,
     )
-    os._exit(TRY_AGAIN)  # the main thread is inside JAX, which does not listen
+    os._exit(last_words.TRY_AGAIN)  # the main thread is inside JAX, which does not listen
 
 
-def lost(error: BaseException | None) -> str | None:
-    """What an error, or one behind it, says of another process that is gone; else None.
-
-    Its first line, of which the rest of a page of explanations is left out.
-    """
-    while error and jax.distributed.is_initialized():
-        message = str(error).strip()
-        if not isinstance(error, UserError) and re.search(LOST, message):
-            return textwrap.shorten(message.splitlines()[0], 160, placeholder=" ...")
-        error = error.__cause__ or error.__context__
-    return None
+def meet(where: str) -> None:
+    """Waits until all processes are here. where: a name for it, the same in all."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"afmrl_jax {where}")
 
 
-def say_last(told: str, status: int = 0) -> None:
-    """Prints why this process ends; with a status, the others, if any, end by the same sentence."""
-    if not jax.distributed.is_initialized() or _SAYING.acquire(blocking=False):
-        print(f"afmrl_jax: {told}", file=sys.stderr, flush=True)
-    if status and jax.distributed.is_initialized():
-        words = json.dumps([jax.process_index(), told, status])
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another was first, or all is over
-            global_state.client.key_value_set(_WORDS, words)
-
-
-def last_words() -> tuple[str, int] | None:
-    """The sentence and the status with which another process ended, as it said itself; it is given
-    a moment to be heard, and no more: where process 0 is gone, JAX ends this one soon."""
-    return _LAST[0] if _HEARD.wait(2 * LISTEN_SECONDS) else None
-
-
-def _listen() -> None:
-    """Ends this process as another ended that said why: the main thread may wait for that one
-    in a collective or a barrier that does not fail, or only after minutes."""
-    seconds = LISTEN_SECONDS * max(1, global_state.num_processes / 100)  # all ask process 0
-    while (client := global_state.client) is not None:
-        time.sleep(seconds)
-        try:
-            index, told, status = json.loads(client.key_value_try_get(_WORDS))
-        except jax.errors.JaxRuntimeError:  # nobody has said anything, or all is over
-            continue
-        if index == global_state.process_id:
-            return
-        _LAST.append((f"process {index} ended, and so do all: {told}", status))
-        _HEARD.set()
-        time.sleep(LISTEN_SECONDS)  # for the main thread, if it has found out by itself
-        say_last(_LAST[0][0])
-        leave(status)
-
-
-def leave(status: int) -> int:
-    """Ends this process at once with `status` where it is one of several; else returns `status`.
-
-    Not by Python's own end, where JAX waits for all processes, aborts if one does not come, and
-    Orbax's and Grain's threads wait as well.
-    """
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if jax.process_index() == 0:
-            time.sleep(LINGER_SECONDS)  # the others find out by themselves, not by its absence
-        os._exit(status)
-    return status
-
-
-def first_says(flag: bool) -> bool:
-    """What the first process knows, in all of them: workdirs need not be shared."""
-    return bool(multihost_utils.broadcast_one_to_all(np.bool_(flag)))
+def first_says(flags: bool | np.ndarray) -> np.ndarray:
+    """The first process's flags, bool[...], in all processes: workdirs need not be shared."""
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(flags, np.bool_)), np.bool_)
 
 
 def all_say(flag: bool) -> bool:
-    """Whether it is so in all processes, which ask together."""
+    """Whether the flag is True in every process; all processes must call it."""
     return bool(np.all(multihost_utils.process_allgather(np.bool_(flag))))
 
 
+def texts_of_all(text: str, size: int) -> list[str]:
+    """The first `size` bytes of each process's text, by process; all processes must call it."""
+    row = np.frombuffer(text.encode()[:size].ljust(size, b"\0"), np.uint8)
+    rows = row[None] if jax.process_count() == 1 else multihost_utils.process_allgather(row)
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in np.asarray(rows)]
+
+
 def check_shared(folder: Path, patience: float = 20.0) -> None:
-    """Raises UserError, in all processes, where one does not see what the first writes in `folder`.
+    """Raises UserError, in all processes, unless all see what the first one writes to `folder`.
 
     patience: seconds; a network file system shows a new file late.
     """

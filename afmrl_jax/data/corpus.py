@@ -106,7 +106,7 @@ def look_alikes(
 ) -> np.ndarray:
     """int32[P, k]: the products with the most similar attributes to each of a split's products, as
     numbers in the order of `listings_by_product`; -1 pads."""
-    version = f"{mining.VERSION}-{statistics.version}"
+    version = f"{mining.VERSION}-{comparison.VERSION}"
     path = cache / f"look-alikes-{version}-{catalog.fingerprint}-{split}-{k}.npy"
     if path.exists():
         return np.load(path)

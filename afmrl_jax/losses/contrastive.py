@@ -11,6 +11,7 @@ negatives a query · E embedding · T attribute terms.
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,11 @@ class Contrastive(Options, section="loss"):
 
 
 def contrastive_loss(
-    queries: jax.Array, targets: jax.Array, info: Mapping[str, jax.Array], options: Contrastive
+    queries: jax.Array,
+    targets: jax.Array,
+    info: Mapping[str, jax.Array],
+    options: Contrastive,
+    past: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, jax.Array, dict[str, jax.Array]]:
     """The contrastive loss of a global batch, with gradient to queries and targets.
 
@@ -69,9 +74,13 @@ def contrastive_loss(
     positive of queries[i]. info: query_product int32[B], target_product int32[M], and for BM25
     query_terms int32[B, T], query_query_weights and query_document_weights float32[B, T], the same
     for target_ with M rows (`CorpusStatistics.encode`); only what the options need is read.
+    past: targets of batches before as P further candidates of the queries, without a gradient:
+    embedding float[P, E], product and terms and weights as the targets have them, and filled
+    bool[P], False of a slot that holds nothing. They are no candidates of the direction targets ->
+    queries. None or {} without.
 
     Returns (sum of the rows' losses, B, metrics), all scalars; computed in float32, or in float64
-    where the embeddings are. The metrics, of queries -> targets:
+    where the embeddings are. The metrics, of queries -> targets of this batch:
       accuracy            share of queries nearer to their positive than to any other product's
                           target, masked or not: comparable between options
       accuracy_unmasked   the same among the negatives that the masks leave
@@ -84,13 +93,19 @@ def contrastive_loss(
     Queries, and all query_ arrays, may be sharded by rows with the targets' replicated: no [B, M]
     matrix is gathered; the devices exchange sums over columns (symmetric) and gradients.
     """
-    n = queries.shape[0]
+    n, m = queries.shape[0], targets.shape[0]
     dtype = jnp.promote_types(queries.dtype, jnp.float32)
     queries, targets = queries.astype(dtype), targets.astype(dtype)
     asking, asked = _side(info, "query_"), _side(info, "target_")
+    masks = {}
+    if past:
+        targets = jnp.concatenate([targets, lax.stop_gradient(past["embedding"]).astype(dtype)])
+        asked = {name: jnp.concatenate([array, past[name]]) for name, array in asked.items()}
+        masks["empty"] = jnp.concatenate([jnp.zeros(m, bool), ~past["filled"]])[None, :]
     scores, scores_back = _bm25_both_ways(asking, asked, options)
     same = asking["product"][:, None] == asked["product"][None, :]
-    masks = {}
+    if past:
+        same &= ~masks["empty"]
     if options.masks_attributes:
         agreement = jnp.minimum(
             _agreement(scores, asking, axis=1), _agreement(scores_back, asked, axis=0)
@@ -102,7 +117,8 @@ def contrastive_loss(
     # Not the diagonal of the matrix above: cutting it from shards would gather them.
     positive = jnp.sum(queries * targets[:n], axis=1)
     weights = _bm25_log_weights(scores, asking, options, axis=1)
-    losses, metrics = _one_way(similarity, positive, targets, same, masks, weights, options, axis=1)
+    losses, outcome = _one_way(similarity, positive, targets, same, masks, weights, options, axis=1)
+    metrics = _metrics(similarity, positive, same, outcome, m)
     if options.symmetric:
         masks = {rule: mask[:, :n] for rule, mask in masks.items()}
         weights = _bm25_log_weights(scores_back, asked, options, axis=0)
@@ -111,6 +127,16 @@ def contrastive_loss(
         back, _ = _one_way(similarity, positive, queries, same, masks, weights, options, axis=0)
         losses = (losses + back) / 2
     return jnp.sum(losses), jnp.asarray(n, losses.dtype), metrics
+
+
+class _Outcome(NamedTuple):
+    """What became of the candidates, [B, M] each: the positives, what is dropped or a positive, the
+    masks by rule, and log w if candidates are weighed."""
+
+    own: jax.Array
+    dropped: jax.Array
+    masks: dict[str, jax.Array]
+    weights: jax.Array | None
 
 
 def _one_way(
@@ -122,8 +148,8 @@ def _one_way(
     weights: jax.Array | None,
     options: Contrastive,
     axis: int,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Losses [B] of one side against the other's candidates, which lie along `axis`, and metrics.
+) -> tuple[jax.Array, _Outcome]:
+    """Losses [B] of one side against the other's candidates, which lie along `axis`.
 
     similarity float[B, M], rows the queries in either direction; positive [B]; candidates [M, E],
     the asked side's embeddings; same bool[B, M]; masks by the rules that know no embedding; weights
@@ -161,12 +187,7 @@ def _one_way(
         others = jnp.sum(jnp.where(extra, others, 0.0), axis=axis)
         losses = (losses + others) / (1 + jnp.sum(extra, axis=axis))
 
-    metrics = _metrics(frozen, frozen_positive, own, same, dropped, masks)
-    if weights is not None:
-        levels = {"weight_p10": 0.1, "weight_p50": 0.5, "weight_p90": 0.9, "weight_p99": 0.99}
-        quantiles = masked_quantiles(weights, ~dropped, tuple(levels.values()))
-        metrics |= dict(zip(levels, jnp.exp(quantiles)))
-    return losses, metrics
+    return losses, _Outcome(own, dropped, masks, weights)
 
 
 def _plus(logits: jax.Array, log_weights: jax.Array | None) -> jax.Array:
@@ -221,14 +242,18 @@ def _bm25_log_weights(
 
 
 def _metrics(
-    frozen: jax.Array,
-    positive: jax.Array,
-    own: jax.Array,
-    same: jax.Array,
-    dropped: jax.Array,
-    masks: Mapping[str, jax.Array],
+    similarity: jax.Array, positive: jax.Array, same: jax.Array, outcome: _Outcome, columns: int
 ) -> dict[str, jax.Array]:
-    """Accuracies, and what each mask drops; see `contrastive_loss`."""
+    """Accuracies, what each mask drops, and quantiles of weights; see `contrastive_loss`.
+
+    columns: M, the first candidates, which are the batch's targets: of them alone it tells.
+    """
+    frozen, positive = lax.stop_gradient((similarity, positive))
+    own, dropped, masks, weights = outcome
+    if columns < frozen.shape[1]:
+        frozen, same, own, dropped = (x[:, :columns] for x in (frozen, same, own, dropped))
+        masks = {rule: mask[:, :columns] for rule, mask in masks.items() if rule != "empty"}
+        weights = None if weights is None else weights[:, :columns]
     n_rows, n_columns = own.shape
     candidates = max(n_rows * (n_columns - 1), 1)
 
@@ -249,4 +274,8 @@ def _metrics(
         metrics[f"masked_by_{rule}"] = count(mask) / candidates
         if rule != "same_product":
             metrics[f"precision_of_{rule}"] = count(mask & same) / jnp.maximum(count(mask), 1.0)
+    if weights is not None:
+        levels = {"weight_p10": 0.1, "weight_p50": 0.5, "weight_p90": 0.9, "weight_p99": 0.99}
+        quantiles = masked_quantiles(weights, ~dropped, tuple(levels.values()))
+        metrics |= dict(zip(levels, jnp.exp(quantiles)))
     return metrics

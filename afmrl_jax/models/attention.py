@@ -8,7 +8,7 @@ Axes: N rows · S tokens or patches · H query heads · K key/value heads (H is 
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,6 @@ from jax.ad_checkpoint import checkpoint_name
 
 from afmrl_jax.models.partition import row_shards
 from afmrl_jax.models.rope import Angles, rotate
-
-Inputs: TypeAlias = tuple[jax.Array, jax.Array, jax.Array, Angles, jax.Array]
 
 SCORES = 24 * 2**20  # bytes of float32 scores at a time; v5e's vector memory holds five times that
 MIXED = "mixed"  # name, in remat policies, of the results that the backward pass needs

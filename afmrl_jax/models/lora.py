@@ -80,10 +80,34 @@ def _linears(model: nnx.Module) -> list[tuple[str, Linear]]:
     ]
 
 
-def split(params: Any) -> tuple[Any, Any]:
-    """(trained, frozen) parameters: the adapters and the rest; without adapters all, and {}."""
+def split(params: Any, trainable: str = "") -> tuple[Any, Any]:
+    """(trained, frozen): the adapters and the rest. Without adapters the parameters in whose path,
+    as layers.gate.kernel, the regular expression `trainable` is found, by default all, and the
+    rest.
+
+    Raises UserError where it is found nowhere, and where there are adapters beside it.
+    """
     adapters = _pick(params, lambda name: name in ADAPTER)
-    return (adapters, without(params)) if adapters else (params, {})
+    if adapters:
+        if trainable:
+            raise UserError(
+                f"the method trains the parameters {trainable!r}, and LoRA would train adapters: "
+                "set model.lora_rank to 0"
+            )
+        return adapters, without(params)
+    if not trainable:
+        return params, {}
+    trained = _matching(params, lambda path: bool(re.search(trainable, path)))
+    if not trained:
+        raise UserError(f"the method trains {trainable!r}, which is in no parameter's path")
+    return trained, _matching(params, lambda path: not re.search(trainable, path))
+
+
+def subset(params: Any, like: Any) -> Any:
+    """Of the parameters those that `like`, a tree with some of their names, has."""
+    if not isinstance(like, dict):
+        return params
+    return {name: subset(params[name], part) for name, part in like.items()}
 
 
 def join(trained: Any, frozen: Any) -> Any:
@@ -178,6 +202,19 @@ def _checksum(x: jax.Array) -> jax.Array:
     for axis, size in enumerate(x.shape):
         position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     return jnp.sum(bits.astype(jnp.uint32) * (position * 2 + 1), dtype=jnp.uint32)
+
+
+def _matching(params: Any, chosen: Callable[[str], bool], prefix: str = "") -> Any:
+    """The leaves with chosen paths; branches that hold none are left out."""
+    matching = {}
+    for name, part in params.items():
+        path = f"{prefix}{name}"
+        if isinstance(part, dict):
+            if inner := _matching(part, chosen, f"{path}."):
+                matching[name] = inner
+        elif chosen(path):
+            matching[name] = part
+    return matching
 
 
 def _pick(params: Any, accepts: Callable[[str], bool]) -> Any:

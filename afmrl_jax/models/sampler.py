@@ -36,7 +36,7 @@ KeyValue = tuple[jax.Array, jax.Array]
 class Sampling:
     """How tokens are drawn and when an answer ends; static, so each value compiles its own loop.
 
-    Applied in this order: forbidden ids, temperature, top_k, top_p.
+    Forbidden ids are taken out first; the temperature divides what is left.
     """
 
     max_new_tokens: int  # T; an answer cut here is marked as truncated
@@ -44,15 +44,11 @@ class Sampling:
     forbidden: tuple[int, ...] = ()  # never drawn: a sampled image token breaks the next forward
     pad: int = 0  # stands behind an answer's end
     temperature: float = 1.0  # 0 takes the most probable token
-    top_k: int = 0  # 0 keeps all
-    top_p: float = 1.0  # 1 keeps all
 
     def __post_init__(self) -> None:
         bounds = {
             "max_new_tokens": self.max_new_tokens >= 1 or "at least 1",
             "temperature": self.temperature >= 0 or "0 (greedy) or more",
-            "top_k": self.top_k >= 0 or "0 (all) or more",
-            "top_p": 0 < self.top_p <= 1 or "above 0 and at most 1 (all)",
             "stop": not set(self.stop) & set(self.forbidden) or "without any forbidden id",
         }
         for name, met in bounds.items():
@@ -67,11 +63,11 @@ class Samples:
 
     tokens: int32[N, G, T], `pad` behind the end. mask: bool[N, G, T], True through the stop token.
     log_probs: float32[N, G, T], of the policy: log-softmax of the model's own logits over all ids,
-    neither tempered nor cut, forbidden ids *not* taken out. A trainer that applies log-softmax to
+    not tempered, forbidden ids *not* taken out. A trainer that applies log-softmax to
     its logits gets these very numbers and needs to know nothing of how tokens were drawn.
     sampling_log_probs: float32[N, G, T], of the distribution that the token was drawn from: after
-    forbidden ids, temperature, top-k and top-p; 0 when greedy. At temperature 1 without top-k or
-    top-p the two differ by the probability of the forbidden ids alone. Both are 0 behind the end.
+    forbidden ids and temperature; 0 when greedy. At temperature 1 the two differ by the probability
+    of the forbidden ids alone. Both are 0 behind the end.
     truncated: bool[N, G], no stop token within T.
     """
 
@@ -84,7 +80,7 @@ class Samples:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class State:
+class DecodeState:
     """What passes from prefill to decode and around its loop."""
 
     tokens: jax.Array  # int32[N, G, T]
@@ -111,7 +107,7 @@ def forbidden_ids(tokenizer: Tokenizer, vocab_size: int) -> tuple[int, ...]:
     return (*vision, *range(max(i for _, i in named) + 1, vocab_size))
 
 
-def sample_keys(key: jax.Array, rows: Sequence[int] | jax.Array, samples: int) -> jax.Array:
+def sample_keys(key: jax.Array, rows: Sequence[int] | jax.Array, num_samples: int) -> jax.Array:
     """A random key for each answer, from the prompt's own number and the sample's.
 
     key: jax.random.key(seed). rows: int[N], each prompt's number in the whole run, so that an
@@ -119,8 +115,9 @@ def sample_keys(key: jax.Array, rows: Sequence[int] | jax.Array, samples: int) -
     """
 
     def of_row(row: jax.Array) -> jax.Array:
-        own = jax.random.fold_in(key, row)
-        return jax.vmap(lambda sample: jax.random.fold_in(own, sample))(jnp.arange(samples))
+        row_key = jax.random.fold_in(key, row)
+        samples = jnp.arange(num_samples)
+        return jax.vmap(lambda sample: jax.random.fold_in(row_key, sample))(samples)
 
     return jax.vmap(of_row)(jnp.asarray(rows))
 
@@ -139,7 +136,7 @@ def generate(
     Under `jax.set_mesh` rows, caches and answers are split by rows, and heads over `tensor`.
     """
     state = prefill(graph, params, rows, keys, sampling)
-    return samples(decode(graph, params, state, sampling))
+    return samples_of(decode(graph, params, state, sampling))
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "sampling"))
@@ -149,11 +146,11 @@ def prefill(
     rows: Mapping[str, jax.Array],
     keys: jax.Array,
     sampling: Sampling,
-) -> State:
+) -> DecodeState:
     """Reads the prompts and draws every answer's first token; arguments as `generate`'s."""
     model, mask = nnx.merge(graph, params), rows["token_mask"]
     _check_ids(sampling, model.config.vocab_size)
-    (count, samples), length = keys.shape, sampling.max_new_tokens
+    (prompts, num_samples), length = keys.shape, sampling.max_new_tokens
     hidden, stacked = model.read(rows, cache=True)
     last = pool_last(hidden, mask)[:, None]  # [N, 1, D]
     prompt_cache = tuple(
@@ -163,16 +160,16 @@ def prefill(
     )
     kv_heads, head_dim = prompt_cache[0][0].shape[1], prompt_cache[0][0].shape[3]
     empty = _shard_cache(
-        jnp.zeros((count, kv_heads, samples, length, head_dim), prompt_cache[0][0].dtype)
+        jnp.zeros((prompts, kv_heads, num_samples, length, head_dim), prompt_cache[0][0].dtype)
     )
-    numbers = jnp.zeros((count, samples, length), jnp.float32)
+    numbers = jnp.zeros((prompts, num_samples, length), jnp.float32)
     positions = jnp.where(mask[:, None], rows["positions"], -1)
-    state = State(
-        tokens=jnp.full((count, samples, length), sampling.pad, jnp.int32),
+    state = DecodeState(
+        tokens=jnp.full((prompts, num_samples, length), sampling.pad, jnp.int32),
         log_probs=numbers,
         sampling_log_probs=numbers,
-        lengths=jnp.zeros((count, samples), jnp.int32),
-        done=jnp.broadcast_to(~mask.any(axis=1)[:, None], (count, samples)),
+        lengths=jnp.zeros((prompts, num_samples), jnp.int32),
+        done=jnp.broadcast_to(~mask.any(axis=1)[:, None], (prompts, num_samples)),
         step=jnp.zeros((), jnp.int32),
         keys=keys,
         first_position=positions.max(axis=(1, 2)) + 1,
@@ -180,11 +177,11 @@ def prefill(
         prompt_cache=prompt_cache,
         cache=tuple((empty, empty) for _ in prompt_cache),
     )
-    return _append(state, model.logits(last), sampling)
+    return _add_token(state, model.logits(last), sampling)
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "sampling"), donate_argnames="state")
-def decode(graph: nnx.GraphDef, params: Any, state: State, sampling: Sampling) -> State:
+def decode(graph: nnx.GraphDef, params: Any, state: DecodeState, sampling: Sampling) -> DecodeState:
     """Draws tokens until every answer has ended; the state is given up for the one returned."""
     model = _for_decoding(nnx.merge(graph, params))
     # Straight code, not a scan, which would cut each layer's weights and cache out of a stack at
@@ -192,28 +189,28 @@ def decode(graph: nnx.GraphDef, params: Any, state: State, sampling: Sampling) -
     layers = [layer for group in model.layers for layer in _unstack(group)]
     frequencies = text_frequencies(model.config.text)
 
-    def step(state: State) -> State:
+    def step(state: DecodeState) -> DecodeState:
         at = state.step - 1  # of the last token drawn, which the cache does not hold yet
         tokens = jax.lax.dynamic_index_in_dim(state.tokens, at, axis=2, keepdims=False)
         x = shard_rows(model.embed_tokens(tokens))
         positions = jnp.broadcast_to((state.first_position + at)[:, None, None], (*tokens.shape, 3))
         angles = rotary_angles(positions, *frequencies)
         cache = []
-        for layer, prompt, own in zip(layers, state.prompt_cache, state.cache):
-            mix = functools.partial(_attend, prompt, own, state.prompt_mask, at, angles)
-            x, own = layer(x, mix)
+        for layer, prompt, answers in zip(layers, state.prompt_cache, state.cache):
+            mix = functools.partial(_attend, prompt, answers, state.prompt_mask, at, angles)
+            x, answers = layer(x, mix)
             x = shard_rows(x)
-            cache.append(own)
+            cache.append(answers)
         state = dataclasses.replace(state, cache=tuple(cache))
-        return _append(state, model.logits(model.norm(x)), sampling)
+        return _add_token(state, model.logits(model.norm(x)), sampling)
 
-    def unfinished(state: State) -> jax.Array:
+    def unfinished(state: DecodeState) -> jax.Array:
         return (state.step < sampling.max_new_tokens) & ~state.done.all()
 
     return jax.lax.while_loop(unfinished, step, state)
 
 
-def samples(state: State) -> Samples:
+def samples_of(state: DecodeState) -> Samples:
     """The answers of a finished state."""
     return Samples(
         tokens=state.tokens,
@@ -224,41 +221,17 @@ def samples(state: State) -> Samples:
     )
 
 
-def restrict(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits of the distribution that tokens are drawn from, -inf where none may be.
+def sampling_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits of the distribution that tokens are drawn from, -inf for forbidden ids.
 
-    logits: float32[..., V]. top_k keeps the k most probable ids, top_p the fewest of the most
-    probable that hold at least p of what is left; ids as probable as the last one kept stay too.
+    logits: float32[..., V], the model's.
     """
     if sampling.forbidden:
         forbidden = np.isin(np.arange(logits.shape[-1]), sampling.forbidden)
         logits = jnp.where(forbidden, -jnp.inf, logits)
     if sampling.temperature:
         logits = logits / sampling.temperature
-    if sampling.top_k:
-        logits = _keep_most(logits, jnp.ones_like(logits), sampling.top_k)
-    if sampling.top_p < 1:
-        logits = _keep_most(logits, jax.nn.softmax(logits), sampling.top_p)
     return logits
-
-
-def _keep_most(logits: jax.Array, weights: jax.Array, enough: float) -> jax.Array:
-    """The highest logits whose weights sum to `enough`, -inf for the others.
-
-    Finds the lowest logit to keep bit by bit, in 32 sums over the vocabulary: exact, and many times
-    faster than sorting 150,000 numbers a token.
-    """
-    bits = jax.lax.bitcast_convert_type(logits, jnp.uint32)
-    # As unsigned integers these are ordered as the floats are.
-    ordered = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-    def settle(i: jax.Array, lowest: jax.Array) -> jax.Array:
-        higher = lowest | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        kept = jnp.where(ordered >= higher, weights, 0).sum(axis=-1, keepdims=True)
-        return jnp.where(kept >= enough, higher, lowest)
-
-    lowest = jax.lax.fori_loop(0, 32, settle, jnp.zeros_like(ordered[..., :1]))
-    return jnp.where(ordered >= lowest, logits, -jnp.inf)
 
 
 def _check_ids(sampling: Sampling, vocab_size: int) -> None:
@@ -270,9 +243,9 @@ def _check_ids(sampling: Sampling, vocab_size: int) -> None:
             )
 
 
-def _append(state: State, logits: jax.Array, sampling: Sampling) -> State:
-    """The state with one more token a sample; logits: float32[N, G or 1, V]."""
-    allowed = restrict(logits, sampling)
+def _add_token(state: DecodeState, logits: jax.Array, sampling: Sampling) -> DecodeState:
+    """Draws one more token of each sample; logits: float32[N, G or 1, V]."""
+    allowed = sampling_logits(logits, sampling)
     if sampling.temperature:
         keys = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, state.step)))(state.keys)
         noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:])))(keys)
@@ -318,7 +291,7 @@ def _log_prob(logits: jax.Array, token: jax.Array) -> jax.Array:
 
 def _attend(
     prompt: KeyValue,
-    own: KeyValue,
+    answers: KeyValue,
     prompt_mask: jax.Array,
     at: jax.Array,
     angles: Angles,
@@ -328,36 +301,36 @@ def _attend(
 ) -> tuple[jax.Array, KeyValue]:
     """One token of each sample attends to its prompt and to what the sample has generated.
 
-    query: [N, G, H, D]; key, value: [N, G, K, D], which go into `own` at number `at`. Returns
-    [N, G, H, D] and the filled cache. One softmax in float32 over both parts, as `attend`'s.
+    query: [N, G, H, D]; key, value: [N, G, K, D], which go into the answers' cache at token `at`.
+    Returns [N, G, H, D] and the filled cache. One float32 softmax over both parts, as `attend`'s.
     """
     query, key = rotate(query, angles), rotate(key, angles)
-    own = tuple(
+    answers = tuple(
         _shard_cache(
             jax.lax.dynamic_update_index_in_dim(cache, jnp.swapaxes(new, 1, 2), at, axis=3)
         )
-        for cache, new in zip(own, (key, value))
+        for cache, new in zip(answers, (key, value))
     )
-    rows, samples, heads, size = query.shape
-    groups, length = own[0].shape[1], own[0].shape[3]
-    query = jnp.moveaxis(query.reshape(rows, samples, groups, heads // groups, size), 1, 2)
+    prompts, num_samples, heads, size = query.shape
+    groups, length = answers[0].shape[1], answers[0].shape[3]
+    query = jnp.moveaxis(query.reshape(prompts, num_samples, groups, heads // groups, size), 1, 2)
     einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    shared = einsum("nkgrd,nksd->nkgrs", query, prompt[0])
-    alone = einsum("nkgrd,nkgtd->nkgrt", query, own[0])
+    to_prompt = einsum("nkgrd,nksd->nkgrs", query, prompt[0])
+    to_answer = einsum("nkgrd,nkgtd->nkgrt", query, answers[0])
     lowest = jnp.finfo(jnp.float32).min
     scores = jnp.concatenate(
         [
-            jnp.where(prompt_mask[:, None, None, None], shared, lowest),
-            jnp.where(jnp.arange(length) <= at, alone, lowest),
+            jnp.where(prompt_mask[:, None, None, None], to_prompt, lowest),
+            jnp.where(jnp.arange(length) <= at, to_answer, lowest),
         ],
         axis=-1,
     )
     weights = jax.nn.softmax(scores * size**-0.5).astype(value.dtype)
-    shared, alone = jnp.split(weights, [shared.shape[-1]], axis=-1)
-    mixed = einsum("nkgrs,nksd->nkgrd", shared, prompt[1])
-    mixed = mixed + einsum("nkgrt,nkgtd->nkgrd", alone, own[1])
-    mixed = jnp.moveaxis(mixed, 2, 1).reshape(rows, samples, heads, size)
-    return mixed.astype(value.dtype), own
+    to_prompt, to_answer = jnp.split(weights, [to_prompt.shape[-1]], axis=-1)
+    mixed = einsum("nkgrs,nksd->nkgrd", to_prompt, prompt[1])
+    mixed = mixed + einsum("nkgrt,nkgtd->nkgrd", to_answer, answers[1])
+    mixed = jnp.moveaxis(mixed, 2, 1).reshape(prompts, num_samples, heads, size)
+    return mixed.astype(value.dtype), answers
 
 
 def _for_decoding(model: QwenVL) -> QwenVL:

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.chips import GIB, chip_of
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.tables import markdown_table
 from afmrl_jax.planning.exchange import axes_of, exchange_seconds
 from afmrl_jax.planning.hlo import Collective, Reader, Total
 
@@ -73,20 +73,6 @@ class Report:
     @property
     def fits(self) -> bool:
         return self.limit is None or self.needed <= self.limit
-
-
-def step_part(
-    step: Callable[..., Any],
-    frozen: Any,
-    state: TrainState,
-    batch: dict[str, jax.ShapeDtypeStruct],
-    *,
-    inside: dict[str, float],
-    useful: float,
-) -> Part:
-    """The part of a run whose whole step is one function of (frozen, state, batch)."""
-    held = {"parameters": (frozen, state.params), "optimizer": state.opt_state, "batch": batch}
-    return Part("step", step, (frozen, state, batch), held, inside, useful)
 
 
 def local_bytes(tree: Any) -> float:
@@ -212,14 +198,14 @@ def check_fits(part: Part, mesh: Mesh) -> jax.stages.Compiled:
 def memory_table(reports: list[Report]) -> str:
     """GiB a device by name, as Markdown."""
     names = list(dict.fromkeys(name for report in reports for name in report.memory))
-    lines = [["", *names, "together", "there is", "fits"], ["---"] * (len(names) + 4)]
+    rows = []
     for report in reports:
         # Of a part that could not be compiled only arguments and the sum are known.
         cells = [_gib(report.memory.get(name)) for name in names]
         limit = "unknown" if report.limit is None else _gib(report.limit)
         fits = "yes" if report.fits else "no"
-        lines.append([f"{report.name}, GiB a device", *cells, _gib(report.needed), limit, fits])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append([f"{report.name}, GiB a device", *cells, _gib(report.needed), limit, fits])
+    return markdown_table(["", *names, "together", "there is", "fits"], rows)
 
 
 def time_table(reports: list[Report]) -> str:
@@ -227,24 +213,25 @@ def time_table(reports: list[Report]) -> str:
     known = [report for report in reports if report.seconds is not None]
     if not known:
         return ""
-    columns = ["", "seconds", "products", "memory", "exchanges", "TFLOP", "of them useful"]
-    lines = [[*columns, "utilisation"], ["---"] * 8]
+    head = ["", "seconds", "products", "memory", "exchanges", "TFLOP", "of them useful"]
+    rows = []
     for report in known:
         floors = [f"{report.floors[name]:.3g}" for name in ("products", "memory", "exchanges")]
         work = [f"{report.flops / 1e12:.3g}", f"{report.useful / report.flops:.0%}"]
         share = f"{report.utilisation:.0%}"
-        lines.append([f"{report.name}", f"{report.seconds:.3g}", *floors, *work, share])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append([f"{report.name}", f"{report.seconds:.3g}", *floors, *work, share])
+    return markdown_table([*head, "utilisation"], rows)
 
 
 def exchange_table(report: Report) -> str:
     """A part's exchanges by kind and axes, as Markdown."""
-    lines = [["exchange", "along", "calls", "GiB a device", "seconds", "overlapped"], ["---"] * 6]
+    rows = []
     for row in report.exchanges:
         size, seconds = f"{row['bytes'] / GIB:.3g}", f"{row['seconds']:.2g}"
         overlapped = "yes" if row["overlapped"] else "no"
-        lines.append([row["kind"], row["axes"], f"{row['calls']:.0f}", size, seconds, overlapped])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append([row["kind"], row["axes"], f"{row['calls']:.0f}", size, seconds, overlapped])
+    head = ["exchange", "along", "calls", "GiB a device", "seconds", "overlapped"]
+    return markdown_table(head, rows)
 
 
 def _gib(size: float | None) -> str:

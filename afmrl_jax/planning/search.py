@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from afmrl_jax.core.tables import markdown_table
 from afmrl_jax.models.layers import REMATS
 
 log = logging.getLogger(__name__)
@@ -113,12 +114,12 @@ def _meshes(sizes: dict[str, int], devices: int) -> list[tuple[tuple[str, int], 
 
 def trials_table(trials: list[Trial]) -> str:
     """Settings, seconds and memory of each trial, as Markdown."""
-    lines = [("tried", "seconds a step", "GiB a device", "fits"), ("---",) * 4]
+    rows = []
     for trial in trials:
         seconds = "" if trial.seconds is None else f"{trial.seconds:.3g}"
         fits = "yes" if trial.fits else "no"
-        lines.append((trial.choice.label, seconds, f"{trial.needed / 2**30:.3g}", fits))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append((trial.choice.label, seconds, f"{trial.needed / 2**30:.3g}", fits))
+    return markdown_table(("tried", "seconds a step", "GiB a device", "fits"), rows)
 
 
 def advice(trials: list[Trial]) -> str:

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from afmrl_jax.annotation.answer_files import FILES, NO_CONTENT, AnswerFiles
+from afmrl_jax.annotation.answer_files import FILES, AnswerFiles
 from afmrl_jax.annotation.answerers import (
     Api,
     Asked,
@@ -70,6 +70,7 @@ class GeneratorBatch(Options, section="eval"):
     batch: int = between(1)  # listings at once, on all devices
 
 
+SHARES_WORKDIR = True  # all processes read it
 OPTIONS = (Annotated, GeneratorBatch, ListingOptions)
 ENDPOINT_OPTIONS = (EndpointQuestion, Api, BudgetLimits)
 
@@ -144,26 +145,16 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
 def done_of(catalog: Catalog, listings: np.ndarray, answers: AnswerFiles | None) -> np.ndarray:
     """bool[N]: which of the listings, int[N], are answered as they are now; none where no file is
-    known. Tells how many have changed since their answer, and of how many that is not known."""
+    known. Tells how many have changed since their answer."""
     done = np.zeros(len(listings), bool)
     if not answers or not answers.keys:
         return done
     ids = {listing_id for listing_id, _ in answers.keys}
-    changed = untold = 0
+    changed = 0
     for place, index in enumerate(listings):
         listing_id = catalog.listing(int(index)).listing_id
-        current = (listing_id, catalog.content(int(index)).key) in answers.keys
-        older = not current and (listing_id, NO_CONTENT) in answers.keys
-        done[place] = current or older
-        untold += older
+        done[place] = (listing_id, catalog.content(int(index)).key) in answers.keys
         changed += listing_id in ids and not done[place]
-    if untold:
-        log.warning(
-            "%d listings are answered in %s by lines of an older version, which do not say what "
-            "the model was shown: whether they have changed since cannot be told; delete a line "
-            "to have its listing asked again",
-            *(untold, answers.workdir),
-        )
     if changed:
         log.warning(
             "%d listings have other texts or photos than those of their listing_id that are "

@@ -13,30 +13,28 @@ what is done is not begun again, what was stopped goes on from its checkpoints.
 """
 
 import contextlib
-import datetime
 import gc
-import hashlib
 import json
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from afmrl_jax.catalog.opening import CatalogOptions
-from afmrl_jax.checkpoints.record import MAY_CHANGE, check_unchanged, recorded
+from afmrl_jax.checkpoints.record import MAY_CHANGE, check_unchanged
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import flatten
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.logs import duration
 from afmrl_jax.core.options import Options, between, check_options
+from afmrl_jax.core.processes import meet
 from afmrl_jax.programs import agcl, annotate, evaluate, rar, sft
 from afmrl_jax.retrieval.scores import paired, results_table
 
@@ -65,6 +63,7 @@ class Cycle(Options, section=""):
     share: float = between(1e-9, 1)  # of the training products, which the generator annotates
 
 
+SHARES_WORKDIR = True  # all processes read it
 OPTIONS = (Cycle, CatalogOptions)
 
 
@@ -135,8 +134,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     stages = stages_of(config, workdir)
     check_stages(config, stages)
     manifest = Manifest(workdir, config, stages)
-    _meet("begin")  # nobody writes before all have read
-    manifest.write()  # first: its digests are compared with those of config.json
+    meet("begin")  # nobody writes before all have read
     if first_process:
         write_atomically(workdir / "config.json", config.to_json(indent=2))
 
@@ -153,7 +151,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             try:
                 with manifest.running(stage):
                     stage.program.main(stage.config, workdir / stage.name, mesh)
-                    _meet(stage.name)  # what the first process wrote is there for all
+                    meet(stage.name)  # what the first process wrote is there for all
             except UserError as error:
                 raise type(error)(f"stage {stage.name}: {error}") from None
             except SystemExit:
@@ -164,7 +162,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
     # ---- table
     if first_process:
-        print(f"Done: {manifest.told()}")
+        print(f"Done: {manifest.durations()}")
         print(_compare(workdir))
         print(f"The second encoder is in {workdir / 'again'}, the generator in {workdir / 'rar'}")
 
@@ -188,36 +186,26 @@ def _compare(workdir: Path) -> str:
 
 
 class Manifest:
-    """manifest.json: a line of each stage, in their order.
+    """manifest.json: {stage: {"state": begun | done, "seconds": .., "running": ..}}.
 
-    stage: its folder. state: waiting | begun | done. configuration: a digest of its fields.
-    began, ended: of its first and last start, UTC. seconds: of computing, over all starts; one that
-    was killed counts up to the last file that it wrote. running: when a start began that has not
-    ended, seconds since 1970; else null.
+    seconds: of computing, over all starts; one that was killed counts up to the last file that it
+    wrote. running: when a start began that has not ended, seconds since 1970; else null.
     """
 
     def __init__(self, workdir: Path, config: ConfigDict, stages: list[Stage]):
         """Raises UserError where stages that were begun had another configuration, naming the
         fields, or where they stand on a stage that is gone."""
         self._path = workdir / "manifest.json"
-        digests = {stage.name: _digest(config, stage) for stage in stages}
-        found = {}
-        if self._path.exists():
-            lines = json.loads(self._path.read_text(encoding="utf-8"))["stages"]
-            # A stage whose folder was deleted is to be run anew.
-            found = {line["stage"]: line for line in lines if (workdir / line["stage"]).exists()}
-        waiting = {"state": "waiting", "began": None, "ended": None, "seconds": 0, "running": None}
-        self._lines = {
-            stage.name: found.get(stage.name, {"stage": stage.name} | waiting) for stage in stages
-        }
-        begun = [stage for stage in stages if self._lines[stage.name]["state"] != "waiting"]
-        changed = [s for s in begun if found[s.name]["configuration"] != digests[s.name]]
-        if changed:
-            known = [found[stage.name]["configuration"] for stage in changed]
-            _check_changed(workdir, config, changed, known)
+        known = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
+        # A stage whose folder was deleted is to be run anew.
+        self._lines = {name: line for name, line in known.items() if (workdir / name).exists()}
+        if begun := {stage.section for stage in stages if stage.name in self._lines}:
+            fields = flatten(config)
+            free = (name for name in fields if not any(_belongs(name, part) for part in begun))
+            saved = (workdir / "config.json").read_text(encoding="utf-8")
+            check_unchanged(saved, config, workdir, tuple(free))
         self._check_order(workdir, stages)
         for name, line in self._lines.items():
-            line["configuration"] = digests[name]
             if line["running"] is not None:
                 files = (path for path in (workdir / name).rglob("*") if path.is_file())
                 last = max((path.stat().st_mtime for path in files), default=line["running"])
@@ -228,45 +216,42 @@ class Manifest:
         """A stage stands on all before it, but evaluations on no other evaluation."""
         missing = None
         for stage in stages:
-            state = self._lines[stage.name]["state"]
-            if missing and stage.section != missing.section and state != "waiting":
+            if missing and stage.section != missing.section and stage.name in self._lines:
                 raise UserError(
                     f"{workdir / stage.name} was made with what stood in {workdir / missing.name}, "
                     "which is to be run anew: delete the folders of the later stages as well"
                 )
-            if state != "done":
+            if not self.is_done(stage):
                 missing = missing or stage
 
     def is_done(self, stage: Stage) -> bool:
-        return self._lines[stage.name]["state"] == "done"
+        return self._lines.get(stage.name, {}).get("state") == "done"
 
     @contextlib.contextmanager
     def running(self, stage: Stage) -> Iterator[None]:
         """Notes that the stage begins, and that it is done where nothing is raised."""
-        line, started = self._lines[stage.name], time.monotonic()
-        line.update(state="begun", began=line["began"] or _now(), running=time.time())
-        self.write()
+        line, started = self._lines.setdefault(stage.name, {"seconds": 0.0}), time.monotonic()
+        line.update(state="begun", running=time.time())
+        self._write()
         try:
             yield
             line["state"] = "done"
         finally:
-            seconds = line["seconds"] + time.monotonic() - started
-            line.update(ended=_now(), seconds=round(seconds, 1), running=None)
-            self.write()
+            line["seconds"] = round(line["seconds"] + time.monotonic() - started, 1)
+            line["running"] = None
+            self._write()
 
-    def told(self) -> str:
-        """How long each stage took, the evaluations together."""
+    def durations(self) -> str:
+        """How long each section's stages took."""
         seconds: dict[str, float] = {}
         for name, line in self._lines.items():
             name = name.partition("/")[0]
             seconds[name] = seconds.get(name, 0) + line["seconds"]
         return ", ".join(f"{name} {duration(took)}" for name, took in seconds.items())
 
-    def write(self) -> None:
-        """By the first process alone."""
+    def _write(self) -> None:
         if jax.process_index() == 0:
-            lines = json.dumps({"stages": list(self._lines.values())}, indent=2)
-            write_atomically(self._path, lines + "\n")
+            write_atomically(self._path, json.dumps(self._lines, indent=2) + "\n")
 
 
 def _belongs(field: str, section: str) -> bool:
@@ -276,33 +261,6 @@ def _belongs(field: str, section: str) -> bool:
         return not field.startswith(MAY_CHANGE)
     may_change = SECTIONS[section][1]
     return owner == section and not field.removeprefix(f"{section}.").startswith(may_change)
-
-
-def _digest(config: Mapping[str, Any], stage: Stage) -> str:
-    fields = {k: v for k, v in flatten(config).items() if _belongs(k, stage.section)}
-    text = json.dumps(fields, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _check_changed(
-    workdir: Path, config: ConfigDict, changed: list[Stage], known: list[str]
-) -> None:
-    """Raises UserError, naming the fields in which the stages `changed` differ from before; but for
-    fields that are newer than the record, and compute what was computed then.
-
-    known: the stages' digests in the manifest.
-    """
-    saved = (workdir / "config.json").read_text(encoding="utf-8")
-    names = flatten(config).keys() | flatten(recorded(saved)).keys()
-    free = {name for name in names if not any(_belongs(name, s.section) for s in changed)}
-    check_unchanged(saved, config, workdir, tuple(free))
-    before = json.loads(saved)
-    if [_digest(before, stage) for stage in changed] != known:
-        raise UserError(
-            f"{workdir / 'manifest.json'} tells of stages with another configuration than "
-            f"{workdir / 'config.json'}: bring the two back as they were, or start anew with "
-            "another --workdir"
-        )
 
 
 def check_stages(config: ConfigDict, stages: list[Stage]) -> None:
@@ -330,12 +288,3 @@ def _release() -> None:
     """Lets go of a stage's arrays and compiled programs, which the next has no use for."""
     gc.collect()
     jax.clear_caches()
-
-
-def _meet(where: str) -> None:
-    """Waits for the other processes."""
-    multihost_utils.sync_global_devices(f"cit {where}")
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -77,6 +77,7 @@ class Retrieval(Options, section="eval"):
     probe_listings: int = between(2)  # at most, for the probe
 
 
+SHARES_WORKDIR = True  # all processes read it
 OPTIONS = (JudgedCheckpoint, CatalogOptions, Retrieval)
 
 

@@ -7,7 +7,6 @@
 """
 
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from afmrl_jax.assembly.model import abstract_params
 from afmrl_jax.assembly.options import DTYPES, EncoderOptions
 from afmrl_jax.assembly.pretrained import RECORD, Pretrained, find_pretrained, kind_of
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.files import whole_folder
 from afmrl_jax.core.options import Options, among, check_options
 from afmrl_jax.programs.evaluate import FOLDER_OPTIONS
 from afmrl_jax.retrieval.scores import results_table
@@ -37,6 +37,7 @@ class ExportedFolder(Options, section=""):
     dtype: str = among(*DTYPES)  # of the weights written
 
 
+SHARES_WORKDIR = True  # all processes read it
 OPTIONS = (ExportedFolder, *FOLDER_OPTIONS)
 
 
@@ -60,15 +61,9 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     params = source.load(abstract_params(model, mesh))
 
     # ---- folder
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
-        folder = Path(temporary) / "export"
+    with whole_folder(out, replace=True) as folder:
         evaluation = _evaluation(source, kind)
         write_folder(folder, model, params, source, dtype=config.dtype, evaluation=evaluation)
-        old = Path(temporary) / "old"
-        if out.exists():
-            out.rename(old)
-        folder.rename(out)
     print(f"{source.label} is in {out}", flush=True)
 
 

@@ -29,16 +29,17 @@ from afmrl_jax.planning.search import Choice, Trial, advice, search, trials_tabl
 
 log = logging.getLogger(__name__)
 
-PLANNED = ("agcl", "sft", "rar")
 TOPOLOGY = re.compile(r"(?:(\d+)x)?(v\d\w*:\d+(?:x\d+)+)")
 
 
 def main(config: ConfigDict, workdir: Path, topology: str) -> None:
     """Plans `config.program` for a topology. Raises UserError for what it cannot plan."""
-    if config.program not in PLANNED:
-        raise UserError(f"--plan knows {', '.join(PLANNED)}, not {config.program}")
     devices = devices_of(topology)
     from afmrl_jax.planning import report
+
+    program = importlib.import_module(f"afmrl_jax.programs.{config.program}")
+    if not hasattr(program, "plan"):
+        raise UserError(f"--plan knows programs that train, as agcl, and not {config.program}")
 
     def measure(choice: Choice) -> tuple[Trial, list[Any]]:
         began = time.monotonic()
@@ -62,7 +63,8 @@ def main(config: ConfigDict, workdir: Path, topology: str) -> None:
     for part in reports:
         if part.exchanges:
             print(f"\n{part.name}:\n{report.exchange_table(part)}", flush=True)
-    trials = search(lambda choice: measure(choice)[0], first, _batch(config), len(devices))
+    batch = config[program.BATCH_FIELD]
+    trials = search(lambda choice: measure(choice)[0], first, batch, len(devices))
     print(f"\n{trials_table(trials)}\n{advice(trials)}", flush=True)
     result = {
         "topology": topology,
@@ -127,10 +129,6 @@ def _configured(config: ConfigDict, devices: list[Any]) -> Choice:
 
     sizes = make_mesh(dict(config.mesh), devices).shape
     return Choice(tuple(sizes.items()), config.model.remat, config.micro_batches)
-
-
-def _batch(config: ConfigDict) -> int:
-    return config.queries if config.program == "rar" else config.batch
 
 
 def _changed(config: ConfigDict, choice: Choice) -> ConfigDict:

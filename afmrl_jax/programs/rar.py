@@ -45,23 +45,18 @@ from afmrl_jax.assembly.pretrained import Base, find_pretrained, planned, read_b
 from afmrl_jax.attributes import comparison
 from afmrl_jax.catalog.groups import askers, whole_products
 from afmrl_jax.catalog.listings import Catalog
-from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
-from afmrl_jax.checkpoints.checkpoint import Checkpoints, checkpoint_folder
+from afmrl_jax.catalog.opening import CatalogOptions
 from afmrl_jax.checkpoints.record import (
     MAY_CHANGE,
-    catalogue_record,
-    check_catalogue,
-    check_unchanged,
     recorded,
 )
 from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.logs import cut_back
 from afmrl_jax.core.mesh import local_rows, put_batch
-from afmrl_jax.core.options import Options, between, check_options
+from afmrl_jax.core.options import Options, between
 from afmrl_jax.data.queries import QueryBatches
-from afmrl_jax.data.stream import Stream, StreamOptions
+from afmrl_jax.data.stream import StreamOptions
 from afmrl_jax.data.views import sampled_cuts
 from afmrl_jax.losses.policy import PolicyGradient
 from afmrl_jax.models import lora
@@ -74,12 +69,15 @@ from afmrl_jax.rl.held_out import Arms, HeldOut, QueryAnswer, comparison_table
 from afmrl_jax.rl.policy import Built, build, parts
 from afmrl_jax.rl.rewards import Reward, bounded_k
 from afmrl_jax.rl.watch import WatchLimits, stopped, watch
-from afmrl_jax.training.goodput import Clock
+from afmrl_jax.training.evaluators import Trained, make_evaluator
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import Optimizer
+from afmrl_jax.training.run import fresh_params, micro_batch, open_run
 from afmrl_jax.training.schedule import Schedule
-from afmrl_jax.training.tracing import traced_steps
+from afmrl_jax.training.step import Params
 
+BATCH_FIELD = "queries"  # the field of the configuration that micro_batches divides
+SHARES_WORKDIR = True  # all processes read it
 NO_EFFECT = (*MAY_CHANGE, "rollouts_every", "watch.")  # on what a run computes
 
 
@@ -209,10 +207,12 @@ class Step:
         if self._reference is not None:
             scores = self._built.reference(self._reference, rows, answers)
             answers["reference_log_probs"] = scores
+        batch = {"rows": rows, "answers": answers, "host": host}
         for epoch in range(1, self._config.inner_epochs + 1):
-            end = int(epoch == self._config.inner_epochs)
-            state, metrics, old = self._built.update(self._frozen, state, rows, answers, host, end)
-            answers["old_log_probs"] = old
+            batch["advance"] = int(epoch == self._config.inner_epochs)
+            state, metrics = self._built.update.function(self._frozen, state, batch)
+            if self._config.inner_epochs > 1:
+                batch["answers"] = answers | {"old_log_probs": metrics.pop("old_log_probs")}
         return state, jax.block_until_ready(metrics)
 
     def _keep(self, number: int, judged: RewardedAnswers, *, everything: bool) -> None:
@@ -227,7 +227,8 @@ class Step:
 def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     """What `plan` compiles of a run with this configuration, whose generator may be a preset: rows
     as the configuration's data says, no catalogue and no encoder."""
-    local_rows(mesh, _share(config), "queries / micro_batches")
+    queries = micro_batch(config.queries, config.micro_batches, BATCH_FIELD)
+    local_rows(mesh, queries, "queries / micro_batches")
     options, training = GeneratorOptions.of(config), TrainingOptions.of(config)
     generator = planned(config.generator, Generator, options, training)
     return parts(config, mesh, generator, build(config, mesh, generator))
@@ -235,23 +236,17 @@ def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
 
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Runs, or resumes, the whole of it in `workdir`; see configs/rar.py."""
-    # ---- what is asked, and what is there
-    clock = Clock(workdir / "goodput.json")
-    first_process = jax.process_index() == 0
-    check_options(config, OPTIONS)
-    traced_steps(config.profile, config.steps)
-    local = local_rows(mesh, _share(config), "queries / micro_batches")
-    with Checkpoints(checkpoint_folder(config, workdir), writable=True) as checkpoints:
-        saved = checkpoints.record(checkpoints.latest) if checkpoints.latest else None
+    rows = dataclasses.fields(GeneratorRows)
+    may_change = (*NO_EFFECT, *(GeneratorRows.name_of(field.name) for field in rows))
+    with open_run(config, workdir, mesh, OPTIONS, may_change) as run:
+        queries = micro_batch(config.queries, config.micro_batches, BATCH_FIELD)
+        local = local_rows(mesh, queries, "queries / micro_batches")
 
         # ---- generator, catalogue and encoder
-        config, generator, base = _generator(config, saved)
-        if saved:
-            check_unchanged(saved["config"], config, workdir, NO_EFFECT)
-        catalog = open_catalogue(CatalogOptions.of(config), workdir)
-        if saved:
-            check_catalogue(saved, catalog.fingerprint, config.data.path, workdir)
-        encoder, encoder_base = _encoder(config, saved, mesh)
+        config, generator, base = _generator(config, run.saved)
+        run.config = config  # with the generator's rows
+        catalog = run.open_catalogue()
+        encoder, encoder_base = _encoder(config, run.saved, mesh)
         _check_attributes_are_read(config, catalog, encoder)
 
         # ---- galleries
@@ -283,81 +278,71 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         if config.policy.kl and not generator.lora:
             reference = _as_multiplied(params, DTYPES[config.model.dtype])
         reference = reference if config.policy.kl else None
+        judge_record = json.dumps(dataclasses.asdict(encoder_base))
+        run.keep(generator, **base.record(), encoder=judge_record)
         loaded = LoadedGenerator(generator, None, mesh, config.eval.batch)
 
-        def say(trained: Any, listings: np.ndarray) -> list[QueryAnswer]:
-            speaker = loaded.with_params(sampler_weights(trained, frozen))
-            said = speaker.describe(catalog, listings)
-            return [QueryAnswer(one.answer.text, one.sure) for one in said]
+        def answer(trained: Params, listings: np.ndarray) -> list[QueryAnswer]:
+            policy = loaded.with_params(sampler_weights(trained, frozen))
+            descriptions = policy.describe(catalog, listings)
+            return [QueryAnswer(listing.answer.text, listing.sure) for listing in descriptions]
 
-        judge = Arms(workdir, held_out, say, WatchLimits.of(config))
-        if saved:
-            state = checkpoints.restore(checkpoints.latest, built.abstract)
+        judge = Arms(workdir, held_out, answer, WatchLimits.of(config))
+        adapters = functools.partial(fresh_params, generator, config.seed)
+        begin = adapters if generator.lora else params
+        if run.saved:
+            state = run.restore(built.update)
             if not judge.has_begun():  # checkpoints elsewhere outlive a workdir
-                judge.begin(built.start(None).params if generator.lora else params)
+                judge.begin(built.update.initial(begin).params)
         else:
-            state = built.start(None if generator.lora else params)
+            state = built.update.initial(begin)
             judge.begin(state.params)
-        del params
-        if first_process:
-            write_atomically(workdir / "config.json", config.to_json(indent=2))
-            write_atomically(workdir / "tokenizer.json", generator.record()["tokenizer"])
+        del params, begin
+        if run.first_process:
             cut_back(workdir / "rollouts.jsonl", int(state.step))
 
-        def validate(state: TrainState) -> dict[str, float]:
-            return judge.validate(state.params, int(state.step))
-
         # ---- train
-        if int(state.step) < config.steps:
-            batches = QueryBatches(
-                catalog,
-                askers(catalog, "train", gallery.listings),
-                generator.processor(answers=False),
-                queries=config.queries,
-                micro_batches=config.micro_batches,
-                rows=local,
-                seed=config.seed,
-                steps=config.steps,
-            )
-            training = Training(
-                step=Step(
-                    config, built, generator, frozen, reference, batches, environment, workdir, mesh
-                ),
-                open_stream=lambda step: Stream(batches, step, StreamOptions.of(config)),
-                examples=config.queries * config.samples,
-                unit="answers",
-                chunk=_share(config),
-                validate=validate if "validation" in held_out else None,
-                name_listings=lambda rows: [catalog.listing(int(i)).listing_id for i in rows],
-                record=generator.record()
-                | base.record()
-                | {"encoder": json.dumps(dataclasses.asdict(encoder_base))}
-                | {"config": config.to_json(), **catalogue_record(catalog.fingerprint)},
-                waits=True,
-            )
-            state = fit(training, state, checkpoints, clock, config, workdir, mesh)
-        elif first_process:
-            print(f"{workdir} is complete: {config.steps} steps are done", flush=True)
+        batches = QueryBatches(
+            catalog,
+            askers(catalog, "train", gallery.listings),
+            generator.processor(answers=False),
+            queries=config.queries,
+            micro_batches=config.micro_batches,
+            rows=local,
+            seed=config.seed,
+            steps=config.steps,
+        )
+        found = functools.partial(_held_out_scores, judge) if "validation" in held_out else None
+        trained = Trained(
+            config, mesh, catalog, generator, lambda state: sampler_weights(state.params, frozen)
+        )
+        training = Training(
+            step=Step(
+                config, built, generator, frozen, reference, batches, environment, workdir, mesh
+            ),
+            batches=batches,
+            examples=config.queries * config.samples,
+            unit="answers",
+            rows=queries,
+            validate=make_evaluator(config.evaluators, {"held_out": found}, trained),
+            waits=True,
+        )
+        state = fit(training, state, run)
 
         # ---- judge
-        chosen, trained = checkpoints.best or int(state.step), state.params
+        chosen, policy = run.checkpoints.best or int(state.step), state.params
         if chosen != int(state.step):
-            trained = checkpoints.restore_params(chosen, built.abstract.params)
-        judge.end(trained, chosen)
-    if first_process and judge.path.exists():
+            policy = run.checkpoints.restore_params(chosen, built.update.abstract.params)
+        judge.end(policy, chosen)
+    if run.first_process and judge.path.exists():
         results = json.loads(judge.path.read_text(encoding="utf-8"))
         print(f"{catalog.name}, {results['split']} split, after {results['step']} steps:")
         print(comparison_table(results), flush=True)
 
 
-def _share(config: ConfigDict) -> int:
-    """Queries of a micro-batch."""
-    if config.queries % config.micro_batches:
-        raise UserError(
-            f"micro_batches is {config.micro_batches}, which does not divide the "
-            f"{config.queries} queries"
-        )
-    return config.queries // config.micro_batches
+def _held_out_scores(judge: Arms, state: TrainState) -> dict[str, float]:
+    """The evaluator `held_out`."""
+    return judge.validate(state.params, int(state.step))
 
 
 def _generator(
@@ -367,7 +352,8 @@ def _generator(
     parameters that it begins with, which are also those to stay near."""
     training = TrainingOptions.of(config)
     if saved:
-        options, base = GeneratorOptions.of(recorded(saved["config"])), Base.of_record(saved)
+        options = GeneratorOptions.of(recorded(saved["config"], "--workdir"))
+        base = Base.of_record(saved)
         generator = Generator.from_record(options, saved).for_training(training)
     elif config.generator:
         source = find_pretrained(config.generator, Generator)

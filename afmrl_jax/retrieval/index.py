@@ -9,8 +9,6 @@ of the model that made its vectors, returns it with every result, and refuses ve
 import abc
 import json
 import logging
-import shutil
-import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from typing import ClassVar, Self
 import numpy as np
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.files import whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -128,33 +127,18 @@ class Index(abc.ABC):
     def save(self, directory: str | Path) -> None:
         """Writes the index into `directory` (npy and JSON, no pickle), whole or not at all.
 
-        It is written beside and then renamed. An index that stands there already is set aside as
-        `.NAME.old.*` for the moment between two renames, then deleted.
+        An index that stands there already is replaced.
         """
-        target = Path(directory).absolute()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            with self._lock:
-                np.save(new / "ids.npy", self._ids)
-                header = {
-                    "kind": self.kind,
-                    "model_version": self.model_version,
-                    "size": len(self),
-                    "dimension": self._dimension,
-                }
-                (new / "index.json").write_text(json.dumps(header, indent=2) + "\n")
-                self._write(new)
-            new.chmod(0o755)  # mkdtemp makes it private
-            if target.exists():  # a full directory cannot be renamed over: set the old one aside
-                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-                target.rename(old / target.name)
-                new.rename(target)
-                shutil.rmtree(old)
-            else:
-                new.rename(target)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+        with whole_folder(Path(directory).absolute(), replace=True) as new, self._lock:
+            np.save(new / "ids.npy", self._ids)
+            header = {
+                "kind": self.kind,
+                "model_version": self.model_version,
+                "size": len(self),
+                "dimension": self._dimension,
+            }
+            (new / "index.json").write_text(json.dumps(header, indent=2) + "\n")
+            self._write(new)
 
     def _row_of_id(self) -> dict[int, int]:
         if self._rows is None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.files import write_atomically
+from afmrl_jax.core.tables import markdown_table
 from afmrl_jax.retrieval import metrics
 
 Results = Mapping[str, Mapping[str, float]]  # task -> metric -> value
@@ -106,15 +107,11 @@ def results_table(models: Mapping[str, Results]) -> str:
 
 def _table(names: Iterable[str], rows: Sequence[tuple[str, str, Mapping[str, float]]]) -> str:
     names = sorted(names, key=lambda name: name.startswith("n_"))  # counts stand last
-    lines = [["task", "model", *(name.replace("recall@", "R@") for name in names)]]
-    for task, model, scores in rows:
-        lines.append([task, model, *(_cell(scores, name) for name in names)])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    lines.insert(1, ["-" * width for width in widths])
-    return "".join(
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |\n"
-        for line in lines
-    )
+    head = ["task", "model", *(name.replace("recall@", "R@") for name in names)]
+    cells = [
+        [task, model, *(_cell(scores, name) for name in names)] for task, model, scores in rows
+    ]
+    return markdown_table(head, cells) + "\n"
 
 
 def _cell(scores: Mapping[str, float], name: str) -> str:

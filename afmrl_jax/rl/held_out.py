@@ -31,6 +31,7 @@ from afmrl_jax.catalog.groups import askers
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.processes import first_says
+from afmrl_jax.core.tables import markdown_table
 from afmrl_jax.core.types import Params
 from afmrl_jax.data.views import AttributeCuts
 from afmrl_jax.retrieval.metrics import interval95, normal95, paired
@@ -237,15 +238,15 @@ class Arms:
         if verdict.sentence:
             raise stopped(step, verdict, self._workdir / "rollouts.jsonl")
         return {
-            "validation": float(scores["recall@1"].mean()),
-            "validation_mrr": float(scores["mrr"].mean()),
-            "validation_gain": gain,
+            "recall@1": float(scores["recall@1"].mean()),
+            "mrr": float(scores["mrr"].mean()),
+            "gain": gain,
             **{
-                f"validation_over_{arm}": float(np.mean(scores["recall@1"] - x["recall@1"]))
+                f"over_{arm}": float(np.mean(scores["recall@1"] - x["recall@1"]))
                 for arm, x in before.items()
                 if arm in ("sft", "sft_sure")
             },
-            **{f"validation_{name}": value for name, value in outcome.answers.items()},
+            **outcome.answers,
         }
 
     def end(self, trained: Params, step: int) -> None:
@@ -353,12 +354,11 @@ def _with_intervals(intervals: Mapping[str, tuple[float, float]]) -> dict[str, f
 
 def comparison_table(result: Mapping[str, Any]) -> str:
     """A Markdown table of the result of `compare`, the measures in columns."""
-    lines = []
+    head, rows = ["attributes"], []
     for part in ("arms", "differences"):
         for arm, means in result[part].items():
             names = [name for name in means if not name.endswith("_ci95")]
-            if not lines:
-                lines += [["attributes", *names], ["---"] * (len(names) + 1)]
+            head[1:] = names
             cells = [f"{means[n]:.3f} ± {means.get(f'{n}_ci95', float('nan')):.3f}" for n in names]
-            lines.append([arm, *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            rows.append([arm, *cells])
+    return markdown_table(head, rows)

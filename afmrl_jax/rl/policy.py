@@ -11,13 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.model import abstract_params
-from afmrl_jax.checkpoints.state import TrainState, abstract_state, init_state
+from afmrl_jax.checkpoints.state import abstract_state
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, replicated
 from afmrl_jax.losses.policy import PolicyGradient, policy_loss, policy_metrics
 from afmrl_jax.models import lora
@@ -25,31 +24,29 @@ from afmrl_jax.models.sampler import Samples, generate, sample_keys
 from afmrl_jax.planning import cost
 from afmrl_jax.planning.report import Part
 from afmrl_jax.rl.scoring import score_answers
-from afmrl_jax.training import accumulate
-from afmrl_jax.training.goodput import abstract_host
+from afmrl_jax.training.gradients import accumulate
 from afmrl_jax.training.optimizer import Optimizer, make_optimizer
+from afmrl_jax.training.step import Batch, Gradient, Memory, Params, TrainStep, make_step
 
 Arrays = dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
 class Built:
-    """The compiled parts of a run, and the state that they expect. Rows are arrays [A, C, ...].
+    """The compiled parts of a run. Rows are arrays [A, C, ...].
 
     rollout: (parameters, rows, step) -> Samples of Q queries, whole on every device.
     reference: (parameters without adapters, rows, answers) -> log-probs [A, C, G, T].
-    update: (frozen parameters, state, rows, answers, host, step's end: 0 or 1) -> (state, metrics,
-    log-probs before it), the state donated. answers: tokens, mask, sampler_log_probs
+    update: its batches are {"rows", "answers", "advance"}. answers: tokens, mask, sampler_log_probs
     [A, C, G, T]; advantages, zero_variance, truncated [A, C, G]; reference_log_probs where there is
-    a reference, and old_log_probs after a step's first update.
+    a reference, and old_log_probs after a step's first update. Where a step has several, its
+    metrics hold old_log_probs [A, C, G, T], of the parameters before it.
     """
 
-    start: Callable[[Any], TrainState]  # from parameters, or fresh adapters with None
-    rollout: Callable[[Any, Arrays, int], Samples]
-    reference: Callable[[Any, Arrays, Arrays], jax.Array]
-    update: Callable[..., tuple[TrainState, Arrays, jax.Array]]
-    params: Any  # abstract parameters of the generator without adapters
-    abstract: TrainState
+    rollout: Callable[[Params, Arrays, int], Samples]
+    reference: Callable[[Params, Arrays, Arrays], jax.Array]
+    update: TrainStep
+    params: Params  # abstract parameters of the generator without adapters
 
 
 def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
@@ -89,33 +86,19 @@ def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
         parts = (rows, answers["tokens"], answers["mask"])
         return jax.lax.map(lambda part: score(plain, params, *part)[0], parts)
 
-    def fresh() -> Any:
-        return lora.split(generator.init_params(config.seed))[0]
-
-    return Built(
-        lambda given: init_state(fresh if given is None else given, optimizer, abstract),
-        rollout,
-        reference,
-        _update(config, mesh, generator, optimizer, functools.partial(score, graph), abstract),
-        frozen or trained,
-        abstract,
-    )
+    gradient = _gradient(config, functools.partial(score, graph))
+    flops = functools.partial(_flops, config, generator, params)
+    step = make_step(gradient, optimizer, abstract, mesh, flops)
+    update = TrainStep(step, optimizer, abstract, frozen)
+    return Built(rollout, reference, update, frozen or trained)
 
 
-def _update(
-    config: ConfigDict,
-    mesh: Mesh,
-    generator: Generator,
-    optimizer: optax.GradientTransformation,
-    score: Callable[..., tuple[jax.Array, jax.Array]],
-    abstract: TrainState,
-) -> Callable[..., tuple[TrainState, Arrays, jax.Array]]:
-    """`Built.update`."""
+def _gradient(config: ConfigDict, score: Callable[..., tuple[jax.Array, jax.Array]]) -> Gradient:
+    """The gradient of `Built.update`."""
     options = PolicyGradient.of(config)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
 
-    def loss(params: Any, part: tuple[Arrays, Arrays]):
-        rows, answers = part
+    def loss(params: Params, part: Batch):
+        rows, answers = part["rows"], part["answers"]
         log_probs, entropy = score(params, rows, answers["tokens"], answers["mask"])
         # Before the first update old and new are the same numbers, so that no pass is needed.
         answers = {"old_log_probs": jax.lax.stop_gradient(log_probs)} | answers
@@ -123,35 +106,18 @@ def _update(
         flat_scores = (x.reshape(-1, x.shape[-1]) for x in (log_probs, entropy))
         return *policy_loss(*flat_scores, flat, options), answers["old_log_probs"]
 
-    @functools.partial(
-        jax.jit,
-        donate_argnames="state",
-        out_shardings=(shardings, replicated(mesh), batch_sharding(mesh, 1)),
-    )
-    def update(frozen: Any, state: TrainState, rows, answers, host: jax.Array, end: int):
-        gradient = accumulate.value_and_grad(
-            lambda trained, part: loss(lora.join(trained, frozen), part)
-        )
-        (value, count, totals, old), gradients = gradient(state.params, (rows, answers))
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        norm, change = optax.global_norm(gradients), optax.global_norm(updates)
-        # Where all answers were left out nothing moves: neither momentum nor decay.
-        trained, opt_state = jax.lax.cond(
-            count > 0,
-            lambda: (optax.apply_updates(state.params, updates), opt_state),
-            lambda: (state.params, state.opt_state),
-        )
-        metrics = {
-            "loss": value,
-            "gradient_norm": norm,
-            **policy_metrics(totals),
-            "finite": jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(change),
-            "host": host,
-            "flops": _flops(config, generator, lora.join(state.params, frozen), rows, answers),
-        }
-        return TrainState(state.step + end, trained, opt_state), metrics, old
+    def gradient(trained: Params, frozen: Params, memory: Memory, batch: Batch):
+        def of_part(trained: Params, part: Batch):
+            return loss(lora.join(trained, frozen), part)
 
-    return update
+        (value, count, totals, old), gradients = accumulate(of_part)(trained, batch)
+        # Where all answers were left out nothing moves: neither momentum nor decay.
+        metrics = policy_metrics(totals) | {"is_empty": count <= 0}
+        if config.inner_epochs > 1:
+            metrics["old_log_probs"] = old
+        return (value, memory, metrics), gradients
+
+    return gradient
 
 
 def parts(config: ConfigDict, mesh: Mesh, generator: Generator, built: Built) -> list[Part]:
@@ -171,10 +137,9 @@ def parts(config: ConfigDict, mesh: Mesh, generator: Generator, built: Built) ->
     answers |= {name: of(jnp.float32, data.max_answer) for name in scored}
     answers |= {"zero_variance": of(jnp.bool), "truncated": of(jnp.bool)}
     answers["advantages"] = of(jnp.float32)
-    state = built.abstract
-    frozen = built.params if generator.lora else {}
-    params = lora.join(state.params, frozen)
+    params = lora.join(built.update.abstract.params, built.update.frozen)
     number = jax.ShapeDtypeStruct((), jnp.int32)
+    advance = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     tokens = config.queries * (data.max_tokens + config.samples * data.max_answer)
     cache = 2 * model.text.num_layers * model.text.num_kv_heads * model.text.head_dim
     cache *= tokens * jnp.dtype(config.model.dtype).itemsize / batch_shards(mesh)
@@ -194,26 +159,18 @@ def parts(config: ConfigDict, mesh: Mesh, generator: Generator, built: Built) ->
             useful=whole(lora.without(params)) / 3,
             default_trip_count=data.max_answer,
         ),
-        Part(
-            "update",
-            built.update,
-            (frozen, state, rows, answers, abstract_host(mesh), number),
-            named_arguments={"parameters": params, "optimizer": state.opt_state},
+        built.update.part(
+            {"rows": rows, "answers": answers, "advance": advance},
             intermediates={},
             useful=whole(params),
+            name="update",
         ),
     ]
 
 
-def _flops(
-    config: ConfigDict,
-    generator: Generator,
-    params: Any,
-    rows: Arrays,
-    answers: Arrays,
-) -> jax.Array:
+def _flops(config: ConfigDict, generator: Generator, params: Params, batch: Batch) -> jax.Array:
     """Useful FLOPs of the generator in one step: answers drawn, scored and learned from."""
-    model = generator.model_config
+    model, rows, answers = generator.model_config, batch["rows"], batch["answers"]
     prompts = cost.work(model, rows)
     lengths = rows["token_mask"].sum(-1, dtype=jnp.float32)[..., None]
     tokens = answers["mask"].sum(dtype=jnp.float32)

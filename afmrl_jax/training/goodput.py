@@ -18,12 +18,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.logs import duration
 from afmrl_jax.core.mesh import AXES
+from afmrl_jax.core.processes import texts_of_all
 
 # start: of the first attempt, until its first step; restart: from the last sign of life of an
 # attempt to the first step of the next; repeated: steps after the checkpoint that it went on from.
@@ -302,8 +302,4 @@ def _median(numbers: np.ndarray) -> float:
 
 def machine_names() -> list[str]:
     """Of all P processes, which ask at the same time."""
-    name = np.zeros(NAME_BYTES, np.uint8)
-    own = socket.gethostname().encode()[:NAME_BYTES]
-    name[: len(own)] = list(own)
-    rows = name[None] if jax.process_count() == 1 else multihost_utils.process_allgather(name)
-    return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in np.asarray(rows)]
+    return texts_of_all(socket.gethostname(), NAME_BYTES)

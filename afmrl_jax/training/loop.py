@@ -9,23 +9,18 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from afmrl_jax.checkpoints.checkpoint import Checkpoints
 from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.chips import chip_of
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.logs import RunWriter
 from afmrl_jax.core.mesh import put_batch
-from afmrl_jax.data.stream import Batch, Stream
+from afmrl_jax.data.stream import Batch, Batches, Stream
 from afmrl_jax.training.goodput import (
     HOST,
-    Clock,
     Device,
     HostNumbers,
     Processes,
@@ -33,6 +28,7 @@ from afmrl_jax.training.goodput import (
     machine_names,
 )
 from afmrl_jax.training.preemption import Preemption
+from afmrl_jax.training.run import Run
 from afmrl_jax.training.tracing import Tracer, traced_steps
 
 HOST_ONLY = ("listing",)  # names of a batch's arrays that the step does not read
@@ -42,20 +38,17 @@ HOST_ONLY = ("listing",)  # names of a batch's arrays that the step does not rea
 class Training:
     """What a program gives to the loop.
 
-    step: jitted (state, batch) -> (state, metrics), the state donated; metrics holds `loss`,
-    `finite` (bool), `flops`, useful ones of the whole step, and `host`, the batch's own, whole on
-    every device (goodput.abstract_host). validate: state -> metrics, of which `validation` is the
-    one that chooses the best checkpoint; None where there is nothing to validate on.
+    step: (state, batch) -> (state, metrics), the state donated, as `step.make_step` makes it.
+    validate: state -> metrics, of which `validation` is the one that chooses the best checkpoint;
+    None where there is nothing to validate on.
     """
 
     step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
-    open_stream: Callable[[int], Stream]
+    batches: Batches
     examples: int  # of a global batch: what is counted per second
     unit: str  # what an example is called in the logs, as "pairs"
-    chunk: int  # rows of the sharded axis, the batch's second
+    rows: int  # length of the batch's second axis, which the mesh splits
     validate: Callable[[TrainState], dict[str, float]] | None
-    name_listings: Callable[[np.ndarray], list[str]]
-    record: dict[str, str]
     shapes: int = 1  # sets of shapes that batches have: each further one would be a compilation
     waits: bool = False  # whether a step waits for its own numbers: the next then begins with them
 
@@ -85,91 +78,89 @@ class _Window:
         return rates
 
 
-def fit(
-    training: Training,
-    state: TrainState,
-    checkpoints: Checkpoints,
-    clock: Clock,
-    config: ConfigDict,
-    workdir: Path,
-    mesh: Mesh,
-) -> TrainState:
-    """Trains from the state's step to `config.steps`, and returns the last state.
+def fit(training: Training, state: TrainState, run: Run) -> TrainState:
+    """Trains from the state's step to the schedule's last, and returns the last state.
 
-    clock: made where the program began. Raises UserError where a loss is not finite, naming the
-    step and its listings (nothing of it is saved), or where batches change shape. SystemExit(143)
-    after a SIGTERM, when all is saved.
+    Raises UserError where a loss is not finite, naming the step and its listings (nothing of it is
+    saved), or where batches change shape. SystemExit(143) after a SIGTERM, when all is saved.
     """
-    first = int(state.step)
-    checkpoints.check_space(state)
+    first, schedule = int(state.step), run.schedule
+    if first >= schedule.steps:
+        if run.first_process:
+            print(f"{run.workdir} is complete: {schedule.steps} steps are done", flush=True)
+        return state
+    run.checkpoints.check_space(state)
     writer = RunWriter(
-        workdir, first_step=first, steps=config.steps, active=jax.process_index() == 0
+        run.workdir, first_step=first, steps=schedule.steps, active=run.first_process
     )
-    tracer = Tracer(traced_steps(config.profile, config.steps), workdir / "profile", writer.say)
+    traced = traced_steps(schedule.profile, schedule.steps)
+    tracer = Tracer(traced, run.workdir / "profile", writer.say)
     with contextlib.closing(writer), Preemption() as preemption, tracer:
         with (
-            contextlib.closing(training.open_stream(first)) as stream,
+            contextlib.closing(Stream(training.batches, first, run.stream)) as stream,
             contextlib.closing(Device()) as device,
         ):
-            run = _Run(training, checkpoints, clock, config, mesh, writer, preemption, device)
-            run.begin(first)
-            for number in range(first + 1, config.steps + 1):
+            steps = _Steps(training, run, writer, preemption, device)
+            steps.begin(first)
+            for number in range(first + 1, schedule.steps + 1):
                 if tracer.begins(number):
                     jax.block_until_ready(state)  # so that these steps are alone in the trace
-                    with clock.lost("tracing"):
+                    with run.clock.lost("tracing"):
                         tracer.start()
-                state = run.step(state, stream, number)
+                state = steps.step(state, stream, number)
                 if tracer.ends(number):
                     jax.block_until_ready(state)
-                    with clock.lost("tracing"):
+                    with run.clock.lost("tracing"):
                         tracer.stop()
-                last = number == config.steps
+                last = number == schedule.steps
                 validation = None
-                if training.validate and (
-                    last or (config.eval_every and number % config.eval_every == 0)
-                ):
-                    validation = run.validate(state)
-                due = config.checkpoint_every and number % config.checkpoint_every == 0
-                if last or due or run.stop or validation is not None:
-                    run.save(state, number, validation)
-                if run.stop:
-                    writer.say(run.table())
-                    checkpoints.wait()
+                if training.validate and (last or _is_due(number, schedule.eval_every)):
+                    validation = steps.validate(state)
+                due = _is_due(number, schedule.checkpoint_every)
+                if last or due or steps.stop or validation is not None:
+                    steps.save(state, number, validation)
+                if steps.stop:
+                    writer.say(steps.table())
+                    run.checkpoints.wait()
                     reason = preemption.reason
                     writer.say(f"stopped by {reason} at step {number}, which is saved: start again")
                     raise SystemExit(143)
-        checkpoints.wait()  # whoever asks for the best next must see the last one too
-        writer.say(run.table())
+        run.checkpoints.wait()  # whoever asks for the best next must see the last one too
+        writer.say(steps.table())
     return state
 
 
-class _Run:
-    """One run of the loop: what it counts between steps."""
+def _is_due(step: int, every: int) -> bool:
+    """every: steps; 0 for never."""
+    return bool(every) and step % every == 0
+
+
+class _Steps:
+    """The steps of one run of the loop, and what it counts between them."""
 
     def __init__(
         self,
         training: Training,
-        checkpoints: Checkpoints,
-        clock: Clock,
-        config: ConfigDict,
-        mesh: Mesh,
+        run: Run,
         writer: RunWriter,
         preemption: Preemption,
         device: Device,
     ):
         self.stop = False  # whether any process was told to, as all of them know it
+        self._training, self._run, self._writer = training, run, writer
         self._preemption, self._device = preemption, device
-        self._training, self._checkpoints, self._config = training, checkpoints, config
-        self._mesh, self._writer, self._clock = mesh, writer, clock
-        self._host, self._processes = HostNumbers(mesh), Processes(machine_names())
+        self._clock, self._schedule = run.clock, run.schedule
+        self._host, self._processes = HostNumbers(run.mesh), Processes(machine_names())
         self._shapes: set[tuple] = set()
         self._unseen: collections.deque = collections.deque()  # (step, listings, metrics)
+        self._seen_at, self._step_seconds = 0.0, 0.0  # by the last look
+        self._free_at = time.monotonic()  # since then this process waits for nothing
+        self._window = _Window(0.0)
 
     def begin(self, step: int) -> None:
         """The first step comes next, after this one."""
         self._clock.begin(step)
-        self._seen_at, self._step_seconds = self._clock.stepping, 0.0  # by the last look
-        self._free_at = time.monotonic()  # since then this process waits for nothing
+        self._seen_at, self._free_at = self._clock.stepping, time.monotonic()
         self._window = _Window(self._seen_at)
 
     def step(self, state: TrainState, stream: Stream, number: int) -> TrainState:
@@ -205,7 +196,7 @@ class _Run:
                 "one of them"
             )
         self._shapes.add(shapes)
-        arrays = put_batch(wanted, self._mesh, axis=1, rows=self._training.chunk)
+        arrays = put_batch(wanted, self._run.mesh, axis=1, rows=self._training.rows)
         # While the device is still busy with the step before, all of that costs nothing.
         idle = self._device.idle_since() if self._unseen else self._free_at
         waited, other = 0.0, 0.0
@@ -229,7 +220,8 @@ class _Run:
         self._window.flops += float(metrics.pop("flops"))
         self._window.steps.append(host)
         self._writer.advance(number)
-        if extra or number % self._config.log_every == 0 or number == self._config.steps:
+        last = number == self._schedule.steps
+        if extra or last or _is_due(number, self._schedule.log_every):
             values = {k: float(v) for k, v in metrics.items() if k != "finite"} | (extra or {})
             self._log(number, values, now)
 
@@ -249,11 +241,11 @@ class _Run:
         """Raises UserError where the oldest unread step was not finite."""
         number, listings, metrics = self._unseen[0]
         if not bool(metrics["finite"]):
-            names = self._training.name_listings(np.unique(listings))
+            names = self._run.name_listings(np.unique(listings))
             raise UserError(
                 f"step {number}: the loss or its gradient is not a finite number (loss "
                 f"{float(metrics['loss'])}). Its batch on this process: {', '.join(names)}. Step "
-                f"{self._checkpoints.latest or 0} is saved; look at these listings, or lower "
+                f"{self._run.checkpoints.latest or 0} is saved; look at these listings, or lower "
                 "optimizer.learning_rate"
             )
 
@@ -276,7 +268,7 @@ class _Run:
         """Saves, once every step up to this one is known to be finite."""
         self.catch_up()
         with self._clock.lost("checkpoints"):
-            self._checkpoints.save(state, self._training.record, number, validation)
+            self._run.checkpoints.save(state, self._run.record, number, validation)
         self._clock.saved(number)
         self._free_at = time.monotonic()
 

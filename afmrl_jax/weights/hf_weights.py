@@ -6,12 +6,10 @@ of layers stacked. Reading and writing hold one tensor at a time in memory besid
 file is mapped, each device reads its shard of a tensor, and the tensor's pages are released.
 """
 
-import contextlib
 import functools
 import json
 import logging
 import math
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSha
 from jax.typing import DTypeLike
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.files import whole_files
 from afmrl_jax.models.config import QwenVLConfig
 from afmrl_jax.models.rope import text_frequencies, vision_frequencies
 from afmrl_jax.weights.safetensors_file import Tensor, read_header, write_file
@@ -290,7 +289,6 @@ def save(
     of an earlier save.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     leaves = jax.tree.leaves(params)
     entries = _entries(targets(params, config))
     dtypes = {t.index: np.dtype(dtype or leaves[t.index].dtype) for _, t, _ in entries}
@@ -308,7 +306,7 @@ def save(
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards) for name, _, _ in shard}
         texts[INDEX] = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-    with _renamed_when_whole(directory, [*files, *texts]) as temporary:
+    with whole_files(directory, [*files, *texts]) as temporary:
         for file, shard in zip(files, shards):
             header = {name: (dtypes[t.index], t.hf_shape) for name, t, _ in shard}
             tensors = (_fetch(leaves[t.index], t, layer, dtypes[t.index]) for _, t, layer in shard)
@@ -348,19 +346,6 @@ def _to_hf_layout(array: jax.Array, layer: int, target: Target, dtype: np.dtype)
     array = array[layer] if target.stacked else array
     array = jnp.moveaxis(array, 0, -1) if target.kernel else array
     return array.reshape(target.hf_shape).astype(dtype)
-
-
-@contextlib.contextmanager
-def _renamed_when_whole(directory: Path, files: list[str]) -> Iterator[dict[str, Path]]:
-    """Temporary paths for the files; at the end, without an error, all are renamed, in order."""
-    temporary = {file: directory / f".{file}.{os.getpid()}.tmp" for file in files}
-    try:
-        yield temporary
-        for file, path in temporary.items():
-            path.replace(directory / file)
-    finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
 
 
 def _check_names_and_shapes(

@@ -1,7 +1,6 @@
 """What is saved, what is kept, and what is done about damage."""
 
 import dataclasses
-import json
 import resource
 import shutil
 import threading
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from orbax.checkpoint import v1 as ocp
 
 from afmrl_jax.checkpoints import checkpoint
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, checkpoint_folder, find_checkpoints
@@ -206,26 +204,20 @@ def test_a_process_waits_until_it_sees_the_checkpoint_that_another_one_sees(work
     assert not late.is_alive() and (workdir / "checkpoints" / "20").exists()
 
 
-def test_checkpoints_from_before_there_were_manifests_are_read(workdir):
-    folder = workdir / "checkpoints" / "3"
-    (folder / MANIFEST).unlink()
-    metadata = json.loads((folder / "_CHECKPOINT_METADATA").read_text())
-    metadata["custom_metadata"] = {}
-    (folder / "_CHECKPOINT_METADATA").write_text(json.dumps(metadata))
-    checkpoints, step = find_checkpoints(str(workdir))
-    assert checkpoints.record(step) == {"config": "{}", "step": "3"}
-
-
-def test_checkpoints_from_when_the_state_was_one_part_are_read(workdir):
-    joined = {"state": state_at(5), "run": {"step": "5"}}
-    ocp.save_checkpointables(workdir / "checkpoints" / "5", joined)
-    checkpoints, step = find_checkpoints(str(workdir))
-    assert step == 5 and checkpoints.record(step) == {"step": "5"}
-    jax.tree.map(np.testing.assert_array_equal, restored(checkpoints, 5), state_at(5))
-    raw, state = checkpoints.restore_raw(5), state_at(5)
-    assert raw.keys() == {"step", "params", "opt_state"}
-    for params in (checkpoints.restore_params(5, abstract(state.params)), raw["params"]):
-        np.testing.assert_array_equal(params["kernel"], state.params["kernel"])
+def test_a_memory_is_saved_beside_the_state_and_read_only_by_who_goes_on(workdir):
+    memory = {"embedding": jnp.arange(6.0).reshape(3, 2), "filled": jnp.array([True, True, False])}
+    state = dataclasses.replace(state_at(4), memory=memory)
+    with Checkpoints(workdir / "checkpoints", writable=True) as checkpoints:
+        checkpoints.save(state, {"config": "{}"}, 4, None)
+        checkpoints.wait()
+        read = checkpoints.restore(4, abstract(state))
+        jax.tree.map(np.testing.assert_array_equal, read, state)
+    raw = checkpoints.restore_raw(4)
+    np.testing.assert_array_equal(raw["memory"]["embedding"], memory["embedding"])
+    flip(max(files(workdir / "checkpoints" / "4" / "memory"), key=lambda p: p.stat().st_size))
+    assert find_checkpoints(str(workdir))[1] == 4
+    with Checkpoints(workdir / "checkpoints", writable=True) as checkpoints:
+        assert checkpoints.latest == 3
 
 
 def test_what_a_killed_save_left_is_cleaned_away(workdir):

@@ -11,7 +11,8 @@ import pytest
 from joined import free_port, joined
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.processes import TRY_AGAIN, initialize_distributed
+from afmrl_jax.core.last_words import TRY_AGAIN
+from afmrl_jax.core.processes import initialize_distributed
 
 NAMES = ("COORDINATOR_", "NUM_PROCESSES", "PROCESS_ID", "SLURM_", "OMPI_", "TPU_", "MEGASCALE_")
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.1"}
@@ -33,7 +34,8 @@ import sys
 from pathlib import Path
 import jax
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.processes import check_shared, initialize_distributed, leave
+from afmrl_jax.core.last_words import leave
+from afmrl_jax.core.processes import check_shared, initialize_distributed
 initialize_distributed(int(sys.argv[1]))
 print(f"{jax.process_index()} of {jax.process_count()}", flush=True)
 try:
@@ -50,7 +52,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from absl import logging
-from afmrl_jax import main
+from afmrl_jax import runner
 from afmrl_jax.core.mesh import batch_sharding, make_mesh, replicated
 from afmrl_jax.core.processes import initialize_distributed
 from afmrl_jax.checkpoints.checkpoint import Checkpoints
@@ -73,7 +75,7 @@ try:
         checkpoints.save(state, {"config": "{}"}, 2, None)
         checkpoints.wait()
 except BaseException as error:
-    sys.exit(main._end(error, folder))
+    sys.exit(runner.end(error, folder))
 """
 
 

@@ -1,3 +1,5 @@
+import contextlib
+import functools
 import json
 import os
 import signal
@@ -9,10 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from afmrl_jax import main
+from afmrl_jax import runner
+from afmrl_jax.assembly.encoder import Encoder
 from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.data.corpus import corpus_statistics
+from afmrl_jax.data.stream import Stream, StreamOptions
 from afmrl_jax.programs import agcl
 from afmrl_jax.retrieval.tasks import parse_task, validation_task
 
@@ -31,7 +36,7 @@ def logged(workdir):
 
 
 def test_a_run_leaves_all_that_it_promises(agcl_config, whole, capsys):
-    main.run(agcl_config, whole)
+    runner.run(agcl_config, whole)
     told = capsys.readouterr().out
     rows = logged(whole)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -44,12 +49,12 @@ def test_a_run_leaves_all_that_it_promises(agcl_config, whole, capsys):
     assert {"recall@1", "mrr", "map", "ndcg@10", "n_queries"} <= set(results["image->text"])
     assert json.loads((whole / "config.json").read_text(), parse_constant=int)["steps"] == 6
     assert list((whole / "tensorboard").iterdir())
-    assert "| before |" in told and "| after " in told
+    assert "| before " in told and "| after " in told
 
 
 def test_the_same_command_again_says_that_it_is_complete(agcl_config, whole, capsys):
     before = state_of(whole)
-    main.run(agcl_config, whole)
+    runner.run(agcl_config, whole)
     assert "is complete: 6 steps are done" in capsys.readouterr().out
     after = state_of(whole)
     assert all(np.array_equal(before[name], after[name]) for name in before)
@@ -62,7 +67,7 @@ def test_a_changed_configuration_is_refused_field_by_field(agcl_config, whole):
     agcl_config.log_every = 3  # this one may change
     told = "batch was 8 and is now 4; loss.temperature was 0.05 and is now 0.1"
     with pytest.raises(UserError) as error:
-        main.run(agcl_config, whole)
+        runner.run(agcl_config, whole)
     assert told in str(error.value)
     assert "log_every" not in str(error.value)
 
@@ -77,41 +82,46 @@ def test_a_run_killed_and_started_again_ends_bit_equal(agcl_config, whole, comma
     assert process.poll() is None  # still at work
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    main.run(agcl_config, workdir)
+    runner.run(agcl_config, workdir)
     one, other = state_of(whole), state_of(workdir)
     assert one.keys() == other.keys()
     assert [name for name in one if not np.array_equal(one[name], other[name])] == []
     assert [row["step"] for row in logged(workdir)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_sigterm_saves_and_exits(agcl_config, command, tmp_path):
-    agcl_config.update(steps=500, eval_every=0, checkpoint_every=0)
-    workdir = tmp_path / "terminated"
-    process = subprocess.Popen(
-        command(agcl_config, workdir), cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    log = workdir / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text()):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    told, _ = process.communicate(timeout=400)
-    assert process.returncode == 143
-    _, step = find_checkpoints(str(workdir))
-    assert f"stopped by SIGTERM at step {step}, which is saved" in told
+def test_other_processes_show_each_listing_in_the_step_in_which_one_would(agcl_config, tmp_path):
+    """Two processes take over after three steps: halves of a batch are the rows of the whole."""
+    catalog = open_catalogue(CatalogOptions.of(agcl_config), tmp_path)
+    statistics = corpus_statistics(catalog, "train", agcl._cache(agcl_config))
+    encoder = Encoder.from_preset(agcl_config, agcl._tokenizer_texts(agcl_config, catalog))
+    made = functools.partial(agcl._batches, agcl_config, catalog, encoder.processor(), statistics)
+
+    def listings(first, last, *shares):
+        """[step][example][view], as the streams of processes with these rows of a batch give."""
+        options = StreamOptions.of(agcl_config)
+        with contextlib.ExitStack() as stack:
+            streams = (Stream(made(rows), first, options) for rows in shares)
+            opened = [stack.enter_context(contextlib.closing(stream)) for stream in streams]
+            steps = [[next(stream)["listing"] for stream in opened] for _ in range(first, last)]
+        return [np.concatenate(parts, axis=1).tolist() for parts in steps]
+
+    alone = listings(0, 6, np.arange(8))
+    assert listings(3, 6, np.arange(4), np.arange(4, 8)) == alone[3:]
+    assert len({str(step) for step in alone}) == 6  # they can be told apart
 
 
 def test_a_step_that_is_not_finite_stops_with_its_listings_and_is_not_saved(agcl_config, tmp_path):
     agcl_config.optimizer.learning_rate = 1e38
     agcl_config.checkpoint_every = 1
     with pytest.raises(UserError, match=r"step \d+: the loss or its gradient.*(mug|shirt|hat)-"):
-        main.run(agcl_config, tmp_path / "nan")
+        runner.run(agcl_config, tmp_path / "nan")
     _, step = find_checkpoints(str(tmp_path / "nan"))
     assert step == 1  # its rate was 0, the warm-up's first
 
 
 def test_gradcache_trains_as_the_direct_step_does(agcl_config, whole, tmp_path):
     agcl_config.micro_batches = 4
-    main.run(agcl_config, tmp_path / "micro_batches")
+    runner.run(agcl_config, tmp_path / "micro_batches")
     direct = [row["loss"] for row in logged(whole)]
     cached = [row["loss"] for row in logged(tmp_path / "micro_batches")]
     np.testing.assert_allclose(cached, direct, rtol=1e-4)
@@ -124,7 +134,7 @@ def test_a_checkpoint_starts_another_run_and_is_judged_anywhere(
 
     agcl_config.init_from = str(whole)
     agcl_config.steps = 3
-    main.run(agcl_config, tmp_path / "tuned")
+    runner.run(agcl_config, tmp_path / "tuned")
     trained = json.loads((whole / "evaluation.json").read_text())
     before = json.loads((tmp_path / "tuned" / "evaluation_before.json").read_text())
     assert before == trained  # it began where the first run ended
@@ -133,7 +143,7 @@ def test_a_checkpoint_starts_another_run_and_is_judged_anywhere(
     config.checkpoint = str(whole)
     config.data.cache_dir = agcl_config.data.cache_dir
     config.eval.update(queries=str(catalogue_folder), batch=8, tasks=agcl_config.eval.tasks)
-    main.run(config, tmp_path / "judged")
+    runner.run(config, tmp_path / "judged")
     assert json.loads((tmp_path / "judged" / "evaluation.json").read_text()) == trained
     assert "step 6" in capsys.readouterr().out
 
@@ -154,4 +164,4 @@ def test_a_catalogue_without_images_is_judged_by_its_texts_or_refused_before_com
     assert "the best checkpoint is chosen by text->text" in caplog.text
     agcl_config.eval.tasks = "image->image, text->image"
     with pytest.raises(UserError, match="text->image shows what no listing"):
-        main.run(agcl_config, tmp_path / "w")
+        runner.run(agcl_config, tmp_path / "w")

@@ -9,12 +9,13 @@ import jax
 import numpy as np
 import pytest
 
-from afmrl_jax import main
+from afmrl_jax import runner
 from afmrl_jax.assembly.model import abstract_params
 from afmrl_jax.assembly.pretrained import find_pretrained
 from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.mesh import make_mesh
+from afmrl_jax.data.corpus import corpus_statistics
 from afmrl_jax.programs import agcl
 
 QUICK = True
@@ -49,7 +50,7 @@ def folder(tmp_path_factory):
 def headed(config, folder):
     """The workdir of a run that nothing stopped."""
     if not folder.exists():
-        main.run(config, folder)
+        runner.run(config, folder)
     return folder
 
 
@@ -66,7 +67,7 @@ def test_the_head_learns_and_is_saved(headed):
 def test_a_run_stopped_and_started_again_ends_bit_equal(config, headed, tmp_path):
     shutil.copytree(headed, tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "4")
-    main.run(config, tmp_path / "stopped")
+    runner.run(config, tmp_path / "stopped")
     one, other = state_of(headed), state_of(tmp_path / "stopped")
     assert one.keys() == other.keys()
     assert [name for name in one if not np.array_equal(one[name], other[name])] == []
@@ -74,11 +75,10 @@ def test_a_run_stopped_and_started_again_ends_bit_equal(config, headed, tmp_path
 
 def test_labels_that_the_rarest_terms_push_out_are_told(config, caplog):
     catalog = open_catalogue(CatalogOptions.of(config), Path())
-    config.data.max_terms = 4  # two pairs, and two words
-    agcl._sampler(config, catalog)
+    statistics = corpus_statistics(catalog, "train", agcl._cache(config))
+    agcl._tell_of_cut_labels(catalog, statistics, 4)  # two pairs, and two words
     assert not caplog.records
-    config.data.max_terms = 3
-    agcl._sampler(config, catalog)
+    agcl._tell_of_cut_labels(catalog, statistics, 3)
     assert "30 of 30 training listings read have more than data.max_terms=3" in caplog.text
     assert "--config.data.max_terms=4 keeps all of theirs" in caplog.text
 
@@ -91,7 +91,7 @@ def test_what_reads_a_checkpoint_gets_the_encoder_alone(config, headed, tmp_path
         config.update(init_from=str(headed), steps=2, micro_batches=1)
         config.model.lora_rank = rank
         workdir = tmp_path / "adapters"
-        main.run(config, workdir)
+        runner.run(config, workdir)
         before = json.loads((workdir / "evaluation_before.json").read_text())
         assert before == json.loads((headed / "evaluation.json").read_text())
         names = {name.rpartition(".")[2] for name in state_of(workdir) if "params." in name}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from afmrl_jax import main
+from afmrl_jax import runner
 from afmrl_jax.assembly.encoder import Encoder
 from afmrl_jax.assembly.model import abstract_params
 from afmrl_jax.assembly.options import EncoderOptions, TrainingOptions
@@ -100,7 +100,7 @@ def config(agcl_config, folder):
 def adapted(config, folder):
     """The workdir of a run that nothing stopped."""
     if not (folder / "run").exists():
-        main.run(config, folder / "run")
+        runner.run(config, folder / "run")
     return folder / "run"
 
 
@@ -118,7 +118,7 @@ def test_a_run_stopped_and_started_again_ends_bit_equal(config, adapted, tmp_pat
     shutil.copytree(adapted, tmp_path / "stopped")
     shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "4")
     (tmp_path / "stopped" / "evaluation.json").unlink()
-    main.run(config, tmp_path / "stopped")
+    runner.run(config, tmp_path / "stopped")
     one, other = state_of(adapted), state_of(tmp_path / "stopped")
     assert one.keys() == other.keys()
     assert [name for name in one if not np.array_equal(one[name], other[name])] == []
@@ -137,7 +137,7 @@ def test_eight_devices_go_on_with_the_losses_of_one(config, adapted, command, tm
 
 def test_gradcache_trains_adapters_as_the_direct_step_does(config, adapted, tmp_path):
     config.micro_batches = 4
-    main.run(config, tmp_path / "micro_batches")
+    runner.run(config, tmp_path / "micro_batches")
     np.testing.assert_allclose(losses(tmp_path / "micro_batches"), losses(adapted), rtol=1e-4)
 
 
@@ -150,11 +150,11 @@ def test_a_checkpoint_of_adapters_is_judged_and_trained_on_as_any_other(
     judge.checkpoint = str(adapted)
     judge.data.cache_dir = config.data.cache_dir
     judge.eval.update(queries=str(catalogue_folder), batch=8, tasks=config.eval.tasks)
-    main.run(judge, tmp_path / "judged")
+    runner.run(judge, tmp_path / "judged")
     assert scores(tmp_path / "judged") == scores(adapted)
 
     config.update(init_from=str(adapted), steps=1)  # adapters on a base that had adapters
-    main.run(config, tmp_path / "again")
+    runner.run(config, tmp_path / "again")
     assert scores(tmp_path / "again", "evaluation_before.json") == scores(adapted)
 
 
@@ -162,13 +162,13 @@ def test_a_base_that_is_gone_or_another_is_refused(config, adapted, folder, tmp_
     base = folder / "base"
     base.rename(tmp_path / "moved")
     with pytest.raises(UserError, match=r"cannot be read\..*/base.*leave a link"):
-        main.run(config, adapted)
+        runner.run(config, adapted)
     write_base(base, seed=1)
     with pytest.raises(UserError, match="base gives other parameters than those"):
-        main.run(config, adapted)
+        runner.run(config, adapted)
     shutil.rmtree(base)
     base.symlink_to(tmp_path / "moved")
-    main.run(config, adapted)
+    runner.run(config, adapted)
     base.unlink()
     (tmp_path / "moved").rename(base)
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from joined import joined
 
-from afmrl_jax import main
+from afmrl_jax import runner
 from afmrl_jax.annotation.answerers import pin_generator
 from afmrl_jax.assembly.loaded import load_generator
 from afmrl_jax.catalog.opening import CatalogOptions, ListingOptions, open_catalogue, open_listings
@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 def annotated(config, workdir):
     """(lines of attributes.jsonl, of invalid.jsonl) of a run that nothing stopped."""
     if not workdir.exists():
-        main.run(config, workdir)
+        runner.run(config, workdir)
     return [
         [json.loads(line) for line in (workdir / f"{name}.jsonl").read_text().splitlines()]
         for name in ("attributes", "invalid")
@@ -114,16 +114,16 @@ def test_another_checkpoint_does_not_go_on_with_the_answers_of_the_first(config,
     shutil.copytree(config.generator, tmp_path / "other")
     config.generator = str(tmp_path / "other")
     with pytest.raises(UserError, match=r"generator was '.*checkpoints/40' and is now '.*other"):
-        main.run(config, tmp_path / "run")
+        runner.run(config, tmp_path / "run")
 
 
 def test_a_model_that_nobody_taught_is_refused(config, tmp_path, agcl_config):
     config.generator = agcl_config.data.path
     with pytest.raises(UserError, match="holds no whole checkpoint"):
-        main.run(config, tmp_path)
+        runner.run(config, tmp_path)
     config.update(generator=config.generator, share=0.0)
     with pytest.raises(UserError, match=r"share is 0\.0"):
-        main.run(config, tmp_path)
+        runner.run(config, tmp_path)
 
 
 def test_of_a_workdir_the_generator_that_did_best_on_validation_answers(config, taught, tmp_path):

@@ -4,7 +4,7 @@ import shutil
 import numpy as np
 import pytest
 
-from afmrl_jax import main
+from afmrl_jax import runner
 from afmrl_jax.assembly.description import Description
 from afmrl_jax.assembly.pretrained import RECORD
 from afmrl_jax.attributes.text import Parsed, Verdict
@@ -24,7 +24,7 @@ def config(agcl_config):
 
 def test_a_checkpoint_must_be_named_and_must_be_one(config, tmp_path):
     with pytest.raises(UserError, match=r"as --config\.checkpoint=runs/agcl"):
-        main.run(config, tmp_path / "w")
+        runner.run(config, tmp_path / "w")
     for name, told in [
         ("nowhere", "nowhere: no such folder"),
         ("2024", "2024 cannot be read whole"),
@@ -32,21 +32,21 @@ def test_a_checkpoint_must_be_named_and_must_be_one(config, tmp_path):
         (tmp_path / "2024").mkdir(exist_ok=True)
         config.checkpoint = str(tmp_path / name)
         with pytest.raises(UserError, match=told):
-            main.run(config, tmp_path / "w")
+            runner.run(config, tmp_path / "w")
 
 
 def test_scores_never_replace_a_run_s_files(config, tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     config.checkpoint = str(tmp_path / "run")
     with pytest.raises(UserError, match="holds a training run"):
-        main.run(config, tmp_path / "run")
+        runner.run(config, tmp_path / "run")
 
 
 def test_a_task_that_does_not_exist_is_refused_before_anything_is_read(config, tmp_path):
     config.checkpoint = str(tmp_path / "nowhere")
     config.eval.tasks = "imag->text"
     with pytest.raises(UserError, match='did you mean "image->text"'):
-        main.run(config, tmp_path / "w")
+        runner.run(config, tmp_path / "w")
 
 
 @pytest.fixture
@@ -56,16 +56,16 @@ def folder(agcl_config, whole):
 
     out = whole.parent / "exported"
     if not out.exists():
-        main.run(agcl_config, whole)
+        runner.run(agcl_config, whole)
         export = get_config()
         export.update(checkpoint=str(whole), out=str(out))
-        main.run(export, whole.parent / "w")
+        runner.run(export, whole.parent / "w")
     return out
 
 
 def judged(config, checkpoint, workdir):
     config.checkpoint = str(checkpoint)
-    main.run(config, workdir)
+    runner.run(config, workdir)
     return json.loads((workdir / "evaluation.json").read_text())
 
 
@@ -202,7 +202,7 @@ def test_attributes_that_cannot_be_had_are_told_before_anything_is_embedded(
     config.checkpoint = str(folder)
     config.eval.update(batch=8, **fields)
     with pytest.raises(UserError, match=told):
-        main.run(config, tmp_path / "w")
+        runner.run(config, tmp_path / "w")
 
 
 def spoil(folder, case):
@@ -241,4 +241,4 @@ def test_a_broken_folder_is_told_by_its_file(config, folder, tmp_path, case, tol
     spoil(tmp_path / "folder", case)
     config.checkpoint = str(tmp_path / "folder")
     with pytest.raises(UserError, match=told):
-        main.run(config, tmp_path / "w")
+        runner.run(config, tmp_path / "w")

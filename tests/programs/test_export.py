@@ -11,7 +11,7 @@ import torch
 from flax import nnx
 from PIL import Image
 
-from afmrl_jax import main
+from afmrl_jax import runner
 from afmrl_jax.assembly.folder import model_card, write_folder
 from afmrl_jax.assembly.pretrained import RECORD, Pretrained, find_pretrained
 from afmrl_jax.catalog.validation import read_image
@@ -28,7 +28,7 @@ def run_export(checkpoint, out, **changes):
     config = get_config()
     config.update(checkpoint=str(checkpoint), out=str(out))
     config.update_from_flattened_dict(changes)
-    main.run(config, out.parent / "w")
+    runner.run(config, out.parent / "w")
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def exported(agcl_config, whole):
     """The folder of a run's export; run and export are made by the first test that needs them."""
     out = whole.parent / "exported"
     if not out.exists():
-        main.run(agcl_config, whole)
+        runner.run(agcl_config, whole)
         run_export(whole, out)
     return out
 

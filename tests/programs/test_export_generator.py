@@ -10,7 +10,7 @@ import torch
 from flax import nnx
 from PIL import Image
 
-from afmrl_jax import main
+from afmrl_jax import runner
 from afmrl_jax.assembly.encoder import Encoder
 from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.loaded import load_generator
@@ -28,7 +28,7 @@ def folder(taught, tmp_path_factory):
     out = tmp_path_factory.mktemp("export") / "out"
     config = get_config()
     config.update(checkpoint=str(taught), out=str(out))
-    main.run(config, out.parent / "w")
+    runner.run(config, out.parent / "w")
     return out
 
 

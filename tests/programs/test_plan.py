@@ -61,7 +61,7 @@ def test_a_topology_that_does_not_exist_is_told(config, tmp_path, topology, told
 def test_only_programs_that_train_are_planned(config, tmp_path):
     with config.unlocked():
         config.program = "evaluate"
-    with pytest.raises(UserError, match="knows agcl, sft, rar, not evaluate"):
+    with pytest.raises(UserError, match="knows programs that train, as agcl, and not evaluate"):
         plan.main(config, tmp_path, "local")
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from afmrl_jax import main
+from afmrl_jax import runner
 from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.loaded import LoadedGenerator
 from afmrl_jax.assembly.model import abstract_params
@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
 def run(config, folder):
     """The workdir of a run that nothing stopped."""
     if not (folder / "run").exists():
-        main.run(config, folder / "run")
+        runner.run(config, folder / "run")
     return folder / "run"
 
 
@@ -76,7 +76,7 @@ def params_of(workdir):
 
 
 def test_a_run_learns_the_format_and_leaves_all_that_it_promises(config, folder, capsys):
-    main.run(config, folder / "run")
+    runner.run(config, folder / "run")
     told = capsys.readouterr().out
     rows = lines(folder / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(5, 61, 5))
@@ -100,10 +100,10 @@ def test_a_run_stopped_and_started_again_ends_bit_equal(config, run, tmp_path):
     shutil.copytree(run, stopped)
     shutil.rmtree(stopped / "checkpoints" / "60")
     (stopped / "evaluation.json").unlink()
-    main.run(config, stopped)
+    runner.run(config, stopped)
     jax.tree.map(np.testing.assert_array_equal, params_of(run), params_of(stopped))
     (stopped / "evaluation.json").unlink()  # killed once more, when the samples had been told
-    main.run(config, stopped)
+    runner.run(config, stopped)
     for name in ("evaluation.json", "samples.jsonl"):
         assert (run / name).read_text() == (stopped / name).read_text()
 
@@ -136,7 +136,7 @@ def test_adapters_on_a_run_learn_what_another_model_wrote(config, run, tmp_path)
     config.data.attributes = str(tmp_path / "written.jsonl")
     config.model.update(lora_rank=4)
     config.optimizer.learning_rate = 1e-2
-    main.run(config, tmp_path / "distilled")
+    runner.run(config, tmp_path / "distilled")
     losses = [row["loss"] for row in lines(tmp_path / "distilled" / "metrics.jsonl")]
     assert losses[-1] < 0.5 * losses[0]
     names = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(params_of(run))]
@@ -150,7 +150,7 @@ def test_a_catalogue_without_attributes_is_refused(config, tmp_path):
     (tmp_path / "written.jsonl").write_text(json.dumps(line) + "\n")
     config.data.attributes = str(tmp_path / "written.jsonl")
     with pytest.raises(UserError, match=r"no listing of the training split .*configs/annotate.py"):
-        main.run(config, tmp_path / "run")
+        runner.run(config, tmp_path / "run")
 
 
 def test_the_loss_is_transformers_own_over_the_answers_tokens(config, tmp_path):

@@ -1,6 +1,7 @@
 """The policy gradient's compiled parts, on a generator of one layer that reads no photos."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from afmrl_jax.models.lora import join
 from afmrl_jax.models.presets import preset
 from afmrl_jax.rl.advantages import group_advantages
 from afmrl_jax.rl.policy import build
+from afmrl_jax.training.run import fresh_params
 
 Q, G = 4, 8
 HOST = np.zeros((1, 4), np.float32)
@@ -47,9 +49,16 @@ def made(config):
     params = jax.jit(lambda: base.init_params(0))()
     built = build(config, mesh, generator)
     if generator.lora:
-        return generator, mesh, built, built.start(None), params, params
+        adapters = functools.partial(fresh_params, generator, config.seed)
+        return generator, mesh, built, built.update.initial(adapters), params, params
     copy = jax.tree.map(lambda x: x.copy(), params)
-    return generator, mesh, built, built.start(params), {}, copy
+    return generator, mesh, built, built.update.initial(params), {}, copy
+
+
+def updated(built, frozen, state, rows, answers):
+    """(state, metrics) after the one update of a step."""
+    batch = {"rows": rows, "answers": answers, "host": HOST}
+    return built.update.function(frozen, state, batch)
 
 
 def rows_of(config, generator):
@@ -104,7 +113,7 @@ def test_a_toy_reward_is_learned_and_a_constant_one_changes_nothing_at_all(confi
     rows, before = rows_of(config, generator), leaves((state.params, state.opt_state))
     with jax.set_mesh(mesh):
         answers, _ = drawn(built, state, frozen, reference, rows, 0, constant)
-        state, metrics, _ = built.update(frozen, state, rows, answers, HOST, 1)
+        state, metrics = updated(built, frozen, state, rows, answers)
         assert metrics["skipped"] == 1 and metrics["gradient_norm"] == 0
         for one, other in zip(leaves((state.params, state.opt_state)), before):
             np.testing.assert_array_equal(one, other)
@@ -112,7 +121,7 @@ def test_a_toy_reward_is_learned_and_a_constant_one_changes_nothing_at_all(confi
         seen = []
         for step in range(1, 40):
             answers, reward = drawn(built, state, frozen, reference, rows, step, fourth)
-            state, metrics, _ = built.update(frozen, state, rows, answers, HOST, 1)
+            state, metrics = updated(built, frozen, state, rows, answers)
             seen.append(float(reward))
             if step == 1:
                 # The sampler and the update see one policy, which is still the reference.
@@ -132,8 +141,8 @@ def test_micro_batches_have_the_gradient_of_the_whole(config):
             for x in (rows, answers)
         ]
         other = jax.tree.map(lambda x: x.copy(), state)
-        _, whole, _ = built.update(frozen, state, rows, answers, HOST, 1)
-        _, in_parts, _ = built.update(frozen, other, *parts, HOST, 1)
+        _, whole = updated(built, frozen, state, rows, answers)
+        _, in_parts = updated(built, frozen, other, *parts)
     assert whole["gradient_norm"] > 0
     for name in ("gradient_norm", "loss", "entropy", "answer_tokens"):
         np.testing.assert_allclose(in_parts[name], whole[name], rtol=1e-4, atol=1e-6)

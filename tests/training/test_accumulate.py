@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from afmrl_jax.training.accumulate import value_and_grad
+from afmrl_jax.training.gradients import accumulate
 
 
 def loss(params, rows):
@@ -27,7 +27,7 @@ def test_micro_batches_give_the_loss_and_gradient_of_the_whole():
     whole = {name: x[0] for name, x in rows.items()}
     mean, gradient = jax.value_and_grad(lambda p: jnp.divide(*loss(p, whole)))(params)
     for micro_batches in (1, 2, 4):
-        (value, count), found = jax.jit(value_and_grad(loss))(*case(micro_batches))
+        (value, count), found = jax.jit(accumulate(loss))(*case(micro_batches))
         np.testing.assert_allclose(value, mean, rtol=1e-6)
         assert count == 16
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, gradient)
@@ -36,5 +36,5 @@ def test_micro_batches_give_the_loss_and_gradient_of_the_whole():
 def test_a_batch_without_anything_to_learn_gives_zero():
     params, rows = case(2)
     rows["mask"] = np.zeros_like(rows["mask"])
-    (value, count), gradient = jax.jit(value_and_grad(loss))(params, rows)
+    (value, count), gradient = jax.jit(accumulate(loss))(params, rows)
     assert (value, count) == (0, 0) and not any(x.any() for x in jax.tree.leaves(gradient))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from afmrl_jax.losses.labels import Labels, label_loss
-from afmrl_jax.training.gradcache import value_and_grad
+from afmrl_jax.training.gradients import gradcache
 
 WIDTH, HIDDEN, EMBEDDING = 24, 64, 16
 
@@ -35,7 +35,7 @@ def problem():
 @pytest.mark.parametrize("micro_batches", [2, 8, 32])
 def test_the_gradient_over_micro_batches_is_the_direct_one(problem, micro_batches):
     params, x = problem
-    step = jax.jit(value_and_grad(embed, info_nce))
+    step = jax.jit(gradcache(embed, info_nce))
     (direct, _), wanted = step(params, {"x": x[None]})
     (cached, aux), got = step(params, {"x": x.reshape(micro_batches, -1, 2, WIDTH)})
     assert aux["rows"] == 64
@@ -61,7 +61,7 @@ def test_a_head_that_only_the_loss_reads_gets_the_direct_gradient_too(problem, m
         total, count, _ = label_loss(params["head"], embeddings, by_row, labels)
         return value + total / count, aux
 
-    step = jax.jit(value_and_grad(embed, loss))
+    step = jax.jit(gradcache(embed, loss))
     (direct, _), wanted = step(params, {"x": x[None]})
     (cached, _), got = step(params, {"x": x.reshape(micro_batches, -1, 2, WIDTH)})
     np.testing.assert_allclose(cached, direct, rtol=1e-6)
@@ -71,7 +71,7 @@ def test_a_head_that_only_the_loss_reads_gets_the_direct_gradient_too(problem, m
 
 def test_the_negatives_are_those_of_the_whole_batch_not_of_a_chunk(problem):
     params, x = problem
-    step = value_and_grad(embed, info_nce)
+    step = gradcache(embed, info_nce)
     (whole, _), _ = step(params, {"x": x.reshape(8, 8, 2, WIDTH)})
     (chunk, _), _ = step(params, {"x": x[None, :8]})
     assert whole > chunk + 0.5  # 63 negatives are harder than 7
@@ -86,7 +86,7 @@ def test_memory_does_not_grow_with_the_batch():
             "w2": jax.ShapeDtypeStruct((4096, EMBEDDING), jnp.float32),
         }
         rows = {"x": jax.ShapeDtypeStruct((batch // 16, 16, 2, WIDTH), jnp.float32)}
-        compiled = jax.jit(value_and_grad(embed, info_nce)).lower(params, rows).compile()
+        compiled = jax.jit(gradcache(embed, info_nce)).lower(params, rows).compile()
         squares = 4 * batch * batch
         embeddings = 4 * 2 * batch * EMBEDDING
         total = compiled.memory_analysis().temp_size_in_bytes
@@ -109,7 +109,7 @@ def test_frozen_parameters_are_neither_copied_nor_given_a_gradient():
             layer = lambda x, w: (jnp.tanh(x @ w), None)  # noqa: E731
             return jax.lax.scan(layer, rows["x"], base)[0] @ trained["w2"]
 
-        return value_and_grad(embed, info_nce)(trained, rows)
+        return gradcache(embed, info_nce)(trained, rows)
 
     memory = jax.jit(step).lower(base, trained, rows).compile().memory_analysis()
     used = memory.temp_size_in_bytes + memory.output_size_in_bytes

@@ -1,6 +1,5 @@
-"""A process of four killed in the middle of a run: all end, start again, and come to the same."""
+"""A run that is ended from outside: one of its processes is killed, or all are asked to stop."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from toy import command, logged, trained
 
-from afmrl_jax import main
+from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 
-QUICK = True
 ROOT = Path(__file__).resolve().parents[2]
 BOUND = 60  # seconds, in which the others must have ended
 
@@ -23,7 +22,7 @@ def process_of(running, index):
         try:
             group = os.getsid(int(folder.name))
             own = (folder / "environ").read_bytes().split(b"\0")
-            python = b"afmrl_jax.main" in (folder / "cmdline").read_bytes().split(b"\0")
+            python = b"toy" in (folder / "cmdline").read_bytes().split(b"\0")
             program = (folder / "exe").resolve().name
         except OSError:  # it has ended meanwhile, or is somebody else's
             continue
@@ -33,27 +32,16 @@ def process_of(running, index):
     raise AssertionError(f"process {index} is not there")
 
 
-def logged(workdir):
-    log = workdir / "metrics.jsonl"
-    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-
-
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
-def test_four_processes_with_one_killed_end_restart_and_see_the_losses_of_one(
-    agcl_config, whole, command, tmp_path
-):
-    """kill -9 once the second step is logged and saved; six are asked for."""
-    if not whole.exists():
-        main.run(agcl_config, whole)
-    agcl_config.mesh.data = 4
-    agcl_config.update(eval_every=0)  # the losses do not depend on it
-    agcl_config.eval.tasks = "image->text"
-    workdir = tmp_path / "four"
+def test_four_processes_with_one_killed_end_restart_and_see_the_losses_of_one(tmp_path):
+    """kill -9 once the fourth step is logged and the second saved; eight are asked for."""
+    alone, workdir = tmp_path / "one", tmp_path / "four"
+    trained(alone, log_every=1)
     running = subprocess.Popen(
         [
             *("bash", "launch/restart.sh", "--times", "1", "--wait", "0", "--"),
             *("bash", "launch/processes.sh", "4", "--grace", str(BOUND), "--"),
-            *command(agcl_config, workdir),
+            *command(workdir, seconds=0.2, log_every=1),
         ],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -66,7 +54,7 @@ def test_four_processes_with_one_killed_end_restart_and_see_the_losses_of_one(
         while running.poll() is None and not logged(workdir):
             time.sleep(0.02)
         victim = process_of(running, 2)  # now, as that takes a while
-        while running.poll() is None and len(logged(workdir)) < 2:
+        while running.poll() is None and len(logged(workdir)) < 4:
             time.sleep(0.02)
         os.kill(victim, signal.SIGKILL)
         killed = time.monotonic()
@@ -90,9 +78,22 @@ def test_four_processes_with_one_killed_end_restart_and_see_the_losses_of_one(
     assert "Traceback" not in told and "not all have ended" not in told
     assert ended < BOUND
     rows = logged(workdir)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    losses = [[row["loss"] for row in each] for each in (logged(whole), rows)]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    losses = [[row["loss"] for row in each] for each in (logged(alone), rows)]
     np.testing.assert_allclose(losses[1], losses[0], atol=1e-5)
-    scores = [json.loads((each / "evaluation.json").read_text()) for each in (whole, workdir)]
-    one, four = (score["image->text"]["mrr"] for score in scores)
-    assert four == pytest.approx(one, abs=0.02)
+
+
+def test_sigterm_saves_and_exits(tmp_path):
+    running = subprocess.Popen(
+        command(tmp_path, steps=900, log_every=1, checkpoint_every=0, seconds=0.02),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    while running.poll() is None and not logged(tmp_path):
+        time.sleep(0.02)
+    running.send_signal(signal.SIGTERM)
+    told, _ = running.communicate(timeout=400)
+    assert running.returncode == 143
+    _, step = find_checkpoints(str(tmp_path))
+    assert f"stopped by SIGTERM at step {step}, which is saved" in told

@@ -1,0 +1,142 @@
+"""AGCL as a training objective: the contrastive loss of pairs, a label head beside it, and a memory
+of past batches' targets as further negatives (cross-batch memory, Wang et al. 2020, arXiv
+1912.06798).
+
+Axes: A micro-batches · C examples of one · V views of an example (query, target, hard negatives) ·
+B = A C pairs · M = B (V - 1) targets · P slots of the memory · E embedding · T attribute terms.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from afmrl_jax.attributes.bm25 import CorpusStatistics
+from afmrl_jax.core.mesh import batch_sharding, replicated
+from afmrl_jax.core.options import Options, between
+from afmrl_jax.losses.contrastive import Contrastive, contrastive_loss
+from afmrl_jax.losses.labels import LabelHead, Labels, frequent_labels, label_loss
+
+log = logging.getLogger(__name__)
+
+HEAD = "head"  # the name of the label head's parameters
+Arrays = Mapping[str, jax.Array]
+AbstractArrays = dict[str, jax.ShapeDtypeStruct]
+
+
+@dataclass(frozen=True)
+class PastBatches(Options, section="loss"):
+    """Negatives from batches before."""
+
+    memory_batches: int = between(0)  # batches whose targets are remembered; 0: none
+
+
+@dataclass(frozen=True)
+class AGCL:
+    """The objective (`training.objective.Objective`) of configs/agcl.py.
+
+    labels: what the head tells apart; None without a head. memory_batches: the last batches whose
+    targets are negatives too. They are embeddings of the encoder as it was then, without a
+    gradient; their products and attributes weigh and mask them as they do any negative. They are
+    candidates of queries only: where targets ask for queries (`symmetric`), there are none.
+    """
+
+    contrastive: Contrastive
+    labels: Labels | None
+    head_weight: float
+    memory_batches: int
+    mesh: Mesh
+
+    batch_arrays = ("product", "terms", "query_weights", "document_weights")
+    trainable = ""
+    options = (Contrastive, LabelHead, PastBatches)
+
+    @classmethod
+    def of(cls, config: Any, statistics: CorpusStatistics | None, mesh: Mesh) -> Self:
+        """The objective of a whole configuration.
+
+        statistics: of the training listings' attributes, from which the head's labels are taken;
+        None where there is no head.
+        """
+        head, labels = LabelHead.of(config), None
+        if head.head_weight:
+            labels = frequent_labels(statistics, head.head_labels)
+            log.info("the head tells %d values of %d attributes", len(labels.terms), labels.n_names)
+        past = PastBatches.of(config).memory_batches
+        return cls(Contrastive.of(config), labels, head.head_weight, past, mesh)
+
+    def params(self, width: int) -> dict[str, AbstractArrays]:
+        """The label head's parameters; {} without one."""
+        return {HEAD: self.labels.abstract_head(width)} if self.labels else {}
+
+    def memory(self, width: int, batch: AbstractArrays) -> AbstractArrays:
+        """The slots for past targets, the newest first; {} without a memory.
+
+        embedding float32[P, E]; product int32[P], terms int32[P, T], query_weights and
+        document_weights float32[P, T] of their listings; filled bool[P].
+        """
+        if not self.memory_batches:
+            return {}
+        pairs_a, pairs_c, views = batch["product"].shape
+        slots = self.memory_batches * pairs_a * pairs_c * (views - 1)
+        arrays = {
+            name: jax.ShapeDtypeStruct((slots, *batch[name].shape[3:]), batch[name].dtype)
+            for name in self.batch_arrays
+        }
+        embedding = jax.ShapeDtypeStruct((slots, width), jnp.float32)
+        filled = jax.ShapeDtypeStruct((slots,), jnp.bool)
+        return arrays | {"embedding": embedding, "filled": filled}
+
+    def __call__(
+        self, trained: Any, memory: Arrays, embeddings: jax.Array, batch: Arrays
+    ) -> tuple[jax.Array, Arrays, dict[str, jax.Array]]:
+        """The mean loss, the next memory, and metrics: each device's queries against all targets,
+        and the head's loss of every view.
+
+        trained: the parameters, of which the head's are read here. embeddings: float32[A, C, V, E].
+        batch: `batch_arrays`, [A, C, V, ...].
+        """
+        info, targets = {}, {}
+        arrays = {"embedding": embeddings, **{name: batch[name] for name in self.batch_arrays}}
+        for name, array in arrays.items():
+            query, target = _sides(array)
+            query = jax.lax.with_sharding_constraint(query, batch_sharding(self.mesh))
+            target = jax.lax.with_sharding_constraint(target, replicated(self.mesh))
+            info[f"query_{name}"], info[f"target_{name}"], targets[name] = query, target, target
+        queries = info.pop("query_embedding")
+        total, count, metrics = contrastive_loss(
+            queries, info.pop("target_embedding"), info, self.contrastive, memory
+        )
+        value = total / count
+        if self.labels:
+            total, count, of_head = label_loss(
+                trained[HEAD], embeddings, batch["terms"], self.labels
+            )
+            value += self.head_weight * total / jnp.maximum(count, 1)
+            metrics |= of_head
+        return value, self._remembered(memory, targets), metrics
+
+    def _remembered(self, memory: Arrays, targets: Arrays) -> Arrays:
+        """The memory with a batch's targets before all others; the oldest leave it."""
+        if not memory:
+            return {}
+        filled = jnp.ones(len(targets["product"]), bool)
+        newest = jax.lax.stop_gradient({**targets, "filled": filled})
+        return {
+            name: jnp.concatenate([newest[name], past])[: len(past)]
+            for name, past in memory.items()
+        }
+
+
+def _sides(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[A, C, V, ...] -> queries [B, ...], targets [M, ...], the positives first.
+
+    C is what the mesh splits, so it becomes the major part of B: nothing moves between devices.
+    """
+    array = jnp.swapaxes(array, 0, 1)
+    parts = [array[:, :, view].reshape(-1, *array.shape[3:]) for view in range(array.shape[2])]
+    return parts[0], jnp.concatenate(parts[1:])
