@@ -341,9 +341,14 @@ def _copy_module(folder: Path, name: str) -> None:
 def _rows(model: Encoder | Generator) -> dict[str, Any]:
     """How rows are made, as `assembly.listing_rows.ListingRows` takes it."""
     processor, rows = check_processor(model), model.options.rows
-    names = ("max_tokens", "max_patches", "min_pixels", "max_pixels")
-    bounds = {name: getattr(rows, name) for name in names}
-    return bounds | {"pad_left": processor.pad_left} | _frames(model, processor)
+    sizes = {
+        "max_tokens": rows.max_tokens,
+        "max_patches": rows.max_patches,
+        "min_pixels": rows.min_pixels,
+        "max_pixels": rows.max_pixels,
+        "pad_left": processor.pad_left,
+    }
+    return sizes | _frames(model, processor)
 
 
 def _windows(model: Encoder | Generator) -> int:
