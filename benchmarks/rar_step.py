@@ -227,7 +227,7 @@ def make_update(config: QwenVLConfig, args: argparse.Namespace):
 
     def loss(params, frozen, part):
         rows, answers = part
-        scores = score(graph, lora.join(params, frozen), rows, answers["tokens"], answers["mask"])
+        scores = score(graph, lora.join(params, frozen), rows, answers)
         flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in answers.items()}
         log_probs, entropy = (x.reshape(-1, x.shape[-1]) for x in scores)
         flat["old_log_probs"] = jax.lax.stop_gradient(log_probs)
@@ -235,7 +235,7 @@ def make_update(config: QwenVLConfig, args: argparse.Namespace):
 
     @jax.jit
     def refer(params, rows, answers):
-        parts = (rows, answers["tokens"], answers["mask"])
+        parts = (rows, {name: answers[name] for name in ("tokens", "mask")})
         return jax.lax.map(lambda part: score(plain, params, *part)[0], parts)
 
     @functools.partial(jax.jit, donate_argnums=0)

@@ -87,7 +87,7 @@ class Shown(NamedTuple):
     needed: int
 
 
-class _Line(NamedTuple):
+class _TokenRow(NamedTuple):
     """A row's tokens before padding."""
 
     tokens: np.ndarray  # int32[L], L <= S
@@ -196,7 +196,9 @@ class Processor:
         """The bucket of rows that have no images: the model leaves out its vision tower."""
         return self.max_tokens + self.max_answer, 0
 
-    def _bucket(self, lines: list[_Line], buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    def _bucket(
+        self, lines: list[_TokenRow], buckets: Sequence[tuple[int, int]]
+    ) -> tuple[int, int]:
         tokens = max((len(line.tokens) for line in lines), default=0)
         windows = max((sum(map(math.prod, line.grids)) for line in lines), default=0)
         patches = windows * self._patcher.window
@@ -216,13 +218,13 @@ class Processor:
             self._frames[n_images] = frame, fixed
         return self._frames[n_images]
 
-    def _line(self, row: Row) -> _Line:
+    def _line(self, row: Row) -> _TokenRow:
         grids = self._grids(row.images)
         frame, _ = self._frame(len(row.images))
         text, _ = self._fitted(row, self._room(grids))
         answer = self._answer(row)
         ids = np.array([*frame.head, *text, *frame.tail, *answer], np.int32)
-        return _Line(*_expanded(ids, self.ids["image_token_id"], grids), len(answer), grids)
+        return _TokenRow(*_expanded(ids, self.ids["image_token_id"], grids), len(answer), grids)
 
     def _answer(self, row: Row) -> list[int]:
         if row.answer is None:

@@ -62,7 +62,7 @@ def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
     )
 
     @functools.partial(jax.jit, out_shardings=replicated(mesh))
-    def rollout(params: Any, rows: Arrays, step: int) -> Samples:
+    def rollout(params: Params, rows: Arrays, step: int) -> Samples:
         micro_batches, queries = rows["tokens"].shape[:2]
         numbers = jnp.arange(micro_batches * queries).reshape(micro_batches, queries)
         key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -82,8 +82,8 @@ def build(config: ConfigDict, mesh: Mesh, generator: Generator) -> Built:
         )
 
     @functools.partial(jax.jit, out_shardings=batch_sharding(mesh, 1))
-    def reference(params: Any, rows: Arrays, answers: Arrays):
-        parts = (rows, answers["tokens"], answers["mask"])
+    def reference(params: Params, rows: Arrays, answers: Arrays):
+        parts = (rows, {name: answers[name] for name in ("tokens", "mask")})
         return jax.lax.map(lambda part: score(plain, params, *part)[0], parts)
 
     gradient = _gradient(config, functools.partial(score, graph))
@@ -99,7 +99,7 @@ def _gradient(config: ConfigDict, score: Callable[..., tuple[jax.Array, jax.Arra
 
     def loss(params: Params, part: Batch):
         rows, answers = part["rows"], part["answers"]
-        log_probs, entropy = score(params, rows, answers["tokens"], answers["mask"])
+        log_probs, entropy = score(params, rows, answers)
         # Before the first update old and new are the same numbers, so that no pass is needed.
         answers = {"old_log_probs": jax.lax.stop_gradient(log_probs)} | answers
         flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in answers.items()}
@@ -143,11 +143,11 @@ def parts(config: ConfigDict, mesh: Mesh, generator: Generator, built: Built) ->
     tokens = config.queries * (data.max_tokens + config.samples * data.max_answer)
     cache = 2 * model.text.num_layers * model.text.num_kv_heads * model.text.head_dim
     cache *= tokens * jnp.dtype(config.model.dtype).itemsize / batch_shards(mesh)
-    asked = cost.most_work(model, config.queries, data.max_tokens, data.max_patches)
+    prompts = cost.most_work(model, config.queries, data.max_tokens, data.max_patches)
     drawn = config.queries * config.samples * data.max_answer
-    own = (data.max_tokens + data.max_answer / 2) * drawn * model.text.num_layers
-    amount = asked | {"tokens": asked["tokens"] + drawn, "logits": float(drawn)}
-    amount["token_pairs"] += own
+    pairs = (data.max_tokens + data.max_answer / 2) * drawn * model.text.num_layers
+    amount = prompts | {"tokens": prompts["tokens"] + drawn, "logits": float(drawn)}
+    amount["token_pairs"] += pairs
     whole = functools.partial(cost.step_flops, model, amount=amount, gradcache=False)
     return [
         Part(
@@ -175,8 +175,8 @@ def _flops(config: ConfigDict, generator: Generator, params: Params, batch: Batc
     lengths = rows["token_mask"].sum(-1, dtype=jnp.float32)[..., None]
     tokens = answers["mask"].sum(dtype=jnp.float32)
     # All tokens of answers attend to themselves and to their prompt, which is read once.
-    own = answers["mask"].sum(-1, dtype=jnp.float32)
-    pairs = (own * lengths + own * (own + 1) / 2).sum() * model.text.num_layers
+    drawn = answers["mask"].sum(-1, dtype=jnp.float32)
+    pairs = (drawn * lengths + drawn * (drawn + 1) / 2).sum() * model.text.num_layers
     amount = prompts | {
         "tokens": prompts["tokens"] + tokens,
         "token_pairs": prompts["token_pairs"] + pairs,

@@ -21,18 +21,18 @@ def score_answers(
     graph: nnx.GraphDef,
     params: Params,
     rows: Mapping[str, jax.Array],
-    tokens: jax.Array,
-    mask: jax.Array,
+    answers: Mapping[str, jax.Array],
     *,
     chunk: int,
     temperature: float,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probs of the answers' tokens, and entropies, float32[C, G, T]; 0 outside the mask.
 
-    graph, params: nnx.split of a QwenVL with its head. rows: the prompts, padded left. tokens:
-    int32[C, G, T] and mask: bool[C, G, T], as the sampler gives them. chunk, temperature: as
+    graph, params: nnx.split of a QwenVL with its head. rows: the prompts, padded left. answers:
+    `tokens` int32[C, G, T] and `mask` bool[C, G, T] of the sampler. chunk, temperature: as
     `token_log_probs` takes them.
     """
+    tokens, mask = answers["tokens"], answers["mask"]
     model, (prompts, samples, length) = nnx.merge(graph, params), tokens.shape
     behind, size = samples * length, rows["tokens"].shape[1]
     x, deepstack = model.embed_rows(rows)
