@@ -31,7 +31,7 @@ from afmrl_jax.core.mesh import batch_shards, local_rows, make_mesh
 from afmrl_jax.core.pages import check_page, load_page
 from afmrl_jax.data.processor import Row
 from afmrl_jax.retrieval import indexes
-from afmrl_jax.retrieval.evaluator import Evaluator, catalogue_attributes, enrichment
+from afmrl_jax.retrieval.evaluator import RetrievalEvaluator, catalogue_attributes, enrichment
 from afmrl_jax.retrieval.index import Index
 from afmrl_jax.retrieval.indexes import load_index
 from afmrl_jax.retrieval.tasks import choose_tasks, parse_task
@@ -161,7 +161,7 @@ def evaluate(
             f"no listing of the {split} split of {catalog.name} has another of its product there"
         )
     carried = catalogue_attributes(catalog) if attributes == "oracle" else None
-    evaluator = Evaluator(model, catalog, enrichment(carried, enrich))
+    evaluator = RetrievalEvaluator(model, catalog, enrichment(carried, enrich))
     scores = evaluator.run(chosen, listings, listings)
     return {task: dict(values) for task, values in scores.items()}
 

@@ -41,7 +41,7 @@ from afmrl_jax.retrieval.evaluator import (
     SIDES,
     Attributes,
     Enrichment,
-    Evaluator,
+    RetrievalEvaluator,
     catalogue_attributes,
     enrichment,
 )
@@ -129,9 +129,9 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
     # ---- scores
     model = LoadedEncoder.of(source, mesh, config.eval.batch, options)
-    scores_of = Evaluator(model, catalog, enriched).scores(tasks, queries, gallery)
+    scores_of = RetrievalEvaluator(model, catalog, enriched).scores(tasks, queries, gallery)
     if category:
-        vectors = functools.partial(Evaluator(model, Unlabelled(catalog)).vectors, view)
+        vectors = functools.partial(RetrievalEvaluator(model, Unlabelled(catalog)).vectors, view)
         scores_of[category.name] = category.scores(
             functools.partial(vectors, attributes=enriched.queries)
         )

@@ -47,10 +47,11 @@ def catalogue_attributes(catalog: Catalog) -> Attributes:
     return lambda index: catalog.listing(index).attributes
 
 
-class Evaluator:
+class RetrievalEvaluator:
     """Embeds the listings of one catalogue, once per view and side, and scores tasks on them.
 
-        scores = Evaluator(model, catalog).run([parse_task("image->text")], listings, listings)
+        evaluator = RetrievalEvaluator(model, catalog)
+        scores = evaluator.run([parse_task("image->text")], listings, listings)
 
     enriched: the attributes in the texts of either side.
     """

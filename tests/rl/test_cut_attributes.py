@@ -17,7 +17,7 @@ from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.models.presets import preset
 from afmrl_jax.programs import rar
-from afmrl_jax.retrieval.evaluator import Evaluator
+from afmrl_jax.retrieval.evaluator import RetrievalEvaluator
 from afmrl_jax.rl.environment import Environment, Laps
 from afmrl_jax.rl.gallery import open_gallery
 from afmrl_jax.rl.held_out import Arms, HeldOut, QueryAnswer
@@ -112,7 +112,7 @@ def test_rewards_tell_of_cut_attributes_as_evaluation_does_and_once(tmp_path, ca
     gallery = gallery_of(encoder, tmp_path)
     with caplog.at_level("WARNING", "afmrl_jax.data.views"):
         found = [metrics(encoder, gallery)[1]["attributes_cut"] for _ in range(2)]
-        Evaluator(encoder, CATALOG).vectors(
+        RetrievalEvaluator(encoder, CATALOG).vectors(
             "image+text", np.arange(2), lambda index: {"color": "red"}
         )
     assert found == [1, 1]  # of a step's metrics, each time
