@@ -1,6 +1,6 @@
-"""What a notebook or a service calls: `import afmrl_jax as aj`, then `aj.load` and the rest.
+"""The functions for notebooks and services: `import afmrl_jax as aj`, then `aj.load` and the rest.
 
-A wrong argument raises UserError, in a sentence. Axes: N rows · E embedding.
+A wrong argument raises UserError with a readable message. Axes: N rows · E embedding.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from afmrl_jax.assembly.encoder import Encoder
 from afmrl_jax.assembly.loaded import LoadedEncoder, LoadedGenerator, chosen_listings
 from afmrl_jax.assembly.options import EncoderOptions
-from afmrl_jax.assembly.pretrained import find_pretrained, kind_of
+from afmrl_jax.assembly.pretrained import find_pretrained, model_class_of
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.configs import common
@@ -31,7 +31,7 @@ from afmrl_jax.core.mesh import batch_shards, local_rows, make_mesh
 from afmrl_jax.core.pages import check_page, load_page
 from afmrl_jax.data.processor import Row
 from afmrl_jax.retrieval import indexes
-from afmrl_jax.retrieval.evaluator import Evaluator, catalogue_attributes, enrichment
+from afmrl_jax.retrieval.evaluator import RetrievalEvaluator, catalogue_attributes, enrichment
 from afmrl_jax.retrieval.index import Index
 from afmrl_jax.retrieval.indexes import load_index
 from afmrl_jax.retrieval.tasks import choose_tasks, parse_task
@@ -69,7 +69,7 @@ def load(
     lengths of its axes as in a configuration ({"fsdp": 4}); by default each device is a replica.
     fields: of configs/evaluate.py, as **{"data.prompt": "chat"}, for a folder that no run wrote.
 
-    Raises UserError where there is no model, or its run knows the fields itself.
+    Raises UserError where there is no model, or fields are given for a model that a run wrote.
     """
     if not isinstance(mesh, Mesh):
         lengths = dict(common.get_config().mesh)
@@ -82,14 +82,15 @@ def load(
         raise UserError(f"batch is {batch!r}: give a whole number of rows, 1 or more")
     local_rows(mesh, batch, "batch")
     path = str(path)
-    kind = kind_of(path)
-    source = find_pretrained(path, kind, best=False if kind is Encoder else None)
+    model_class = model_class_of(path)
+    best = False if model_class is Encoder else None
+    source = find_pretrained(path, model_class, best=best)
     if fields and source.model.options:
         raise UserError(
             f"{path} was trained by a run, which says how it is used: leave out "
             f"{', '.join(sorted(fields))}"
         )
-    if kind is Encoder:
+    if model_class is Encoder:
         options = EncoderOptions.of(_with_fields(evaluate_page.get_config(), fields))
         return LoadedEncoder.of(source, mesh, batch, options)
     return LoadedGenerator.of(source, mesh, batch)
@@ -100,13 +101,14 @@ def open_catalog(path: str | Path, *, report_dir: str | Path = ".", **fields: An
 
         catalog = aj.open_catalog("products/", attributes="runs/annotated/attributes.jsonl")
 
-    path: "builtin", a folder with a products.jsonl, a Parquet file, tfds:NAME, or several by
-    commas. report_dir: where bad listings are listed. fields: of the configuration's `data`:
-    attributes, cache_dir, on_bad_listing, shared_ids. Raises UserError for what cannot be read.
+    path: "builtin", a folder with a products.jsonl, a Parquet file, tfds:NAME, or several with
+    commas between. report_dir: folder for the report of bad listings. fields: attributes,
+    cache_dir, on_bad_listing and shared_ids of the configuration's `data`. Raises UserError where
+    the catalogue cannot be read.
     """
     page = evaluate_page.get_config().data
-    known = {field.name: page[field.name] for field in dataclasses.fields(CatalogOptions)}
-    data = _with_fields(ConfigDict(known), {**fields, "path": str(path)})
+    defaults = {field.name: page[field.name] for field in dataclasses.fields(CatalogOptions)}
+    data = _with_fields(ConfigDict(defaults), {**fields, "path": str(path)})
     return open_catalogue(CatalogOptions(**data), Path(report_dir))
 
 
@@ -119,7 +121,7 @@ def build_index(
         ids, scores = index.search(model.embed("blue dress"), k=5)
 
     vectors: float32[N, E]. ids: N whole numbers, unique and not negative; 0 to N - 1 by default.
-    The index keeps the model's version. Raises UserError where vectors or ids are not so.
+    The index records the model's version. Raises UserError for other vectors or ids.
     """
     if not isinstance(model, LoadedEncoder):
         raise UserError("model is no encoder: give what aj.load returned of one")
@@ -137,14 +139,14 @@ def evaluate(
     attributes: str = "none",
     enrich: str = "both",
 ) -> dict[str, dict[str, float]]:
-    """How well listings find the others of their product: {task: {metric: value}}.
+    """Retrieval scores of a model on a catalogue: {task: {metric: value}}.
 
         scores = aj.evaluate(model, catalog, tasks="image->text, text->image")
 
-    tasks: of what asks and what is searched, by commas. split: the listings; "" = the test split
-    where there is one, else all. attributes: none, or oracle, the catalogue's, which join the texts
-    of both sides or, by enrich, of the queries or the gallery. Raises UserError for another word,
-    and where nothing can be found.
+    tasks: QUERY->GALLERY each, with commas between. split: the listings; "" = the test split where
+    there is one, else all. attributes: none, or oracle, the catalogue's. enrich: the side whose
+    texts get attributes: both, queries or gallery. Raises UserError for another word, and where no
+    listing has another of its product to find.
     """
     if not isinstance(model, LoadedEncoder):
         raise UserError("model is no encoder: give what aj.load returned of one")
@@ -159,7 +161,7 @@ def evaluate(
             f"no listing of the {split} split of {catalog.name} has another of its product there"
         )
     carried = catalogue_attributes(catalog) if attributes == "oracle" else None
-    evaluator = Evaluator(model, catalog, enrichment(carried, enrich))
+    evaluator = RetrievalEvaluator(model, catalog, enrichment(carried, enrich))
     scores = evaluator.run(chosen, listings, listings)
     return {task: dict(values) for task, values in scores.items()}
 
@@ -169,10 +171,9 @@ def train(config: str | Path, workdir: str | Path, **fields: Any) -> Path:
 
         run = aj.train("configs/agcl.py", "runs/mine", steps=120, **{"data.path": "products/"})
 
-    config: a page, with :ARM where it has arms; the package's own are known from any folder.
-    workdir: where the run lives: called again it goes on where it stopped. fields: what is set
-    otherwise than in the page. Raises UserError for fields that the page does not have, and for
-    all that the program finds wrong.
+    config: a page, with :ARM where it has arms; those of the package are found from any folder.
+    workdir: the folder of the run; a second call resumes it. fields: values that replace those of
+    the page. Raises UserError for fields that the page does not have, and as the program does.
     """
     from afmrl_jax.runner import run
 
@@ -186,25 +187,26 @@ def train(config: str | Path, workdir: str | Path, **fields: Any) -> Path:
 def _with_fields(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
     """The configuration with dotted fields set. Raises UserError for one that it does not have, and
     for a value of another type."""
-    config, known = ConfigDict(config.to_dict()), flatten(config)
+    config, defaults = ConfigDict(config.to_dict()), flatten(config)
     for name, value in fields.items():
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
+        if name not in defaults:
+            close = difflib.get_close_matches(name, defaults, n=1)
             hint = f": did you mean {close[0]!r}?" if close else ""
             raise UserError(f"there is no field {name!r}{hint}")
         try:
             config.update_from_flattened_dict({name: value})
         except TypeError:
             raise UserError(
-                f"{name} is {value!r}: expected {type(known[name]).__name__}, as {known[name]!r}"
+                f"{name} is {value!r}: expected {type(defaults[name]).__name__}, as "
+                f"{defaults[name]!r}"
             ) from None
     return config.lock()
 
 
 @contextlib.contextmanager
 def _messages_shown() -> Iterator[None]:
-    """Prints the package's messages where its logger has no handler; Orbax, which warns of its own
-    temporary folders at each save, is quiet meanwhile."""
+    """Prints the package's messages where its logger has no handler, and silences Orbax, which
+    would warn of its temporary folders at each save."""
     from absl import logging as absl_logging
 
     logger, verbosity = logging.getLogger("afmrl_jax"), absl_logging.get_verbosity()
@@ -215,7 +217,7 @@ def _messages_shown() -> Iterator[None]:
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-        logger.propagate = False  # absl's own handler would say it again
+        logger.propagate = False  # absl's handler would print it again
     try:
         yield
     finally:

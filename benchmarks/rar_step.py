@@ -50,7 +50,7 @@ from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
 from afmrl_jax.retrieval.exact import ExactIndex
 from afmrl_jax.rl.advantages import group_advantages
-from afmrl_jax.rl.rewards import Found, Reward, rewards
+from afmrl_jax.rl.rewards import Retrieved, Reward, rewards
 from afmrl_jax.rl.scoring import score_answers
 from afmrl_jax.training.gradients import accumulate
 
@@ -331,10 +331,10 @@ def make_search(width: int, args: argparse.Namespace) -> Callable[..., np.ndarra
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     index = ExactIndex("random").build(vectors, np.arange(args.gallery))
 
-    def find(queries: np.ndarray, right: np.ndarray) -> Found:
+    def find(queries: np.ndarray, right: np.ndarray) -> Retrieved:
         ids, scores = index.search(queries, options.k + 2)
         right_scores = (queries * vectors[right]).sum(1, keepdims=True)
-        return Found(ids, scores, right[:, None], right_scores, np.full(len(right), -1))
+        return Retrieved(ids, scores, right[:, None], right_scores, np.full(len(right), -1))
 
     def search(queries: np.ndarray, parsed: list) -> np.ndarray:
         count, samples = queries.shape[0], queries.shape[1] - 1

@@ -1,4 +1,4 @@
-"""The files of answers that annotate writes, and reads again when it goes on."""
+"""The files of annotations that annotate writes, and reads again when it goes on."""
 
 import contextlib
 import fcntl
@@ -16,16 +16,17 @@ from afmrl_jax.core.files import write_atomically
 
 log = logging.getLogger(__name__)
 
-FILES = ("attributes", "invalid")  # .jsonl: what is valid, and the rest
+FILES = ("attributes", "invalid")  # .jsonl: of valid answers, and of the others
 KEPT_CHARACTERS = 10_000  # of an invalid answer
 
 
 @dataclass(frozen=True)
-class Said:
-    """What a model said of a listing. confidence: as Description's, where a generator said it.
+class Annotation:
+    """A model's answer to a listing, or the failure to answer.
 
-    failure: "" where it answered; "refused" or "stopped" where it would not answer the next time
-    either, else "unanswered". reason: of the failure, in words.
+    confidence: as in Description, of a generator; else None. failure: "" where there is an answer;
+    "refused" or "stopped" where another attempt would fail as well, else "unanswered". reason: of
+    the failure, in words.
     """
 
     text: str
@@ -41,11 +42,14 @@ class Said:
 
 
 class AnswerFiles:
-    """attributes.jsonl and invalid.jsonl of a workdir; keys: what they hold, each listing's id and
-    its content (`Content.key`). A listing whose line is deleted is asked again."""
+    """attributes.jsonl and invalid.jsonl of a workdir.
+
+    keys: (listing_id, `Content.key`) of each listing in them. A listing whose line is deleted is
+    annotated again.
+    """
 
     def __init__(self, workdir: Path, config: ConfigDict):
-        """Leaves the configuration there too, which those who go on must have."""
+        """Writes the configuration, too: a run that goes on must have the same."""
         write_atomically(workdir / "config.json", config.to_json(indent=2))
         with contextlib.ExitStack() as stack:
             self._valid, self._invalid = (
@@ -59,26 +63,27 @@ class AnswerFiles:
         """Ends the writing."""
         self._closed.close()
 
-    def write(self, listing_id: str, content: str, said: Said) -> None:
-        """Adds a line to the file that the answer belongs in. content: the listing's."""
-        if said.verdict == Verdict.VALID.value:
-            fields: dict[str, Any] = {"attributes": said.parsed.attributes}
-            if said.parsed.form != "plain":
-                fields["form"] = said.parsed.form
-            if said.confidence is not None:
-                fields["confidence"] = said.confidence
+    def write(self, listing_id: str, content: str, annotation: Annotation) -> None:
+        """Adds a line to the file of valid answers or to the other. content: the listing's key."""
+        if annotation.verdict == Verdict.VALID.value:
+            fields: dict[str, Any] = {"attributes": annotation.parsed.attributes}
+            if annotation.parsed.form != "plain":
+                fields["form"] = annotation.parsed.form
+            if annotation.confidence is not None:
+                fields["confidence"] = annotation.confidence
             self._valid.write(listing_id, **fields, content=content)
         else:
-            reason = {"reason": said.reason} if said.reason else {}
-            fields = {"verdict": said.verdict, **reason, "answer": said.text[:KEPT_CHARACTERS]}
+            reason = {"reason": annotation.reason} if annotation.reason else {}
+            answer = annotation.text[:KEPT_CHARACTERS]
+            fields = {"verdict": annotation.verdict, **reason, "answer": answer}
             self._invalid.write(listing_id, **fields, content=content)
 
 
 class AnswerFile:
-    """Lines of JSON, each with a listing_id; after a kill it goes on behind the last whole one.
+    """Lines of JSON, each with a listing_id; after a kill the last whole line stays the last.
 
-    keys: the listings that it holds, see AnswerFiles. Raises UserError where another run is writing
-    it, or where a line is not its own.
+    keys: of the listings in the file, as in AnswerFiles. Raises UserError where another run writes
+    the file, or where a line has another format.
     """
 
     def __init__(self, path: Path):
@@ -95,13 +100,13 @@ class AnswerFile:
             raise
 
     def close(self) -> None:
-        """Ends the writing; another run may."""
+        """Ends the writing, so that another run may write."""
         self._file.close()
 
     def write(self, listing_id: str, **fields: Any) -> None:
         """Adds a line, in one write."""
         line = json.dumps({"listing_id": listing_id, **fields}, ensure_ascii=False) + "\n"
-        # A lone surrogate becomes \udXXX, which is how JSON writes it.
+        # A lone surrogate becomes \udXXX, as JSON writes it.
         self._file.write(line.encode(errors="backslashreplace"))
 
 
@@ -114,8 +119,8 @@ def _is_json(line: bytes) -> bool:
 
 
 def _read_keys(path: Path) -> tuple[set[tuple[str, str]], int, bytes]:
-    """The keys of a file's whole lines, the bytes of these, and what they lack: the end of the last
-    one, where an editor left it out."""
+    """The keys of a file's whole lines, the number of their bytes, and the line end to add where an
+    editor left out the last one."""
     keys, whole, tail = set(), 0, b""
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):

@@ -23,6 +23,7 @@ import httpx2
 import openai
 from PIL import Image
 
+from afmrl_jax.annotation.options import Api
 from afmrl_jax.annotation.pace import FIRST_WAIT, LONGEST_WAIT, Pace
 from afmrl_jax.annotation.replies import Kind, Reply, quoted, read_reply
 from afmrl_jax.catalog.validation import quote
@@ -92,42 +93,30 @@ class Budget:
 class Endpoint:
     """A model at an address.
 
-    options: JSON object of fields that are sent with each request, such as {"max_tokens": 256}.
-    key: a secret in printable ASCII; "" for a server that needs none. concurrency: number of
-    requests at once. timeout: seconds that a server may be silent, or take for one response's body.
-    retries: number of retries of a request that fails (408, 409, 5xx, broken connections), with
-    waits that double.
+    api.options: JSON object of fields that are sent with each request, such as {"max_tokens": 256}.
+    key: a secret in printable ASCII; "" for a server that needs none. api.timeout: seconds that a
+    server may be silent, or take for one response's body. api.retries: number of retries of a
+    request that fails (408, 409, 5xx, broken connections), with waits that double. prompt: text
+    before that of each row.
 
     If the server is busy for all requests (429, 502, 503, unreachable), all threads wait together,
     as long as the server says or with waits that double, until `patience` seconds have passed
     without an answer. Raises UserError for an address or options that can't be right.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        model: str,
-        key: str,
-        *,
-        prompt: str,
-        options: str,
-        budget: Budget,
-        concurrency: int,
-        timeout: float,
-        retries: int,
-    ):
-        _check_address(base_url)
+    def __init__(self, api: Api, key: str, *, prompt: str, budget: Budget):
+        _check_address(api.base_url)
         self.budget = budget
-        self.patience = timeout * (retries + 1)  # seconds that a silent request may take in all
-        self._model, self._prompt, self._key = model, prompt, key
-        self._options = _parse_options(options)
-        self._concurrency, self._timeout, self._retries = concurrency, timeout, retries
+        # Seconds that a silent request may take in all.
+        self.patience = api.timeout * (api.retries + 1)
+        self._api, self._prompt, self._key = api, prompt, key
+        self._options = _parse_options(api.options)
         self._lock = threading.Lock()
         self._was_reached = self._has_answered = self._shows_images = False
         self._error: Exception | None = None
-        timeouts = httpx2.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS))
+        timeouts = httpx2.Timeout(api.timeout, connect=min(api.timeout, CONNECT_SECONDS))
         self._client = openai.OpenAI(
-            base_url=base_url,
+            base_url=api.base_url,
             api_key=key or "none",  # the client refuses an empty key
             timeout=timeouts,
             max_retries=0,  # the client's retries would not be coordinated with other threads
@@ -135,11 +124,11 @@ class Endpoint:
             default_headers={"Accept-Encoding": "identity"},
             http_client=openai.DefaultHttpxClient(
                 event_hooks={"request": [self._count_request], "response": [self._bound_body]},
-                limits=httpx2.Limits(max_connections=concurrency),
+                limits=httpx2.Limits(max_connections=api.concurrency),
                 timeout=timeouts,
             ),
         )
-        self._pace = Pace(str(self._client.base_url), concurrency, lambda: bool(budget.spent))
+        self._pace = Pace(str(self._client.base_url), api.concurrency, lambda: bool(budget.spent))
 
     def answers(self, rows: Iterable[Row]) -> Iterator[tuple[int, Reply]]:
         """Yields (the row's number, its reply) as replies arrive; rows are drawn as needed.
@@ -178,7 +167,7 @@ class Endpoint:
         """Sends the rows by threads; yields the replies in the order in which they arrive."""
         todo: SimpleQueue = SimpleQueue()
         done: SimpleQueue = SimpleQueue()
-        for _ in range(self._concurrency):
+        for _ in range(self._api.concurrency):
             # Daemon threads, so that Ctrl-C need not wait for a silent server.
             threading.Thread(target=self._work, args=(todo, done), daemon=True).start()
         under_way = 0  # rows that are queued or being asked
@@ -188,13 +177,14 @@ class Endpoint:
                     break
                 todo.put(item)
                 under_way += 1
-                if under_way > self._concurrency:  # one row is queued, so that no thread is idle
+                # One row is queued, so that no thread is idle.
+                if under_way > self._api.concurrency:
                     under_way -= 1
                     yield from self._result(done)
             for _ in range(under_way):
                 yield from self._result(done)
         finally:
-            for _ in range(self._concurrency):
+            for _ in range(self._api.concurrency):
                 todo.put(None)
 
     def _result(self, done: SimpleQueue) -> Iterator[tuple[int, Reply]]:
@@ -291,7 +281,7 @@ class Endpoint:
             elif reply.kind is Kind.FAILED:
                 self._pace.failed()
                 failures += 1
-                if failures > self._retries:
+                if failures > self._api.retries:
                     return reply
                 wait = reply.after or FIRST_WAIT * 2 ** (failures - 1)
                 self._pace.rest(min(wait, LONGEST_WAIT))
@@ -307,7 +297,7 @@ class Endpoint:
         """The reply to one request; None if it was not sent because sending has ended."""
         try:
             response = self._client.chat.completions.with_raw_response.create(
-                model=self._model,
+                model=self._api.model,
                 messages=[{"role": "user", "content": content}],
                 extra_body=self._options,
             )
@@ -339,7 +329,7 @@ class Endpoint:
 
     def _hopeless_error(self, reply: Reply) -> UserError:
         """An error that says why no row would be answered, and what to do."""
-        explanation = HOPELESS[reply.kind].format(reply.reason, model=self._model)
+        explanation = HOPELESS[reply.kind].format(reply.reason, model=self._api.model)
         return UserError(f"{self._client.base_url} {explanation}")
 
     def _unavailable_error(self, reply: Reply) -> UserError:
@@ -371,7 +361,7 @@ class Endpoint:
             self.budget.requests += 1
 
     def _bound_body(self, response: httpx2.Response) -> None:
-        response.stream = _Bounded(response.stream, time.monotonic() + self._timeout)
+        response.stream = _Bounded(response.stream, time.monotonic() + self._api.timeout)
 
 
 class _Bounded(httpx2.SyncByteStream):

@@ -1,4 +1,4 @@
-"""An answer read, and how sure its generator is of each attribute.
+"""A parsed answer, and the confidence of its generator in each attribute.
 
 Axis: T tokens of an answer.
 """
@@ -21,10 +21,10 @@ _BYTE_OF = {chr(b): b for b in _PLAIN} | {chr(256 + n): b for n, b in enumerate(
 
 @dataclass(frozen=True)
 class Description:
-    """What a generator says of one listing.
+    """A generator's answer to a listing, parsed.
 
-    confidence: of each of parsed.attributes, the probability of its value as written, given its
-    name and the text before: the product over the value's tokens.
+    confidence: for each of parsed.attributes, the probability of the value as written, given its
+    name and the text before it: the product over the value's tokens.
     """
 
     answer: Answer
@@ -33,22 +33,22 @@ class Description:
 
     @property
     def attributes(self) -> dict[str, str]:
-        """A valid answer's attributes; {} where it is invalid."""
+        """The attributes of a valid answer; {} of an invalid one."""
         return self.sure(0.0)
 
     def sure(self, least: float) -> dict[str, str]:
-        """A valid answer's attributes with confidence >= least; {} where it is invalid."""
+        """The attributes of a valid answer with confidence >= least; {} of an invalid one."""
         if self.parsed.verdict is not Verdict.VALID:
             return {}
-        found = self.parsed.attributes.items()
-        return {name: value for name, value in found if self.confidence[name] >= least}
+        pairs = self.parsed.attributes.items()
+        return {name: value for name, value in pairs if self.confidence[name] >= least}
 
 
 def describe(answer: Answer, tokenizer: Tokenizer) -> Description:
-    """An answer read, with the confidence of its values.
+    """Parses an answer, and computes the confidence of its values.
 
-    A token counts for the first value of which it writes a part. Names and separators count for
-    none: which attributes a generator tells is no measure of whether they are right.
+    A token counts for the first value that it writes a part of. Names and separators do not count:
+    the choice of attributes is no measure of their truth.
     """
     parsed = parse(answer.text, answer.closed)
     starts = token_starts(tokenizer, answer.tokens)
@@ -57,7 +57,7 @@ def describe(answer: Answer, tokenizer: Tokenizer) -> Description:
         owner[first:end] = [name] * (end - first)
     log_confidence = dict.fromkeys(parsed.attributes, 0.0)
     for start, end, log_prob in zip(starts, [*starts[1:], len(owner)], answer.log_probs):
-        # The character in which a token begins is its own, though the next may begin there too.
+        # A token has at least the character where it begins; the next one may begin there, too.
         name = next(filter(None, owner[start : max(end, start + 1)]), None)
         if name is not None:
             log_confidence[name] += float(log_prob)
@@ -67,9 +67,9 @@ def describe(answer: Answer, tokenizer: Tokenizer) -> Description:
 
 
 def token_starts(tokenizer: Tokenizer, tokens: np.ndarray) -> list[int]:
-    """The character of the decoded text in which each token's first byte lies, in one pass.
+    """For each token, the place in the decoded text of the character that holds its first byte.
 
-    tokenizer: byte-level. tokens: int[T]; the text keeps special tokens, as `Generator.read`'s.
+    tokenizer: byte-level. tokens: int[T]; the text keeps special tokens, as in `Generator.read`.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     starts, length = [], 0
@@ -83,7 +83,8 @@ def token_starts(tokenizer: Tokenizer, tokens: np.ndarray) -> list[int]:
 
 
 def _token_bytes(tokenizer: Tokenizer, token: int) -> bytes:
-    """As the byte-level decoder does it: a token with another letter is plain text."""
+    """The bytes of a token, as the byte-level decoder writes them. A token is plain text where a
+    letter of it stands for no byte."""
     text = tokenizer.id_to_token(token)
     try:
         return bytes(_BYTE_OF[letter] for letter in text)

@@ -11,6 +11,7 @@ from flax import nnx
 
 from afmrl_jax.assembly.model import Assembly
 from afmrl_jax.assembly.options import EncoderOptions
+from afmrl_jax.core.types import Params, Rows
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.prompts import chat_template, embedder_template, embedding_prompt
 from afmrl_jax.models.embedder import Embedder
@@ -31,13 +32,13 @@ class Encoder(Assembly):
     def template_of(folder: Path) -> str:
         return embedder_template(folder, chat_template(folder))
 
-    def embed(self) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:
-        """A pure function (params, rows[..., N, S]) -> float32[..., N, E]; leading axes stay."""
+    def embed(self) -> Callable[[Params, Rows], jax.Array]:
+        """A pure function (params, rows[..., N, S]) -> float32[..., N, E] for any leading axes."""
         graph = self.graph()
 
-        def embed(params: Any, rows: dict[str, jax.Array]) -> jax.Array:
+        def embed(params: Params, rows: Rows) -> jax.Array:
             leading = rows["tokens"].shape[:-1]
-            n = math.prod(leading)  # not -1, which rows without patches leave open
+            n = math.prod(leading)  # reshape cannot infer it for rows without patches
             flat = {k: v.reshape(n, *v.shape[len(leading) :]) for k, v in rows.items()}
             vectors = nnx.merge(graph, params)(flat)
             return vectors.reshape(*leading, vectors.shape[-1])

@@ -14,6 +14,7 @@ from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.options import DTYPES, sections
 from afmrl_jax.assembly.pretrained import RECORD, Pretrained
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.types import Params
 from afmrl_jax.data.images import IMAGE_STATISTICS
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.prompts import CHATML
@@ -136,14 +137,17 @@ NO_HEAD = (
 def write_folder(
     folder: Path,
     model: Encoder | Generator,
-    params: Any,
+    params: Params,
     source: Pretrained,
     *,
     dtype: str = "float32",
     evaluation: str = "",
 ) -> None:
-    """All files of an export. params: the model's; dtype: of the weights written; evaluation: for
-    the model card, in Markdown; "" where the model was not judged."""
+    """Writes all files of an export.
+
+    params: of the model. dtype: of the written weights. evaluation: for the model card, in
+    Markdown; "" where the run did not judge the model.
+    """
     config, answers = model.model_config, isinstance(model, Generator)
     hf_weights.save(folder, params, config, dtype=DTYPES[dtype])
     head = answers or config.tie_embeddings
@@ -189,6 +193,7 @@ def write_folder(
 
 
 def check_processor(model: Encoder | Generator) -> Processor:
+    """The processor of the model's rows. Raises UserError where their sizes do not fit it."""
     return model.processor(answers=False) if isinstance(model, Generator) else model.processor()
 
 
@@ -215,7 +220,7 @@ def _write_tokenizer(folder: Path, model: Encoder | Generator) -> None:
 
 
 def _write_processor(folder: Path, model: Encoder | Generator) -> None:
-    """What transformers' image processor, to which ours is equal for one image, has to know."""
+    """Writes the settings of transformers' image processor, which equals ours for one image."""
     rows, vision = model.options.rows, model.model_config.vision
     most = min(rows.max_pixels, _windows(model) * _side(model) ** 2)
     mean, std = IMAGE_STATISTICS[model.model_config.architecture]
@@ -233,7 +238,7 @@ def _write_processor(folder: Path, model: Encoder | Generator) -> None:
 
 
 def _write_sentence_transformers(folder: Path, model: Encoder) -> None:
-    """Our own first module, whose files go along, then the library's pooling and normalising."""
+    """Writes the modules: ours, with its files, then the library's pooling and normalising."""
     for name in ("core.pixels", "assembly.listing_rows", "assembly.sentence_encoder"):
         _copy_module(folder, name)
     library = "sentence_transformers.sentence_transformer.modules"
@@ -243,8 +248,8 @@ def _write_sentence_transformers(folder: Path, model: Encoder) -> None:
         ("2_Normalize", f"{library}.Normalize"),
     ]
     listed = [
-        {"idx": i, "name": str(i), "path": path, "type": kind}
-        for i, (path, kind) in enumerate(modules)
+        {"idx": i, "name": str(i), "path": path, "type": module}
+        for i, (path, module) in enumerate(modules)
     ]
     _write_json(folder / "modules.json", listed)
     described = {
@@ -262,7 +267,7 @@ def _write_sentence_transformers(folder: Path, model: Encoder) -> None:
 
 
 def _frames(model: Encoder | Generator, processor: Processor) -> dict[str, Any]:
-    """The prompt's tokens without and with an image, and what each further image adds."""
+    """The prompt's tokens without and with an image, and the ids that each further image adds."""
     frames = [processor.prompt.frame(n, processor.tokenizer) for n in range(4)]
     heads = [frame.head for frame in frames]
     place = heads[1].index(model.model_config.image_token_id) + 2  # behind <|vision_end|>
@@ -279,7 +284,7 @@ def _frames(model: Encoder | Generator, processor: Processor) -> dict[str, Any]:
 
 
 def model_card(encoder: Encoder, config: Mapping[str, Any], evaluation: str, *, head: bool) -> str:
-    """README.md. What it quotes stands in JSON, fenced by more backticks than it holds.
+    """The README.md of an encoder.
 
     config: as `configuration` gives it. head: whether the folder has a language head.
     """
@@ -293,7 +298,7 @@ def model_card(encoder: Encoder, config: Mapping[str, Any], evaluation: str, *, 
 
 
 def generator_card(generator: Generator, config: Mapping[str, Any], evaluation: str) -> str:
-    """README.md of a generator: how it is asked as it was trained to be."""
+    """The README.md of a generator, which shows how to prompt it as in training."""
     rows = generator.options.rows
     return GENERATOR_CARD.format(
         architecture=generator.model_config.architecture,
@@ -316,8 +321,8 @@ def _quoted(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def configuration(model: Encoder | Generator, source: Pretrained) -> dict[str, Any]:
-    """The run's configuration, or how a model without a run is used; without its cache, which is a
-    place on one machine."""
+    """The run's configuration, or the options of a model without a run; without data.cache_dir, a
+    folder of one machine."""
     config = dict(source.config or sections(model.options))
     config["data"] = {name: x for name, x in config["data"].items() if name != "cache_dir"}
     return config
@@ -332,7 +337,7 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _copy_module(folder: Path, name: str) -> None:
-    """Puts a file of ours that runs by itself into a folder, where its imports are neighbours."""
+    """Copies a module of ours into a folder, where the module that it imports lies beside it."""
     source = Path(importlib.util.find_spec(f"afmrl_jax.{name}").origin)
     text = source.read_text(encoding="utf-8").replace("from afmrl_jax.core.", "from .")
     (folder / source.name).write_text(text, encoding="utf-8")

@@ -1,10 +1,10 @@
-"""A listing as its model was taught to see it: exported folders carry this file and run it.
+"""Listings to rows as in training: exported folders carry this file and run it.
 
-`ListingRows.load(FOLDER).inputs([{"text": "...", "image": image or [image, ...]}])` are what
-transformers' model takes. It needs torch, transformers, NumPy and Pillow, and of afmrl_jax its
-neighbour pixels.py: rows are built here as data/processor.py builds them, which tests compare.
-transformers' own processor would let a text forge special tokens, cut off a long row's end or
-nothing, and give each image a budget of its own where ours share the row's.
+`ListingRows.load(FOLDER).inputs([{"text": "...", "image": image or [image, ...]}])` makes inputs of
+transformers' model. The file needs torch, transformers, NumPy and Pillow, and of afmrl_jax
+pixels.py, which lies beside it. It builds the rows of data/processor.py; tests compare the two.
+transformers' processor differs: it lets a text forge special tokens, cuts the end of a long row or
+nothing, and gives each image a separate budget where ours share the row's.
 
 Axes: N rows · S tokens of the longest.
 """
@@ -26,8 +26,8 @@ from transformers.utils import cached_file
 from afmrl_jax.core.pixels import upright_rgb  # in exported folders: .pixels
 
 END, IMAGE = "<|endoftext|>", "<|image_pad|>"
-LONGEST_ASPECT = 200  # sides further apart are resized as this
-CHARACTERS_PER_TOKEN = 32  # a text is cut to so many a token before it is tokenised
+LONGEST_ASPECT = 200  # longest side over the shortest; a narrower image is widened to it
+CHARACTERS_PER_TOKEN = 32  # limit to which a text is cut before it is tokenised
 
 
 class ListingRows:
@@ -36,8 +36,8 @@ class ListingRows:
     frames: the tokens around a row's text, {"head": ids, "prefix": text, "joint": text, "tail":
     ids} for "text" alone and for an "image" (its <|image_pad|> once, repeated for its features).
     more_images: the ids that each further image adds to the head, and the place to add them.
-    max_tokens, max_patches: bounds of a row. min_pixels, max_pixels: of a resized image's area.
-    pad_left: whether padding stands before the rows, for a model that goes on from them.
+    max_tokens, max_patches: bounds of a row. min_pixels, max_pixels: bounds of a resized image's
+    area. pad_left: whether rows are padded on the left, for a model that generates.
     """
 
     rows_file = "listing_rows.json"
@@ -52,7 +52,7 @@ class ListingRows:
         self.image_processor = image_processor
         for key in self.rows_keys:
             setattr(self, key, config[key])
-        # All added tokens count as special, so that none of them can be forged by a text.
+        # All added tokens count as special, so that a text can forge none of them.
         names = [token.content for token in tokenizer.get_added_tokens_decoder().values()]
         tokenizer.add_special_tokens([AddedToken(n, special=True, normalized=False) for n in names])
         tokenizer.no_padding()
@@ -62,7 +62,7 @@ class ListingRows:
 
     @classmethod
     def load(cls, folder: str, **hub: Any) -> "ListingRows":
-        """folder: an exported one, or its name on the hub; hub: as `from_pretrained`'s."""
+        """folder: an exported one, or its name on the hub; hub: options of `from_pretrained`."""
         images = Qwen2VLImageProcessorPil.from_pretrained(folder, **hub)
         tokenizer = Tokenizer.from_file(cached_file(folder, "tokenizer.json", **hub))
         config = Path(cached_file(folder, cls.rows_file, **hub)).read_text(encoding="utf-8")
@@ -73,7 +73,7 @@ class ListingRows:
         there are images, pixel_values float32[patches, C] and image_grid_thw int64[images, 3].
 
         listings: {"text": text or texts, "image": image or images}, each of the two optional.
-        prompt: said before each text. Raises ValueError for what is neither text nor image.
+        prompt: precedes each text. Raises ValueError for what is neither text nor image.
         """
         rows, patches, grids = [], [], []
         for text, images in map(_text_and_images, listings):
@@ -97,13 +97,13 @@ class ListingRows:
 
     @property
     def least_tokens(self) -> int:
-        """A row of so many tokens holds the prompt and images of max_patches, without text."""
+        """Tokens of a row with the prompt and images of max_patches, without text."""
         frame = self.frames["image"]
         fixed = len(frame["head"]) + len(self._encode(frame["prefix"])) + len(frame["tail"]) - 1
         return fixed + self.max_patches // self.image_processor.merge_size**2
 
     def _row(self, text: str, images: list[Image.Image]) -> tuple[list[int], list[tuple[int, int]]]:
-        """One row's tokens, and the width and height to which each of its images is resized."""
+        """A row's tokens, and the width and height to which each of its images is resized."""
         frame = self.frames["image" if images else "text"]
         head, tail, place = frame["head"], frame["tail"], self.more_images["place"]
         head = head[:place] + self.more_images["ids"] * (len(images) - 1) + head[place:]
@@ -118,9 +118,9 @@ class ListingRows:
         return row, [(columns * factor, rows * factor) for rows, columns in grids]
 
     def _encode(self, text: str) -> list[int]:
-        # A listing may hold "<|image_pad|>": with this set, it is split as the text that it is.
+        # A listing may hold "<|image_pad|>": with this set, it is tokenised as plain text.
         self.tokenizer.encode_special_tokens = True
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # no lone ones
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # lone surrogates
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _grids(self, images: list[Image.Image], budget: int) -> list[tuple[int, int]]:
@@ -138,7 +138,7 @@ class ListingRows:
             return window_grid(image.height, image.width, patch * merge, *bounds)
 
         grids = [grid(image, budget) for image in images]
-        # The smallest first: what it leaves of its even share is the larger ones' to divide.
+        # The smallest image first: the larger ones divide the rest of its even share.
         for done, k in enumerate(sorted(range(len(images)), key=lambda k: math.prod(grids[k]))):
             grids[k] = grid(images[k], budget // (len(images) - done))
             budget -= math.prod(grids[k])
@@ -167,7 +167,7 @@ def window_grid(
 
 
 def _text_and_images(listing: dict[str, Any]) -> tuple[str, list[Image.Image]]:
-    """Text and RGB images of a listing."""
+    """Text and RGB images of a listing. Raises ValueError for other keys."""
     if extra := listing.keys() - {"text", "image"}:
         raise ValueError(f"this model reads text and images, not {', '.join(sorted(extra))}")
     texts, images = listing.get("text") or [], listing.get("image")

@@ -1,4 +1,4 @@
-"""A model with its parameters on a mesh: rows and listings to vectors, listings to answers.
+"""Models with their parameters on a mesh: rows and listings to vectors, listings to answers.
 
 All processes call a loaded model's methods together, with the same arguments, and get the same.
 Axes: N rows · E embedding · B rows of a batch, all processes'.
@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import jax
 import numpy as np
@@ -30,18 +30,19 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import local_rows, put_batch, replicated
 from afmrl_jax.core.pixels import upright_rgb
 from afmrl_jax.core.progress import with_progress
+from afmrl_jax.core.types import Params, Rows
 from afmrl_jax.data.processor import Row
 from afmrl_jax.data.views import VIEWS, AttributeCuts, evaluation_row, listing_images, view_row
 from afmrl_jax.models import lora
 from afmrl_jax.models.sampler import generate, sample_keys
 
-REMEMBERED = 64  # listings whose photos are kept: queries that differ in attributes are neighbours
+CACHED = 64  # listings whose photos stay in memory, for the next rows of the same listing
 
 Arrays = dict[str, np.ndarray]
 
 
 class Embedded(NamedTuple):
-    """vectors: float32[N, E]. cuts: of the rows that this process made."""
+    """vectors: float32[N, E]. cuts: of the attributes in the rows that this process made."""
 
     vectors: np.ndarray
     cuts: AttributeCuts
@@ -50,37 +51,37 @@ class Embedded(NamedTuple):
 class LoadedEncoder:
     """An encoder with its parameters on a mesh: `embed` makes vectors of unit length.
 
-    batch: rows embedded at once, by all processes; the last batch is filled up, so that one shape
-    is compiled for rows with photos and one for texts alone.
+    batch: rows embedded at once, by all processes; the last batch is padded, so that one shape is
+    compiled for rows with photos and one for texts alone.
     """
 
-    def __init__(self, encoder: Encoder, params: Any, mesh: Mesh, batch: int):
+    def __init__(self, encoder: Encoder, params: Params, mesh: Mesh, batch: int):
         """params: `abstract_params(encoder, mesh)` describes them. Raises UserError where the mesh
         cannot split the batch, or rows of the encoder's sizes hold no image."""
         self.encoder, self.params, self.mesh, self.batch = encoder, params, mesh, batch
         self.processor = encoder.processor()
         self._local = local_rows(mesh, batch, "eval.batch")
         self._compiled = jax.jit(encoder.embed(), out_shardings=replicated(mesh))
-        self._warned: set[tuple[str, bool]] = set()  # where, and whether an attribute was lost
+        self._warned: set[tuple[str, bool]] = set()  # the texts, and whether an attribute was lost
 
     @classmethod
     def of(
-        cls, source: Pretrained[Encoder], mesh: Mesh, batch: int, otherwise: EncoderOptions | None
+        cls, source: Pretrained[Encoder], mesh: Mesh, batch: int, options: EncoderOptions | None
     ) -> Self:
-        """Reads the parameters. otherwise: how a model is used that knows no run of its own."""
-        encoder = source.with_options(otherwise)
+        """Reads the parameters. options: of a model without a run, else not used."""
+        encoder = source.with_options(options)
         return cls(encoder, source.load(abstract_params(encoder, mesh)), mesh, batch)
 
-    def with_params(self, params: Any) -> Self:
-        """The same encoder with other parameters; what was compiled serves both."""
-        other = copy.copy(self)
-        other.params = params
-        other.__dict__.pop("version", None)
-        return other
+    def with_params(self, params: Params) -> Self:
+        """The same encoder with other parameters, and the same compiled functions."""
+        encoder = copy.copy(self)
+        encoder.params = params
+        encoder.__dict__.pop("version", None)
+        return encoder
 
     @functools.cached_property
     def version(self) -> str:
-        """Names all that the vectors depend on but the batch: 32 hexadecimal digits."""
+        """A hash of all that the vectors depend on but the batch: 32 hexadecimal digits."""
         return version_of(self.encoder, self.params)
 
     def embed(self, rows: str | Row | Sequence[str | Row]) -> np.ndarray:
@@ -88,7 +89,7 @@ class LoadedEncoder:
 
             model.embed(["navy dress", Row("red mug", (photo,))])
 
-        Raises UserError for what is no row, and for no row at all.
+        Raises UserError for a value that is no row, and where there are no rows.
         """
         if isinstance(rows, str | Row):
             rows = [rows]
@@ -112,13 +113,13 @@ class LoadedEncoder:
     ) -> Embedded:
         """Vectors of a view of listings, int64[N], with attributes in their texts.
 
-        attributes: those of the n-th listing; None: no text has any. draws: int64[N], as
-        `Catalog.listing` takes them; 0 by default. where: in whose texts, for the warning that is
-        given once where attributes do not fit; the view by default.
+        attributes: n -> the attributes of the n-th listing; None: no text has any. draws: int64[N],
+        as `Catalog.listing` takes them; 0 by default. where: names the texts in the warning of
+        attributes that do not fit, which is logged once; the view by default.
         """
         cuts = AttributeCuts(self.processor)
 
-        @functools.lru_cache(REMEMBERED)
+        @functools.lru_cache(CACHED)
         def photos(index: int, draw: int) -> tuple[Image.Image, ...]:
             return listing_images(catalog, index, self.processor.max_images, draw)
 
@@ -131,7 +132,7 @@ class LoadedEncoder:
         vectors = self._in_batches(
             lambda numbers: cuts.made(numbers, row), np.arange(len(listings)), view == "text"
         )
-        self._tell(cuts, where or view)
+        self._warn_of_cuts(cuts, where or view)
         return Embedded(vectors, cuts)
 
     def embed_catalog(
@@ -146,8 +147,9 @@ class LoadedEncoder:
             vectors = model.embed_catalog(catalog, "test", view="image+text")
 
         listings: a split (train, validation, test, all), or indices int64[N]. view: image, text or
-        image+text. attributes: join the texts; "oracle" for the catalogue's, or one mapping a
-        listing, as a generator's descriptions give them. Raises UserError for anything else.
+        image+text. attributes: are appended to the texts: "oracle" for the catalogue's, or one
+        mapping a listing, as a generator's descriptions give them. Raises UserError for other
+        values.
         """
         listings = chosen_listings(catalog, listings)
         if view not in VIEWS:
@@ -161,10 +163,10 @@ class LoadedEncoder:
             return self.embed_listings(catalog, listings, view).vectors
         if attributes == "oracle":
 
-            def of(number: int) -> Mapping[str, str]:
+            def oracle(number: int) -> Mapping[str, str]:
                 return catalog.listing(int(listings[number])).attributes
 
-            return self.embed_listings(catalog, listings, view, attributes=of).vectors
+            return self.embed_listings(catalog, listings, view, attributes=oracle).vectors
         if len(attributes) != len(listings):
             raise UserError(
                 f"{len(attributes)} mappings of attributes came for {len(listings)} listings: give "
@@ -175,8 +177,11 @@ class LoadedEncoder:
     def _in_batches(
         self, make: Callable[[np.ndarray], list[Row]], numbers: np.ndarray, text_only: bool
     ) -> np.ndarray:
-        """float32[N, E]. make: some of the numbers -> their rows. text_only: whether no row has an
-        image; all processes must agree on it."""
+        """Vectors of rows, float32[N, E].
+
+        make: some of the numbers -> their rows. text_only: whether no row has an image; the same on
+        all processes.
+        """
         buckets = [self.processor.text_bucket] if text_only else []
 
         def rows(batch: np.ndarray) -> Arrays:
@@ -190,20 +195,20 @@ class LoadedEncoder:
 
         return embed_in_batches(embed, rows, numbers, self.batch)
 
-    def _tell(self, cuts: AttributeCuts, where: str) -> None:
-        """Warns of cut attributes once a place, however often its rows are embedded."""
+    def _warn_of_cuts(self, cuts: AttributeCuts, where: str) -> None:
+        """Warns of cut attributes once for the same texts, however often they are embedded."""
         key = where, bool(cuts.losing)
         if key not in self._warned and cuts.tell(where):
             self._warned.add(key)
 
 
 class LoadedGenerator:
-    """A generator with its parameters on a mesh: `describe` tells listings' attributes, greedily.
+    """A generator with its parameters on a mesh: `describe` gives attributes of listings, greedily.
 
     batch: listings answered at once, by all processes.
     """
 
-    def __init__(self, generator: Generator, params: Any, mesh: Mesh, batch: int):
+    def __init__(self, generator: Generator, params: Params, mesh: Mesh, batch: int):
         """params: `abstract_params(generator, mesh)` describes them. Raises UserError where the
         mesh cannot split the batch."""
         self.generator, self.params, self.mesh, self.batch = generator, params, mesh, batch
@@ -211,7 +216,7 @@ class LoadedGenerator:
         self._processor = generator.processor(answers=False)
         graph, sampling = generator.graph(), generator.sampling()
 
-        def answer(params: Any, rows: dict[str, jax.Array], numbers: jax.Array):
+        def answer(params: Params, rows: Rows, numbers: jax.Array):
             keys = sample_keys(jax.random.key(0), numbers, 1)
             samples = generate(graph, params, rows, keys, sampling)
             lengths = samples.mask.sum(-1, dtype=np.int32)
@@ -221,8 +226,7 @@ class LoadedGenerator:
 
     @classmethod
     def of(cls, source: Pretrained[Generator], mesh: Mesh, batch: int) -> Self:
-        """Reads the parameters. Raises UserError where it is not known how the generator is
-        asked."""
+        """Reads the parameters. Raises UserError where the generator's prompt is not known."""
         generator = source.model
         if generator.options is None:
             raise UserError(
@@ -231,17 +235,17 @@ class LoadedGenerator:
             )
         return cls(generator, source.load(abstract_params(generator, mesh)), mesh, batch)
 
-    def with_params(self, params: Any) -> Self:
-        """The same generator with other parameters; what was compiled serves both."""
-        other = copy.copy(self)
-        other.params = params
-        return other
+    def with_params(self, params: Params) -> Self:
+        """The same generator with other parameters, and the same compiled functions."""
+        generator = copy.copy(self)
+        generator.params = params
+        return generator
 
     def describe(self, catalog: Catalog, listings: str | np.ndarray) -> list[Description]:
-        """What the generator says of each listing, with the confidence of each attribute.
+        """The generator's description of each listing, with the confidence of each attribute.
 
-            for said in model.describe(catalog, "test"):
-                print(said.attributes, said.confidence)
+            for description in model.describe(catalog, "test"):
+                print(description.attributes, description.confidence)
 
         listings: a split (train, validation, test, all), or indices int64[N].
         """
@@ -250,26 +254,26 @@ class LoadedGenerator:
         return [describe(answer, tokenizer) for answer in self.answers(catalog, listings)]
 
     def answers(self, catalog: Catalog, listings: np.ndarray) -> Iterator[Answer]:
-        """The answers to listings, int64[N], in their order, each as soon as its batch is there."""
-        under_way: tuple[tuple[jax.Array, ...], int] | None = None
+        """The answers to listings, int64[N], in their order, batch by batch."""
+        previous: tuple[tuple[jax.Array, ...], int] | None = None
         for batch, real in batches_of(listings, self.batch):
-            # Returns at once: the device answers while the next batch is made here.
-            begun = self._begin(catalog, batch), real
-            if under_way:
-                yield from self._read(*under_way)
-            under_way = begun
-        if under_way:
-            yield from self._read(*under_way)
+            # Returns at once: the device computes while the host makes the next batch.
+            current = self._begin(catalog, batch), real
+            if previous:
+                yield from self._read(*previous)
+            previous = current
+        if previous:
+            yield from self._read(*previous)
 
     def _begin(self, catalog: Catalog, batch: np.ndarray) -> tuple[jax.Array, ...]:
-        most = self._processor.max_images
-        shown = [evaluation_row(catalog, int(index), most) for index in batch[self._local]]
+        max_images = self._processor.max_images
+        local = [evaluation_row(catalog, int(index), max_images) for index in batch[self._local]]
         with jax.set_mesh(self.mesh):
-            rows = put_batch(self._processor(shown), self.mesh, axis=0, rows=self.batch)
+            rows = put_batch(self._processor(local), self.mesh, axis=0, rows=self.batch)
             return self._compiled(self.params, rows, batch.astype(np.int32))
 
     def _read(self, out: tuple[jax.Array, ...], real: int) -> Iterator[Answer]:
-        """Waits for a batch; real: how many of its rows are no filling."""
+        """Waits for the answers of a batch. real: the number of its rows without padding."""
         tokens, log_probs, lengths, truncated = (np.asarray(x)[:, 0] for x in out)
         for n in range(real):
             end = lengths[n]
@@ -278,15 +282,15 @@ class LoadedGenerator:
 
 def load_generator(path: str, mesh: Mesh, batch: int) -> LoadedGenerator:
     """The generator that `path` names, as in `find_pretrained`. Of a workdir it is the checkpoint
-    that did best on validation: rewarded for too long, a generator may fall silent.
+    that is best on validation: a generator that was rewarded for too long may answer nothing.
 
-    Raises UserError where there is none, or the mesh cannot split the batch.
+    Raises UserError where there is none, or where the mesh cannot split the batch.
     """
     return LoadedGenerator.of(find_pretrained(path, Generator, best=None), mesh, batch)
 
 
-def version_of(model: Assembly, params: Any) -> str:
-    """Names all that a model's vectors or answers depend on: 32 hexadecimal digits."""
+def version_of(model: Assembly, params: Params) -> str:
+    """A hash of all that a model's vectors or answers depend on: 32 hexadecimal digits."""
     parts = [
         lora.fingerprint(params),
         dataclasses.asdict(model.options),
@@ -298,10 +302,10 @@ def version_of(model: Assembly, params: Any) -> str:
 
 
 def chosen_listings(catalog: Catalog, listings: str | np.ndarray) -> np.ndarray:
-    """int64[N]: a split's listings, or the indices that are given.
+    """The listings of a split, or those of the indices; int64[N].
 
-    Raises UserError for another word, for a split without listings, and for indices that the
-    catalogue does not have.
+    Raises UserError for another word, for a split without listings, and for indices outside the
+    catalogue.
     """
     if isinstance(listings, str):
         if listings not in (*SPLITS, "all"):
@@ -327,11 +331,11 @@ def embed_in_batches(
     numbers: np.ndarray,
     batch: int,
 ) -> np.ndarray:
-    """Embeds rows in batches; a thread makes the next batch while the device works on this one.
+    """Embeds rows in batches; a thread makes the next batch while the device computes.
 
     embed: a jitted function, rows -> float[B, E]. make_rows: numbers int64[B] -> rows, always of
     the same shapes. numbers: int64[N], N > 0. Returns float32[N, E].
-    The last batch is filled up by repeating its last row, so that nothing compiles twice.
+    The last batch is padded with its last row, so that nothing compiles twice.
     """
     if len(numbers) == 0:
         raise ValueError("there are no listings to embed")
@@ -357,7 +361,7 @@ def embed_in_batches(
 
 
 def _checked_row(number: int, row: object) -> Row:
-    """A row as the processor takes it. Raises UserError where it is none."""
+    """The row for the processor, its images upright and RGB. Raises UserError for another value."""
     if isinstance(row, str):
         return Row(row)
     if not isinstance(row, Row) or not isinstance(row.text, str):

@@ -1,7 +1,7 @@
 """A model as programs use it: layers, tokenizer and row sizes put together.
 
-A run's record holds all of it but the parameters, so a checkpoint needs nothing beside it. The
-encoder is in encoder.py, the generator in generator.py.
+A run's record holds all of these, so a checkpoint needs no other file. The encoder is in
+encoder.py, the generator in generator.py.
 """
 
 import abc
@@ -28,6 +28,7 @@ from afmrl_jax.assembly.options import (
     TrainingOptions,
 )
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.types import Params
 from afmrl_jax.data.images import check_preprocessor
 from afmrl_jax.data.processor import Processor, checked_ids, row_arrays
 from afmrl_jax.data.prompts import CHATML, Prompt, chat_template, end_of_turn
@@ -53,29 +54,29 @@ AnyOptions = EncoderOptions | GeneratorOptions
 
 @dataclass(frozen=True)
 class Assembly(abc.ABC):
-    """What an encoder and a generator have in common.
+    """The common parts of an encoder and a generator.
 
-    options: None of a Hugging Face folder, which does not say how its model is used.
+    options: None for a Hugging Face folder, which does not record how its model is used.
     """
 
-    kind: ClassVar[str]  # how a record names it
+    kind: ClassVar[str]  # name in a record
     options_type: ClassVar[type[AnyOptions]]
     options: AnyOptions | None
     model_config: QwenVLConfig
     tokenizer: Tokenizer | None  # None where only shapes matter
     chat_template: str = CHATML  # Jinja; "" where the model's folder has none
-    remat: str = "none"  # what the backward pass computes again: one of REMATS
-    lora: LoRA | None = None  # in training; a checkpoint's adapters are merged when it is read
-    base_lora: tuple[LoRA, ...] = ()  # or kept apart, frozen, by a run that trains others
+    remat: str = "none"  # one of REMATS: activations that the backward pass computes again
+    lora: LoRA | None = None  # adapters in training; reading a checkpoint merges its adapters
+    base_lora: tuple[LoRA, ...] = ()  # adapters of earlier runs, kept apart and frozen
 
     @abc.abstractmethod
     def assemble(self, **options: Any) -> Embedder | QwenVL:
         """The model without adapters; options: rngs, dtype, param_dtype and remat."""
 
     def build(self, rngs: nnx.Rngs) -> Embedder | QwenVL:
-        """The model as it is trained."""
+        """The model with its adapters, as in training."""
         dtype = DTYPES[self.options.model.dtype]
-        # Frozen parameters are stored as they are multiplied; only trained ones need float32.
+        # Frozen parameters are stored in the compute dtype; only trained ones need float32.
         param_dtype = dtype if self.lora else jnp.float32
         model = self.assemble(rngs=rngs, dtype=dtype, param_dtype=param_dtype, remat=self.remat)
         add_base_adapters(model, self.base_lora)
@@ -83,18 +84,18 @@ class Assembly(abc.ABC):
             adapt(model, self.lora, rngs)
         return model
 
-    def init_params(self, seed: int) -> Any:
-        """Fresh parameters as a nested dict; float32, but frozen ones as the model computes."""
+    def init_params(self, seed: int) -> Params:
+        """Random parameters; float32, but frozen ones in the compute dtype."""
         return nnx.to_pure_dict(nnx.state(self.build(nnx.Rngs(seed))))
 
     def graph(self) -> nnx.GraphDef:
-        """What `nnx.merge` needs beside parameters."""
+        """The structure that `nnx.merge` needs beside parameters."""
         return nnx.split(nnx.eval_shape(lambda: self.build(nnx.Rngs(0))))[0]
 
-    def make_processor(self, prompt: Prompt, **more: Any) -> Processor:
-        """Rows of the options' sizes; more: the Processor's other arguments."""
+    def make_processor(self, prompt: Prompt, **options: Any) -> Processor:
+        """A processor of rows of the configured sizes. options: other arguments of Processor."""
         sizes = self.options.rows.sizes
-        return Processor(self.tokenizer, self.model_config, sizes, prompt=prompt, **more)
+        return Processor(self.tokenizer, self.model_config, sizes, prompt=prompt, **options)
 
     def abstract_rows(
         self,
@@ -104,8 +105,10 @@ class Assembly(abc.ABC):
         answers: int = 0,
         length: int = 0,
     ) -> dict[str, jax.ShapeDtypeStruct]:
-        """The processor's arrays, as it makes them with room for `answers` tokens; length: S, of
-        the longest rows by default."""
+        """Shapes, dtypes and shardings of the processor's arrays.
+
+        answers: tokens of room for an answer. length: S, by default of the longest rows.
+        """
         rows = self.options.rows
         tokens = length or rows.max_tokens + answers
         arrays = row_arrays(self.model_config, tokens, rows.max_patches, answers=answers > 0)
@@ -115,11 +118,11 @@ class Assembly(abc.ABC):
         }
 
     def for_training(self, training: TrainingOptions) -> Self:
-        """The model with the adapters that are trained."""
+        """The model with the adapters and the recomputation of training."""
         return dataclasses.replace(self, remat=training.remat, lora=training.lora)
 
     def record(self) -> dict[str, str]:
-        """What `from_record` needs beside the options."""
+        """The strings that `from_record` needs beside the options."""
         return {
             "kind": self.kind,
             "model": json.dumps(self.model_config.to_hf()),
@@ -130,8 +133,8 @@ class Assembly(abc.ABC):
 
     @classmethod
     def from_record(cls, options: AnyOptions | None, record: dict[str, str]) -> Self:
-        """The model of a checkpoint; options: those of the record's configuration, or None where
-        another kind of model was trained."""
+        """The model of a checkpoint. options: of the record's configuration, or None where the run
+        trained the other kind of model."""
         tokenizer, template = Tokenizer.from_str(record["tokenizer"]), record["chat_template"]
         described = json.loads(record["model"])
         ends = functools.partial(_ends, described, tokenizer, template)
@@ -141,7 +144,7 @@ class Assembly(abc.ABC):
 
     @classmethod
     def from_preset(cls, options: AnyOptions, start: PresetOptions, texts: Iterable[str]) -> Self:
-        """A model from scratch, with a byte-level BPE trained on `texts`."""
+        """A model from scratch, with a byte-level BPE tokenizer trained on `texts`."""
         tokenizer = train_tokenizer(texts, start.vocab_size)
         config = preset(start.preset).replace(
             vocab_size=tokenizer.get_vocab_size(), **special_token_ids(tokenizer)
@@ -150,7 +153,7 @@ class Assembly(abc.ABC):
 
     @classmethod
     def from_folder(cls, options: AnyOptions | None, folder: Path) -> Self:
-        """The model and tokenizer of a Hugging Face folder; its weights are read apart.
+        """The model and tokenizer of a Hugging Face folder, without its weights.
 
         Raises UserError where the folder has no config.json or it is not JSON, where its files
         belong to different models, or weights are damaged.
@@ -189,12 +192,14 @@ AnyAssembly = TypeVar("AnyAssembly", bound=Assembly)
 def _ends(
     described: Mapping[str, Any], tokenizer: Tokenizer, template: str, folder: Path | None = None
 ) -> dict[str, Any]:
-    """What ends an answer and what pads rows: fields of a QwenVLConfig, the same for training,
-    sampler, masks and exports. described: config.json's content; folder: where it lies.
+    """The stop tokens of answers and the padding token of rows: fields of a QwenVLConfig, the same
+    for training, sampler, masks and exports.
 
-    Training ends answers as the chat template ends a turn. An answer that is generated ends there
-    too, and at each other token that any of the model's files calls its end. Padding is masked, so
-    that what a folder pads with does not matter: rows are padded with <|endoftext|>.
+    described: content of config.json. folder: the folder that holds it.
+
+    In training an answer ends with the token that ends a turn of the chat template. A generated
+    answer also ends with any other token that the model's files name as an end. Padding is masked,
+    so the folder's padding token does not matter: rows are padded with <|endoftext|>.
     """
     ids = special_token_ids(tokenizer)
     pad = {**described, **(described.get("text_config") or {})}.get("pad_token_id")
@@ -214,13 +219,13 @@ def _ends(
     }
 
 
-def abstract_params(model: Assembly, mesh: Mesh) -> Any:
+def abstract_params(model: Assembly, mesh: Mesh) -> Params:
     """Shapes, dtypes and shardings of the parameters."""
     return placed(jax.eval_shape(lambda: model.init_params(0)), mesh)
 
 
-def placed(params: Any, mesh: Mesh) -> Any:
-    """Abstract parameters with the shardings that partition's rules give them."""
+def placed(params: Params, mesh: Mesh) -> Params:
+    """Abstract parameters with the shardings of models/partition.py."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         params,

@@ -1,4 +1,4 @@
-"""What an encoder and a generator need of a configuration, and of a run's record again."""
+"""The fields of a configuration, or of a run's record, that make an encoder or a generator."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 class RowOptions(Options, section="data"):
     """The rows that a model reads."""
 
-    instruction: str  # said before each row, or as the system of a chat
+    instruction: str  # text before each row, or the system message of a chat
     max_tokens: int = between(1)  # of a row, images included
-    max_patches: int = between(1)  # of a row, over all its images
+    max_patches: int = between(1)  # of all images of a row
     min_pixels: int = between(1)  # area to which a smaller image is enlarged
     max_pixels: int = between(1)  # area to which a larger image is reduced
 
@@ -39,23 +39,23 @@ class EncoderRows(RowOptions):
 
 @dataclass(frozen=True)
 class GeneratorRows(RowOptions):
-    """The rows of a generator, and the answers behind them."""
+    """The rows of a generator, and the answers that follow them."""
 
-    max_answer: int = between(2)  # tokens, the end of the turn among them
+    max_answer: int = between(2)  # tokens, the end of the turn included
 
 
 @dataclass(frozen=True)
 class Computation(Options, section="model"):
-    """How a model computes."""
+    """The dtype of a model's computation."""
 
     dtype: str = among(*DTYPES)
 
 
 @dataclass(frozen=True)
 class Embedding(Computation):
-    """How an encoder computes, and what it keeps of its last state."""
+    """The dtype of an encoder's computation, and the size of its embedding."""
 
-    embedding_dim: int = between(0)  # first dimensions kept; 0: all
+    embedding_dim: int = between(0)  # first dimensions of the last state that are kept; 0: all
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,16 @@ class GeneratorOptions(Options):
 
 @dataclass(frozen=True)
 class TrainingOptions(Options, section="model"):
-    """Which parameters are trained, and what the backward pass computes again."""
+    """The trained parameters, and the activations that the backward pass computes again."""
 
     remat: str = among(*REMATS)
     lora_rank: int = between(0)  # 0: all parameters are trained
-    lora_alpha: float = between(1e-6, 10_000)  # an adapter counts alpha / rank
-    lora_targets: str  # searched in kernels' paths
+    lora_alpha: float = between(1e-6, 10_000)  # an adapter is scaled by alpha / rank
+    lora_targets: str  # regular expression, searched in the paths of kernels
 
     @property
     def lora(self) -> LoRA | None:
-        """The adapters that are trained; None where all parameters are."""
+        """The adapters that are trained; None where all parameters are trained."""
         if not self.lora_rank:
             return None
         return LoRA(self.lora_rank, self.lora_alpha, self.lora_targets)
@@ -96,9 +96,9 @@ class PresetOptions(Options, section="model"):
     """A model from scratch."""
 
     preset: str  # a name of models/presets.py
-    vocab_size: int = between(1)  # of the tokenizer that is trained for it
+    vocab_size: int = between(1)  # of its tokenizer, which is trained as well
 
 
 def sections(options: EncoderOptions | GeneratorOptions) -> dict[str, dict[str, Any]]:
-    """The part of a configuration that `of` makes these options from."""
+    """The sections of a configuration from which `of` makes these options."""
     return {"model": dataclasses.asdict(options.model), "data": dataclasses.asdict(options.rows)}

@@ -1,10 +1,9 @@
-"""A model that exists already, wherever it lies: a run's workdir, one of its checkpoints, a Hugging
-Face folder, an adapter's of PEFT, or a name on the hub. Evaluation, export and `init_from` all find
-it here.
+"""Finds models: in a run's workdir, one of its checkpoints, a Hugging Face folder, a PEFT adapter's
+folder, or by a name on the hub. Evaluation, export and `init_from` all use it.
 
-A checkpoint under LoRA, and PEFT's folder, hold adapters alone. They stand on a base, whose place
-(and a run's fingerprint) is said beside them. The two are merged when the model is read, but where
-other adapters are to be trained: then they stay apart, as part of the base.
+A checkpoint of a LoRA run, and PEFT's folder, hold adapters alone, and name the base model that
+they adapt (a run records the base's fingerprint, too). Reading the model merges adapters and base,
+unless other adapters are to be trained: then they stay apart, as part of the frozen base.
 """
 
 import dataclasses
@@ -27,6 +26,7 @@ from afmrl_jax.checkpoints.checkpoint import Checkpoints, find_checkpoints
 from afmrl_jax.checkpoints.integrity import is_bucket
 from afmrl_jax.checkpoints.record import recorded
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.types import Params
 from afmrl_jax.data.prompts import chat_template, tell_system_words
 from afmrl_jax.models import lora
 from afmrl_jax.models.lora import LoRA
@@ -35,75 +35,81 @@ from afmrl_jax.weights import hf_weights, peft_adapter
 
 log = logging.getLogger(__name__)
 
-# What an exported folder holds of its run: {"kind": encoder | generator, "config": the run's,
+# The file of an exported folder about its run: {"kind": encoder | generator, "config": the run's,
 # "step": .., "evaluation": ..}.
 RECORD = "afmrl_jax.json"
 
 
 @dataclass(frozen=True)
 class Pretrained(Generic[AnyAssembly]):
-    """What is known of a model before its parameters are read."""
+    """A model whose parameters are not read yet."""
 
-    model: AnyAssembly  # its options are its run's; None of a bare folder
-    load: Callable[[Any], Any]  # abstract parameters, with their shardings -> parameters
-    label: str  # how a report names it
-    path: str  # where it is found again, though a workdir has got newer checkpoints
-    lora: tuple[LoRA, ...] = ()  # the adapters among its parameters, from the first trained on
+    model: AnyAssembly  # with the options of its run; with None from a folder without a run
+    load: Callable[[Params], Params]  # abstract parameters, with their shardings -> parameters
+    label: str  # name in reports
+    path: str  # names this very model, also once its workdir has newer checkpoints
+    lora: tuple[LoRA, ...] = ()  # adapters among its parameters, in the order of their training
     step: int | None = None
-    config: Mapping[str, Any] | None = None  # of its run, as its record has it
-    evaluation: dict | None = None  # its run's evaluation.json, where that judged this step
+    config: Mapping[str, Any] | None = None  # of its run, from the record
+    evaluation: dict | None = None  # its run's evaluation.json, where it is of this step
 
     def with_options(self, options: AnyOptions | None) -> AnyAssembly:
-        """The model as its run used it; with these options where it has no run."""
+        """The model with the options of its run; with `options` where it has no run."""
         if self.model.options is not None:
             return self.model
-        self._tell_system_words(options)
+        self._log_system_words(options)
         return dataclasses.replace(self.model, options=options)
 
     def for_training(self, options: AnyOptions, training: TrainingOptions) -> AnyAssembly:
-        """The model as a run trains it, from these parameters on."""
-        self._tell_system_words(options)
+        """The model of a run that trains it further."""
+        self._log_system_words(options)
         base = self.lora if training.lora else ()
         model = dataclasses.replace(self.model, options=options, base_lora=base)
         return model.for_training(training)
 
-    def _tell_system_words(self, options: AnyOptions) -> None:
-        """Logs what an encoder's rows begin with, where the options leave it to the folder."""
+    def _log_system_words(self, options: AnyOptions) -> None:
+        """Logs the system message of an encoder's rows, where the folder's template sets it."""
         if isinstance(options, EncoderOptions):
             rows, template = options.rows, self.model.chat_template
             tell_system_words(self.path, rows.prompt, template, rows.instruction)
 
 
 def find_pretrained(
-    path: str, kind: type[AnyAssembly] = Encoder, *, best: bool | None = False, begin: bool = False
+    path: str,
+    model_class: type[AnyAssembly] = Encoder,
+    *,
+    best: bool | None = False,
+    begin: bool = False,
 ) -> Pretrained[AnyAssembly]:
-    """The model that `path` names; best: as in `find_checkpoints`.
+    """The model that `path` names, as a model_class. best: as in `find_checkpoints`.
 
-    kind: what to make of it. A run's checkpoint is that or an error; with `begin` an encoder, which
-    has learnt to see, gives a generator its parameters. A folder may be either.
-    Raises UserError, naming the file, where there is none or a part of it is missing or broken.
+    A run's checkpoint must be of that class; with `begin` a generator may also take the parameters
+    of an encoder. A folder without a run may be read as either.
+    Raises UserError, naming the file, where there is no model, or a part is missing or broken.
     """
     folder = _resolve(path)
     if not is_bucket(folder) and peft_adapter.is_adapter(folder):
-        return _of_adapter(folder, path, kind)
+        return _of_adapter(folder, path, model_class)
     if _is_exported(folder):
-        return _of_folder(folder, path, kind)
+        return _of_folder(folder, path, model_class)
     checkpoints, step = find_checkpoints(path, best=best)
     record = checkpoints.record(step)
-    found = record["kind"]
+    kind = record["kind"]
     config = recorded(record["config"], path)
-    # An encoder's run does not say how a generator is asked.
-    options = kind.options_type.of(config) if found == kind.kind else None
-    model = kind.from_record(options, record)
+    # An encoder's run has no options of a generator, nor a generator's of an encoder.
+    options = model_class.options_type.of(config) if kind == model_class.kind else None
+    model = model_class.from_record(options, record)
     adapters = (*model.base_lora, *filter(None, [TrainingOptions.of(config).lora]))
     model = dataclasses.replace(model, base_lora=())
     load = functools.partial(_load_run, checkpoints, step, record)
-    if found == kind.kind:
-        load = functools.partial(load, kind)
-    elif begin and found == Encoder.kind and model.model_config.tie_embeddings:
+    if kind == model_class.kind:
+        load = functools.partial(load, model_class)
+    elif begin and kind == Encoder.kind and model.model_config.tie_embeddings:
         load = functools.partial(_without_pooling, functools.partial(load, Encoder))
     else:  # an encoder whose head is not its embedding table has none
-        raise UserError(f"{path} holds the {found} of a run: name what has trained the {kind.kind}")
+        raise UserError(
+            f"{path} holds the {kind} of a run: name what has trained the {model_class.kind}"
+        )
     return Pretrained(
         model,
         load,
@@ -117,31 +123,31 @@ def find_pretrained(
 
 
 def planned(
-    name: str, kind: type[AnyAssembly], options: AnyOptions, training: TrainingOptions
+    name: str, model_class: type[AnyAssembly], options: AnyOptions, training: TrainingOptions
 ) -> AnyAssembly:
-    """A model of which only shapes matter: a preset, or anything that `find_pretrained` knows, or a
-    folder with its config.json alone.
+    """A model for planning, which needs shapes alone: a preset, a model that `find_pretrained`
+    finds, or a folder with nothing but a config.json.
 
-    Raises UserError where there is no such thing.
+    Raises UserError where there is none of these.
     """
     if name in PRESETS:
-        model = kind(options, preset(name), None)
+        model = model_class(options, preset(name), None)
     elif (Path(name) / "config.json").exists() and not any(
         (Path(name) / other).exists() for other in ("checkpoints", peft_adapter.CONFIG)
     ):
-        model = kind.from_folder(options, Path(name))
+        model = model_class.from_folder(options, Path(name))
     else:
-        return find_pretrained(name, kind).for_training(options, training)
+        return find_pretrained(name, model_class).for_training(options, training)
     return model.for_training(training)
 
 
-def _without_pooling(load: Callable[[Any], Any], abstract: Any) -> Any:
-    """An encoder's parameters as a language model's."""
+def _without_pooling(load: Callable[[Params], Params], abstract: Params) -> Params:
+    """The parameters of a language model from those of an encoder."""
     return load({"backbone": abstract})["backbone"]
 
 
-def kind_of(path: str, *, best: bool = False) -> type[Encoder] | type[Generator]:
-    """What the model is that `path` names; a folder that knows no run counts as an encoder.
+def model_class_of(path: str, *, best: bool = False) -> type[Encoder] | type[Generator]:
+    """The class of the model that `path` names; a folder without a run counts as an encoder.
 
     best: as in `find_pretrained`, which raises the same errors.
     """
@@ -160,14 +166,14 @@ def _resolve(path: str) -> Path | epath.Path:
 
 
 def _is_exported(folder: Path | epath.Path) -> bool:
-    """Whether it holds a model, or PEFT's adapter, instead of a run's checkpoints."""
+    """Whether the folder holds a model or PEFT's adapter, and not a run's checkpoints."""
     return not is_bucket(folder) and (
         any(folder.glob("*.safetensors*")) or peft_adapter.is_adapter(folder)
     )
 
 
 def _record_of(folder: Path) -> dict[str, Any] | None:
-    """What an exported folder tells of its run; None of a bare folder."""
+    """The record of its run in an exported folder; None where there is none."""
     file = folder / RECORD
     if not file.exists():
         return None
@@ -181,31 +187,32 @@ def _record_of(folder: Path) -> dict[str, Any] | None:
         ) from None
 
 
-def _of_folder(folder: Path, path: str, kind: type[AnyAssembly]) -> Pretrained[AnyAssembly]:
-    """A Hugging Face folder; one that was exported here knows its run, for what that trained."""
+def _of_folder(folder: Path, path: str, model_class: type[AnyAssembly]) -> Pretrained[AnyAssembly]:
+    """The model of a Hugging Face folder. A folder that this project exported has a record of its
+    run, which counts where the run trained a model_class."""
     record = _record_of(folder)
-    options, known = None, {}
-    if record and record["kind"] == kind.kind:
-        options = kind.options_type.of(recorded(record["config"], folder))
-        known = {name: record[name] for name in ("step", "config", "evaluation")}
-    model = kind.from_folder(options, folder)
+    options, run_fields = None, {}
+    if record and record["kind"] == model_class.kind:
+        options = model_class.options_type.of(recorded(record["config"], folder))
+        run_fields = {name: record[name] for name in ("step", "config", "evaluation")}
+    model = model_class.from_folder(options, folder)
     return Pretrained(
         model,
         lambda abstract: hf_weights.load(folder, abstract, model.model_config),
         str(folder),
         path,
-        **known,
+        **run_fields,
     )
 
 
-def _of_adapter(folder: Path, path: str, kind: type[AnyAssembly]) -> Pretrained[AnyAssembly]:
-    """PEFT's folder on the model that it names; its own chat template counts, if it has one."""
+def _of_adapter(folder: Path, path: str, model_class: type[AnyAssembly]) -> Pretrained[AnyAssembly]:
+    """PEFT's adapter on the model that it names; a chat template in the adapter's folder counts."""
     adapter = peft_adapter.read_adapter(folder)
     try:
         base = hf_weights.resolve(adapter.base)
         if peft_adapter.is_adapter(base):
             raise UserError(f"{base} is an adapter itself")
-        model = kind.from_folder(None, base)
+        model = model_class.from_folder(None, base)
     except UserError as error:
         raise UserError(
             f"{folder} is a PEFT adapter, and the model that it stands on cannot be read. {error}. "
@@ -213,20 +220,20 @@ def _of_adapter(folder: Path, path: str, kind: type[AnyAssembly]) -> Pretrained[
         ) from None
     template = chat_template(folder) or model.chat_template
     model = dataclasses.replace(model, chat_template=template)
-    own = adapter.lora(model.model_config)
+    adapters = adapter.lora(model.model_config)
     log.info("%s: a PEFT adapter of %d matrices on %s", folder, len(adapter.tensors), base)
 
-    def load(abstract: Any) -> Any:
+    def load(abstract: Params) -> Params:
         plain = lora.without_any_adapters(abstract)
-        adapters = adapter.read(plain, model.model_config)
+        trained = adapter.read(plain, model.model_config)
         params = hf_weights.load(base, plain, model.model_config)
-        return _combined(lora.join(adapters, params), own.scale, abstract)
+        return _combined(lora.join(trained, params), adapters.scale, abstract)
 
-    return Pretrained(model, load, str(folder), path, (own,))
+    return Pretrained(model, load, str(folder), path, (adapters,))
 
 
-def _combined(params: Any, scale: float, abstract: Any) -> Any:
-    """Parameters with adapters as `abstract` says: merged in float32, or apart."""
+def _combined(params: Params, scale: float, abstract: Params) -> Params:
+    """Parameters with their adapters merged in float32, or apart where `abstract` has adapters."""
     example = jax.tree.leaves(abstract)[0]
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     combine = lora.as_base_adapters if lora.has_base_adapters(abstract) else lora.merge
@@ -236,11 +243,11 @@ def _combined(params: Any, scale: float, abstract: Any) -> Any:
 
 
 def _evaluation(folder: Path | epath.Path, step: int, steps: int) -> dict | None:
-    """A run judges its test listings once, after the last step."""
-    workdirs = (folder, folder.parent, folder.parent.parent)
+    """The evaluation.json of a run, which is of its last step; None for an earlier step."""
+    folders = (folder, folder.parent, folder.parent.parent)
     signs = ("checkpoints", "config.json")  # of a workdir: its checkpoints may lie elsewhere
-    found = (path for path in workdirs if any((path / sign).exists() for sign in signs))
-    file = next(found, folder) / "evaluation.json"
+    workdirs = (path for path in folders if any((path / sign).exists() for sign in signs))
+    file = next(workdirs, folder) / "evaluation.json"
     if step != steps or not file.exists():
         return None
     return json.loads(file.read_text(encoding="utf-8"))
@@ -248,7 +255,8 @@ def _evaluation(folder: Path | epath.Path, step: int, steps: int) -> dict | None
 
 @dataclass(frozen=True)
 class Base:
-    """What a run's adapters stand on: a Pretrained's path, or "" for parameters from the seed."""
+    """The frozen model below a run's adapters. path: of a Pretrained, or "" for parameters that the
+    seed initialises."""
 
     path: str
     fingerprint: str = ""  # "" = not read yet
@@ -259,14 +267,15 @@ class Base:
         return Base(**json.loads(record["base"]))
 
     def record(self) -> dict[str, str]:
-        """What a run's record holds of it."""
+        """The base as a run records it."""
         return {"base": json.dumps(dataclasses.asdict(self))}
 
 
-def read_base(model: Assembly, frozen: Any, base: Base) -> tuple[Any, Base]:
-    """The parameters that `frozen` describes, with shardings, and their base with its fingerprint.
+def read_base(model: Assembly, frozen: Params, base: Base) -> tuple[Params, Base]:
+    """The parameters of the base, and the base with its fingerprint.
 
-    Raises UserError where it is gone, or is another than the fingerprint says.
+    frozen: abstract, with shardings. Raises UserError where the base cannot be read, or has
+    another fingerprint than recorded.
     """
     if base.path:
         try:
@@ -280,25 +289,31 @@ def read_base(model: Assembly, frozen: Any, base: Base) -> tuple[Any, Base]:
         shardings = jax.tree.map(lambda x: x.sharding, frozen)
         fresh = functools.partial(model.init_params, base.seed)
         params = jax.jit(lambda: lora.without_adapters(fresh()), out_shardings=shardings)()
-    found = lora.fingerprint(params)
-    if base.fingerprint not in ("", found):
+    fingerprint = lora.fingerprint(params)
+    if base.fingerprint not in ("", fingerprint):
         raise UserError(
             f"{base.path or 'this seed'} gives other parameters than those that this run stands "
             "on: bring the model back as it was (or, of a seed, JAX's version and the kind "
             "of device), or start anew with another --workdir"
         )
-    return params, dataclasses.replace(base, fingerprint=found)
+    return params, dataclasses.replace(base, fingerprint=fingerprint)
 
 
 def _load_run(
-    checkpoints: Checkpoints, step: int, record: dict[str, str], kind: type[Assembly], abstract: Any
-) -> Any:
-    """A checkpoint's parameters as `abstract` says; adapters are merged in float32, or apart."""
+    checkpoints: Checkpoints,
+    step: int,
+    record: dict[str, str],
+    model_class: type[Assembly],
+    abstract: Params,
+) -> Params:
+    """The parameters of a checkpoint; adapters are merged in float32, or apart where `abstract` has
+    adapters."""
     config, trainable = recorded(record["config"], checkpoints.folder), record.get("trainable", "")
     training = TrainingOptions.of(config)
     if not training.lora and not trainable:
         return checkpoints.restore_params(step, abstract)
-    model = kind.from_record(kind.options_type.of(config), record).for_training(training)
+    options = model_class.options_type.of(config)
+    model = model_class.from_record(options, record).for_training(training)
     example = jax.tree.leaves(abstract)[0]
     whole = abstract_params(model, example.sharding.mesh)
     trained, frozen = lora.split(whole, trainable)

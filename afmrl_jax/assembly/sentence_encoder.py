@@ -1,9 +1,9 @@
 """The encoder for sentence-transformers: exported folders carry this file and run it themselves.
 
 `SentenceTransformer(FOLDER, trust_remote_code=True).encode([...])` takes a text, an image, or
-{"text": "...", "image": image or [image, ...]}; listing_rows.py, which goes along, makes the rows.
+{"text": "...", "image": image or [image, ...]}; listing_rows.py, beside it, makes the rows.
 
-Axes: N rows · S tokens of the longest · D width of the model · E numbers kept of it.
+Axes: N rows · S tokens of the longest · D width of the model · E dimensions kept of D.
 """
 
 import json
@@ -23,7 +23,7 @@ from .listing_rows import ListingRows  # a neighbour here and in exported folder
 class SentenceEncoder(InputModule, ListingRows):
     """A Qwen-VL model whose tokens' states sentence-transformers pools.
 
-    embedding_dim: first numbers kept of each state, 0 = all; the rest as `ListingRows`.
+    embedding_dim: first dimensions kept of each state, 0 = all; the rest as `ListingRows`.
     """
 
     config_file_name = "sentence_bert_config.json"
@@ -54,10 +54,10 @@ class SentenceEncoder(InputModule, ListingRows):
         config_kwargs: dict[str, Any] | None = None,
         **_: Any,
     ) -> "SentenceEncoder":
-        """As sentence-transformers calls it: a folder, or a name on the hub.
+        """The encoder of a folder, or of a name on the hub; the signature is the library's.
 
-        processor_kwargs: min_pixels, max_pixels and model_max_length (max_seq_length) count.
-        Raises ValueError for others, and for config_kwargs.
+        processor_kwargs: min_pixels, max_pixels and model_max_length (max_seq_length).
+        Raises ValueError for other processor_kwargs, and for config_kwargs.
         """
         changes = dict(processor_kwargs or {})
         length = changes.pop("model_max_length", None)
@@ -91,7 +91,7 @@ class SentenceEncoder(InputModule, ListingRows):
 
     @property
     def modalities(self) -> list:
-        # "message" is also what sentence-transformers calls a batch of several kinds.
+        # sentence-transformers also names a batch of several kinds "message".
         return ["text", "image", ("image", "text"), "message"]
 
     @property
@@ -103,7 +103,7 @@ class SentenceEncoder(InputModule, ListingRows):
     def max_seq_length(self, tokens: int) -> None:
         """Raises ValueError for less than the prompt and images of max_patches take."""
         least = self.least_tokens
-        # Like NumPy's, but unlike True and 64.0, a whole number has an index.
+        # Whole numbers have __index__, NumPy's too; so has True, but 64.0 has not.
         if isinstance(tokens, bool) or not hasattr(tokens, "__index__") or tokens < least:
             raise ValueError(
                 f"max_seq_length is {tokens!r}: expected a whole number of at least {least}, which "
@@ -137,7 +137,7 @@ class SentenceEncoder(InputModule, ListingRows):
 
 
 def _listing(row: Any) -> dict[str, Any]:
-    """One input, whichever of sentence-transformers' forms it has, as {"text", "image"}."""
+    """An input in any form of sentence-transformers as {"text", "image"}."""
     if infer_modality(row) == "message":
         messages = row if isinstance(row, list) else [row]
         contents = [message["content"] for message in messages]

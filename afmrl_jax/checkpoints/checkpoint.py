@@ -1,11 +1,11 @@
 """Checkpoints of a run: state, stream position and everything that its embeddings depend on.
 
-A checkpoint is whole or absent: Orbax writes beside and renames, or in a bucket adds a last object,
-once a manifest of its files is there too. It holds the state in parts: params; optimizer, whose
-step is the stream's position; memory, where a method has one. Beside them stands the run's record,
-strings by name: config, model, tokenizer, corpus statistics, the catalogue's fingerprint. One that
-is no longer as it was written is left for the one before it; who reads parameters alone looks at
-nothing else.
+A checkpoint is whole or absent: Orbax writes to a temporary folder and renames it, or in a bucket
+adds a last object, after a manifest of the files is written. The state is saved in parts: params;
+optimizer, whose step is the stream's position; memory, where a method has one. Beside them is the
+run's record, strings by name: config, model, tokenizer, corpus statistics, the catalogue's
+fingerprint. Where a checkpoint has changed since it was written, the one before it is used; readers
+of parameters check the files of the parameters alone.
 """
 
 import contextlib
@@ -39,47 +39,49 @@ from afmrl_jax.checkpoints.integrity import (
 from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.errors import TryAgain, UserError
 from afmrl_jax.core.processes import meet
+from afmrl_jax.core.types import Params
 
 log = logging.getLogger("afmrl_jax")
 
-_UNFINISHED = ".orbax-checkpoint-tmp"  # how Orbax's folders end until then
-_OPTIMIZER, _MEMORY = "optimizer", "memory"  # parts that only a run which goes on reads
-_KEPT = 2  # of the last checkpoints; the best is kept beside them
+_UNFINISHED = ".orbax-checkpoint-tmp"  # end of the name of Orbax's temporary folders
+_OPTIMIZER, _MEMORY = "optimizer", "memory"  # parts that only a resumed run reads
+_KEPT = 2  # last checkpoints; the best is kept as well
 
 
 class Checkpoints:
     """The checkpoints under a folder: the last two are kept, and the best on validation.
 
-    Every process opens them, and asks in the same order: they look for damage together.
+    Every process opens them and calls the same methods in the same order, because they check for
+    damage together.
     """
 
     def __init__(self, folder: epath.PathLike, *, writable: bool = False):
-        """folder: a local one, or gs://BUCKET/FOLDER. writable: this run's own, where what a killed
-        save left is cleaned away, and what is damaged is set aside under another name; others read
-        no optimizer.
+        """folder: a local one, or gs://BUCKET/FOLDER. writable: for the run that writes them. Then
+        the files of a killed save are removed, and damaged checkpoints are renamed; other readers
+        do not read the optimizer.
 
-        Raises UserError where a run's own folder holds nothing but damaged ones, or where it is in
-        a store that this installation cannot reach.
+        Raises UserError where a writable folder holds only damaged checkpoints, or where this
+        installation cannot reach the folder's store.
         """
         self.folder = _reached(folder)
-        self._problems: dict[int, str] = {}  # of the steps that were looked through; "" = whole
-        self._own: set[int] = set()  # steps that were written here
-        self._writing = 0  # the step that is being written, or was last
+        self._problems: dict[int, str] = {}  # by checked step; "" = whole
+        self._saved: set[int] = set()  # steps that this object saved
+        self._writing = 0  # step of the save under way, or of the last one
         self._needed = 0  # bytes of a state
-        self._error: BaseException | None = None  # of a save, where there are several processes
+        self._error: BaseException | None = None  # of a save; set with several processes alone
         self._unread = () if writable else (f"{_OPTIMIZER}/", f"{_MEMORY}/")
         self._orbax = None
         if writable:
             self._clean()
             self._set_aside()
-            # A plain function: Orbax copies its options, and a method's object with them.
+            # A lambda: Orbax copies its options, and would copy the object of a bound method.
             self._orbax = _writer(self.folder, lambda: self._seal())
             if jax.process_count() > 1:
                 orbax_fixes.hear_of_errors(self._orbax, self._set_error)
 
     @property
     def latest(self) -> int | None:
-        """The newest whole checkpoint's step. Raises UserError where all are damaged."""
+        """The step of the newest whole checkpoint. Raises UserError where all are damaged."""
         steps = self._steps()
         for step in reversed(steps):
             if self._is_whole(step):
@@ -93,12 +95,12 @@ class Checkpoints:
 
     @property
     def best(self) -> int | None:
-        """The step that did best on validation; the newest of equals."""
+        """The step with the best validation; the newest of equals."""
         scored = [(score, s) for s in self._steps() if (score := self._score(s)) is not None]
         return next((s for _, s in sorted(scored, reverse=True) if self._is_whole(s)), None)
 
     def has(self, step: int) -> bool:
-        """Whether that step is saved. Raises UserError, saying why, where it is not whole."""
+        """Whether the step is saved. Raises UserError with the damage where it is not whole."""
         if step not in self._steps():
             return False
         if not self._is_whole(step):
@@ -113,7 +115,7 @@ class Checkpoints:
     ) -> None:
         """Begins to write; the state may be donated as soon as this returns.
 
-        Raises UserError where this, or the save before it, fails, as on a full disk.
+        Raises UserError where this save or the one before it fails, as on a full disk.
         """
         self.wait()
         self._needed, self._writing = _size(state), step
@@ -123,12 +125,12 @@ class Checkpoints:
                 _parts(state) | {"run": record},
                 metrics=None if validation is None else {"validation": validation},
             )
-        except Exception as error:  # Orbax's, TensorStore's, the system's: all end the same way
+        except Exception as error:  # of Orbax, TensorStore or the system
             raise self._failed(error) from error
-        self._own.add(step)
+        self._saved.add(step)
 
     def wait(self) -> None:
-        """Until all is written. Raises UserError where it could not be."""
+        """Waits until the save is written. Raises UserError where it fails."""
         try:
             while self._error is None and jax.process_count() > 1 and orbax_fixes.is_saving():
                 time.sleep(0.02)
@@ -139,8 +141,8 @@ class Checkpoints:
             raise self._failed(error) from error
 
     def check_space(self, state: TrainState) -> None:
-        """Raises UserError where the disk has no room for one checkpoint; warns where it has none
-        for all that are kept. Of a bucket nothing is known."""
+        """Raises UserError where the disk has no room for a checkpoint; warns where it has none for
+        all that are kept. A bucket is not checked."""
         if is_bucket(self.folder):
             return
         size, free = _size(state), _free(self.folder)
@@ -150,11 +152,12 @@ class Checkpoints:
                 "make room, or copy what is saved to another disk and name that folder with "
                 "--config.checkpoint_dir"
             )
-        wanted = (_KEPT + 2 - len(self._steps())) * size  # the best, and the one that is written
-        if free < wanted:
+        # Beside the last ones, the best is kept, and another one is being written.
+        remaining = (_KEPT + 2 - len(self._steps())) * size
+        if free < remaining:
             log.warning(
                 "%s has %s free: the checkpoints that are kept may need %s more",
-                *(self.folder, _bytes(free), _bytes(wanted)),
+                *(self.folder, _bytes(free), _bytes(remaining)),
             )
 
     def record(self, step: int) -> dict[str, str]:
@@ -165,10 +168,10 @@ class Checkpoints:
         """The state, straight into the shardings of `abstract`, whatever mesh it was saved from."""
         return _joined(ocp.load_checkpointables(self.folder / str(step), _parts(abstract)))
 
-    def restore_params(self, step: int, abstract: Any) -> Any:
+    def restore_params(self, step: int, abstract: Params) -> Params:
         """The parameters alone, straight into the shardings of `abstract`.
 
-        Raises ValueError where one of them was not saved, which Orbax would leave abstract.
+        Raises ValueError where one of them was not saved: Orbax would leave it abstract.
         """
         folder, context = self.folder / str(step), ocp.Context()
         context.pytree.loading.partial_load = True
@@ -178,8 +181,8 @@ class Checkpoints:
             raise ValueError(f"{folder} lacks some of these parameters")
         return params
 
-    def restore_raw(self, step: int) -> Any:
-        """The state as nested containers of arrays on this process's device, as it was saved."""
+    def restore_raw(self, step: int) -> dict[str, Any]:
+        """The saved state as nested containers of arrays on this process's device."""
         folder = self.folder / str(step)
         names = ["params", _OPTIMIZER, *([_MEMORY] if (folder / _MEMORY).is_dir() else [])]
         loaded = ocp.load_checkpointables(folder, dict.fromkeys(names))
@@ -188,25 +191,25 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        """Waits until everything is written, also where a run ends in an error."""
-        if self._orbax is None or self._error:  # nothing would come of it but a long wait
+    def __exit__(self, error_type: type | None, *_: Any) -> None:
+        """Waits until the last save is written, also where a run ends in an error."""
+        if self._orbax is None or self._error:  # after an error Orbax would wait for nothing
             return
         try:
             self._orbax.close()
         except Exception as error:
             failed = self._failed(error)
-            if kind is None:
+            if error_type is None:
                 raise failed from error
-            log.error("%s", failed)  # beside the error that ends the run
+            log.error("%s", failed)  # another error ends the run already
 
     def _steps(self) -> list[int]:
         """Steps that have a folder, whole or not, in order."""
         return _steps(self.folder)
 
     def _score(self, step: int) -> float | None:
-        """The validation saved with a step, where Orbax puts it; None without. Orbax itself reads
-        it of all steps at once, and fails where one is damaged."""
+        """The validation score in Orbax's file of a step; None without. Orbax would read the files
+        of all steps at once, and fail where one is damaged."""
         try:
             text = (self.folder / str(step) / "metrics" / "metrics").read_text()
             return json.loads(text)["validation"]
@@ -214,7 +217,7 @@ class Checkpoints:
             return None
 
     def _is_torn(self, step: int) -> bool:
-        """Whether there is a score that cannot be read."""
+        """Whether the step has a file of scores that cannot be read."""
         try:
             json.loads((self.folder / str(step) / "metrics" / "metrics").read_text())
         except (OSError, ValueError) as error:
@@ -222,9 +225,9 @@ class Checkpoints:
         return False
 
     def _is_whole(self, step: int) -> bool:
-        """Looks a checkpoint through, once, and says so where it is damaged."""
+        """Whether a checkpoint is whole. Checks it once, and warns of damage."""
         folder = self.folder / str(step)
-        if step in self._own:
+        if step in self._saved:
             return is_finished(folder)
         if step not in self._problems:
             self._problems[step] = agree(find_damage(folder, self._unread))
@@ -235,19 +238,20 @@ class Checkpoints:
         return not self._problems[step]
 
     def _clean(self) -> None:
-        """Removes what saves left that did not come to their end."""
-        # Not Orbax's own clean-up: its thread outlives a program that ends at once, and complains.
+        """Removes the files of unfinished saves."""
+        # Orbax's clean-up would log errors: its thread outlives a program that ends at once.
         if jax.process_index() or not self.folder.is_dir():
             return
         for path in list(self.folder.iterdir()):
             unfinished = is_bucket(path) and path.name.isdigit() and not is_finished(path)
             if unfinished or path.name.endswith(_UNFINISHED):
-                with contextlib.suppress(OSError):  # one that fails may still be written to
+                with contextlib.suppress(OSError):  # another process may still write there
                     path.rmtree()
 
     def _set_aside(self) -> None:
-        """Renames what is damaged and newer than the newest whole one: the run comes by there. And
-        what is older where its score is torn: Orbax reads all scores, and fails at one."""
+        """Renames damaged checkpoints: those newer than the newest whole one, because the run will
+        write these steps again; and older ones whose score is unreadable, because Orbax reads the
+        scores of all steps and fails at such a one."""
         meet("checkpoints cleaned")
         self._see_newest()
         whole = self.latest
@@ -263,15 +267,15 @@ class Checkpoints:
         meet("checkpoints set aside")
 
     def _see_newest(self, patience: float = 90.0) -> None:
-        """Until this process sees the newest checkpoint that any of them sees: network file systems
-        show a new folder late (NFS up to a minute), and all must go on from one step.
+        """Waits until this process sees the newest checkpoint that any process sees: network file
+        systems show a new folder late (NFS up to a minute), and all must resume from one step.
 
-        patience: seconds. Raises TryAgain where they are not enough.
+        patience: seconds to wait; after them it raises TryAgain.
         """
         if jax.process_count() == 1:
             return
-        own = max(self._steps(), default=-1)
-        newest = int(multihost_utils.process_allgather(np.int32(own)).max())
+        local = max(self._steps(), default=-1)
+        newest = int(multihost_utils.process_allgather(np.int32(local)).max())
         deadline = time.monotonic() + patience
         while newest >= 0 and newest not in self._steps():
             if time.monotonic() > deadline:
@@ -285,34 +289,36 @@ class Checkpoints:
         self._error = error
 
     def _seal(self) -> None:
-        """Writes the manifest of the step that is being written, before Orbax calls it whole."""
+        """Writes the manifest of the save under way, before Orbax marks it as finished."""
         names = (f"{self._writing}{_UNFINISHED}", str(self._writing))
         write_manifest(next(p for name in names if (p := self.folder / name).is_dir()))
 
     def _failed(self, error: Exception) -> UserError:
-        """What to tell where `error` ended a save; what it left is removed."""
+        """The error for the user where `error` ended a save, whose files are removed."""
         self._clean()
-        # Looking for damage takes all processes, and this may be the only one that failed.
+        # No check for damage: it needs all processes, and this may be the only one that failed.
         sound = [step for step in self._steps() if not self._problems.get(step)]
         whole = [step for step in sound if is_finished(self.folder / str(step))]
-        told = [f"step {self._writing} could not be saved in {self.folder}: {_reason(error)}"]
+        sentences = [f"step {self._writing} could not be saved in {self.folder}: {_reason(error)}"]
         if not is_bucket(self.folder):
-            told.append(
+            sentences.append(
                 f"{_bytes(_free(self.folder))} are free there, and a checkpoint needs up to "
                 f"{_bytes(self._needed)}"
             )
         goes_on = f"goes on from step {whole[-1]}, which is whole" if whole else "begins anew"
-        told.append(f"make room, or mend what is named; then the same command {goes_on}")
-        # A bucket may be reached again with nothing mended.
-        kind = TryAgain if is_bucket(self.folder) else UserError
-        return kind(". ".join(t[0].upper() + t[1:] if n else t for n, t in enumerate(told)))
+        sentences.append(f"make room, or mend what is named; then the same command {goes_on}")
+        # A bucket may be reachable again although the user changes nothing.
+        error_class = TryAgain if is_bucket(self.folder) else UserError
+        return error_class(
+            ". ".join(s[0].upper() + s[1:] if n else s for n, s in enumerate(sentences))
+        )
 
 
 def checkpoint_folder(config: ConfigDict, workdir: Path) -> epath.Path:
-    """Where a run's checkpoints lie: `config.checkpoint_dir`, else in its workdir.
+    """The folder of a run's checkpoints: `config.checkpoint_dir`, else one in its workdir.
 
-    Raises UserError where there are none yet, and the run has some in another folder; and where one
-    of them is in a store that this installation cannot reach.
+    Raises UserError where it holds no checkpoint, but another folder holds some of the run; and
+    where this installation cannot reach the store of a folder.
     """
     chosen = _reached(config.checkpoint_dir or workdir / "checkpoints")
     for other in (workdir / "checkpoints", *_elsewhere(epath.Path(workdir))):
@@ -328,9 +334,9 @@ def checkpoint_folder(config: ConfigDict, workdir: Path) -> epath.Path:
 def find_checkpoints(path: str, *, best: bool | None = False) -> tuple[Checkpoints, int]:
     """The checkpoints that `path` names, and the step.
 
-    path: a run's workdir (its last checkpoint, with `best` the best on validation, with None the
-    best where the run validated any), the folder of its checkpoints or that of one step. Raises
-    UserError where there is none that is whole.
+    path: a run's workdir, the folder of its checkpoints, or that of one step. best: False for the
+    last checkpoint of a run, True for the best on validation, None for the best where the run
+    validated any, else the last. Raises UserError where there is no whole checkpoint.
     """
     folder = _reached(path)
     for root in (*_elsewhere(folder), folder / "checkpoints", folder):
@@ -352,7 +358,7 @@ def find_checkpoints(path: str, *, best: bool | None = False) -> tuple[Checkpoin
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
-    """The state as the parts that are read apart."""
+    """The state as the parts that are saved and read separately."""
     parts = {
         "params": state.params,
         _OPTIMIZER: {"step": state.step, "opt_state": state.opt_state},
@@ -366,8 +372,8 @@ def _joined(parts: dict[str, Any]) -> TrainState:
 
 
 def _reached(folder: epath.PathLike) -> epath.Path:
-    """The folder, a local one's path whole. Raises UserError where it is in a store that this
-    installation cannot reach."""
+    """The folder, with an absolute path if local. Raises UserError where this installation cannot
+    reach its store."""
     check_reachable(folder)
     return epath.Path(folder if is_bucket(folder) else Path(folder).expanduser().absolute())
 
@@ -388,7 +394,7 @@ def _elsewhere(workdir: epath.Path) -> list[epath.Path]:
 
 
 def _writer(folder: epath.Path, seal: Callable[[], None]) -> ocp.training.Checkpointer:
-    """Orbax's checkpointer, which calls `seal` in the first process before a save becomes whole."""
+    """Orbax's checkpointer, which calls `seal` in the first process before it finishes a save."""
     policies = ocp.training.preservation_policies
     best = policies.BestN(
         get_metric_fn=lambda metrics: metrics["validation"],
@@ -411,7 +417,7 @@ def _size(state: TrainState) -> int:
 
 
 def _free(folder: epath.Path) -> int:
-    """Bytes that are free where a local folder lies, or will."""
+    """Free bytes of the disk of a local folder, which need not exist yet."""
     path = Path(folder)
     return shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
 
@@ -421,9 +427,9 @@ def _bytes(size: int) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The line of an error that says what happened: TensorStore's go on for pages."""
-    told = str(error)
+    """The cause in a line: the messages of TensorStore's errors go on for pages."""
+    message = str(error)
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
-        if os.strerror(code) in told:
+        if os.strerror(code) in message:
             return os.strerror(code).lower()
-    return (told.strip() or type(error).__name__).splitlines()[0]
+    return (message.strip() or type(error).__name__).splitlines()[0]

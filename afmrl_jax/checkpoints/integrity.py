@@ -1,8 +1,8 @@
-"""Whether a checkpoint still holds what was written to it, by a manifest of its files.
+"""Checks that the files of a checkpoint are as they were written, by a manifest.
 
-The manifest tells each file's size and checksum: SHA-256 of a local file, which is read for it; of
-an object in a bucket the CRC32C that the store keeps itself, so that nothing is fetched. Orbax and
-TensorStore alone notice damage in indices, but not in numbers.
+The manifest holds each file's size and checksum: for a local file SHA-256, which reads the file;
+for an object in a bucket the CRC32C that the store keeps, so that nothing is fetched. Orbax and
+TensorStore detect damage in indices alone, and not in numbers.
 """
 
 import concurrent.futures
@@ -18,19 +18,19 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.processes import texts_of_all
 
 MANIFEST = "manifest.json"
-_METADATA = "_CHECKPOINT_METADATA"  # Orbax's file that a whole checkpoint has
-_COMMITTED = "commit_success.txt"  # its last in a bucket, where nothing can be renamed at once
-_THREADS = 8  # that hash local files: hashlib lets go of Python's lock
-_TOLD = 400  # bytes of a sentence that processes exchange
+_METADATA = "_CHECKPOINT_METADATA"  # file of Orbax in a finished checkpoint
+_COMMITTED = "commit_success.txt"  # last object in a bucket, where folders cannot be renamed
+_THREADS = 8  # threads that hash local files: hashlib releases Python's lock
+_SENTENCE_BYTES = 400  # limit for a sentence that processes exchange
 
 
 def is_bucket(folder: epath.PathLike) -> bool:
-    """Whether that is a folder of an object store, gs://BUCKET/FOLDER."""
+    """Whether the folder is in an object store, gs://BUCKET/FOLDER."""
     return str(folder).startswith("gs://")
 
 
 def check_reachable(folder: epath.PathLike) -> None:
-    """Raises UserError where `folder` is in a kind of store that this installation cannot reach."""
+    """Raises UserError where this installation cannot reach the store of the folder."""
     scheme, separator, _ = str(folder).partition("://")
     if separator and scheme != "gs":
         raise UserError(f"{folder}: give a local folder, or one of a bucket as gs://BUCKET/FOLDER")
@@ -41,24 +41,24 @@ def check_reachable(folder: epath.PathLike) -> None:
 
 
 def is_finished(folder: epath.Path) -> bool:
-    """Whether the save that wrote a checkpoint came to its end."""
+    """Whether the save that wrote a checkpoint has finished."""
     return (folder / (_COMMITTED if is_bucket(folder) else _METADATA)).exists()
 
 
 def write_manifest(folder: epath.Path) -> None:
-    """Tells of all files of a checkpoint; call it when they are written, from one process."""
-    # To Orbax's own it adds the time, later.
+    """Writes the manifest of a checkpoint. One process calls it, once all files are written."""
+    # Orbax adds the time to its metadata later.
     sizes = {name: size for name, size in _files(folder).items() if name != _METADATA}
-    told = {name: {"size": sizes[name]} | facts for name, facts in _facts(folder, sizes).items()}
-    (folder / MANIFEST).write_text(json.dumps(told, indent=1))
+    checksums = _checksums(folder, sizes)
+    files = {name: {"size": sizes[name]} | checksum for name, checksum in checksums.items()}
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1))
 
 
 def find_damage(folder: epath.Path, unread: tuple[str, ...] = ()) -> str:
-    """Why a checkpoint cannot be used, as far as this process sees; "" where it can.
+    """The damage of a checkpoint as a clause, as far as this process checks it; "" without damage.
 
-    unread: beginnings of the names of files that nobody will read. It looks at the sizes of all
-    others and at the checksums of its share of them. Files beside those of the manifest do not
-    matter.
+    A process checks the sizes of all files of the manifest, and the checksums of its share of them.
+    unread: prefixes of files to skip, e.g. "optimizer/" for readers of parameters.
     """
     changed = "its file {} is not as it was written"
     try:
@@ -79,28 +79,28 @@ def find_damage(folder: epath.Path, unread: tuple[str, ...] = ()) -> str:
         return changed.format(MANIFEST)
     try:
         return _differences(folder, manifest, sizes)
-    except OSError as error:  # a bad disk: the other processes wait to hear of it
+    except OSError as error:  # a bad disk; returned, because the other processes wait for a result
         return f"it cannot be read: {error}"
 
 
 def _differences(folder: epath.Path, manifest: dict[str, dict], sizes: dict[str, int]) -> str:
-    found = _files(folder)
+    present = _files(folder)
     for name, size in sizes.items():
-        if name not in found:
+        if name not in present:
             return f"its file {name} is missing"
-        if found[name] != size:
-            return f"its file {name} has {found[name]} bytes, not the {size} that were written"
-    own = list(sizes)[jax.process_index() :: jax.process_count()]
-    facts = _facts(folder, own)
-    for name in own:
-        if {"size": sizes[name]} | facts[name] != manifest[name]:
+        if present[name] != size:
+            return f"its file {name} has {present[name]} bytes, not the {size} that were written"
+    share = list(sizes)[jax.process_index() :: jax.process_count()]
+    checksums = _checksums(folder, share)
+    for name in share:
+        if {"size": sizes[name]} | checksums[name] != manifest[name]:
             return f"its file {name} is not as it was written: its checksum differs"
     return ""
 
 
-def agree(told: str) -> str:
-    """The words of the first process that has any; every process calls, and gets the same."""
-    return next(filter(None, texts_of_all(told, _TOLD)), "")
+def agree(sentence: str) -> str:
+    """The sentence of the first process that has one; all processes call it, and get the same."""
+    return next(filter(None, texts_of_all(sentence, _SENTENCE_BYTES)), "")
 
 
 def _files(folder: epath.Path) -> dict[str, int]:
@@ -112,8 +112,8 @@ def _files(folder: epath.Path) -> dict[str, int]:
     return {path.relative_to(root).as_posix(): path.stat().st_size for path in paths}
 
 
-def _facts(folder: epath.Path, names: list[str]) -> dict[str, dict[str, str]]:
-    """The checksum of each of these files."""
+def _checksums(folder: epath.Path, names: list[str]) -> dict[str, dict[str, str]]:
+    """{algorithm: checksum} of each file."""
     if is_bucket(folder):
         objects = _objects(folder)
         return {name: {"crc32c": objects[name]["crc32c"]} for name in names}
@@ -127,11 +127,11 @@ def _facts(folder: epath.Path, names: list[str]) -> dict[str, dict[str, str]]:
 
 
 def _objects(folder: epath.Path) -> dict[str, dict]:
-    """What the store itself knows of each object, by path within `folder`."""
+    """The store's information on each object, by path within `folder`."""
     import fsspec
 
     root = str(folder).removeprefix("gs://").rstrip("/") + "/"
     store = fsspec.filesystem("gs")
-    store.invalidate_cache()  # it keeps listings, and others write here
-    found = store.find(root, detail=True)
-    return {name.removeprefix(root): info for name, info in found.items()}
+    store.invalidate_cache()  # of listings, as others write here
+    objects = store.find(root, detail=True)
+    return {name.removeprefix(root): info for name, info in objects.items()}

@@ -1,4 +1,4 @@
-"""What Orbax has no public way for, in one place: it was seen to work on orbax-checkpoint 0.12.8.
+"""The uses of Orbax's private interface, in one place; tested with orbax-checkpoint 0.12.8.
 
 Of several processes, one whose save fails must end the others, but Orbax's thread raises the error
 only when it has met the threads of the other processes, which wait for this one elsewhere: for 20
@@ -12,22 +12,22 @@ from orbax.checkpoint import v1 as ocp
 
 
 def hear_of_errors(
-    checkpointer: ocp.training.Checkpointer, tell: Callable[[BaseException], None]
+    checkpointer: ocp.training.Checkpointer, report: Callable[[BaseException], None]
 ) -> None:
-    """Calls `tell`, from Orbax's own thread, with the error that ends a save, at once."""
+    """Calls `report`, from Orbax's thread, with the error of a save as soon as it is raised."""
     manager = checkpointer._manager
     wait = manager._wait_for_checkpointers
 
-    def wait_and_tell() -> None:
+    def wait_and_report() -> None:
         try:
             wait()
         except BaseException as error:
-            tell(error)
+            report(error)
             raise
 
-    manager._wait_for_checkpointers = wait_and_tell
+    manager._wait_for_checkpointers = wait_and_report
 
 
 def is_saving() -> bool:
-    """Whether Orbax's thread that ends a save is at work in this process."""
+    """Whether Orbax's thread that finishes a save is running in this process."""
     return any(thread.name == "save_finalize" for thread in threading.enumerate())

@@ -1,4 +1,4 @@
-"""Whether a run that goes on is still the one that began: its configuration, its catalogue."""
+"""Checks that a resumed run has the configuration, catalogue and terms with which it began."""
 
 import json
 import shlex
@@ -12,7 +12,7 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import flatten
 from afmrl_jax.core.pages import program_fields
 
-# Fields that change how a run is watched or where it runs, never what it computes.
+# Prefixes of fields that a resumed run may change: they change monitoring or placement, no results.
 MAY_CHANGE = (
     "log_every", "eval_every", "evaluators", "checkpoint_every", "checkpoint_dir", "mesh.",
     "eval.batch", "data.workers", "data.timeout", "data.cache_dir", "profile",
@@ -22,8 +22,8 @@ MAY_CHANGE = (
 def recorded(saved: str | Mapping[str, Any], where: str | Path) -> ConfigDict:
     """A run's configuration, from its record.
 
-    saved: its JSON, or what that says. where: the run, for the errors. Raises UserError for what is
-    neither, and for other fields than the run's program has today.
+    saved: its JSON, or the parsed JSON. where: names the run in errors. Raises UserError for any
+    other value, and where the fields are not those of the program as it is now.
     """
     try:
         config = json.loads(saved) if isinstance(saved, str) else saved
@@ -33,13 +33,13 @@ def recorded(saved: str | Mapping[str, Any], where: str | Path) -> ConfigDict:
             f"{where}: the record of a run holds no configuration; bring it back, or start anew "
             "with another --workdir"
         ) from None
-    today = program_fields(program) or fields
-    # Exported folders leave out data.cache_dir, a place on one machine, which may change.
-    names = (name for name in today.keys() ^ fields.keys() if not name.startswith(MAY_CHANGE))
+    current = program_fields(program) or fields
+    # Exported folders leave out data.cache_dir, a folder of one machine.
+    names = (name for name in current.keys() ^ fields.keys() if not name.startswith(MAY_CHANGE))
     if differ := sorted(names):
-        told = [f"{name} is {'gone' if name in fields else 'new'} since" for name in differ]
+        changes = [f"{name} is {'gone' if name in fields else 'new'} since" for name in differ]
         raise UserError(
-            f"{where} holds a run of another version of {program}: {', '.join(told)}; use that "
+            f"{where} holds a run of another version of {program}: {', '.join(changes)}; use that "
             "version, or start anew with another --workdir"
         )
     return ConfigDict(config)
@@ -48,9 +48,9 @@ def recorded(saved: str | Mapping[str, Any], where: str | Path) -> ConfigDict:
 def check_unchanged(
     saved: str, config: ConfigDict, workdir: Path, may_change: tuple[str, ...] = MAY_CHANGE
 ) -> None:
-    """Raises UserError where `config` differs from the one a run began with, field by field.
+    """Raises UserError, naming the fields, where `config` differs from that with which a run began.
 
-    saved: the JSON of that configuration. may_change: beginnings of fields that may differ.
+    saved: the JSON of the run's configuration. may_change: prefixes of fields that may differ.
     """
     before, now = flatten(recorded(saved, workdir)), flatten(json.loads(config.to_json()))
     if before.get("program") != now["program"]:
@@ -73,7 +73,7 @@ def check_unchanged(
 
 
 def check_catalogue(saved: Mapping[str, str], fingerprint: str, path: str, workdir: Path) -> None:
-    """Raises UserError where the catalogue at `path` is not the one that a run began with.
+    """Raises UserError where the catalogue at `path` is not that with which a run began.
 
     saved: the run's record. fingerprint: of the catalogue as it is now.
     """
@@ -85,8 +85,8 @@ def check_catalogue(saved: Mapping[str, str], fingerprint: str, path: str, workd
 
 
 def check_statistics(saved: Mapping[str, str], statistics: str, workdir: Path) -> None:
-    """Raises UserError where the same catalogue's attributes give other terms than when a run
-    began, which weigh its negatives and are its labels.
+    """Raises UserError where the same catalogue gives other attribute terms than when a run began:
+    terms weight its negatives, and are the labels of its head.
 
     saved: the run's record. statistics: as `CorpusStatistics.to_json` writes them now.
     """

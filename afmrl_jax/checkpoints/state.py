@@ -1,4 +1,4 @@
-"""What a training run carries from step to step, born in its shardings.
+"""The state of a training run, which steps update, and its initial arrays in their shardings.
 
 The source of randomness is the data stream, a pure function of the step, so there is no key here.
 """
@@ -13,36 +13,40 @@ import optax
 from jax.sharding import Mesh
 
 from afmrl_jax.core.mesh import replicated
+from afmrl_jax.core.types import Params
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """step: int32[], the steps done. params, those that are trained, and opt_state: float32.
+    """step: int32[], number of finished steps. params (the trained ones) and opt_state: float32.
 
-    memory: what a method carries from step to step and does not train, as embeddings of past
-    batches; nested dicts of arrays, {} where there is nothing.
+    memory: arrays of a method that steps update without training, as embeddings of past batches;
+    nested dicts, {} for methods without a memory.
     Frozen parameters are no part of the state: neither donated nor saved.
     """
 
     step: jax.Array
-    params: Any
-    opt_state: Any
-    memory: Any = field(default_factory=dict)
+    params: Params
+    opt_state: Any  # tree of arrays
+    memory: Params = field(default_factory=dict)
 
 
 def abstract_state(
-    params: Any, optimizer: optax.GradientTransformation, mesh: Mesh, memory: Any = None
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    memory: Params | None = None,
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is computed.
 
-    params, memory: abstract, with shardings. The optimizer's moments lie as their parameters do.
+    params, memory: abstract, with shardings. The optimizer's moments get those of their parameters.
     """
     placed = {path: x.sharding for path, x in jax.tree.leaves_with_path(params)}
     whole = replicated(mesh)
 
     def place(path: tuple[Any, ...], x: Any) -> jax.ShapeDtypeStruct:
-        """A moment's path ends as its parameter's, however optimizers are nested around it."""
+        """A moment's path ends with its parameter's, however deep optimizers are nested."""
         ends = (path[start:] for start in range(len(path)))
         sharding = next((placed[end] for end in ends if end in placed), whole)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -53,12 +57,12 @@ def abstract_state(
 
 
 def init_state(
-    params: Any | Callable[[], Any],
+    params: Params | Callable[[], Params],
     optimizer: optax.GradientTransformation,
     abstract: TrainState,
 ) -> TrainState:
-    """The state at step 0, computed by the devices that keep it: never whole on one of them. Its
-    memory is zeros.
+    """The state at step 0, with a memory of zeros. Each device computes its shards alone: the whole
+    state need not fit on one.
 
     params: parameters already in their shardings, or a function that makes them.
     """
@@ -69,10 +73,10 @@ def init_state(
     return TrainState(step, params, opt_state, zeros(abstract.memory))
 
 
-def zeros(abstract: Any) -> Any:
-    """Arrays of zeros as `abstract` says, in its shardings."""
+def zeros(abstract: Params) -> Params:
+    """Arrays of zeros with the shapes, dtypes and shardings of `abstract`."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), abstract)
 
 
-def _shardings(abstract: Any) -> Any:
+def _shardings(abstract: Params) -> Params:
     return jax.tree.map(lambda x: x.sharding, abstract)

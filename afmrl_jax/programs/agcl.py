@@ -70,7 +70,12 @@ from afmrl_jax.losses.labels import LabelHead
 from afmrl_jax.models import lora
 from afmrl_jax.planning import cost
 from afmrl_jax.planning.report import Part, check_fits
-from afmrl_jax.retrieval.evaluator import SIDES, Evaluator, catalogue_attributes, enrichment
+from afmrl_jax.retrieval.evaluator import (
+    SIDES,
+    RetrievalEvaluator,
+    catalogue_attributes,
+    enrichment,
+)
 from afmrl_jax.retrieval.scores import results_table, write_evaluation
 from afmrl_jax.retrieval.tasks import choose_tasks, parse_task, validation_task
 from afmrl_jax.training.evaluators import Trained, make_evaluator
@@ -293,9 +298,9 @@ class EncoderJudge:
         batch = trained.config.eval.batch
         self._loaded = LoadedEncoder(trained.model, None, trained.mesh, batch)
 
-    def _evaluator(self, state: TrainState) -> Evaluator:
+    def _evaluator(self, state: TrainState) -> RetrievalEvaluator:
         loaded = self._loaded.with_params(self.trained.params(state))
-        return Evaluator(loaded, self.trained.catalog, self.tasks.enriched)
+        return RetrievalEvaluator(loaded, self.trained.catalog, self.tasks.enriched)
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """Recall@1 and MRR of the validation task."""

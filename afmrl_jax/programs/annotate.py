@@ -1,12 +1,12 @@
-"""Writes attributes for a catalogue's listings, by a model that looks at them.
+"""Annotates a catalogue's listings with attributes, by a model that reads them.
 
 1. Find the listings of the split, or of a share of its products, that have no answer yet.
-2. Show each one's images and text to the model, many at once: one behind an endpoint, or a
-   generator that was trained here.
-3. Read its answers: what keeps the format goes to attributes.jsonl, the rest to invalid.jsonl, with
-   the listings that are refused.
-4. Stop when all are answered, the budget is spent, or no answers come any more.
-5. Tell what the files hold.
+2. Send images and text of many listings at once to the model: one behind an endpoint, or a
+   generator of this project.
+3. Parse its answers: valid ones go to attributes.jsonl; the others go to invalid.jsonl, with the
+   listings that the model refuses.
+4. Stop when all listings are answered, the budget is spent, or no more answers arrive.
+5. Print a summary of the files.
 """
 
 import contextlib
@@ -25,14 +25,12 @@ from ml_collections import ConfigDict
 
 from afmrl_jax.annotation.answer_files import FILES, AnswerFiles
 from afmrl_jax.annotation.answerers import (
-    Api,
-    Asked,
-    BudgetLimits,
-    Described,
-    EndpointQuestion,
+    EndpointAnswerer,
+    GeneratorAnswerer,
     open_endpoint,
     pin_generator,
 )
+from afmrl_jax.annotation.options import Api, BudgetLimits, EndpointQuestion
 from afmrl_jax.attributes.summary import describe_answers
 from afmrl_jax.attributes.text import Verdict
 from afmrl_jax.catalog.groups import share_of_products
@@ -46,8 +44,8 @@ from afmrl_jax.core.options import Options, among, between, check_options
 
 log = logging.getLogger(__name__)
 
-SUSPICIOUS = 50  # answers at the start without a valid one
-MAY_CHANGE = (  # when a run goes on: these change no answer
+SUSPICIOUS = 50  # first answers of a run; a warning tells if none is valid
+MAY_CHANGE = (  # fields that change no answer, and may change when a run goes on
     "split", "log_every", "eval.batch", "api.base_url", "api.key_variable",
     "api.concurrency", "api.timeout", "api.retries", "budget.", "mesh.", "data.cache_dir",
 )  # fmt: skip
@@ -55,7 +53,7 @@ MAY_CHANGE = (  # when a run goes on: these change no answer
 
 @dataclass(frozen=True)
 class Annotated(Options, section=""):
-    """Which listings are annotated, and by whom."""
+    """The listings that are annotated, and the model that annotates them."""
 
     split: str = among(*SPLITS, "all")
     share: float = between(1e-9, 1)  # of the split's products
@@ -65,7 +63,7 @@ class Annotated(Options, section=""):
 
 @dataclass(frozen=True)
 class GeneratorBatch(Options, section="eval"):
-    """How a generator answers."""
+    """The batch of a generator."""
 
     batch: int = between(1)  # listings at once, on all devices
 
@@ -89,43 +87,43 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         question = EndpointQuestion.of(config)
         endpoint = open_endpoint(question, Api.of(config), BudgetLimits.of(config))
 
-    # ---- what is left to ask
+    # ---- listings without an answer
     if (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} holds a training run: name another --workdir for attributes")
     if (workdir / "config.json").exists():
         check_unchanged((workdir / "config.json").read_text(), config, workdir, MAY_CHANGE)
     catalog = open_listings(ListingOptions.of(config), workdir)
     if config.generator:
-        model = Described(config.generator, mesh, config.eval.batch)
+        model = GeneratorAnswerer(config.generator, mesh, config.eval.batch)
     else:
-        model = Asked(endpoint, question)
+        model = EndpointAnswerer(endpoint, question)
     listings = share_of_products(catalog, catalog.indices(config.split), config.share)
     answers = AnswerFiles(workdir, config) if first_process else None
     left = listings[~model.agree(done_of(catalog, listings, answers))]
 
-    # ---- ask
-    said = model.answers(catalog, left)
+    # ---- answers
+    annotations = model.answers(catalog, left)
     if not first_process:
-        for _ in said:  # its part of each batch is answered here
+        for _ in annotations:  # this process computes its part of each batch
             pass
         return
     answered, tally = len(listings) - len(left), Counter()
     with contextlib.ExitStack() as stack:
         writer = RunWriter(workdir, first_step=answered, steps=len(listings), active=True)
-        for closed_at_the_end in (answers, writer, said):
+        for closed_at_the_end in (answers, writer, annotations):
             stack.enter_context(contextlib.closing(closed_at_the_end))
         writer.say(f"{catalog.name}: {len(left)} of {len(listings)} listings are left to ask")
-        for number, one in said:
+        for number, annotation in annotations:
             index = int(left[number])
             listing_id = catalog.listing(index).listing_id
-            tally[one.verdict] += 1
+            tally[annotation.verdict] += 1
             if tally.total() == SUSPICIOUS and not tally[Verdict.VALID.value]:
                 writer.say(f"None of the first {SUSPICIOUS} answers is valid: see invalid.jsonl")
-            if one.failure:
-                writer.say(f"listing {listing_id!r} {one.failure}: {one.reason}")
-            if one.failure == "unanswered":
+            if annotation.failure:
+                writer.say(f"listing {listing_id!r} {annotation.failure}: {annotation.reason}")
+            if annotation.failure == "unanswered":
                 continue
-            answers.write(listing_id, catalog.content(index).key, one)
+            answers.write(listing_id, catalog.content(index).key, annotation)
             answered += 1
             if answered % config.log_every == 0:
                 metrics = {**tally, **model.spent}
@@ -144,8 +142,11 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
 
 def done_of(catalog: Catalog, listings: np.ndarray, answers: AnswerFiles | None) -> np.ndarray:
-    """bool[N]: which of the listings, int[N], are answered as they are now; none where no file is
-    known. Tells how many have changed since their answer."""
+    """bool[N]: which of the listings, int[N], have an answer to their current content.
+
+    answers: None in processes that do not read the files. Warns of listings that have
+    changed since their answer.
+    """
     done = np.zeros(len(listings), bool)
     if not answers or not answers.keys:
         return done
@@ -167,6 +168,6 @@ def done_of(catalog: Catalog, listings: np.ndarray, answers: AnswerFiles | None)
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file of answers that is whole, as `AnswerFile` leaves it."""
+    """The lines of an answer file, which `AnswerFile` has left whole."""
     with path.open("rb") as lines:
         yield from map(json.loads, lines)

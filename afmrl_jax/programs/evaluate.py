@@ -1,9 +1,9 @@
 """Judges any checkpoint on any catalogues.
 
 1. Open the catalogues of the queries and of the gallery.
-2. Let a generator describe the listings whose texts its attributes are to join, where one is named.
-3. Embed both with the checkpoint's encoder, each view that a task needs.
-4. Rank the gallery for each query; where asked, tell the queries' categories as well.
+2. Where eval.attributes names a generator, let it describe the listings whose texts get attributes.
+3. Embed each view that a task needs with the checkpoint's encoder.
+4. Rank the gallery for each query; with eval.downstream, predict the queries' categories, too.
 5. Write and print the scores.
 """
 
@@ -41,7 +41,7 @@ from afmrl_jax.retrieval.evaluator import (
     SIDES,
     Attributes,
     Enrichment,
-    Evaluator,
+    RetrievalEvaluator,
     catalogue_attributes,
     enrichment,
 )
@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class JudgedCheckpoint(Options, section=""):
-    """Which model is judged."""
+    """The model that is judged."""
 
     seed: int = between(0, 2**32 - 1)  # of the probe and of k-means
     checkpoint: str  # a workdir, a checkpoint or a Hugging Face folder
@@ -62,7 +62,7 @@ class JudgedCheckpoint(Options, section=""):
 
 @dataclass(frozen=True)
 class Retrieval(Options, section="eval"):
-    """What is looked up where, and with whose attributes."""
+    """Queries, gallery, tasks and attributes."""
 
     queries: str  # catalogues; "" = data.path
     gallery: str  # catalogues; "" = the queries'
@@ -71,9 +71,9 @@ class Retrieval(Options, section="eval"):
     tasks: str
     batch: int = between(1)  # rows embedded at once
     attributes: str  # none | oracle | a generator's workdir, checkpoint or folder
-    enrich: str = among(*SIDES)  # the side whose texts attributes join
+    enrich: str = among(*SIDES)  # the side whose texts get attributes
     min_confidence: float = between(0, 1)  # of a generator's attributes
-    downstream: bool  # whether categories are told as well
+    downstream: bool  # whether categories are predicted, too
     probe_listings: int = between(2)  # at most, for the probe
 
 
@@ -81,13 +81,13 @@ SHARES_WORKDIR = True  # all processes read it
 OPTIONS = (JudgedCheckpoint, CatalogOptions, Retrieval)
 
 
-FOLDER_OPTIONS = (Embedding, EncoderRows)  # of a Hugging Face folder, which does not say them
+FOLDER_OPTIONS = (Embedding, EncoderRows)  # for a Hugging Face folder, which does not record them
 
 
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Writes `evaluation.json` and `evaluation_queries.json` into the workdir; see
     configs/evaluate.py."""
-    # ---- what is asked, and the encoder
+    # ---- tasks and encoder
     check_options(config, OPTIONS)
     if not config.checkpoint:
         raise UserError("say which checkpoint to judge, as --config.checkpoint=runs/agcl")
@@ -101,9 +101,9 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             "model fields, prompt, instruction and row sizes do not count",
             config.checkpoint,
         )
-    otherwise = None if source.model.options else EncoderOptions.of(config)
-    # Told before a generator is read: rows that do not fit the model, a batch that cannot be split.
-    source.with_options(otherwise).processor()
+    options = None if source.model.options else EncoderOptions.of(config)
+    # Wrong row sizes or batches should raise their errors before a generator is read.
+    source.with_options(options).processor()
     local_rows(mesh, config.eval.batch, "eval.batch")
 
     # ---- catalogues
@@ -121,41 +121,41 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         )
 
     # ---- attributes
-    shown = [("queries", task.query_view, queries) for task in tasks]
-    shown += [("gallery", task.gallery_view, gallery) for task in tasks]
+    embedded = [("queries", task.query_view, queries) for task in tasks]
+    embedded += [("gallery", task.gallery_view, gallery) for task in tasks]
     if category:
-        shown += [("queries", view, queries), ("queries", view, category.probe)]
-    enriched = _enrichment(config, mesh, catalog, shown)
+        embedded += [("queries", view, queries), ("queries", view, category.probe)]
+    enriched = _enrichment(config, mesh, catalog, embedded)
 
     # ---- scores
-    model = LoadedEncoder.of(source, mesh, config.eval.batch, otherwise)
-    found = Evaluator(model, catalog, enriched).scores(tasks, queries, gallery)
+    model = LoadedEncoder.of(source, mesh, config.eval.batch, options)
+    scores_of = RetrievalEvaluator(model, catalog, enriched).scores(tasks, queries, gallery)
     if category:
-        embedded = functools.partial(Evaluator(model, Unlabelled(catalog)).vectors, view)
-        found[category.name] = category.scores(
-            functools.partial(embedded, attributes=enriched.queries)
+        vectors = functools.partial(RetrievalEvaluator(model, Unlabelled(catalog)).vectors, view)
+        scores_of[category.name] = category.scores(
+            functools.partial(vectors, attributes=enriched.queries)
         )
-    results = {task: scores.means() for task, scores in found.items()}
+    results = {task: scores.means() for task, scores in scores_of.items()}
     if jax.process_index() == 0:
         write_atomically(workdir / "config.json", config.to_json(indent=2))
         listing_ids = [catalog.listing(int(i)).listing_id for i in queries]
-        write_queries(workdir / "evaluation_queries.json", found, listing_ids)
+        write_queries(workdir / "evaluation_queries.json", scores_of, listing_ids)
         write_evaluation(workdir / "evaluation.json", results)
         print(f"{source.label}, on {catalog.name}:")
         print(results_table({"checkpoint": results}), flush=True)
 
 
 class _Listings(NamedTuple):
-    """All that is named as one catalogue, and indices of its listings, int64 each."""
+    """The catalogues of queries and gallery as one, and indices of its listings, int64 each."""
 
     catalog: Catalog
     queries: np.ndarray
     gallery: np.ndarray
-    training: np.ndarray | None  # of the queries' catalogues; None where no probe asks for it
+    training: np.ndarray | None  # of the queries' catalogues; None without a probe
 
 
 def _listings(config: ConfigDict, workdir: Path) -> _Listings:
-    # Each by itself: a catalogue of data.path that is searched as well must be known as the same.
+    # Each is opened separately, so that one that is in both lists has one fingerprint.
     queries = catalogue_names(config.eval.queries or config.data.path) or [""]
     gallery = catalogue_names(config.eval.gallery) or queries
     options = CatalogOptions.of(config)
@@ -163,31 +163,31 @@ def _listings(config: ConfigDict, workdir: Path) -> _Listings:
         name: open_listings(dataclasses.replace(options, path=name), workdir)
         for name in dict.fromkeys(queries + gallery)
     }
-    # By content: a catalogue named twice, in two ways, would let a query find itself.
+    # By content: a catalogue that is named in two ways would let a query find itself.
     distinct = {catalog.fingerprint: catalog for catalog in opened.values()}
     joined = ConcatCatalog(list(distinct.values()), options.shared_ids)
     catalog = with_attributes(joined, options, workdir)
     starts = dict(zip(distinct, np.cumsum([0, *map(len, distinct.values())])))
 
     def indices(names: list[str], of: Callable[[Catalog], np.ndarray]) -> np.ndarray:
-        """One of each listing: several of the catalogues may hold it."""
+        """Each listing once, though several of the catalogues may hold it."""
         named = {opened[name].fingerprint: opened[name] for name in names}
         listings = np.concatenate([of(part) + starts[key] for key, part in named.items()])
         _, first = np.unique(catalog.identities[listings], return_index=True)
         return listings[np.sort(first)]
 
-    asked = indices(queries, lambda part: _indices(part, config.eval.query_split))
-    searched = indices(gallery, lambda part: _indices(part, config.eval.gallery_split))
+    query_indices = indices(queries, lambda part: _indices(part, config.eval.query_split))
+    gallery_indices = indices(gallery, lambda part: _indices(part, config.eval.gallery_split))
     training = None
     if config.eval.downstream:
         training = indices(queries, lambda part: part.indices("train"))
-        judged = np.isin(catalog.identities[training], catalog.identities[asked])
-        training = training[~judged]
-    return _Listings(catalog, asked, searched, training)
+        is_query = np.isin(catalog.identities[training], catalog.identities[query_indices])
+        training = training[~is_query]
+    return _Listings(catalog, query_indices, gallery_indices, training)
 
 
 def _indices(catalog: Catalog, split: str) -> np.ndarray:
-    """A split's listings; with "" the test split's where there is one, else all."""
+    """The listings of a split; "" = of the test split where there is one, else all."""
     listings = catalog.indices(split or "test")
     if not split and not len(listings):
         listings = catalog.indices("all")
@@ -200,12 +200,12 @@ def _indices(catalog: Catalog, split: str) -> np.ndarray:
 
 
 def _enrichment(
-    config: ConfigDict, mesh: Mesh, catalog: Catalog, shown: list[tuple[str, str, np.ndarray]]
+    config: ConfigDict, mesh: Mesh, catalog: Catalog, embedded: list[tuple[str, str, np.ndarray]]
 ) -> Enrichment:
-    """The attributes that eval.attributes and eval.enrich ask for; a generator describes each
-    listing that needs them once, now, and leaves the device's memory again.
+    """The attributes of eval.attributes for the sides of eval.enrich. A generator describes each
+    listing once, at once: its parameters leave the device's memory when this returns.
 
-    shown: what is embedded, as (side, view, listings).
+    embedded: the listings that will be embedded, as (side, view, listings).
     """
     chosen = config.eval
     if chosen.min_confidence and chosen.attributes in ("none", "oracle"):
@@ -217,7 +217,7 @@ def _enrichment(
         return Enrichment()
     needed = [
         listings
-        for side, view, listings in shown
+        for side, view, listings in embedded
         if "text" in view and chosen.enrich in (side, "both")
     ]
     if not needed:
@@ -235,7 +235,7 @@ def _enrichment(
 def _described(
     config: ConfigDict, mesh: Mesh, catalog: Catalog, listings: np.ndarray
 ) -> Attributes:
-    """What a generator says of the listings, where it is sure enough."""
+    """A generator's attributes of the listings, of at least eval.min_confidence."""
     path, least = config.eval.attributes, config.eval.min_confidence
     try:
         generator = load_generator(path, mesh, config.eval.batch)
@@ -244,11 +244,11 @@ def _described(
             f"eval.attributes is {path!r}, neither none nor oracle, and as a generator: {error}"
         ) from None
     log.info("%s describes %d listings", path, len(listings))
-    said = generator.describe(catalog, listings)
-    sure = {int(i): one.sure(least) for i, one in zip(listings, said)}
+    descriptions = generator.describe(catalog, listings)
+    sure = {int(i): listing.sure(least) for i, listing in zip(listings, descriptions)}
     log.info(
         "%.1f%% of them got attributes, %.1f on average",
-        100 * np.mean([bool(one) for one in sure.values()]),
-        np.mean([len(one) for one in sure.values()]),
+        100 * np.mean([bool(attributes) for attributes in sure.values()]),
+        np.mean([len(attributes) for attributes in sure.values()]),
     )
     return sure.__getitem__

@@ -1,9 +1,9 @@
 """Writes a model as a folder that transformers loads, an encoder's sentence-transformers as well.
 
-1. Find the model and what is known of its run; read its parameters, adapters merged.
-2. Write weights, tokenizer, processor and model card beside the folder's place; an encoder's
-   pooling, how a generator is asked and its answers end.
-3. Put the folder in its place, whole.
+1. Find the model and the record of its run; read its parameters, with adapters merged.
+2. Write weights, tokenizer, processor and model card into a temporary folder; also an encoder's
+   pooling, or a generator's prompt and stop tokens.
+3. Rename the folder to its place, whole.
 """
 
 import json
@@ -19,7 +19,7 @@ from afmrl_jax.assembly.folder import check_processor, write_folder
 from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.model import abstract_params
 from afmrl_jax.assembly.options import DTYPES, EncoderOptions
-from afmrl_jax.assembly.pretrained import RECORD, Pretrained, find_pretrained, kind_of
+from afmrl_jax.assembly.pretrained import RECORD, Pretrained, find_pretrained, model_class_of
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.files import whole_folder
 from afmrl_jax.core.options import Options, among, check_options
@@ -29,7 +29,7 @@ from afmrl_jax.retrieval.scores import results_table
 
 @dataclass(frozen=True)
 class ExportedFolder(Options, section=""):
-    """What is written, and where to."""
+    """The model that is exported, and the folder."""
 
     checkpoint: str  # a workdir, a checkpoint or a Hugging Face folder
     best: bool  # of a workdir, the best on validation instead of the last
@@ -54,15 +54,15 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         raise UserError("export runs in one process: it writes one folder from whole parameters")
     out = Path(config.out)
     check_place(out)
-    kind = kind_of(config.checkpoint, best=config.best)
-    source = find_pretrained(config.checkpoint, kind, best=config.best)
-    model = source.with_options(EncoderOptions.of(config))  # a generator has a run
-    check_processor(model)  # tells of rows that do not fit the model before its weights are read
+    model_class = model_class_of(config.checkpoint, best=config.best)
+    source = find_pretrained(config.checkpoint, model_class, best=config.best)
+    model = source.with_options(EncoderOptions.of(config))  # a generator always has a run
+    check_processor(model)  # row sizes that do not fit should raise before weights are read
     params = source.load(abstract_params(model, mesh))
 
     # ---- folder
     with whole_folder(out, replace=True) as folder:
-        evaluation = _evaluation(source, kind)
+        evaluation = _evaluation(source, model_class)
         write_folder(folder, model, params, source, dtype=config.dtype, evaluation=evaluation)
     print(f"{source.label} is in {out}", flush=True)
 
@@ -78,10 +78,10 @@ def check_place(out: Path) -> None:
         )
 
 
-def _evaluation(source: Pretrained, kind: type[Encoder] | type[Generator]) -> str:
-    """What the run that trained the model measured, in Markdown; "" where it did not."""
+def _evaluation(source: Pretrained, model_class: type[Encoder] | type[Generator]) -> str:
+    """The evaluation of the run that trained the model, in Markdown; "" where there is none."""
     if not source.evaluation:
         return ""
-    if kind is Encoder:
+    if model_class is Encoder:
         return results_table({f"step {source.step}": source.evaluation}).strip()
     return f"```json\n{json.dumps(source.evaluation, indent=2)}\n```"

@@ -1,11 +1,11 @@
-"""Tells what a run would need and how long a step would take, on devices that need not be there.
+"""Predicts the memory of a run and the time of a step, on devices that need not exist here.
 
     python -m afmrl_jax.main --config=configs/agcl.py --config.model.preset=qwen2_vl_2b \\
         --plan=v5e:16x16          # or 2xv5e:16x16, two slices; or local, the devices at hand
 
-1. Make the mesh of the topology, and compile the run's own steps for it with XLA's TPU compiler.
-2. Tell memory, work, time and exchanges of the run as it is configured.
-3. Look for better settings: meshes, then micro-batches, then what the backward pass keeps.
+1. Make the mesh of the topology, and compile the run's steps for it with XLA's TPU compiler.
+2. Print memory, work, time and exchanges of the run as it is configured.
+3. Search for better settings: meshes, then micro-batches, then remat.
 4. Print tables, and write WORKDIR/plan.json.
 
 Only shapes matter: no catalogue is opened, and no weights are read.
@@ -19,13 +19,18 @@ import os
 import re
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.options import check_options
 from afmrl_jax.planning.search import Choice, Trial, advice, search, trials_table
+
+if TYPE_CHECKING:  # JAX is imported once the topology is known
+    import jax
+
+    from afmrl_jax.planning.report import Report
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +46,15 @@ def main(config: ConfigDict, workdir: Path, topology: str) -> None:
     if not hasattr(program, "plan"):
         raise UserError(f"--plan knows programs that train, as agcl, and not {config.program}")
 
-    def measure(choice: Choice) -> tuple[Trial, list[Any]]:
+    def measure(choice: Choice) -> tuple[Trial, "list[Report]"]:
         began = time.monotonic()
         reports = reports_of(_changed(config, choice), devices)
         fits = all(report.fits for report in reports)
-        known = all(report.seconds is not None for report in reports)
+        has_times = all(report.seconds is not None for report in reports)
         trial = Trial(
             choice,
             fits,
-            sum(report.seconds for report in reports) if known and fits else None,
+            sum(report.seconds for report in reports) if has_times and fits else None,
             max(report.needed for report in reports),
         )
         cost = f"{trial.seconds:.3g} s" if trial.seconds else "fits" if fits else "does not fit"
@@ -78,8 +83,8 @@ def main(config: ConfigDict, workdir: Path, topology: str) -> None:
     write_atomically(workdir / "plan.json", json.dumps(result, indent=2))
 
 
-def devices_of(topology: str) -> list[Any]:
-    """The devices of a topology, or those at hand. Must run before JAX is loaded elsewhere."""
+def devices_of(topology: str) -> "list[jax.Device]":
+    """The devices of a topology, or those at hand. Call it before anything imports JAX."""
     if topology == "local":
         import jax
 
@@ -90,7 +95,7 @@ def devices_of(topology: str) -> list[Any]:
             f"--plan={topology} is no topology: write it as v5e:16x16, v5p:4x4x4, 2xv6e:8x8 (two "
             "slices), or local for the devices at hand"
         )
-    # The compiler is a library of real TPUs, which would look for them, and for others that use it.
+    # libtpu would otherwise look for TPUs, and for other processes that use them.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -101,14 +106,14 @@ def devices_of(topology: str) -> list[Any]:
 
     slices = {"num_slices": int(m[1])} if m[1] else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=m[2], **slices)
+        description = topologies.get_topology_desc(platform="tpu", topology_name=m[2], **slices)
     except (JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"XLA knows no TPUs {topology}: {reason}") from None
-    return list(found.devices)
+    return list(description.devices)
 
 
-def reports_of(config: ConfigDict, devices: list[Any]) -> list[Any]:
+def reports_of(config: ConfigDict, devices: "list[jax.Device]") -> "list[Report]":
     """The memory and time of each compiled part of the run."""
     from afmrl_jax.core.mesh import make_mesh
     from afmrl_jax.planning.report import compile_part, reckon
@@ -123,7 +128,7 @@ def reports_of(config: ConfigDict, devices: list[Any]) -> list[Any]:
     return reports
 
 
-def _configured(config: ConfigDict, devices: list[Any]) -> Choice:
+def _configured(config: ConfigDict, devices: "list[jax.Device]") -> Choice:
     """The choice of the configuration, with -1 replaced by sizes."""
     from afmrl_jax.core.mesh import make_mesh
 

@@ -63,9 +63,9 @@ from afmrl_jax.models import lora
 from afmrl_jax.models.partition import MATRIX
 from afmrl_jax.models.sampler import Samples
 from afmrl_jax.planning.report import Part, check_fits
-from afmrl_jax.rl.environment import Environment, Judged, Laps, append_groups, none_is_read
+from afmrl_jax.rl.environment import Environment, Laps, RewardedAnswers, append_groups, none_is_read
 from afmrl_jax.rl.gallery import Gallery, GallerySize, open_gallery
-from afmrl_jax.rl.held_out import Arms, HeldOut, Said, comparison_table
+from afmrl_jax.rl.held_out import Arms, HeldOut, QueryAnswer, comparison_table
 from afmrl_jax.rl.policy import Built, build, parts
 from afmrl_jax.rl.rewards import Reward, bounded_k
 from afmrl_jax.rl.watch import WatchLimits, stopped, watch
@@ -155,7 +155,7 @@ class Step:
         watched = {f"watch_{name}": figure for name, figure in verdict.figures.items()}
         return state, metrics | judged.metrics() | watched | laps.seconds
 
-    def _judge(self, number: int, samples: Samples, laps: Laps) -> Judged:
+    def _judge(self, number: int, samples: Samples, laps: Laps) -> RewardedAnswers:
         lengths = samples.mask.sum(-1)
         answers = [
             self._generator.read(
@@ -180,7 +180,7 @@ class Step:
         state: TrainState,
         rows: dict[str, jax.Array],
         samples: Samples,
-        judged: Judged,
+        judged: RewardedAnswers,
         host: jax.Array,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """The updates by one step's answers; the metrics are the last one's."""
@@ -215,7 +215,7 @@ class Step:
                 batch["answers"] = answers | {"old_log_probs": metrics.pop("old_log_probs")}
         return state, jax.block_until_ready(metrics)
 
-    def _keep(self, number: int, judged: Judged, *, everything: bool) -> None:
+    def _keep(self, number: int, judged: RewardedAnswers, *, everything: bool) -> None:
         """Adds every n-th group of the run, or all of a step, to rollouts.jsonl."""
         every = 1 if everything else self._config.rollouts_every
         if every and jax.process_index() == 0:
@@ -282,12 +282,12 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         run.keep(generator, **base.record(), encoder=judge_record)
         loaded = LoadedGenerator(generator, None, mesh, config.eval.batch)
 
-        def say(trained: Params, listings: np.ndarray) -> list[Said]:
-            speaker = loaded.with_params(sampler_weights(trained, frozen))
-            said = speaker.describe(catalog, listings)
-            return [Said(one.answer.text, one.sure) for one in said]
+        def answer(trained: Params, listings: np.ndarray) -> list[QueryAnswer]:
+            policy = loaded.with_params(sampler_weights(trained, frozen))
+            descriptions = policy.describe(catalog, listings)
+            return [QueryAnswer(listing.answer.text, listing.sure) for listing in descriptions]
 
-        judge = Arms(workdir, held_out, say, WatchLimits.of(config))
+        judge = Arms(workdir, held_out, answer, WatchLimits.of(config))
         adapters = functools.partial(fresh_params, generator, config.seed)
         begin = adapters if generator.lora else params
         if run.saved:

@@ -1,19 +1,19 @@
-"""What embeddings know beside products: a listing's category, by a linear probe and by clusters.
+"""Categories from embeddings: how well a linear probe and clusters reproduce listings' categories.
 
-Axes: N listings judged · L listings that the probe learns from · E embedding · K categories.
+Axes: N judged listings · L listings that the probe learns from · E embedding · K categories.
 
-The category itself is left out of the texts (`Unlabelled`): a listing that states it would be
-told by that word alone.
+The texts are embedded without the category (`Unlabelled`): that word alone would give it away.
 
-1. A logistic regression on standardised embeddings learns training listings' categories; `accuracy`
-   is the share of the judged listings that it names rightly. A category that it never met is wrong.
+1. A logistic regression on standardised embeddings learns the categories of training listings;
+   `accuracy` is the share of judged listings whose category it predicts. A category that no
+   training listing has counts as wrong.
 2. k-means puts the judged listings into K clusters, as many as they have categories; `nmi`
    (arithmetic mean), `ari` and `purity` say how well clusters and categories agree.
 
-Intervals are half the width of a 95% interval over listings: Wilson's of `accuracy`, the
-bootstrap's of the others, which have none where all resamples agree, as where clusters are
-categories. Probe and clusters are held fixed: left out is that a probe would learn otherwise from
-other listings, and that listings of one product resemble one another.
+Intervals are half the width of a 95% interval over listings: Wilson's for `accuracy`, the
+bootstrap's for the other metrics. A metric has no bootstrap interval where all resamples are equal,
+as where clusters are categories. Probe and clusters are held fixed: the intervals leave out that a
+probe would learn otherwise from other listings, and that listings of one product are similar.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ STARTS = 10  # of k-means, from other centres each; the tightest clusters are ke
 
 
 class Unlabelled(Overlay):
-    """A catalogue whose listings do not say their category; otherwise the same."""
+    """A catalogue without the categories of its listings; otherwise the same."""
 
     def __init__(self, catalog: Catalog):
         super().__init__(catalog, catalog.fingerprint)
@@ -42,7 +42,7 @@ class Unlabelled(Overlay):
 
 
 class CategoryTask:
-    """Whether embeddings tell the categories of some listings of a catalogue."""
+    """Scores embeddings by the categories of some listings of a catalogue."""
 
     name = "category"
 
@@ -55,11 +55,11 @@ class CategoryTask:
         limit: int,
         seed: int,
     ):
-        """training, judged: int64, indices of listings; those of training that are judged as well
-        are left out, and at most `limit` of the rest are learned from. A listing without category,
-        or without what the view shows, is neither learned from nor judged.
+        """training, judged: int64, indices of listings. The probe learns from at most `limit` of
+        the training listings that are not judged. A listing without a category, or without the text
+        or image that the view shows, is neither learned from nor judged.
 
-        Raises UserError where either side has not two categories.
+        Raises UserError where the training or the judged listings have fewer than two categories.
         """
         training = np.setdiff1d(training, judged)
         drawn = np.random.default_rng(seed).permutation(training)[:limit]
@@ -67,20 +67,22 @@ class CategoryTask:
         self._judged, self._categories = _with_category(catalog, judged, view)
         self._kept = np.flatnonzero(np.isin(judged, self._judged))
         self._seed = seed
-        for found, what, cure in (
+        for categories, listings, field in (
             (self._learned, "training listings beside the queries", "eval.queries"),
             (self._categories, "queries", "eval.query_split"),
         ):
-            if len(np.unique(found)) < 2:
+            if len(np.unique(categories)) < 2:
                 raise UserError(
-                    f"{catalog.name} has {len(found)} {what} with a category, of "
-                    f"{len(np.unique(found))} categories, among those with {view}: there is "
-                    f"nothing to tell apart; choose another {cure}, or set eval.downstream=False"
+                    f"{catalog.name} has {len(categories)} {listings} with a category, of "
+                    f"{len(np.unique(categories))} categories, among those with {view}: there is "
+                    f"nothing to tell apart; choose another {field}, or set eval.downstream=False"
                 )
 
     def scores(self, vectors: Callable[[np.ndarray], np.ndarray]) -> Scores:
-        """vectors: listings int64[n] -> float32[n, E], of `Unlabelled`. Values: `accuracy`; extra:
-        its interval, `nmi`, `ari`, `purity` and theirs (`_ci95`), `n_probe` and `n_categories`."""
+        """vectors: listings int64[n] -> float32[n, E], of the `Unlabelled` catalogue.
+
+        Returns `accuracy` as value, and as extra `nmi`, `ari`, `purity`, the intervals of all four
+        (`_ci95`), `n_probe` and `n_categories`."""
         judged = vectors(self._judged)
         right = probe(vectors(self.probe), self._learned, judged, self._seed) == self._categories
         clusters = cluster(judged, len(np.unique(self._categories)), self._seed)
@@ -91,7 +93,7 @@ class CategoryTask:
             drawn.append(agreement(self._categories[again], clusters[again]))
         extra["accuracy_ci95"] = interval95(right)
         for name in drawn[0]:
-            low, high = np.quantile([one[name] for one in drawn], [0.025, 0.975])
+            low, high = np.quantile([resample[name] for resample in drawn], [0.025, 0.975])
             if high > low:
                 extra[f"{name}_ci95"] = float(high - low) / 2
         extra |= {"n_probe": len(self.probe), "n_categories": len(np.unique(self._categories))}
@@ -99,9 +101,9 @@ class CategoryTask:
 
 
 def probe(vectors: np.ndarray, categories: np.ndarray, judged: np.ndarray, seed: int) -> np.ndarray:
-    """The categories [N] that a logistic regression gives to judged: float32[N, E], once it has
-    learned those [L] of vectors: float32[L, E]."""
-    # Only now, as below: an evaluation without it need not wait for the import.
+    """The categories [N] that a logistic regression predicts for judged: float32[N, E]. It learns
+    from vectors: float32[L, E] and their categories [L]."""
+    # Imported here, as in `cluster`: an evaluation without a probe need not wait for it.
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -113,7 +115,7 @@ def probe(vectors: np.ndarray, categories: np.ndarray, judged: np.ndarray, seed:
 
 
 def cluster(vectors: np.ndarray, k: int, seed: int) -> np.ndarray:
-    """k-means' cluster int32[N] of each of vectors: float32[N, E]."""
+    """The k-means cluster, int32[N], of each of vectors: float32[N, E]."""
     from sklearn.cluster import KMeans
 
     return KMeans(k, n_init=STARTS, random_state=seed).fit_predict(vectors)
@@ -137,8 +139,8 @@ def agreement(categories: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
 def _with_category(
     catalog: Catalog, listings: np.ndarray, view: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Those of the listings that have what the view shows and a category: the category is no part
-    of the text. Returns them and their categories, str[n]."""
+    """The listings that have a category and the text or image that the view shows, the category not
+    counted as text. Returns them, int64[n], and their categories, str[n]."""
     listings = listings[parts_of(Unlabelled(catalog), listings)[view]]
     categories = np.array([catalog.listing(int(i)).category for i in listings], str)
     return listings[categories != ""], categories[categories != ""]

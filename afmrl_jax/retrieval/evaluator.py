@@ -24,9 +24,10 @@ SIDES = ("both", "queries", "gallery")
 
 @dataclass(frozen=True)
 class Enrichment:
-    """The attributes that join the texts of queries and of the gallery; None: they stay plain.
+    """The attributes that are appended to the texts of queries and of the gallery; None: no text
+    gets any.
 
-    A view without text has nowhere to put them, and is the same with and without.
+    A view without text is the same with and without attributes.
     """
 
     queries: Attributes | None = None
@@ -42,74 +43,77 @@ def enrichment(attributes: Attributes | None, side: str) -> Enrichment:
 
 
 def catalogue_attributes(catalog: Catalog) -> Attributes:
-    """Those that the catalogue holds: the oracle's."""
+    """The attributes that the catalogue holds: the oracle's."""
     return lambda index: catalog.listing(index).attributes
 
 
-class Evaluator:
-    """Embeds listings of one catalogue, each once a view and side, and scores tasks on them.
+class RetrievalEvaluator:
+    """Embeds the listings of one catalogue, once per view and side, and scores tasks on them.
 
-        scores = Evaluator(model, catalog).run([parse_task("image->text")], listings, listings)
+        evaluator = RetrievalEvaluator(model, catalog)
+        scores = evaluator.run([parse_task("image->text")], listings, listings)
 
-    enriched: what the two sides' texts carry.
+    enriched: the attributes in the texts of either side.
     """
 
     def __init__(self, model: LoadedEncoder, catalog: Catalog, enriched: Enrichment = Enrichment()):
         self._model, self._catalog, self.enriched = model, catalog, enriched
-        # What was embedded, by view and attributes: listings int64[N], ascending, and vectors.
-        self._known: dict[tuple[str, Attributes | None], tuple[np.ndarray, np.ndarray]] = {}
+        # The vectors so far, by view and attributes: listings int64[N], ascending, and vectors.
+        self._embedded: dict[tuple[str, Attributes | None], tuple[np.ndarray, np.ndarray]] = {}
 
     def vectors(
         self, view: str, indices: np.ndarray, attributes: Attributes | None = None
     ) -> np.ndarray:
-        """float32[N, E] of the listings' view, with attributes in its text.
+        """Vectors of a view of the listings, float32[N, E], with attributes in its text.
 
-        A listing's vector is kept, so that tasks share it, and queries and gallery where both carry
+        A listing's vector is kept: tasks share it, and so do queries and gallery where both carry
         the same attributes.
         """
         key = (view, attributes if "text" in view else None)
-        known, vectors = self._known.get(key, (np.empty(0, np.int64), None))
-        new = np.setdiff1d(indices, known)
+        listings, vectors = self._embedded.get(key, (np.empty(0, np.int64), None))
+        new = np.setdiff1d(indices, listings)
         if len(new):
             of = key[1] and (lambda number: key[1](int(new[number])))
             added = self._model.embed_listings(self._catalog, new, view, attributes=of).vectors
-            order = np.argsort(np.concatenate([known, new]))
-            known = np.concatenate([known, new])[order]
+            order = np.argsort(np.concatenate([listings, new]))
+            listings = np.concatenate([listings, new])[order]
             vectors = added if vectors is None else np.concatenate([vectors, added])[order]
-            self._known[key] = known, vectors
-        return vectors[np.searchsorted(known, indices)]
+            self._embedded[key] = listings, vectors
+        return vectors[np.searchsorted(listings, indices)]
 
     def scores(
         self, tasks: Sequence[Task], queries: np.ndarray, gallery: np.ndarray
     ) -> dict[str, Scores]:
         """Scores of each task; queries int64[Q] and gallery int64[N] are listings' indices.
 
-        A listing that lacks what its side's view shows is left out of the task. `n_without` counts
-        such queries, where there are any; `n_gallery` is what is left to search. A task is left out
-        where it has nothing to find: no queries, or none whose product has another listing in the
-        gallery, where the query's own does not count. `choose_tasks` tells of both beforehand.
+        A listing without the text or image that its side's view shows is left out of the task.
+        `n_without` counts such queries, where there are any; `n_gallery` counts the gallery
+        listings that remain. A task is left out where it has nothing to find: no queries, or no
+        query whose product has another listing in the gallery (under `exclude_self` the query's
+        listing does not count). `choose_tasks` warns of both beforehand.
         """
         products, identities = self._catalog.products, self._catalog.identities
-        asking, searched = parts_of(self._catalog, queries), parts_of(self._catalog, gallery)
-        found = {}
+        query_parts = parts_of(self._catalog, queries)
+        gallery_parts = parts_of(self._catalog, gallery)
+        scores_of = {}
         for task in tasks:
-            places = np.flatnonzero(asking[task.query_view])
-            asked, others = queries[places], gallery[searched[task.gallery_view]]
-            if not finds_any(task, self._catalog, asked, others):
+            places = np.flatnonzero(query_parts[task.query_view])
+            sources, targets = queries[places], gallery[gallery_parts[task.gallery_view]]
+            if not finds_any(task, self._catalog, sources, targets):
                 continue
-            asking_vectors = self.vectors(task.query_view, asked, self.enriched.queries)
-            searched_vectors = self.vectors(task.gallery_view, others, self.enriched.gallery)
+            source_vectors = self.vectors(task.query_view, sources, self.enriched.queries)
+            target_vectors = self.vectors(task.gallery_view, targets, self.enriched.gallery)
             scores = rank_and_score(
-                Side(asking_vectors, identities[asked], products[asked]),
-                Side(searched_vectors, identities[others], products[others]),
+                Side(source_vectors, identities[sources], products[sources]),
+                Side(target_vectors, identities[targets], products[targets]),
                 exclude_self=task.exclude_self,
             )
-            without = len(queries) - len(asked)
+            without = len(queries) - len(sources)
             extra = scores.extra | ({"n_without": without} if without else {})
-            found[task.name] = Scores(places[scores.queries], scores.values, extra)
-        return found
+            scores_of[task.name] = Scores(places[scores.queries], scores.values, extra)
+        return scores_of
 
     def run(self, tasks: Sequence[Task], queries: np.ndarray, gallery: np.ndarray) -> Results:
-        """Their means: what `scores` gives, over the queries."""
-        found = self.scores(tasks, queries, gallery)
-        return {task: scores.means() for task, scores in found.items()}
+        """Means of `scores` over the queries, {task: {metric: value}}."""
+        scores_of = self.scores(tasks, queries, gallery)
+        return {task: scores.means() for task, scores in scores_of.items()}

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class ExactIndex(Index):
-    """Compares each query with every vector, on the device. Equal scores: the earlier row first."""
+    """Compares each query with every vector, on the device. Of equal scores the first row wins."""
 
     kind = "exact"
 
@@ -32,9 +32,9 @@ class ExactIndex(Index):
         rows, scores = np.empty((len(queries), k), np.int32), np.empty((len(queries), k), "f4")
         for start in range(0, len(queries), step):
             block = queries[start : start + step]
-            found = _top_k(padded(block, step - len(block)), self._on_device, size, k)
-            scores[start : start + step] = np.asarray(found[0])[: len(block)]
-            rows[start : start + step] = np.asarray(found[1])[: len(block)]
+            best, places = _top_k(padded(block, step - len(block)), self._on_device, size, k)
+            scores[start : start + step] = np.asarray(best)[: len(block)]
+            rows[start : start + step] = np.asarray(places)[: len(block)]
         return rows, scores
 
     def _put(self, rows: np.ndarray, vectors: np.ndarray) -> None:
@@ -63,6 +63,6 @@ def query_block(n: int) -> int:
 def _top_k(
     queries: jax.Array, vectors: jax.Array, size: jax.Array, k: int
 ) -> tuple[jax.Array, jax.Array]:
-    # Full precision: accelerators otherwise round the products, and the search is not exact.
+    # Full precision: accelerators would otherwise round the products, and miss the exact order.
     scores = jnp.matmul(queries, vectors.T, precision=jax.lax.Precision.HIGHEST)
     return jax.lax.top_k(jnp.where(jnp.arange(len(vectors)) < size, scores, -jnp.inf), k)

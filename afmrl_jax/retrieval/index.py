@@ -2,8 +2,8 @@
 
 Axes: N gallery vectors · Q queries · D dimensions · k neighbours.
 
-Scores are dot products: cosines, since embeddings are L2-normalised. An index knows the version of
-the model that made its vectors, hands it out with every result, and refuses vectors of another.
+Scores are dot products: cosines, since embeddings are L2-normalised. An index records the version
+of the model that made its vectors, returns it with every result, and refuses vectors of another.
 """
 
 import abc
@@ -39,16 +39,16 @@ class Results:
 
 
 class Index(abc.ABC):
-    """What every index does; a subclass says how, in terms of rows 0..N-1 instead of ids.
+    """An index of vectors under ids; subclasses search and update rows 0..N-1 instead of ids.
 
-    Threads may share one: a call waits until the one before it is done.
+    Threads may share an index: each call waits for the call before it.
     """
 
     kind: ClassVar[str]
 
     def __init__(self, model_version: str):
         self.model_version = model_version
-        self._lock = threading.RLock()  # an update moves rows: ids read meanwhile would be others'
+        self._lock = threading.RLock()  # a search during an update would return wrong ids
         self._ids = np.empty(0, np.int64)
         self._rows: dict[int, int] | None = None  # id -> row; made when first updated
 
@@ -56,10 +56,10 @@ class Index(abc.ABC):
         return len(self._ids)
 
     def build(self, vectors: np.ndarray, ids: np.ndarray) -> Self:
-        """Fills the index, replacing what it held.
+        """Fills the index, replacing its content; returns the index.
 
-        vectors: float32[N, D], finite. ids: int64[N], unique and >= 0. Returns itself.
-        Raises UserError where vectors or ids are not so.
+        vectors: float32[N, D], finite. ids: int64[N], unique and >= 0. Raises UserError for vectors
+        or ids that break these rules.
         """
         if len(vectors) == 0:
             raise UserError("an index of no vectors was asked for: give it at least one listing")
@@ -75,18 +75,18 @@ class Index(abc.ABC):
         queries: float32[Q, D]. model_version: of the model that made the queries; None skips the
         check. Raises UserError on another version, another D, or queries that are not finite.
         """
-        queries = self._ours(queries, model_version, "queries")
+        queries = self._comparable(queries, model_version, "queries")
         with self._lock:
             rows, scores = self._search(queries, min(k, len(self)))
-            found = rows >= 0
-            ids = np.where(found, self._ids[np.where(found, rows, 0)], -1)
+            filled = rows >= 0
+            ids = np.where(filled, self._ids[np.where(filled, rows, 0)], -1)
         results = Results(
             np.full((len(queries), k), -1, np.int64),
             np.full((len(queries), k), -np.inf, np.float32),
             self.model_version,
         )
         results.ids[:, : ids.shape[1]] = ids
-        results.scores[:, : ids.shape[1]] = np.where(found, scores, -np.inf)
+        results.scores[:, : ids.shape[1]] = np.where(filled, scores, -np.inf)
         return results
 
     def upsert(
@@ -97,11 +97,11 @@ class Index(abc.ABC):
         vectors: float32[M, D]. ids: int64[M], unique and >= 0. Raises UserError as build and
         search do.
         """
-        vectors = self._ours(vectors, model_version, "vectors")
+        vectors = self._comparable(vectors, model_version, "vectors")
         vectors, ids = _checked(vectors, ids)
         with self._lock:
-            known = self._row_of()
-            rows = np.array([known.setdefault(int(i), len(known)) for i in ids], np.int64)
+            row_of = self._row_of_id()
+            rows = np.array([row_of.setdefault(int(i), len(row_of)) for i in ids], np.int64)
             self._ids = np.concatenate([self._ids, ids[rows >= len(self._ids)]])
             self._put(rows, vectors)
 
@@ -109,19 +109,19 @@ class Index(abc.ABC):
         """Removes ids: int64[M]. Raises UserError on one that the index does not hold."""
         ids = _whole_numbers(ids)
         with self._lock:
-            known = self._row_of()
-            unknown = [i for i in ids.tolist() if i not in known]
+            row_of = self._row_of_id()
+            unknown = [i for i in ids.tolist() if i not in row_of]
             if unknown:
                 raise UserError(
                     f"cannot delete id {unknown[0]} ({len(unknown)} such): the index of "
                     f"{len(self)} vectors does not hold it"
                 )
             for i in dict.fromkeys(ids.tolist()):
-                row, last = known.pop(i), len(self._ids) - 1
+                row, last = row_of.pop(i), len(self._ids) - 1
                 self._remove(row)
                 if row != last:  # the last row moves into the gap, as in ScaNN
                     self._ids[row] = self._ids[last]
-                    known[int(self._ids[last])] = row
+                    row_of[int(self._ids[last])] = row
                 self._ids = self._ids[:last]
 
     def save(self, directory: str | Path) -> None:
@@ -140,25 +140,26 @@ class Index(abc.ABC):
             (new / "index.json").write_text(json.dumps(header, indent=2) + "\n")
             self._write(new)
 
-    def _row_of(self) -> dict[int, int]:
+    def _row_of_id(self) -> dict[int, int]:
         if self._rows is None:
             self._rows = {i: row for row, i in enumerate(self._ids.tolist())}
         return self._rows
 
-    def _ours(self, vectors: np.ndarray, model_version: str | None, what: str) -> np.ndarray:
-        """vectors as float32, once it is sure that they may be compared with the index's own."""
+    def _comparable(self, vectors: np.ndarray, model_version: str | None, noun: str) -> np.ndarray:
+        """vectors as float32, checked to be comparable with those of the index. noun: the name of
+        the vectors in errors."""
         if model_version is not None and model_version != self.model_version:
             raise UserError(
-                f'{what} of model "{model_version}" were given to an index of model '
+                f'{noun} of model "{model_version}" were given to an index of model '
                 f'"{self.model_version}": embed both with one model, or build the index again'
             )
         vectors = np.asarray(vectors, np.float32)
         if vectors.ndim != 2 or vectors.shape[1] != self._dimension:
             raise UserError(
-                f"{what} of shape {list(vectors.shape)} were given to an index of "
+                f"{noun} of shape {list(vectors.shape)} were given to an index of "
                 f"{self._dimension} dimensions: expected [rows, {self._dimension}]"
             )
-        require_finite(vectors, what)
+        require_finite(vectors, noun)
         return vectors
 
     @abc.abstractmethod
@@ -188,7 +189,7 @@ def padded(vectors: np.ndarray, rows: int) -> np.ndarray:
 
 
 def _checked(vectors: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    vectors = np.array(vectors, np.float32, order="C")  # a copy: the index changes its own
+    vectors = np.array(vectors, np.float32, order="C")  # a copy, which updates may change
     ids = _whole_numbers(ids)
     if vectors.ndim != 2 or ids.shape != vectors.shape[:1]:
         raise UserError(
@@ -208,14 +209,15 @@ def _whole_numbers(ids: np.ndarray) -> np.ndarray:
             f"the ids of an index must be whole numbers, unique and not negative, not {ids.dtype}: "
             "number the listings"
         )
-    return ids.astype(np.int64)  # a copy: the index changes its own
+    return ids.astype(np.int64)  # a copy, which updates may change
 
 
-def require_finite(vectors: np.ndarray, what: str) -> None:
-    """Raises UserError where a row of vectors: float[N, D] holds a NaN or an infinity."""
+def require_finite(vectors: np.ndarray, noun: str) -> None:
+    """Raises UserError where a row of vectors: float[N, D] holds a NaN or an infinity. noun: the
+    name of the vectors in the error."""
     bad = ~np.isfinite(vectors).all(axis=1)
     if bad.any():
         raise UserError(
-            f"{bad.sum()} of {len(vectors)} {what} are not finite (first: row {bad.argmax()}): "
+            f"{bad.sum()} of {len(vectors)} {noun} are not finite (first: row {bad.argmax()}): "
             "the model that made them has diverged, take an earlier checkpoint"
         )

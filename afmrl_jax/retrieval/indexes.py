@@ -20,8 +20,8 @@ def build_index(
     vectors: np.ndarray, ids: np.ndarray, *, model_version: str, exact_below: int = EXACT_BELOW
 ) -> Index:
     """An index of vectors: float32[N, D] under ids: int64[N]; ScaNN from `exact_below` rows on."""
-    kind = ExactIndex if len(vectors) < exact_below else ScannIndex
-    return kind(model_version).build(vectors, ids)
+    index_type = ExactIndex if len(vectors) < exact_below else ScannIndex
+    return index_type(model_version).build(vectors, ids)
 
 
 def recall_against_exact(
@@ -40,19 +40,19 @@ def recall_against_exact(
     chosen = np.random.default_rng(0).permutation(len(queries))[:sample]
     k = min(k, len(vectors))
     exact, _ = ExactIndex(index.model_version).build(vectors, ids).search(queries[chosen], k)
-    found, _ = index.search(queries[chosen], k)
-    return float((exact[:, :, None] == found[:, None, :]).any(axis=2).mean())
+    approximate, _ = index.search(queries[chosen], k)
+    return float((exact[:, :, None] == approximate[:, None, :]).any(axis=2).mean())
 
 
 def load_index(directory: str | Path) -> Index:
-    """Reads what `save` wrote, wherever it has been moved; the kind is told by the files.
+    """Reads an index that `save` wrote, also after its folder was moved.
 
     Raises UserError where `directory` holds no whole index.
     """
     directory = Path(directory).absolute()
     try:
         header = json.loads((directory / "index.json").read_text())
-        index = {kind.kind: kind for kind in (ExactIndex, ScannIndex)}[header["kind"]](
+        index = {choice.kind: choice for choice in (ExactIndex, ScannIndex)}[header["kind"]](
             header["model_version"]
         )
         index._dimension = header["dimension"]

@@ -1,4 +1,4 @@
-"""Ranks and scores: how well a ranking finds what it should.
+"""Metrics of rankings: ranks of the relevant items, recall, MRR, mAP, nDCG, and intervals.
 
 Axes: Q queries · K ranks · R relevant items, padded with -1.
 
@@ -9,46 +9,46 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Cosines nearer than this are one score: float32's rounding (some 1e-7) differs between blocks of a
-# matrix product, so that equal vectors would win or lose by where they stand.
+# Cosines closer than this count as equal: float32's rounding (some 1e-7) differs between blocks of
+# a matrix product, so that of two equal vectors the place in the gallery would decide.
 TIE = 1e-6
-Z = 1.96  # of the normal distribution 95% lies within so many standard deviations
+Z = 1.96  # standard deviations around the mean that hold 95% of a normal distribution
 
 
 def relevant_ranks(ranked: np.ndarray, scores: np.ndarray, relevant: np.ndarray) -> np.ndarray:
-    """Where each relevant item stands in its query's ranking; a tie counts against it.
+    """The rank of each relevant item in its query's ranking; a tie counts against the item.
 
     ranked: int[Q, K], best first, an item at most once, -1 where the ranking is short. scores:
     float[Q, K], descending, -inf there. relevant: int[Q, R], an item at most once.
 
-    Returns int32[Q, R]: ranks counted from 1, 0 where not found or padding. Wrong items whose score
-    is at least a relevant one's, less `TIE`, stand before it. Where such a tie reaches the end of a
-    ranking that is not short, more of it may follow: the item then counts as not found, so search
-    one rank deeper than the last that matters.
+    Returns int32[Q, R]: ranks counted from 1; 0 for padding and for items that are not in the
+    ranking. A wrong item is ranked before a relevant one unless its score is lower by more than
+    `TIE`. Where such a tie reaches the end of a ranking that is not short, tied items may follow:
+    the relevant item then gets rank 0. Hence search one rank deeper than the last that matters.
     """
     places = places_of(ranked, relevant)
-    found = places >= 0
+    is_ranked = places >= 0
     rows, at = np.arange(len(ranked))[:, None], np.maximum(places, 0)
     right = np.zeros(ranked.shape, bool)
-    right[np.nonzero(found)[0], places[found]] = True
+    right[np.nonzero(is_ranked)[0], places[is_ranked]] = True
     descending = scores.astype(np.float64)
     least = descending[rows, at] - TIE
     ends = np.array([np.searchsorted(-s, -t, side="right") for s, t in zip(descending, least)])
-    ends = ends.reshape(relevant.shape)  # of no rows as well
+    ends = ends.reshape(relevant.shape)  # np.array of no rows has no second axis
     wrong_before = np.pad(np.cumsum((ranked >= 0) & ~right, axis=1), ((0, 0), (1, 0)))
     right_until = np.cumsum(right, axis=1)
-    whole = (ranked < 0).any(axis=1, keepdims=True)
-    known = found & (whole | (ends < ranked.shape[1]))
-    return np.where(known, wrong_before[rows, ends] + right_until[rows, at], 0).astype(np.int32)
+    is_short = (ranked < 0).any(axis=1, keepdims=True)
+    has_rank = is_ranked & (is_short | (ends < ranked.shape[1]))
+    return np.where(has_rank, wrong_before[rows, ends] + right_until[rows, at], 0).astype(np.int32)
 
 
 def places_of(ranked: np.ndarray, items: np.ndarray) -> np.ndarray:
     """The column of ranked: int[Q, K] that holds each of items: int[Q, R], -1 where none does.
 
-    Both hold an item at most once in a row, and -1 as padding. Returns int[Q, R].
+    A row of either holds an item at most once, and -1 as padding. Returns int[Q, R].
     """
     both = np.concatenate([ranked, items], axis=1)
-    order = np.argsort(both, axis=1, kind="stable")  # equal ones adjacent, the ranked one first
+    order = np.argsort(both, axis=1, kind="stable")  # equal items adjacent, ranked before items
     both = np.take_along_axis(both, order, axis=1)
     rows, at = np.nonzero((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0))
     places = np.full(items.shape, -1)
@@ -75,20 +75,20 @@ def reciprocal_rank(ranks: np.ndarray) -> np.ndarray:
 def average_precision(ranks: np.ndarray, n_relevant: np.ndarray) -> np.ndarray:
     """Precision at each relevant item's rank, averaged over *all* of them; its mean is the mAP.
 
-    The divisor is the number of relevant items in the gallery, not of those found: an item that was
-    not found counts 0, so with a ranking shorter than the gallery this is a lower bound.
+    The divisor is the number of relevant items in the gallery, and an unranked item adds 0: with a
+    ranking shorter than the gallery this is a lower bound.
 
     ranks: int[Q, R]. n_relevant: int[Q]. Returns float64[Q].
     """
     last = np.iinfo(np.int32).max
-    in_order = np.sort(np.where(ranks > 0, ranks, last), axis=1)  # what was not found goes last
+    in_order = np.sort(np.where(ranks > 0, ranks, last), axis=1)  # unranked items go last
     found_so_far = np.arange(1, ranks.shape[1] + 1)
     precision = np.where(in_order < last, found_so_far / in_order, 0.0)
     return precision.sum(axis=1) / np.maximum(n_relevant, 1)
 
 
 def ndcg_at_k(ranks: np.ndarray, n_relevant: np.ndarray, k: int) -> np.ndarray:
-    """Discounted gain of the first k ranks over that of the best ranking there is (nDCG@k).
+    """Discounted gain of the first k ranks, divided by that of the best possible ranking (nDCG@k).
 
     Binary relevance: gain 1, discount log2(1 + rank) (Jarvelin and Kekalainen, 2002).
 
@@ -105,8 +105,8 @@ def score_ranks(
 ) -> dict[str, np.ndarray]:
     """All metrics of queries whose relevant items' ranks are known.
 
-    ranks: int[Q, R], counted from 1, 0 where not found or padding. n_relevant: int[Q], relevant
-    items in the gallery, found or not. Returns float64[Q] for each of `recall@K` (K in ks), `mrr`,
+    ranks: int[Q, R], as `relevant_ranks` gives them. n_relevant: int[Q], all relevant items in the
+    gallery. Returns float64[Q] for each of `recall@K` (K in ks), `mrr`,
     `map` and `ndcg@10`.
     """
     scores = {f"recall@{k}": recall_at_k(ranks, k).astype(np.float64) for k in ks}
@@ -119,13 +119,13 @@ def score_ranks(
 def interval95(values: np.ndarray) -> float:
     """Half the width of Wilson's 95% interval of a mean over queries (Wilson, 1927).
 
-    values: float[Q], Q > 0, each in [0, 1]; of shares (0 or 1 each) this is Wilson's own, of others
-    their sum of squares stands where that of shares would. Unlike 1.96 standard errors it is never
-    0 and holds for few queries. Near 0 and 1 the interval lies to one side of the mean: that of six
-    hits in six is .61 to 1, half of it .195.
+    values: float[Q], Q > 0, each in [0, 1]. For values of 0 or 1 this is Wilson's formula; other
+    values enter it by their sum of squares. Unlike 1.96 standard errors it is never 0 and holds for
+    few queries. Near 0 and 1 the interval lies to one side of the mean: for six hits in six it
+    spans .61 to 1, and half its width is .195.
 
-    Takes queries as independent; those of one product are not quite, so the true interval is
-    somewhat wider.
+    The formula assumes independent queries; those of one product are not quite independent, so the
+    true interval is somewhat wider.
     """
     values = np.asarray(values, np.float64)
     squares = np.square(values - values.mean()).sum()
@@ -133,13 +133,14 @@ def interval95(values: np.ndarray) -> float:
 
 
 def paired(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
-    """How much the same queries gained: the mean of after - before, and half the width of its 95%
-    interval by Agresti and Min (2005): as if two more queries had gained 0, 0, 1 and -1, half of
-    each. Never 0, also where all queries gained the same.
+    """The mean gain of the same queries, after - before, and half the width of its 95% interval.
 
-    before, after: float[Q] in [0, 1], in one order. Narrower than the two means' intervals suggest,
-    because what makes a query hard drops out. Raises ValueError where they are not of the same
-    queries.
+    The interval is Agresti and Min's (2005): it adds two queries, half of each of the gains 0, 0, 1
+    and -1. It is never 0, also where all queries gain the same; and it is narrower than the
+    intervals of the two means, because the difficulty of a query cancels.
+
+    before, after: float[Q] in [0, 1], of the same queries in the same order. Raises ValueError
+    where their shapes differ.
     """
     if before.shape != after.shape:
         raise ValueError(f"{before.shape} values cannot be paired with {after.shape}")
@@ -150,8 +151,8 @@ def paired(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
 
 
 def normal95(values: np.ndarray) -> float:
-    """Half the width of the normal 95% interval of the mean of values without bounds, as margins:
-    1.96 standard errors. values: float[Q]. NaN below two."""
+    """Half the width of the normal 95% interval, 1.96 standard errors, of a mean of values without
+    bounds, such as margins. values: float[Q]. NaN for fewer than two values."""
     if len(values) < 2:
         return float("nan")
     return float(Z * np.std(values, ddof=1) / np.sqrt(len(values)))

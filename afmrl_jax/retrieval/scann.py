@@ -17,12 +17,12 @@ log = logging.getLogger(__name__)
 class ScannIndex(Index):
     """Google's ScaNN: a tree of partitions, hashed scores, exact re-scoring of the best.
 
-    Each vector stands in one partition. SOAR (Sun et al., 2023) would list it in a second one, but
-    ScaNN 1.4.2 loses track of those when rows are deleted or replaced, and ends the process. A
-    search opens twice the partitions instead, which costs and finds as much.
+    Each vector lies in one partition. SOAR (Sun et al., 2023) would list it in a second one, but
+    ScaNN 1.4.2 loses track of the second entry when rows are deleted or replaced, and ends the
+    process. A search opens twice the partitions instead, at the same cost and recall.
 
-    Upserts go to the partitions found at build: build again when the gallery has doubled. Building
-    peaks at 3 times the vectors' bytes, in one thread, since two do not make the same index twice.
+    Upserts do not change the partitions: build again when the gallery has doubled. Building needs
+    3 times the vectors' bytes, and runs in one thread: several would build another index each time.
     """
 
     kind = "scann"
@@ -33,14 +33,14 @@ class ScannIndex(Index):
             builder = builder.score_brute_force()
         else:
             leaves = int(len(vectors) ** 0.5)
-            # Random first centers differ from build to build, whatever the seed: k-means++ does
-            # not. Spherical: a vector lies in the leaf that a query equal to it opens first.
+            # k-means++ starts from the same centers in each build; random ones differ, whatever the
+            # seed. Spherical: a vector lies in the leaf that a query equal to it opens first.
             builder = (
                 builder.tree(leaves, leaves, random_init=False, spherical=True)
                 .score_ah(2, anisotropic_quantization_threshold=0.2)
                 .reorder(100)
             )
-        # ScaNN's own id list is a pickle and a Python loop: rows are mapped to ids here instead.
+        # ScaNN keeps ids in a pickle and finds them by a Python loop, so Index maps rows to ids.
         self._searcher = builder.set_n_training_threads(1).build(docids=None)
         self._leaves = 0 if len(vectors) < 1000 else leaves
 
@@ -49,7 +49,7 @@ class ScannIndex(Index):
             return np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
         depth = {}
         if self._leaves:
-            # A fifth of the leaves, and at least as many as hold 40 k rows on average.
+            # A fifth of the leaves, and at least so many that they hold 40 k rows on average.
             share = max(0.2, min(1.0, 40 * k / len(self)))
             depth = {
                 "leaves_to_search": int(np.ceil(share * self._leaves)),
@@ -58,7 +58,7 @@ class ScannIndex(Index):
         rows, scores = self._searcher.search_batched_parallel(
             queries, final_num_neighbors=k, **depth
         )
-        # Where the searched leaves hold fewer than k rows, ScaNN fills up with row 0, score NaN.
+        # Where the searched leaves hold fewer than k rows, ScaNN returns row 0 with score NaN.
         return np.where(np.isnan(scores), -1, rows.astype(np.int64)), scores
 
     def _put(self, rows: np.ndarray, vectors: np.ndarray) -> None:
@@ -71,7 +71,7 @@ class ScannIndex(Index):
 
     def _write(self, directory: Path) -> None:
         (directory / "scann").mkdir()
-        # By default absolute paths are written, which would tie the index to this folder.
+        # The default writes absolute paths, which would tie the index to this folder.
         self._searcher.serialize(str(directory / "scann"), relative_path=True)
         (directory / "scann.json").write_text(json.dumps({"leaves": self._leaves}) + "\n")
 
@@ -97,8 +97,8 @@ class ScannIndex(Index):
 
 
 def _import_scann() -> Any:
-    # ScaNN imports TensorFlow where it finds one, for operators that are not used here, and beside
-    # TensorFlow >= 2.21 that import breaks: hide it meanwhile.
+    # ScaNN imports an installed TensorFlow for operators that are not used here. With TensorFlow >=
+    # 2.21 that import fails, so TensorFlow is hidden meanwhile.
     missing = object()
     seen = sys.modules.get("tensorflow", missing)
     sys.modules["tensorflow"] = None  # type: ignore[assignment]

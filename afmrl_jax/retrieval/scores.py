@@ -20,10 +20,10 @@ Results = Mapping[str, Mapping[str, float]]  # task -> metric -> value
 
 @dataclass(frozen=True)
 class Scores:
-    """How well each query found what it should.
+    """Scores of each query.
 
-    queries: int64[Q], which of those asked were kept, ascending. values: float64[Q] each, named as
-    by `metrics.score_ranks`. extra: what is known of all of them together.
+    queries: int64[Q], places of the scored queries among all, ascending. values: float64[Q] each,
+    named as by `metrics.score_ranks`. extra: figures of all queries together.
     """
 
     queries: np.ndarray
@@ -31,8 +31,8 @@ class Scores:
     extra: dict[str, float]
 
     def means(self) -> dict[str, float]:
-        """Means of the values, `recall@1_ci95`, half the width of its 95% interval, `n_queries`,
-        and what is in extra."""
+        """Means of the values, `recall@1_ci95` (half the width of its 95% interval), `n_queries`
+        and the figures of `extra`."""
         means = {name: float(value.mean()) for name, value in self.values.items()}
         if "recall@1" in means:
             means["recall@1_ci95"] = metrics.interval95(self.values["recall@1"])
@@ -44,40 +44,42 @@ def write_evaluation(path: str | Path, results: Results) -> None:
     write_atomically(Path(path), json.dumps(results, indent=2, allow_nan=False) + "\n")
 
 
-def write_queries(path: str | Path, found: Mapping[str, Scores], listing_ids: list[str]) -> None:
+def write_queries(
+    path: str | Path, scores_of: Mapping[str, Scores], listing_ids: list[str]
+) -> None:
     """Writes {task: {"listing_ids": [...], "values": {metric: [...]}}} as JSON, a value a query, so
     that another evaluation can be paired with this one.
 
-    listing_ids: of all queries, which the `queries` of the scores count.
+    listing_ids: of all queries, scored or not.
     """
     tasks = {
         task: {
             "listing_ids": [listing_ids[query] for query in scores.queries],
             "values": {name: value.tolist() for name, value in scores.values.items()},
         }
-        for task, scores in found.items()
+        for task, scores in scores_of.items()
     }
     write_atomically(Path(path), json.dumps(tasks, allow_nan=False) + "\n")
 
 
 def paired(before: str | Path, after: str | Path) -> dict[str, dict[str, float]]:
-    """What queries gained between two evaluations, from the files of `write_queries`.
+    """The gains of queries between two evaluations, from the files of `write_queries`.
 
     Returns {task: {metric: mean of after - before, metric_ci95: half the width of its 95% interval,
-    n_queries}} of the tasks that both have. Raises UserError where these have other queries.
+    n_queries}} for the tasks of both. Raises UserError where a task's queries differ.
     """
-    one, two = (json.loads(Path(path).read_text(encoding="utf-8")) for path in (before, after))
+    first, second = (json.loads(Path(path).read_text(encoding="utf-8")) for path in (before, after))
     gains: dict[str, dict[str, float]] = {}
-    for task in [task for task in one if task in two]:
-        ids = one[task]["listing_ids"]
-        if ids != two[task]["listing_ids"]:
+    for task in [task for task in first if task in second]:
+        ids = first[task]["listing_ids"]
+        if ids != second[task]["listing_ids"]:
             raise UserError(
                 f"{before} and {after} judge {task} by other queries: evaluate both on the same "
                 "catalogue with the same eval.queries, eval.gallery and splits"
             )
         gains[task] = {}
-        for name, values in one[task]["values"].items():
-            mean, half = metrics.paired(np.array(values), np.array(two[task]["values"][name]))
+        for name, values in first[task]["values"].items():
+            mean, half = metrics.paired(np.array(values), np.array(second[task]["values"][name]))
             gains[task] |= {name: mean, f"{name}_ci95": half}
         gains[task]["n_queries"] = len(ids)
     return gains
@@ -86,8 +88,8 @@ def paired(before: str | Path, after: str | Path) -> dict[str, dict[str, float]]
 def results_table(models: Mapping[str, Results]) -> str:
     """A Markdown table of models ("untrained", "trained", ...), one line a task and model.
 
-    Columns are the metrics that any of them has; one that has a 95% interval carries it. Tasks that
-    have no metric in common stand in tables of their own.
+    The columns are the metrics of any of the models; a value is followed by its 95% interval, where
+    it has one. Tasks without a common metric stand in separate tables.
     """
     tables: list[tuple[dict[str, None], list[tuple[str, str, Mapping[str, float]]]]] = []
     for task in dict.fromkeys(task for results in models.values() for task in results):

@@ -1,4 +1,4 @@
-"""Retrieval tasks: what of a listing asks, what is searched, and which tasks can be judged.
+"""Retrieval tasks: the views of queries and gallery, and which tasks a catalogue allows.
 
 Axes: Q queries · N gallery listings.
 """
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """What of a listing is the query and what of the listings is searched, e.g. image->text."""
+    """The view of a listing that is the query, and the view that is searched: image->text."""
 
     query_view: str
     gallery_view: str
@@ -31,33 +31,33 @@ class Task:
 
     @property
     def exclude_self(self) -> bool:
-        """Whether the query's own listing leaves the ranking.
+        """Whether the query's listing is taken out of the ranking.
 
-        Where the views share a modality it would find itself by comparing a photo or a text with
-        itself. Where they share none (image->text), its own text is a rightful answer.
+        Where the views share a modality, the listing would find itself by comparing a photo or a
+        text with itself. Where they share none (image->text), the listing's text is a right answer.
         """
         return bool(set(self.query_view.split("+")) & set(self.gallery_view.split("+")))
 
 
 def parse_task(name: str) -> Task:
     """Reads "QUERY->GALLERY", each one of VIEWS. Raises UserError, with a suggestion, otherwise."""
-    known = {task.name: task for task in (Task(q, g) for q in VIEWS for g in VIEWS)}
+    tasks = {task.name: task for task in (Task(q, g) for q in VIEWS for g in VIEWS)}
     sides = name.replace(" ", "").lower().split("->")
     plain = "->".join(
         "+".join(sorted(side.split("+"))) for side in sides
     )  # text+image is known too
-    if plain in known:
-        return known[plain]
-    close = difflib.get_close_matches(plain, known, n=1)
-    hint = f'did you mean "{close[0]}"?' if close else f"known are {', '.join(known)}"
+    if plain in tasks:
+        return tasks[plain]
+    close = difflib.get_close_matches(plain, tasks, n=1)
+    hint = f'did you mean "{close[0]}"?' if close else f"known are {', '.join(tasks)}"
     raise UserError(f'evaluation task "{name}" is not known; {hint}')
 
 
 def parts_of(catalog: Catalog, listings: np.ndarray) -> dict[str, np.ndarray]:
-    """Which of the listings, int64[N], have what a view shows: bool[N] for each view.
+    """Which of the listings, int64[N], have the text or image of a view: bool[N] for each view.
 
-    "image+text" shows what there is of the two: every listing has it. Attributes are no text, so
-    that the same queries are judged with them and without.
+    For "image+text" one of the two is enough. Attributes do not count as text, so that the same
+    queries are scored with and without them.
     """
     read = (catalog.listing(int(index)) for index in listings)
     has = [(listing.n_images > 0, bool(listing_text(listing).strip())) for listing in read]
@@ -68,11 +68,12 @@ def parts_of(catalog: Catalog, listings: np.ndarray) -> dict[str, np.ndarray]:
 def can_be_run(
     task: Task, catalog: Catalog, queries: np.ndarray, gallery: np.ndarray | None = None
 ) -> bool:
-    """Whether any query has what its view shows, and something to find among those of the gallery
-    (by default, the queries) that have what theirs shows."""
+    """Whether any query that has its view's text or image can find a listing of its product: one of
+    the gallery (the queries by default) that has the gallery view's."""
     gallery = queries if gallery is None else gallery
-    asked = queries[parts_of(catalog, queries)[task.query_view]]
-    return finds_any(task, catalog, asked, gallery[parts_of(catalog, gallery)[task.gallery_view]])
+    sources = queries[parts_of(catalog, queries)[task.query_view]]
+    targets = gallery[parts_of(catalog, gallery)[task.gallery_view]]
+    return finds_any(task, catalog, sources, targets)
 
 
 def choose_tasks(
@@ -81,25 +82,26 @@ def choose_tasks(
     queries: np.ndarray,
     gallery: np.ndarray | None = None,
 ) -> list[Task]:
-    """Those that `can_be_run`; tells which are not, which leave listings out, and why.
+    """The tasks that `can_be_run`; warns of the others, and of listings that a task leaves out.
 
-    Raises UserError where every task shows something that none of its listings has.
+    Raises UserError where no task has a query and a gallery listing with the text or image of its
+    views.
     """
     gallery = queries if gallery is None else gallery
-    asking, searched = parts_of(catalog, queries), parts_of(catalog, gallery)
+    query_parts, gallery_parts = parts_of(catalog, queries), parts_of(catalog, gallery)
     chosen, blind = [], 0
     for task in tasks:
-        asked, others = asking[task.query_view], searched[task.gallery_view]
+        sources, targets = query_parts[task.query_view], gallery_parts[task.gallery_view]
         lacking = [
             f"{np.sum(~has):,} of {len(has):,} {side} have no {view}"
             for has, side, view in (
-                (asked, "queries", task.query_view),
-                (others, "gallery listings", task.gallery_view),
+                (sources, "queries", task.query_view),
+                (targets, "gallery listings", task.gallery_view),
             )
             if not has.all()
         ]
-        blind += not (asked.any() and others.any())
-        if finds_any(task, catalog, queries[asked], gallery[others]):
+        blind += not (sources.any() and targets.any())
+        if finds_any(task, catalog, queries[sources], gallery[targets]):
             chosen.append(task)
             if lacking:
                 log.warning("%s leaves listings out: %s", task.name, ", ".join(lacking))
@@ -116,16 +118,17 @@ def choose_tasks(
 
 
 def finds_any(task: Task, catalog: Catalog, queries: np.ndarray, gallery: np.ndarray) -> bool:
-    """Whether any query has something to find; queries, gallery: those that have what is shown."""
+    """Whether any of the queries has another listing of its product among those of the gallery."""
     return bool(has_another(catalog, queries, gallery, exclude_self=task.exclude_self).any())
 
 
 def validation_task(
     catalog: Catalog, tasks: Sequence[Task], limit: int
 ) -> tuple[Task, np.ndarray] | None:
-    """The task by which the best checkpoint is chosen, the first that has something to find among
-    some validation listings, and these, int64[N]; None where there is none. Tells so, and where it
-    is not the first of all. limit: as in `validation_sample`."""
+    """The task by which the best checkpoint is chosen, and validation listings for it, int64[N].
+
+    It is the first task that `can_be_run` on the listings; None where there is none. Warns where it
+    is not the first of the tasks. limit: as in `validation_sample`."""
     listings = validation_sample(catalog, tasks, limit)
     task = next((t for t in tasks if can_be_run(t, catalog, listings)), None)
     if task is None:
@@ -144,16 +147,17 @@ def validation_task(
 
 
 def validation_sample(catalog: Catalog, tasks: Sequence[Task], limit: int) -> np.ndarray:
-    """Some `limit` listings of the validation split, whole products, the same at each call.
+    """About `limit` listings of the validation split, whole products, the same at each call.
 
-    They serve the first task that can be run on the split: listings that have neither of what it
-    shows are left out, and products with several listings come first where it needs them.
+    They are chosen for the first task that can be run on the split: listings without the text or
+    image of its views are left out, and products with several listings come first where the task
+    needs several.
     """
     listings = catalog.indices("validation")
     has, serves = parts_of(catalog, listings), tasks[0]
     for task in tasks:
-        asked, others = has[task.query_view], has[task.gallery_view]
-        if finds_any(task, catalog, listings[asked], listings[others]):
-            listings, serves = listings[asked | others], task
+        sources, targets = has[task.query_view], has[task.gallery_view]
+        if finds_any(task, catalog, listings[sources], listings[targets]):
+            listings, serves = listings[sources | targets], task
             break
     return whole_products(catalog, listings, limit, several=serves.exclude_self)

@@ -9,10 +9,11 @@ import numpy as np
 
 
 class Advantages(NamedTuple):
-    """What the groups' rewards say.
+    """Advantages of a step's answers.
 
-    values: float32[Q, G]. std: float32[Q], of the group's rewards. zero_variance: bool[Q], all
-    rewards equal: such a group teaches nothing and is left out of the loss.
+    values: float32[Q, G]. std: float32[Q], of the rewards of a group. zero_variance: bool[Q], True
+    where all rewards of a group are equal: such a group teaches nothing and is left out of the
+    loss.
     """
 
     values: np.ndarray
@@ -23,9 +24,10 @@ class Advantages(NamedTuple):
 def group_advantages(rewards: np.ndarray, scale: bool, epsilon: float = 1e-4) -> Advantages:
     """(r - mean) / (std + epsilon) within each group (GRPO, arXiv 2402.03300, section 4.1.2).
 
-    rewards: float32[Q, G], finite. scale: False leaves the division out (Dr. GRPO, 2503.20783: it
-    makes queries that are nearly always, or nearly never, answered well count for more). The std is
-    the population's. epsilon keeps differences of rounding from becoming advantages of size 1.
+    rewards: float32[Q, G], finite. scale: False leaves the division out (Dr. GRPO, 2503.20783: the
+    division gives more weight to queries that are nearly always, or nearly never, answered well).
+    The std is the population's. epsilon keeps rounding differences from becoming advantages of
+    size 1.
     Raises ValueError where a reward is not finite or a group has fewer than 2 answers.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
@@ -34,7 +36,7 @@ def group_advantages(rewards: np.ndarray, scale: bool, epsilon: float = 1e-4) ->
         )
     if not np.isfinite(rewards).all():
         raise ValueError(f"{(~np.isfinite(rewards)).sum()} rewards are not finite")
-    # A mean in float32 may miss the value that all have, and a std of 1e-8 is not none.
+    # In float32 the mean of equal rewards may differ from them, and their std be 1e-8 instead of 0.
     exact = rewards.astype(np.float64)
     zero_variance = exact.max(axis=1) == exact.min(axis=1)
     std = np.where(zero_variance, 0.0, exact.std(axis=1))

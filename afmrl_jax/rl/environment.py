@@ -1,4 +1,4 @@
-"""What answers are worth: read, put into their queries, embedded, searched for, rewarded.
+"""Rewards of answers: each is parsed, appended to its query, embedded and searched for.
 
 Axes: Q queries · G answers of a query · B = Q G answers, those of a query adjacent · E embedding.
 """
@@ -21,13 +21,12 @@ from afmrl_jax.data.views import AttributeCuts
 from afmrl_jax.rl.advantages import Advantages, group_advantages
 from afmrl_jax.rl.gallery import Gallery
 from afmrl_jax.rl.rewards import Reward, rewards
-from afmrl_jax.rl.watch import Rollout
 
-COMPARED = 8  # answers a step whose approximate search is held against the exact one
+COMPARED = 8  # answers of a step whose approximate search is compared with an exact one
 
 
 class Laps:
-    """Seconds by part of a step: each call ends one and begins the next."""
+    """Seconds of the parts of a step: `laps(name)` ends the part `name` and begins the next."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -40,10 +39,23 @@ class Laps:
 
 
 @dataclass(frozen=True)
-class Judged:
-    """The answers of a step and what they are worth.
+class Rollout:
+    """An answer to a query, with its reward. attributes: {} where the format is invalid."""
 
-    rewards: float32[Q, G]. parts: float32[B] each, `rl.rewards`', or [1], what else was measured.
+    query: int  # number of the query in the batch
+    title: str
+    ids: tuple[str, ...]  # the listing_id and product_id of the query's listing
+    answer: str
+    attributes: Mapping[str, str]
+    reward: float
+
+
+@dataclass(frozen=True)
+class RewardedAnswers:
+    """The answers of a step and their rewards.
+
+    rewards: float32[Q, G]. parts: the measures of `rl.rewards`, float32[B] each, and those of the
+    whole step, [1].
     """
 
     rollouts: list[Rollout]
@@ -53,7 +65,7 @@ class Judged:
     parts: dict[str, np.ndarray]
 
     def metrics(self) -> dict[str, float]:
-        """What to log: means over the answers, and shares of the verdicts."""
+        """Metrics for the log: means over the answers, and shares of the verdicts."""
         shares = Counter(self.verdicts)
         return {
             "reward": float(self.rewards.mean()),
@@ -65,15 +77,15 @@ class Judged:
         }
 
     def _valid_zero_variance(self) -> float:
-        """The share of the groups whose valid answers are all worth the same: from such a group the
-        format can be learned, and nothing of attributes."""
+        """The share of the groups whose valid answers have equal rewards: from them the format
+        can be learned, but nothing about attributes."""
         valid = self.parts["valid"].reshape(self.rewards.shape) > 0
         most = np.where(valid, self.rewards, -np.inf).max(axis=1)
         least = np.where(valid, self.rewards, np.inf).min(axis=1)
         return float(np.mean(most <= least))
 
     def groups(self) -> list[dict[str, Any]]:
-        """Each query with its answers, as rollouts.jsonl tells of it."""
+        """Each query with its answers, as rollouts.jsonl has it."""
         samples = self.rewards.shape[1]
         return [
             {
@@ -94,13 +106,13 @@ class Judged:
 
 
 def append_groups(path: Path, step: int, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Adds groups of a step to a rollouts.jsonl."""
+    """Appends the groups of a step to a rollouts.jsonl."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({"step": step, **group}) + "\n" for group in groups)
 
 
 def none_is_read(cuts: AttributeCuts, where: str) -> UserError:
-    """The error that ends a run whose encoder reads no attribute. where: in whose texts."""
+    """The error that ends a run whose encoder reads no attribute. where: the enriched texts."""
     return UserError(
         f"{where}: {cuts}. Every answer would be worth the same: train the encoder with "
         f"--config.data.max_tokens={cuts.needed}, or with a smaller data.max_patches"
@@ -108,13 +120,13 @@ def none_is_read(cuts: AttributeCuts, where: str) -> UserError:
 
 
 def valid_attributes(parsed: Parsed) -> dict[str, str]:
-    """What an answer adds to its query: nothing where it breaks the format."""
+    """The attributes that an answer adds to its query; {} where it breaks the format."""
     return parsed.attributes if parsed.verdict is Verdict.VALID else {}
 
 
 @dataclass(frozen=True)
 class Environment:
-    """Rewards answers by a gallery. samples: G. scale: of `group_advantages`."""
+    """Rewards answers by searching a gallery. samples: G. scale: as in `group_advantages`."""
 
     catalog: Catalog
     encoder: LoadedEncoder  # frozen
@@ -131,19 +143,19 @@ class Environment:
         closed: Sequence[bool],
         lengths: np.ndarray,
         laps: Laps,
-    ) -> Judged:
-        """The answers' worth, the same on every process; all of them call it together.
+    ) -> RewardedAnswers:
+        """The rewards of answers, the same on every process; all processes call it together.
 
         listings, draws: int64[Q], the queries. texts: B answers; closed: whether each ended by
-        itself; lengths: int[B], tokens. laps: gets the seconds of parse, embed and search.
+        itself; lengths: int[B], tokens. laps: times the parts parse, embed and search.
         """
         parsed = [parse(text, bool(ended)) for text, ended in zip(texts, closed)]
-        given = [valid_attributes(one) for one in parsed]
+        attributes = [valid_attributes(answer) for answer in parsed]
         laps("parse")
-        # Each query plain, then with the attributes of each of its answers.
+        # Each query without attributes, then with those of each of its answers.
         carried: list[Mapping[str, str]] = []
-        for first in range(0, len(given), self.samples):
-            carried += [{}, *given[first : first + self.samples]]
+        for first in range(0, len(attributes), self.samples):
+            carried += [{}, *attributes[first : first + self.samples]]
         vectors, cuts = self.encoder.embed_listings(
             self.catalog,
             np.repeat(listings, self.samples + 1),
@@ -154,18 +166,18 @@ class Environment:
         vectors = vectors.reshape(len(listings), self.samples + 1, -1)
         laps("embed")
         values, parts = self._search(listings, vectors, parsed, lengths)
-        parts["attributes_cut"] = np.array([cuts.share])  # of the answers that have any
+        parts["attributes_cut"] = np.array([cuts.share])  # of the answers with attributes
         laps("search")
         rollouts = []
         for i, text in enumerate(texts):
             q = i // self.samples
-            shown = self.catalog.listing(int(listings[q]), int(draws[q]))
-            ids = (shown.listing_id, shown.product_id)
-            rollouts.append(Rollout(q, shown.title, ids, text, given[i], float(values[i])))
-        verdicts = [one.verdict for one in parsed]
+            listing = self.catalog.listing(int(listings[q]), int(draws[q]))
+            ids = (listing.listing_id, listing.product_id)
+            rollouts.append(Rollout(q, listing.title, ids, text, attributes[i], float(values[i])))
+        verdicts = [answer.verdict for answer in parsed]
         grouped = values.reshape(-1, self.samples)
         advantages = group_advantages(grouped, self.scale)
-        return Judged(rollouts, verdicts, grouped, advantages, parts)
+        return RewardedAnswers(rollouts, verdicts, grouped, advantages, parts)
 
     def _search(
         self,
@@ -174,21 +186,22 @@ class Environment:
         parsed: Sequence[Parsed],
         lengths: np.ndarray,
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Rewards of B answers and their parts. vectors: float32[Q, G + 1, E], the plain query's
-        first."""
+        """Rewards of B answers and their parts. vectors: float32[Q, G + 1, E]; the first of a query
+        is that without attributes."""
         plain, enriched = vectors[:, 0], vectors[:, 1:].reshape(len(parsed), -1)
-        asking = np.repeat(listings, self.samples)
+        answer_listings = np.repeat(listings, self.samples)
         k = self.options.k
         values, parts = rewards(
-            self.gallery.find(enriched, asking, k),
+            self.gallery.find(enriched, answer_listings, k),
             self.gallery.find(plain, listings, k),
-            np.array([one.verdict is Verdict.VALID for one in parsed]),
+            np.array([answer.verdict is Verdict.VALID for answer in parsed]),
             lengths,
             self.samples,
             self.options,
         )
         if self.gallery.approximate:
             some = slice(COMPARED)
-            agreement = self.gallery.agreement(enriched[some], asking[some], self.options)
-            parts["index_agreement"] = np.array([agreement])
+            parts["index_agreement"] = np.array(
+                [self.gallery.agreement(enriched[some], answer_listings[some], self.options)]
+            )
         return values, parts

@@ -1,4 +1,4 @@
-"""The gallery that rewards search: vectors of the frozen encoder, made once, and their index.
+"""The gallery that rewards search: vectors of the frozen encoder, computed once, and their index.
 
 Axes: N gallery listings · n queries · E embedding · K ranks · R relevant listings, padded with -1.
 """
@@ -21,26 +21,26 @@ from afmrl_jax.retrieval.exact import ExactIndex
 from afmrl_jax.retrieval.index import Index
 from afmrl_jax.retrieval.indexes import EXACT_BELOW, load_index
 from afmrl_jax.retrieval.scann import ScannIndex
-from afmrl_jax.rl.rewards import Found, Reward, measures
+from afmrl_jax.rl.rewards import Retrieved, Reward, measures
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class GallerySize(Options, section="reward"):
-    """What rewards search."""
+    """The gallery that rewards search."""
 
     gallery: int = between(2)  # listings, about so many of a larger split
-    gallery_attributes: bool  # whether attributes join their texts
+    gallery_attributes: bool  # whether attributes are appended to their texts
     batch: int = between(1)  # rows embedded at once
 
 
 class Gallery:
-    """Listings to be found; `open_gallery` makes it."""
+    """The listings that queries search; `open_gallery` makes one."""
 
     def __init__(self, catalog: Catalog, listings: np.ndarray, vectors: np.ndarray, index: Index):
-        """listings: int64[N], indices of the catalogue. vectors: float32[N, E], theirs; index: of
-        the same, under the listings as ids."""
+        """listings: int64[N], indices of the catalogue. vectors: float32[N, E], of the listings.
+        index: holds these vectors, with the listings as ids."""
         self._products, self.listings = catalog.products, listings
         self._vectors, self._index = vectors, index
         products = self._products[listings]
@@ -60,11 +60,11 @@ class Gallery:
 
     def find(
         self, vectors: np.ndarray, queries: np.ndarray, k: int, *, exact: bool = False
-    ) -> Found:
-        """What queries find: at least k ranks without their own listing, one more, which tells
-        whether a tie goes on, and one that is wrong.
+    ) -> Retrieved:
+        """The results of queries: at least k ranks without the query's listing, one rank more that
+        shows whether a tie goes on, and at least one wrong listing.
 
-        vectors: float32[n, E]. queries: int64[n], the listings that ask. exact: compares with every
+        vectors: float32[n, E]. queries: int64[n], the queries' listings. exact: compares with every
         vector, on the host, whatever the index: for a few queries.
         """
         rows = self._by_product.rows(self._products[queries])
@@ -77,8 +77,8 @@ class Gallery:
             depth = 1 << (rows.shape[1] + 1).bit_length()
         search = self._compare if exact else self._index.search
         ids, scores = search(vectors, depth)
-        own = np.where((relevant == queries[:, None]).any(axis=1), queries, -1)
-        return Found(ids, scores, relevant, np.stack(right, 1).astype(np.float32), own)
+        self_ids = np.where((relevant == queries[:, None]).any(axis=1), queries, -1)
+        return Retrieved(ids, scores, relevant, np.stack(right, 1).astype(np.float32), self_ids)
 
     def _compare(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         scores = vectors @ self._vectors.T
@@ -86,12 +86,13 @@ class Gallery:
         return self.listings[best], np.take_along_axis(scores, best, axis=1)
 
     def agreement(self, vectors: np.ndarray, queries: np.ndarray, options: Reward) -> float:
-        """The share of queries that are worth the same by the index as by an exact search."""
-        found, exact = (
-            measures(self.find(vectors, queries, options.k, exact=how), options.k)[options.measure]
-            for how in (False, True)
-        )
-        return float(np.isclose(found, exact, atol=1e-5).mean())
+        """The share of queries whose measure is the same by the index as by an exact search."""
+
+        def measure(exact: bool) -> np.ndarray:
+            retrieved = self.find(vectors, queries, options.k, exact=exact)
+            return measures(retrieved, options.k)[options.measure]
+
+        return float(np.isclose(measure(False), measure(True), atol=1e-5).mean())
 
 
 def open_gallery(
@@ -103,11 +104,11 @@ def open_gallery(
     *,
     exact_below: int = EXACT_BELOW,
 ) -> Gallery:
-    """The gallery of some listings, int64[N], read from the folder where it is there already; the
-    first process writes it there.
+    """The gallery of some listings, int64[N], read from the folder where it was written already;
+    else the first process writes it there.
 
-    version: of whatever the vectors depend on; it names them. embed: listings -> float32[N, E]; all
-    processes call it together, unless all of them find the file.
+    version: changes with all that the vectors depend on; the files are named by it. embed: listings
+    -> float32[N, E]; all processes call it together, unless all of them find the file.
     """
     path, first_process = folder / f"{version}.npy", jax.process_index() == 0
     if all_say(path.exists()):

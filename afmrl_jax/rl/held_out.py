@@ -1,15 +1,16 @@
-"""What a generator's attributes are worth to held-out queries: before training, on the way, after.
+"""Held-out retrieval with a generator's attributes: before, during and after training.
 
-Held-out listings ask for the others of their product, with different attributes in their texts;
-arms are judged on the same queries, and paired query by query:
+Held-out listings search for the other listings of their product, with different attributes in their
+texts. All arms are judged on the same queries, and compared query by query:
   plain     no attributes
-  sft       the answers of the generator as it begins
-  sft_sure  the same, less the pairs that it is not sure of: the baseline to beat
-  rar       the answers of the generator as it ends; rar_sure, less the pairs that it is not sure of
+  sft       the answers of the generator before training
+  sft_sure  the same without pairs of low confidence: the baseline to beat
+  rar       the answers of the generator after training; rar_sure, without pairs of low confidence
   oracle    the catalogue's attributes, the ceiling
 
-How sure a pair must be is chosen anew for either generator, by what validation queries find. Where
-a catalogue has no test split the arms are judged on those same queries, which flatters the two.
+The least confidence is chosen for either generator by the scores of validation queries. Where a
+catalogue has no test split, the arms are judged on those same queries, which flatters the two
+`_sure` arms.
 Axes: Q queries.
 """
 
@@ -31,12 +32,13 @@ from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.processes import first_says
 from afmrl_jax.core.tables import markdown_table
+from afmrl_jax.core.types import Params
 from afmrl_jax.data.views import AttributeCuts
 from afmrl_jax.retrieval.metrics import interval95, normal95, paired
-from afmrl_jax.rl.environment import none_is_read
+from afmrl_jax.rl.environment import Rollout, none_is_read
 from afmrl_jax.rl.gallery import Gallery
 from afmrl_jax.rl.rewards import Reward, bounded_k, measure_at, measures
-from afmrl_jax.rl.watch import Rollout, WatchLimits, stopped, watch
+from afmrl_jax.rl.watch import WatchLimits, stopped, watch
 
 log = logging.getLogger(__name__)
 
@@ -46,32 +48,34 @@ DIFFERENCES = (
     *(("rar", "sft"), ("rar", "sft_sure"), ("rar_sure", "sft_sure")),
     *(("oracle", "sft"), ("oracle", "rar")),
 )
-ROOM = 0.05  # R@1 between the generator's attributes and true ones, below which little is won
+ROOM = 0.05  # R@1 that true attributes must win over the generator's for training to pay
 
 Measures = Mapping[str, np.ndarray]  # of `rl.rewards.measures`, float64[Q] each
-Given = Sequence[Mapping[str, str]]  # attributes, of each of Q queries
+ArmAttributes = Sequence[Mapping[str, str]]  # of each of Q queries
 
 
-class Said(NamedTuple):
-    """What a generator says of a query, valid or not."""
+class QueryAnswer(NamedTuple):
+    """A generator's answer to a query, valid or not."""
 
     text: str
-    sure: Callable[[float], dict[str, str]]  # its valid attributes of at least a confidence
+    sure: Callable[[float], dict[str, str]]  # least confidence -> the valid attributes that have it
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What queries found with a generator's answers. answers: f1 with the true attributes, share of
-    valid ones, their mean number of pairs, share of those whose pairs the encoder does not all
-    read."""
+    """The scores of queries with a generator's answers.
+
+    answers: `f1` against the true attributes; `valid`, the share of valid answers; `pairs`, their
+    mean number; `attributes_cut`, the share of answers whose pairs the encoder does not all read.
+    """
 
     measures: Measures
     answers: dict[str, float]
-    rollouts: list[Rollout]  # rewarded with what the measure is worth
+    rollouts: list[Rollout]  # their reward is the measure
 
 
 class HeldOut:
-    """A split's listings that have something to find in its gallery, at most `limit` of them."""
+    """The queries of a split: at most `limit` listings whose product has others in the gallery."""
 
     def __init__(
         self,
@@ -82,11 +86,11 @@ class HeldOut:
         options: Reward,
         limit: int,
     ):
-        """options: whose k is bounded by the gallery's size."""
-        asking = askers(catalog, split, gallery.listings)
-        self.queries = np.sort(np.random.default_rng(0).permutation(asking)[:limit])
+        """options: the reward; its k is bounded by the gallery's size."""
+        candidates = askers(catalog, split, gallery.listings)
+        self.queries = np.sort(np.random.default_rng(0).permutation(candidates)[:limit])
         self.k = bounded_k(options.k, len(gallery))
-        # Under the names of its own k, which differs from that of training's gallery.
+        # Named after this k, which may differ from that of the training gallery.
         self.measure = measure_at(options.kind, self.k)
         self.split, self._gallery = split, gallery
         self._catalog, self._encoder = catalog, encoder
@@ -96,38 +100,40 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self.queries)
 
-    def find(self, arms: Sequence[Given]) -> tuple[list[Measures], AttributeCuts]:
-        """What the queries find with each arm's attributes in their texts; {} asks plain. And which
+    def find(self, arms: Sequence[ArmAttributes]) -> tuple[list[Measures], AttributeCuts]:
+        """Scores of the queries with each arm's attributes in their texts ({}: none), and which
         attributes the encoder does not read.
 
-        What several arms ask alike is embedded and searched for once.
+        A text that several arms have in common is embedded and searched for once.
         """
-        asked = [[(q, tuple(own.items())) for q, own in enumerate(given)] for given in arms]
-        # Those of one query side by side: its photos are prepared once.
-        distinct = sorted(dict.fromkeys(itertools.chain(*asked)), key=lambda one: one[0])
+        texts = [
+            [(q, tuple(attributes.items())) for q, attributes in enumerate(arm)] for arm in arms
+        ]
+        # The texts of a query side by side: its photos are prepared once.
+        distinct = sorted(dict.fromkeys(itertools.chain(*texts)), key=lambda text: text[0])
         listings = self.queries[[q for q, _ in distinct]]
-        carried = [dict(own) for _, own in distinct]
+        carried = [dict(attributes) for _, attributes in distinct]
         vectors, cuts = self._encoder.embed_listings(
             self._catalog,
             listings,
             attributes=carried.__getitem__,
             where=f"{self.split} queries",
         )
-        found = measures(self._gallery.find(vectors, listings, self.k), self.k)
-        row = {one: n for n, one in enumerate(distinct)}
-        rows = [[row[one] for one in given] for given in asked]
-        return [{name: x[of_arm] for name, x in found.items()} for of_arm in rows], cuts
+        scores = measures(self._gallery.find(vectors, listings, self.k), self.k)
+        row = {text: n for n, text in enumerate(distinct)}
+        rows = [[row[text] for text in arm] for arm in texts]
+        return [{name: x[of_arm] for name, x in scores.items()} for of_arm in rows], cuts
 
-    def judge(self, said: Sequence[Said]) -> Outcome:
-        """said: of each query."""
-        given = [one.sure(0.0) for one in said]
-        (found,), cuts = self.find([given])
+    def judge(self, answers: Sequence[QueryAnswer]) -> Outcome:
+        """Scores of the queries with the attributes of their answers, one answer a query."""
+        attributes = [answer.sure(0.0) for answer in answers]
+        (scores,), cuts = self.find([attributes])
         return Outcome(
-            found,
+            scores,
             {
-                "f1": agreement(given, self.true)["f1"],
-                "valid": float(np.mean([bool(one) for one in given])),
-                "pairs": float(np.mean([len(one) for one in given])),
+                "f1": agreement(attributes, self.true)["f1"],
+                "valid": float(np.mean([bool(pairs) for pairs in attributes])),
+                "pairs": float(np.mean([len(pairs) for pairs in attributes])),
                 "attributes_cut": cuts.share,
             },
             [
@@ -135,41 +141,44 @@ class HeldOut:
                     q,
                     listing.title,
                     (listing.listing_id, listing.product_id),
-                    one.text,
-                    own,
-                    float(found[self.measure][q]),
+                    answer.text,
+                    pairs,
+                    float(scores[self.measure][q]),
                 )
-                for q, (listing, one, own) in enumerate(zip(self._listings, said, given))
+                for q, (listing, answer, pairs) in enumerate(
+                    zip(self._listings, answers, attributes)
+                )
             ],
         )
 
 
-def choose_confidence(where: HeldOut, said: Sequence[Said]) -> float:
-    """The least confidence of a pair with which queries find most: R@1, then MRR, then the lowest.
+def choose_confidence(held_out: HeldOut, answers: Sequence[QueryAnswer]) -> float:
+    """The least confidence of pairs that gives the best R@1; of equals, the best MRR, then the
+    lowest.
 
-    said: of each of the queries.
+    answers: one a query.
     """
-    found, _ = where.find([[one.sure(least) for one in said] for least in CONFIDENCES])
-    scores = [(float(x["recall@1"].mean()), float(x["mrr"].mean())) for x in found]
-    told = (f"{least:g}: {recall:.3f}" for least, (recall, _) in zip(CONFIDENCES, scores))
-    log.info("R@1 on %s by least confidence: %s", where.split, ", ".join(told))
+    arms, _ = held_out.find([[answer.sure(least) for answer in answers] for least in CONFIDENCES])
+    scores = [(float(x["recall@1"].mean()), float(x["mrr"].mean())) for x in arms]
+    recalls = (f"{least:g}: {recall:.3f}" for least, (recall, _) in zip(CONFIDENCES, scores))
+    log.info("R@1 on %s by least confidence: %s", held_out.split, ", ".join(recalls))
     return CONFIDENCES[max(range(len(scores)), key=scores.__getitem__)]
 
 
 class Arms:
-    """Judges one run by its arms; all processes call it together, and the first writes."""
+    """Judges a run by its arms; all processes call it together, and the first writes the files."""
 
     def __init__(
         self,
         workdir: Path,
         held_out: Mapping[str, HeldOut],
-        say: Callable[[Any, np.ndarray], list[Said]],
+        answer: Callable[[Params, np.ndarray], list[QueryAnswer]],
         limits: WatchLimits,
     ):
-        """held_out: validation and test, as far as there are any. say: (trained parameters,
-        listings int64[Q]) -> what the generator says of them. limits: where a validation stops the
+        """held_out: validation and test, as far as there are any. answer: (trained parameters,
+        listings int64[Q]) -> the generator's answers. limits: figures at which `validate` stops the
         run."""
-        self._workdir, self._limits, self._say = workdir, limits, say
+        self._workdir, self._limits, self._answer = workdir, limits, answer
         self._validation = held_out.get("validation")
         self._last = held_out.get("test") or self._validation
         self._before = workdir / "evaluation_before.json"
@@ -180,106 +189,109 @@ class Arms:
             )
 
     def has_begun(self) -> bool:
-        """Whether what `begin` writes is there; all processes ask together."""
+        """Whether the file of `begin` exists, by the first process; all call it together."""
         return first_says(self._before.exists())
 
-    def begin(self, trained: Any) -> None:
-        """Writes evaluation_before.json: what every query finds in each arm that needs no training,
-        so that later arms can be paired with it. Raises UserError where the encoder does not read
-        what the generator says."""
-        self.path.unlink(missing_ok=True)  # of a run that never saved
+    def begin(self, trained: Params) -> None:
+        """Writes evaluation_before.json: each query's scores in each arm that needs no training, so
+        that later arms can be paired with them. Raises UserError where the encoder reads none of
+        the attributes."""
+        self.path.unlink(missing_ok=True)  # left by a run that saved no checkpoint
         least, arms = None, {}
-        for where in (self._validation, self._last):
-            if where is None or where.split in arms:
+        for held_out in (self._validation, self._last):
+            if held_out is None or held_out.split in arms:
                 continue
             log.info(
-                "judging the generator as it begins on %d %s listings", len(where), where.split
+                "judging the generator as it begins on %d %s listings",
+                len(held_out),
+                held_out.split,
             )
-            said = self._say(trained, where.queries)
-            if where is self._validation:
-                least = choose_confidence(where, said)
-            given = {
-                "plain": [{}] * len(where),
-                "sft": [one.sure(0.0) for one in said],
-                "oracle": where.true,
+            answers = self._answer(trained, held_out.queries)
+            if held_out is self._validation:
+                least = choose_confidence(held_out, answers)
+            attributes = {
+                "plain": [{}] * len(held_out),
+                "sft": [answer.sure(0.0) for answer in answers],
+                "oracle": held_out.true,
             }
             if least is not None:
-                given["sft_sure"] = [one.sure(least) for one in said]
-            found, cuts = where.find(list(given.values()))
-            _check_read(cuts, where.split)
-            arms[where.split] = dict(zip(given, found))
-            _log_recall(arms[where.split])
+                attributes["sft_sure"] = [answer.sure(least) for answer in answers]
+            scores, cuts = held_out.find(list(attributes.values()))
+            _check_read(cuts, held_out.split)
+            arms[held_out.split] = dict(zip(attributes, scores))
+            _log_recall(arms[held_out.split])
         if jax.process_index() == 0:
             write_atomically(self._before, _to_json({"sft_sure": least}, arms))
 
-    def validate(self, trained: Any, step: int) -> dict[str, float]:
-        """Scores on validation listings, and the watch's look at them. Raises UserError where it
-        sees cheating."""
-        where = self._validation
-        _, before = self._arms(where)
-        outcome = where.judge(self._say(trained, where.queries))
-        found = outcome.measures
+    def validate(self, trained: Params, step: int) -> dict[str, float]:
+        """Scores on validation queries. Raises UserError where the watch sees reward hacking."""
+        held_out = self._validation
+        _, before = self._arms(held_out)
+        outcome = held_out.judge(self._answer(trained, held_out.queries))
+        scores = outcome.measures
         gain, first = (
-            float(np.mean(x[where.measure] - before["plain"][where.measure]))
-            for x in (found, before["sft"])
+            float(np.mean(x[held_out.measure] - before["plain"][held_out.measure]))
+            for x in (scores, before["sft"])
         )
-        # Attributes that lose from the start, as to an encoder that knows none, are no cheating.
+        # A loss that was there before training is no hacking: an encoder may not know attributes.
         verdict = watch(outcome.rollouts, self._limits, gain - min(first, 0))
         if verdict.sentence:
             raise stopped(step, verdict, self._workdir / "rollouts.jsonl")
         return {
-            "recall@1": float(found["recall@1"].mean()),
-            "mrr": float(found["mrr"].mean()),
+            "recall@1": float(scores["recall@1"].mean()),
+            "mrr": float(scores["mrr"].mean()),
             "gain": gain,
             **{
-                f"over_{arm}": float(np.mean(found["recall@1"] - x["recall@1"]))
+                f"over_{arm}": float(np.mean(scores["recall@1"] - x["recall@1"]))
                 for arm, x in before.items()
                 if arm in ("sft", "sft_sure")
             },
             **outcome.answers,
         }
 
-    def end(self, trained: Any, step: int) -> None:
-        """Writes evaluation.json, once: all arms on test listings, or else validation's, with the
-        parameters of a step."""
-        where = self._last
-        if where is None or first_says(self.path.exists()):
+    def end(self, trained: Params, step: int) -> None:
+        """Writes evaluation.json, once: all arms on the test queries, or on validation's where
+        there are none. trained: the parameters of the step."""
+        held_out = self._last
+        if held_out is None or first_says(self.path.exists()):
             return
-        confidence, before = self._arms(where)
-        said = self._say(trained, where.queries)
-        outcome = where.judge(said)
+        confidence, before = self._arms(held_out)
+        answers = self._answer(trained, held_out.queries)
+        outcome = held_out.judge(answers)
         arms = {name: before[name] for name in ("plain", "sft", "sft_sure") if name in before}
         arms["rar"] = outcome.measures
         if self._validation:
-            on_validation = self._validation
-            asked = said if where is on_validation else self._say(trained, on_validation.queries)
-            least = choose_confidence(on_validation, asked)
-            (arms["rar_sure"],), _ = where.find([[one.sure(least) for one in said]])
+            validation = answers
+            if held_out is not self._validation:
+                validation = self._answer(trained, self._validation.queries)
+            least = choose_confidence(self._validation, validation)
+            (arms["rar_sure"],), _ = held_out.find([[answer.sure(least) for answer in answers]])
             confidence["rar_sure"] = least
         arms["oracle"] = before["oracle"]
         results = compare(arms, DIFFERENCES) | {
             "least_confidence": confidence,
             "answers": outcome.answers,
-            "split": where.split,
+            "split": held_out.split,
             "step": step,
         }
         if jax.process_index() == 0:
             write_atomically(self.path, json.dumps(results, indent=2))
 
-    def _arms(self, where: HeldOut) -> tuple[dict[str, float], dict[str, Measures]]:
-        """What `begin` wrote: the confidences that it chose, and its arms of a split."""
-        kept = json.loads(self._before.read_text(encoding="utf-8"))
+    def _arms(self, held_out: HeldOut) -> tuple[dict[str, float], dict[str, Measures]]:
+        """The least confidences and the arms of a split, from the file of `begin`."""
+        before = json.loads(self._before.read_text(encoding="utf-8"))
         arms = {
-            arm: {name: np.array(x) for name, x in found.items()}
-            for arm, found in kept["arms"][where.split].items()
+            arm: {name: np.array(x) for name, x in scores.items()}
+            for arm, scores in before["arms"][held_out.split].items()
         }
-        return kept["least_confidence"], arms
+        return before["least_confidence"], arms
 
 
 def _to_json(confidence: Mapping[str, float | None], arms: Mapping[str, Mapping]) -> str:
     plain = {
         split: {
-            arm: {name: x.tolist() for name, x in found.items()} for arm, found in of_split.items()
+            arm: {name: x.tolist() for name, x in scores.items()}
+            for arm, scores in of_split.items()
         }
         for split, of_split in arms.items()
     }
@@ -288,16 +300,16 @@ def _to_json(confidence: Mapping[str, float | None], arms: Mapping[str, Mapping]
 
 
 def _check_read(cuts: AttributeCuts, split: str) -> None:
-    """Raises UserError where the encoder reads no attribute of any query: then all answers would be
-    worth the same."""
+    """Raises UserError where the encoder reads no attribute of any query: all answers would get
+    equal rewards."""
     if first_says(cuts.none_is_read):
         raise none_is_read(cuts, f"{split} queries")
 
 
 def _log_recall(arms: Mapping[str, Measures]) -> None:
-    found = {arm: float(values["recall@1"].mean()) for arm, values in arms.items()}
-    log.info("R@1 %s", ", ".join(f"{arm} {share:.3f}" for arm, share in found.items()))
-    if found["oracle"] - found["sft"] < ROOM:
+    recall = {arm: float(values["recall@1"].mean()) for arm, values in arms.items()}
+    log.info("R@1 %s", ", ".join(f"{arm} {share:.3f}" for arm, share in recall.items()))
+    if recall["oracle"] - recall["sft"] < ROOM:
         log.warning(
             "True attributes would find hardly more than the generator's do: there is little "
             "to gain. Has the encoder seen attributes in training (data.attribute_share)?"
@@ -305,16 +317,15 @@ def _log_recall(arms: Mapping[str, Measures]) -> None:
 
 
 def compare(arms: Mapping[str, Measures], pairs: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """{"arms": {arm: means}, "differences": {"a - b": means}} of the same queries, for those of the
-    pairs (a, b) whose arms are there; each mean with half the width of its 95% interval beside it,
-    as NAME_ci95.
+    """{"arms": {arm: means}, "differences": {"a - b": means}} over the same queries, for the pairs
+    (a, b) of existing arms. NAME_ci95 is half the width of the 95% interval of the mean NAME.
     """
     differences = {
-        f"{one} - {other}": _with_intervals(
-            {name: _gain(name, arms[other][name], x) for name, x in arms[one].items()}
+        f"{a} - {b}": _with_intervals(
+            {name: _gain(name, arms[b][name], x) for name, x in arms[a].items()}
         )
-        for one, other in pairs
-        if one in arms and other in arms
+        for a, b in pairs
+        if a in arms and b in arms
     }
     of_arms = {
         arm: _with_intervals({name: _mean(name, x) for name, x in values.items()})
@@ -332,9 +343,9 @@ def _gain(name: str, before: np.ndarray, after: np.ndarray) -> tuple[float, floa
     return _mean(name, after - before) if name == "margin" else paired(before, after)
 
 
-def _with_intervals(found: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+def _with_intervals(intervals: Mapping[str, tuple[float, float]]) -> dict[str, float]:
     means = {}
-    for name, (mean, half) in found.items():
+    for name, (mean, half) in intervals.items():
         means[name] = mean
         if not np.isnan(half):
             means[f"{name}_ci95"] = half
@@ -342,7 +353,7 @@ def _with_intervals(found: Mapping[str, tuple[float, float]]) -> dict[str, float
 
 
 def comparison_table(result: Mapping[str, Any]) -> str:
-    """A Markdown table of what `compare` found, the measures in columns."""
+    """A Markdown table of the result of `compare`, the measures in columns."""
     head, rows = ["attributes"], []
     for part in ("arms", "differences"):
         for arm, means in result[part].items():

@@ -1,7 +1,7 @@
-"""Rewards: what an answer's attributes are worth, judged by what the enriched query finds.
+"""Rewards of answers, by the search results of the queries that they enrich.
 
 Every answer is searched for: its attributes are appended to its query, or nothing where its format
-is invalid. What the searches found comes in as arrays; all here is pure numpy on the host.
+is invalid. The results come in as arrays; all functions are pure numpy on the host.
 Axes: B = Q x G answers, the G of a query adjacent · Q queries · n rows of one search, B or Q
 · K ranks · R relevant gallery listings, padded with -1.
 """
@@ -24,35 +24,35 @@ GALLERY_SHARE = 20  # k is at most a 20th of the gallery
 
 @dataclass(frozen=True)
 class Reward(Options, section="reward"):
-    """Which reward."""
+    """The reward of an answer."""
 
     kind: str = among("recall", "mrr", "ndcg", "margin")  # from coarse (the paper's) to smooth
     k: int = between(1, 1_000_000)  # of recall and ndcg
-    gain: bool  # less what the query finds without attributes
+    gain: bool  # whether the measure of the query without attributes is subtracted
     invalid: float = between(-100, 0)  # of an answer in an invalid format
     length_cost: float = between(0, 100)  # a token
 
     @property
     def measure(self) -> str:
-        """The name of what is rewarded, among `measures`."""
+        """The name of the rewarded measure, among `measures`."""
         return measure_at(self.kind, self.k)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search found for n rows, and where the right answers stand.
+class Retrieved:
+    """The search results of n queries, and the relevant listings.
 
     ids: int64[n, K], best first, -1 where the ranking is short; scores: float32[n, K], their
     cosines. relevant: int64[n, R], gallery ids of the same product; relevant_scores:
-    float32[n, R], the cosines of all of them, found or not. own: int64[n], the query listing's
-    gallery id, -1 where it has none: it is taken out of all of these, so that it never counts.
+    float32[n, R], the cosines of all of them, ranked or not. self_ids: int64[n], the gallery id of
+    the query's listing, -1 where it has none: the measures leave it out of all of these.
     """
 
     ids: np.ndarray
     scores: np.ndarray
     relevant: np.ndarray
     relevant_scores: np.ndarray
-    own: np.ndarray
+    self_ids: np.ndarray
 
 
 def measure_at(kind: str, k: int) -> str:
@@ -61,17 +61,18 @@ def measure_at(kind: str, k: int) -> str:
 
 
 def bounded_k(k: int, gallery: int) -> int:
-    """k, or less where the gallery (its number of listings) is small.
+    """k, or less where the gallery is small. gallery: its number of listings.
 
     Among 100 listings nearly every query finds its product in the first 50, so that the reward
-    is a constant: k is at most a 20th of the gallery, where chance finds one right listing in 20.
+    would be constant: k is at most a 20th of the gallery, so that a random ranking has a right
+    listing among the first k in one of 20 cases.
     """
     return max(1, min(k, gallery // GALLERY_SHARE))
 
 
 def rewards(
-    answers: Found,
-    plain: Found | None,
+    answers: Retrieved,
+    plain: Retrieved | None,
     valid: np.ndarray,
     lengths: np.ndarray,
     samples: int,
@@ -79,18 +80,18 @@ def rewards(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Rewards of B answers, and their parts.
 
-    answers: the searches of the B enriched queries, K > options.k + 1. plain: the Q queries'
-    searches without attributes; None unless the gain is wanted. valid: bool[B], the format's
-    verdict. lengths: int[B], tokens. samples: G.
+    answers: results of the B enriched queries, K > options.k + 1. plain: results of the Q queries
+    without attributes; None unless the gain is measured. valid: bool[B], whether the format is
+    kept. lengths: int[B], tokens. samples: G.
 
-    A valid answer's reward is its measure, less the query's own under `gain`, less its length's
-    cost. An invalid one gets `invalid` plus the worst valid reward of its group or 0, whichever is
-    lower: breaking the format never pays, also where measures are negative. `gain` moves all valid
-    answers of a group by one number: it makes rewards comparable between queries, and changes
-    advantages only where some of the group are invalid.
+    The reward of a valid answer is its measure, less that of the plain query under `gain`, less the
+    cost of its length. The reward of an invalid answer is `invalid` plus the lower of 0 and the
+    worst valid reward of its group: breaking the format never pays, also where measures are
+    negative. `gain` shifts all valid answers of a group by one number: it makes rewards comparable
+    between queries, and changes advantages only where some answers of the group are invalid.
 
     Returns float32[B], and float32[B] for each of recall@1, recall@K, mrr, ndcg@K, margin (of
-    what was searched, valid or not), gain (where `plain` is given), valid.
+    valid and invalid answers), gain (with `plain`), valid.
     Raises ValueError where a ranking is too short or a query has nothing relevant to find.
     """
     parts = measures(answers, options.k)
@@ -108,15 +109,16 @@ def rewards(
     return worth.astype(np.float32), {name: x.astype(np.float32) for name, x in parts.items()}
 
 
-def measures(found: Found, k: int) -> dict[str, np.ndarray]:
+def measures(retrieved: Retrieved, k: int) -> dict[str, np.ndarray]:
     """recall@1, recall@k, mrr, ndcg@k and margin of n searches, float64[n] each.
 
     A tie counts against a right listing, as in evaluation (`metrics.relevant_ranks`). The margin is
-    the best right cosine less the best wrong one, above 0 where the first rank is right: no two
-    answers have quite the same, where Recall@k has two values.
+    the best right cosine less the best wrong cosine; it is above 0 where the first rank is right.
+    It differs between nearly any two answers, while Recall@k has two values only.
     Raises ValueError as `rewards` does.
     """
-    relevant = np.where(found.relevant == found.own[:, None], -1, found.relevant)
+    is_self = retrieved.relevant == retrieved.self_ids[:, None]
+    relevant = np.where(is_self, -1, retrieved.relevant)
     right = relevant >= 0
     if not right.any(axis=1).all():
         rows = np.flatnonzero(~right.any(axis=1))
@@ -124,9 +126,10 @@ def measures(found: Found, k: int) -> dict[str, np.ndarray]:
             f"{len(rows)} queries (the first: row {rows[0]}) have no other listing of their "
             "product in the gallery: leave them out before sampling"
         )
-    # The query's own listing goes last and is cut off; the rest close up.
-    order = np.argsort(found.ids == found.own[:, None], axis=1, kind="stable")[:, :-1]
-    ids, scores = (np.take_along_axis(x, order, axis=1) for x in (found.ids, found.scores))
+    # The query's listing goes last and is cut off; the others move up.
+    is_self = retrieved.ids == retrieved.self_ids[:, None]
+    order = np.argsort(is_self, axis=1, kind="stable")[:, :-1]
+    ids, scores = (np.take_along_axis(x, order, axis=1) for x in (retrieved.ids, retrieved.scores))
     if ids.shape[1] <= k:
         raise ValueError(
             f"{ids.shape[1]} ranks are left without the query's own listing, a reward at {k} needs "
@@ -138,7 +141,7 @@ def measures(found: Found, k: int) -> dict[str, np.ndarray]:
             f"a ranking of {ids.shape[1]} ranks holds no wrong listing: search deeper than the "
             f"{right.sum(axis=1).max()} that are relevant"
         )
-    best_right = np.where(right, found.relevant_scores, -np.inf).max(axis=1)
+    best_right = np.where(right, retrieved.relevant_scores, -np.inf).max(axis=1)
     best_wrong = np.where(wrong, scores, -np.inf).max(axis=1)
     ranks = relevant_ranks(ids, scores, relevant)
     return {

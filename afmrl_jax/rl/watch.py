@@ -1,12 +1,12 @@
 """The reward-hacking watch: whether answers earn their reward by other means than attributes.
 
-Figures of a batch of rollouts, each with a limit; the verdict tells which passed it, with rollouts
-to look at. Axes: B rollouts.
+It computes figures of a batch of rollouts, each with a limit; the verdict names the figures beyond
+their limits, and quotes rollouts. Axes: B rollouts.
 """
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,12 @@ import numpy as np
 from afmrl_jax.attributes.comparison import fold, words
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.options import Options, between
+from afmrl_jax.rl.environment import Rollout
 
-EXAMPLES = 3  # rollouts shown for each limit that was passed
+EXAMPLES = 3  # rollouts quoted for each figure beyond its limit
 SHORTEST_ID = 4  # characters; "12" as a product_id would be found in every "12 cm"
 
-TOLD = {
+PREDICATES = {  # sentences that the value of a figure begins
     "copied": "of the words of an answer's values are copied from the title (mean)",
     "leaked": "of the answers hold an id of their own listing",
     "answer_diversity": "is the diversity of the answers to different queries",
@@ -27,35 +28,24 @@ TOLD = {
     "held_out_gain": "is what such answers gain on held-out queries over none, or over those before"
     " training where these lose",
 }
-AT_MOST = ("copied", "leaked")  # the others are limits from below
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One answer and what it was given for. attributes: empty where the format is invalid."""
-
-    query: int  # which query of the batch
-    title: str
-    ids: tuple[str, ...]  # the listing's own: listing_id, product_id
-    answer: str
-    attributes: Mapping[str, str]
-    reward: float
+AT_MOST = ("copied", "leaked")  # figures whose limit is an upper bound
 
 
 @dataclass(frozen=True)
 class WatchLimits(Options, section="watch"):
-    """Where suspicion begins."""
+    """Limits of the figures, beyond which a run stops."""
 
     copied: float = between(0, 1)  # at most: mean share of the words of an answer's values
     leaked: float = between(0, 1)  # at most: share of answers
-    answer_diversity: float = between(0, 1)  # at least: 0 the same to all queries, 1 all differs
-    pair_diversity: float = between(0, 1)  # at least: the same of "name: value"
+    answer_diversity: float = between(0, 1)  # at least: 0 = all queries' are equal, 1 = all differ
+    pair_diversity: float = between(0, 1)  # at least: likewise, of "name: value" pairs
     held_out_gain: float = between(-2, 2)  # at least: in units of the reward's measure
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """figures: what was measured, by the limits' names. sentence: "" where all is within them."""
+class WatchVerdict:
+    """figures: by the names of the limits. sentence: about those beyond their limits, "" without
+    any."""
 
     figures: dict[str, float]
     sentence: str
@@ -63,13 +53,14 @@ class Verdict:
 
 def watch(
     rollouts: Sequence[Rollout], limits: WatchLimits, held_out_gain: float | None = None
-) -> Verdict:
-    """The figures of B >= 1 rollouts, and a sentence with examples where one passes its limit.
+) -> WatchVerdict:
+    """The figures of B >= 1 rollouts, and a sentence with examples where any is beyond its limit.
 
-    held_out_gain: mean gain (`rl.rewards`) of answers to queries not trained on, if measured; over
-    that of the answers before training where it was below 0.
-    An answer that rephrases its title, names its listing, or says the same of everything may be
-    rewarded without knowing an attribute, and reward that does not carry over is no knowledge.
+    held_out_gain: mean gain (`rl.rewards`) of answers to held-out queries, where it was measured,
+    less the gain before training where that was below 0.
+    An answer that rephrases its title, names its listing, or is the same for every listing may be
+    rewarded without any knowledge of attributes. So may one whose reward does not carry over to
+    held-out queries.
     """
     answers = [" ".join(_words(rollout.answer)) for rollout in rollouts]
     pairs = [_pairs(rollout) for rollout in rollouts]
@@ -88,21 +79,21 @@ def watch(
 
     counts = Counter(answers)
     repeats, paid = [counts[answer] for answer in answers], [r.reward for r in rollouts]
-    # Which rollouts show it best, by figure: the higher, the better.
-    evidence = dict(zip(TOLD, (copied, leaks, repeats, repeats, paid)))
+    # By figure, how well each rollout illustrates it: the higher, the better.
+    evidence = dict(zip(PREDICATES, (copied, leaks, repeats, repeats, paid)))
     charges = []
     for name, figure in figures.items():
         limit, most = getattr(limits, name), name in AT_MOST
         if figure > limit if most else figure < limit:
             bound = "at most" if most else "at least"
-            charges.append(f"{figure:.3g} {TOLD[name]}, allowed is {bound} {limit:g}")
+            charges.append(f"{figure:.3g} {PREDICATES[name]}, allowed is {bound} {limit:g}")
             charges[-1] += "".join(_examples(rollouts, evidence[name]))
     if not charges:
-        return Verdict(figures, "")
-    return Verdict(figures, "These rollouts look like reward hacking: " + "\n".join(charges))
+        return WatchVerdict(figures, "")
+    return WatchVerdict(figures, "These rollouts look like reward hacking: " + "\n".join(charges))
 
 
-def stopped(step: int, verdict: Verdict, rollouts: Path) -> UserError:
+def stopped(step: int, verdict: WatchVerdict, rollouts: Path) -> UserError:
     """The error that ends a run at this step. rollouts: the file that holds more of them."""
     return UserError(
         f"step {step}: {verdict.sentence}\nThe run has stopped; {rollouts} holds more. "
@@ -116,7 +107,7 @@ def _words(text: str) -> list[str]:
 
 
 def _pairs(rollout: Rollout) -> set[str]:
-    """ "name: value", case and spaces evened out."""
+    """Each attribute as "name: value", with case and spaces normalised."""
     pairs = rollout.attributes.items()
     return {f"{' '.join(_words(name))}: {' '.join(_words(value))}" for name, value in pairs}
 
@@ -129,7 +120,7 @@ def _copied(rollout: Rollout) -> float:
 
 
 def _leaks(rollout: Rollout) -> bool:
-    """Whether the answer holds an id of its listing, not as part of a longer word."""
+    """Whether the answer holds an id of its listing as a whole word."""
     answer = fold(rollout.answer)
     return any(
         re.search(rf"(?<!\w){re.escape(listed)}(?!\w)", answer)
@@ -141,8 +132,8 @@ def _leaks(rollout: Rollout) -> bool:
 def _diversity(queries: Sequence[int], items: Sequence[Iterable[str]]) -> float:
     """How far queries differ in their items, from 0 (all have the same) to 1 (none is shared).
 
-    (distinct items / mean distinct items of a query - 1) / (queries - 1): independent of how many
-    answers a query has and of how alike those are. 1 where there is nothing to compare.
+    (distinct items / mean distinct items of a query - 1) / (queries - 1): independent of the number
+    of a query's answers and of their similarity. 1 where fewer than two queries have items.
     """
     of_query: dict[int, set[str]] = defaultdict(set)
     for query, some in zip(queries, items):
@@ -155,7 +146,7 @@ def _diversity(queries: Sequence[int], items: Sequence[Iterable[str]]) -> float:
 
 
 def _examples(rollouts: Sequence[Rollout], evidence: Sequence[float]) -> list[str]:
-    """The rollouts that show it best, the better rewarded first among equals."""
+    """The rollouts with the most evidence, as text; of equals those with the higher reward."""
     order = sorted(
         range(len(rollouts)), key=lambda i: (evidence[i], rollouts[i].reward), reverse=True
     )

@@ -18,7 +18,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-Params = Any
+from afmrl_jax.core.types import Params
+
 Rows = Any  # a tree of arrays
 
 

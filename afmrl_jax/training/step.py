@@ -12,13 +12,12 @@ from jax.sharding import Mesh
 
 from afmrl_jax.checkpoints.state import TrainState, init_state
 from afmrl_jax.core.mesh import replicated
+from afmrl_jax.core.types import Metrics, Params
 from afmrl_jax.planning.report import Part
 from afmrl_jax.training.goodput import abstract_host
 
-Params = Any  # nested dicts of arrays
 Memory = Any  # the same: what a method carries from step to step and does not train
 Batch = dict[str, Any]
-Metrics = dict[str, jax.Array]
 Gradient = Callable[
     [Params, Params, Memory, Batch], tuple[tuple[jax.Array, Memory, Metrics], Params]
 ]

@@ -11,6 +11,7 @@ from openai_server import Server, said
 from afmrl_jax.annotation import endpoint as endpoints
 from afmrl_jax.annotation import pace
 from afmrl_jax.annotation.endpoint import GIVE_UP, Budget, Endpoint
+from afmrl_jax.annotation.options import Api
 from afmrl_jax.annotation.replies import Kind
 from afmrl_jax.core.errors import TryAgain, UserError
 from afmrl_jax.data.processor import Row
@@ -27,17 +28,16 @@ def server(monkeypatch):
 
 
 def endpoint(server, *, key="", concurrency=4, timeout=5.0, retries=1, requests=0):
-    return Endpoint(
-        server if isinstance(server, str) else server.address,
-        "a-model",
-        key,
-        prompt="Name them.",
-        options="{}",
-        budget=Budget(requests, 0),
+    api = Api(
+        base_url=server if isinstance(server, str) else server.address,
+        model="a-model",
+        key_variable="KEY",
         concurrency=concurrency,
         timeout=timeout,
         retries=retries,
+        options="{}",
     )
+    return Endpoint(api, key, prompt="Name them.", budget=Budget(requests, 0))
 
 
 def kinds(model, rows=40):

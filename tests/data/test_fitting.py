@@ -23,7 +23,7 @@ from afmrl_jax.data.views import (
     sampled_cuts,
 )
 from afmrl_jax.models.presets import preset
-from afmrl_jax.retrieval.evaluator import Evaluator, catalogue_attributes
+from afmrl_jax.retrieval.evaluator import RetrievalEvaluator, catalogue_attributes
 
 WORDS = ["navy", "blue", "dress", "with", "long", "sleeves", "for", "summer", "in", "soft"]
 TOKENIZER = train_tokenizer([" ".join(WORDS), "color: navy; sleeve: long\nDresses\n"] * 4, 400)
@@ -191,7 +191,7 @@ def test_training_evaluation_and_rewards_read_one_text():
 
     recording = Recording(made, rows_seen)
     encoder = loaded_encoder(recording, lambda rows: rows["tokens"][:, :2].astype(jnp.float32), 1)
-    evaluator = Evaluator(encoder, catalog)
+    evaluator = RetrievalEvaluator(encoder, catalog)
     evaluator.vectors("image+text", np.array([0]), catalogue_attributes(catalog))
     carried = [TRUE, {"color": "red"}, {}]
     _, cuts = encoder.embed_listings(catalog, np.zeros(3, int), attributes=carried.__getitem__)

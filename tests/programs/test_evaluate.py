@@ -131,12 +131,12 @@ def test_a_generator_describes_each_listing_once_and_what_it_is_unsure_of_is_lef
     monkeypatch.setattr(evaluate, "load_generator", lambda path, mesh, batch: Parrot())
     shown = {}
 
-    class Watching(evaluate.Evaluator):
+    class Watching(evaluate.RetrievalEvaluator):
         def __init__(self, model, catalog, enriched):
             shown.update(queries=enriched.queries, gallery=enriched.gallery)
             super().__init__(model, catalog, enriched)
 
-    monkeypatch.setattr(evaluate, "Evaluator", Watching)
+    monkeypatch.setattr(evaluate, "RetrievalEvaluator", Watching)
     ASKED.clear()
     config.eval.update(
         batch=8, query_split="test", gallery_split="all", attributes="some/generator"
@@ -154,7 +154,7 @@ def test_a_generator_describes_each_listing_once_and_what_it_is_unsure_of_is_lef
 
 
 def watched(vectors, seen):
-    """Evaluator.vectors, which notes how many listings are asked for, and the 31st's label."""
+    """The evaluator's vectors, noting how many listings are asked for, and the 31st's label."""
 
     def noting(evaluator, view, indices, attributes=None):
         seen.append((len(indices), evaluator._catalog.listing(30).category))
@@ -166,8 +166,8 @@ def watched(vectors, seen):
 def test_categories_are_told_where_asked_from_texts_that_do_not_state_them(
     config, folder, tmp_path, capsys, monkeypatch
 ):
-    noting = watched(evaluate.Evaluator.vectors, seen := [])
-    monkeypatch.setattr(evaluate.Evaluator, "vectors", noting)
+    noting = watched(evaluate.RetrievalEvaluator.vectors, seen := [])
+    monkeypatch.setattr(evaluate.RetrievalEvaluator, "vectors", noting)
     config.eval.update(batch=8, tasks="image+text->image+text", downstream=True)
     results = judged(config, folder, tmp_path / "w")
     assert set(results) == {"image+text->image+text", "category"}
@@ -198,7 +198,7 @@ def test_categories_are_told_where_asked_from_texts_that_do_not_state_them(
 def test_attributes_that_cannot_be_had_are_told_before_anything_is_embedded(
     config, folder, tmp_path, monkeypatch, fields, told
 ):
-    monkeypatch.setattr(evaluate, "Evaluator", None)
+    monkeypatch.setattr(evaluate, "RetrievalEvaluator", None)
     config.checkpoint = str(folder)
     config.eval.update(batch=8, **fields)
     with pytest.raises(UserError, match=told):

@@ -14,7 +14,7 @@ from afmrl_jax import runner
 from afmrl_jax.assembly.encoder import Encoder
 from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.loaded import load_generator
-from afmrl_jax.assembly.pretrained import find_pretrained, kind_of
+from afmrl_jax.assembly.pretrained import find_pretrained, model_class_of
 from afmrl_jax.catalog.opening import ListingOptions, open_listings
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.data.processor import Row
@@ -34,7 +34,7 @@ def folder(taught, tmp_path_factory):
 
 def test_the_folder_gives_the_run_s_settings_back_and_holds_nothing_of_an_encoder(folder, taught):
     trained, found = (find_pretrained(str(path), Generator) for path in (taught, folder))
-    assert kind_of(str(folder)) is kind_of(str(taught)) is Generator
+    assert model_class_of(str(folder)) is model_class_of(str(taught)) is Generator
     before = {**trained.config, "data": dict(trained.config["data"])}
     before["data"].pop("cache_dir")
     assert found.config == before and found.step == trained.step == 40

@@ -14,7 +14,7 @@ from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.data.views import evaluation_row
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.presets import preset
-from afmrl_jax.retrieval.evaluator import Evaluator, catalogue_attributes, enrichment
+from afmrl_jax.retrieval.evaluator import RetrievalEvaluator, catalogue_attributes, enrichment
 from afmrl_jax.retrieval.tasks import (
     Task,
     can_be_run,
@@ -71,7 +71,7 @@ def test_texts_are_embedded_without_patches_and_as_they_are_with(catalog):
         return nnx.merge(graph, params)(rows)
 
     listings = catalog.indices("all")[:4]
-    evaluator = Evaluator(loaded_encoder(processor, embed, 4), catalog)
+    evaluator = RetrievalEvaluator(loaded_encoder(processor, embed, 4), catalog)
     vectors = evaluator.vectors("text", listings)
     evaluator.vectors("image", listings)
     assert shapes == [((4, 32), (4, 0)), ((4, 32), (4, 16))]
@@ -100,7 +100,9 @@ class Words:
 def enriched_evaluator(catalog, side):
     words = Words()
     enriched = enrichment(catalogue_attributes(catalog), side)
-    return words, Evaluator(loaded_encoder(words, lambda rows: rows["x"], 4), catalog, enriched)
+    return words, RetrievalEvaluator(
+        loaded_encoder(words, lambda rows: rows["x"], 4), catalog, enriched
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,7 @@ def test_a_listing_without_what_is_shown_neither_asks_nor_is_searched(catalog):
     # nothing to find, 2 and 3 find each other.
     partial, asked = Partial(catalog, no_image=[0, 30], no_text=[3]), np.arange(4)
     words = Words()
-    evaluator = Evaluator(loaded_encoder(words, lambda rows: rows["x"], 4), partial)
+    evaluator = RetrievalEvaluator(loaded_encoder(words, lambda rows: rows["x"], 4), partial)
     found = evaluator.scores(
         [parse_task("image->image"), CROSS, SAME], asked, catalog.indices("all")
     )

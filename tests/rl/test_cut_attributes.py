@@ -17,10 +17,10 @@ from afmrl_jax.data.processor import Processor, RowSizes
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.models.presets import preset
 from afmrl_jax.programs import rar
-from afmrl_jax.retrieval.evaluator import Evaluator
+from afmrl_jax.retrieval.evaluator import RetrievalEvaluator
 from afmrl_jax.rl.environment import Environment, Laps
 from afmrl_jax.rl.gallery import open_gallery
-from afmrl_jax.rl.held_out import Arms, HeldOut, Said
+from afmrl_jax.rl.held_out import Arms, HeldOut, QueryAnswer
 from afmrl_jax.rl.rewards import Reward
 from afmrl_jax.rl.watch import WatchLimits
 
@@ -99,7 +99,7 @@ def test_a_generator_whose_answers_are_not_read_is_refused_before_it_trains(is_d
     encoder, gallery = is_deaf
     held_out = HeldOut(CATALOG, "test", gallery, encoder, OPTIONS, 9)
     held_out.true = [{}] * len(held_out)
-    said = [Said("color: red", lambda least: {"color": "red"})] * len(held_out)
+    said = [QueryAnswer("color: red", lambda least: {"color": "red"})] * len(held_out)
     arms = Arms(tmp_path, {"test": held_out}, lambda trained, listings: said, LIMITS)
     with pytest.raises(UserError, match="test queries: 2 of 2 texts lose attributes"):
         arms.begin("begun")
@@ -111,7 +111,7 @@ def test_rewards_tell_of_cut_attributes_as_evaluation_does_and_once(tmp_path, ca
     gallery = gallery_of(encoder, tmp_path)
     with caplog.at_level("WARNING", "afmrl_jax.data.views"):
         found = [metrics(encoder, gallery)[1]["attributes_cut"] for _ in range(2)]
-        Evaluator(encoder, CATALOG).vectors(
+        RetrievalEvaluator(encoder, CATALOG).vectors(
             "image+text", np.arange(2), lambda index: {"color": "red"}
         )
     assert found == [1, 1]  # of a step's metrics, each time

@@ -8,7 +8,7 @@ import pytest
 from words import CATALOG, ENCODER, gallery_in
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.rl.held_out import Arms, HeldOut, Said, choose_confidence, comparison_table
+from afmrl_jax.rl.held_out import Arms, HeldOut, QueryAnswer, choose_confidence, comparison_table
 from afmrl_jax.rl.rewards import Reward
 from afmrl_jax.rl.watch import WatchLimits
 
@@ -19,14 +19,14 @@ LIMITS = WatchLimits(
 
 def said(**pairs):
     """An answer; pairs: name = (value, confidence)."""
-    return Said(
+    return QueryAnswer(
         str(pairs), lambda least: {name: v for name, (v, sure) in pairs.items() if sure >= least}
     )
 
 
 # What is wrong weighs more than what is right: "mug red green green" is next to "green mug".
 SURE_OF_THE_RIGHT = [said(color=("red", 0.9), type=("green green", 0.2)), said()]
-INVALID = [Said("red", lambda least: {}), Said("red", lambda least: {})]
+INVALID = [QueryAnswer("red", lambda least: {}), QueryAnswer("red", lambda least: {})]
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.rl.rewards import Found, Reward, bounded_k, measures, rewards
+from afmrl_jax.rl.rewards import Retrieved, Reward, bounded_k, measures, rewards
 
-OWN = np.array([0, 0, -1, -1])
+SELF_IDS = np.array([0, 0, -1, -1])
 RELEVANT = np.array([[0, 1, 2], [0, 1, 2], [5, -1, -1], [5, -1, -1]])
-ANSWERS = Found(
+ANSWERS = Retrieved(
     # Right at ranks 1 and 3 once 0 is out; at rank 2; at rank 3; not within the 4 ranks kept.
     ids=np.array([[0, 1, 7, 2, 8], [8, 0, 2, 7, 9], [7, 8, 5, 9, 6], [7, 8, 9, 6, 5]]),
     scores=np.array(
@@ -23,14 +23,14 @@ ANSWERS = Found(
     ),
     relevant=RELEVANT,
     relevant_scores=np.array([[1, 0.9, 0.7], [0.8, 0.2, 0.6], [0.3, 9, 9], [-0.1, 9, 9]]),
-    own=OWN,
+    self_ids=SELF_IDS,
 )
-PLAIN = Found(
+PLAIN = Retrieved(
     ids=np.array([[0, 7, 1, 8, 9], [5, 7, 8, 9, 6]]),
     scores=np.array([[1.0, 0.8, 0.6, 0.5, 0.4], [0.7, 0.6, 0.5, 0.4, 0.3]]),
     relevant=RELEVANT[::2],
     relevant_scores=np.array([[1.0, 0.6, 0.1], [0.7, 9, 9]]),
-    own=OWN[::2],
+    self_ids=SELF_IDS[::2],
 )
 VALID, LENGTHS = np.ones(4, bool), np.array([10, 20, 30, 40])
 RECALL = Reward(kind="recall", k=2, gain=False, invalid=-0.1, length_cost=0.0)
@@ -68,12 +68,12 @@ def test_the_query_listing_itself_never_counts_as_found():
 
 def test_a_tie_counts_against_an_answer_wherever_the_right_listing_stands_in_the_gallery():
     for ids in ([[5, 7, 8, 9, 6]], [[7, 5, 8, 9, 6]], [[7, 8, 5, 9, 6]]):
-        tied = Found(
+        tied = Retrieved(
             ids=np.array(ids),
             scores=np.array([[0.7, 0.7, 0.7, 0.4, 0.3]], np.float32),
             relevant=RELEVANT[2:3],
             relevant_scores=np.array([[0.7, 9, 9]]),
-            own=OWN[2:3],
+            self_ids=SELF_IDS[2:3],
         )
         found = measures(tied, 2)
         assert found["mrr"][0] == pytest.approx(1 / 3) and found["recall@2"][0] == 0

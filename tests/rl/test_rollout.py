@@ -65,7 +65,7 @@ def test_groups_that_differ_in_their_format_alone_are_told(gallery):
 
 def test_the_query_listing_never_counts(gallery):
     found = gallery.find(plain(np.array([0])), np.array([0]), k=1)
-    assert found.ids[0, 0] == 0 and found.own[0] == 0  # it lies nearest to itself
+    assert found.ids[0, 0] == 0 and found.self_ids[0] == 0  # it lies nearest to itself
     # What is left has listing 1 and 2 at one distance, so that the right one is never alone first.
     assert judged(gallery, kind="mrr").parts["mrr"].tolist()[:2] == [1, 0.5]
     # A listing whose product has no other one in the gallery does not ask.

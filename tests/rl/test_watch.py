@@ -6,7 +6,8 @@ import pytest
 
 from afmrl_jax.configs import rar
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.rl.watch import Rollout, WatchLimits, watch
+from afmrl_jax.rl.environment import Rollout
+from afmrl_jax.rl.watch import WatchLimits, watch
 
 LIMITS = WatchLimits.of(rar.get_config())
 CALM = replace(LIMITS, answer_diversity=0.0, pair_diversity=0.0, copied=1.0, leaked=1.0)
