@@ -13,6 +13,7 @@ import pytest
 
 from afmrl_jax import runner
 from afmrl_jax.assembly.encoder import Encoder
+from afmrl_jax.assembly.options import EncoderOptions, PresetOptions
 from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
@@ -93,7 +94,9 @@ def test_other_processes_show_each_listing_in_the_step_in_which_one_would(agcl_c
     """Two processes take over after three steps: halves of a batch are the rows of the whole."""
     catalog = open_catalogue(CatalogOptions.of(agcl_config), tmp_path)
     statistics = corpus_statistics(catalog, "train", agcl._cache(agcl_config))
-    encoder = Encoder.from_preset(agcl_config, agcl._tokenizer_texts(agcl_config, catalog))
+    texts = agcl._tokenizer_texts(agcl_config, catalog)
+    options, preset = EncoderOptions.of(agcl_config), PresetOptions.of(agcl_config)
+    encoder = Encoder.from_preset(options, preset, texts)
     made = functools.partial(agcl._batches, agcl_config, catalog, encoder.processor(), statistics)
 
     def listings(first, last, *shares):

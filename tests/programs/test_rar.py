@@ -247,7 +247,7 @@ def test_adapters_on_the_generator_begin_as_it_and_are_found_again(config, tmp_p
         ("generator", "", "--config.generator=runs/sft"),
         ("encoder", "", "--config.encoder=runs/agcl"),
         ("generator", "encoder", "holds the encoder of a run"),
-        ("micro_batches", 3, "micro_batches is 3, which does not divide the 8 queries"),
+        ("micro_batches", 3, "micro_batches is 3, which does not divide the queries of 8"),
     ],
 )
 def test_what_cannot_be_run_is_told_in_a_sentence(config, models, tmp_path, field, value, says):

@@ -1,0 +1,81 @@
+"""The package keeps the shape that docs/architecture.md gives it."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "afmrl_jax"
+DOCUMENT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+CAPS = {
+    room: int(cap.replace(",", ""))
+    for room, cap in re.findall(r"^\| `(\w+)/` \|.*\| ([\d,]+) \|$", DOCUMENT, re.M)
+}
+ROOMS = sorted(p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists())
+FILES = 13  # of a room
+LINES = 500  # of a file
+BODY = 60  # lines of a function
+PARAMETERS = 6
+# Functions with a reason to take more.
+MORE = {
+    "programs/rar.py:__init__": "a step of RAR holds all that a step needs, from rollout to update",
+    "assembly/sentence_encoder.py:load": "sentence-transformers calls it with these",
+    "catalog/builtin/pen.py:oval": "an edit would make another built-in catalogue",
+}
+
+
+def files(room: str) -> list[Path]:
+    """The room's modules, without those of rooms inside it."""
+    return [p for p in (PACKAGE / room).glob("*.py") if p.name != "__init__.py"]
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                yield f"{path.relative_to(PACKAGE).as_posix()}:{node.name}", node
+
+
+def test_every_room_has_a_cap():
+    assert sorted(CAPS) == ROOMS
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_is_no_larger_than_its_cap(room):
+    paths = (PACKAGE / room).rglob("*.py")
+    lines = sum(path.read_text(encoding="utf-8").count("\n") for path in paths)
+    assert lines <= CAPS[room], "raise the cap in docs/architecture.md, and say why in the commit"
+    assert len(files(room)) <= FILES
+    assert [p for p in files(room) if p.read_text(encoding="utf-8").count("\n") > LINES] == []
+
+
+def test_functions_are_short():
+    long = {
+        name
+        for name, node in functions()
+        if node.end_lineno - node.lineno >= BODY
+        and not re.fullmatch(r"(programs/\w+\.py:main|configs/\w+\.py:get_config)", name)
+    }
+    assert long == set()
+
+
+def test_functions_take_few_parameters():
+    def parameters(node: ast.FunctionDef) -> int:
+        named = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        return sum(argument.arg not in ("self", "cls") for argument in named)
+
+    assert {name for name, node in functions() if parameters(node) > PARAMETERS} == MORE.keys()
+
+
+def test_settings_are_read_at_the_door():
+    """These rooms know a ConfigDict; all others take options."""
+    readers = {
+        path.relative_to(PACKAGE).parts[0]
+        for path in PACKAGE.rglob("*.py")
+        if re.search(r"\bConfigDict\b", path.read_text(encoding="utf-8"))
+    }
+    door = {"configs", "core", "main.py", "runner.py", "api.py", "programs", "training"}
+    assert readers - door == {"annotation", "checkpoints", "rl"}  # no more than these
