@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -88,7 +89,7 @@ def test_a_run_learns_the_format_and_leaves_all_that_it_promises(config, folder,
     assert scores["listings"] == 4 and scores["verdicts"] == {"valid": 1.0}
     # Grey is in no training listing; the kinds are.
     assert results["by_attribute"]["type"]["f1"] == 1 and results["majority"]["f1"] == 0.5
-    assert "| majority | 50.0% |" in told and "F1 by attribute" in told
+    assert re.search(r"\| majority +\| 50\.0% +\|", told) and "F1 by attribute" in told
     samples = lines(folder / "run" / "samples.jsonl")
     assert [sample["step"] for sample in samples] == [30, 30, 60, 60, 60, 60]
     assert parse(samples[-1]["answer"]).verdict is Verdict.VALID
