@@ -13,7 +13,8 @@ from flax import nnx
 sys.path.insert(0, sys.argv[2])
 from conftest import make_rows
 from afmrl_jax.core.mesh import batch_sharding, make_mesh
-from afmrl_jax.models import attention, hf_weights
+from afmrl_jax.models import attention
+from afmrl_jax.weights import hf_weights
 from afmrl_jax.models.presets import preset
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.partition import param_shardings
