@@ -223,12 +223,13 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         catalog = run.open_catalogue(functools.partial(_trained_on, config))
         tasks = EvaluationTasks(config, catalog)
         statistics = corpus_statistics(catalog, "train", _cache(config))
+        statistics_json = statistics.to_json()
         if run.saved:
-            check_statistics(run.saved, statistics.to_json(), workdir)
+            check_statistics(run.saved, statistics_json, workdir)
 
         # ---- encoder and batches
         encoder, source = run.model(Encoder, _tokenizer_texts(config, catalog))
-        run.keep(encoder, statistics=statistics.to_json())
+        run.keep(encoder, statistics=statistics_json)
         batches = _batches(config, catalog, encoder.processor(), statistics, local)
 
         # ---- step and state
