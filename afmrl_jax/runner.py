@@ -37,7 +37,9 @@ def run(config: ConfigDict, workdir: Path, plan: str | None = None) -> None:
 
     initialize_distributed()
     program = importlib.import_module(f"afmrl_jax.programs.{config.program}")
-    jax.config.update("jax_compilation_cache_dir", str(cache_folder(config.data.cache_dir) / "xla"))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else the user has said where
+        compiled = cache_folder(config.data.cache_dir) / "xla"
+        jax.config.update("jax_compilation_cache_dir", str(compiled))
     mesh = make_mesh(dict(config.mesh))
     elsewhere = config.get("checkpoint_dir")
     if program.SHARES_WORKDIR or not is_bucket(elsewhere):

@@ -29,11 +29,13 @@ one_line() {
     [[ ! -t 1 ]] || printf '\r\033[K'
 }
 
-pip_install() {
-    if ! .venv/bin/python -m pip install --progress-bar off --disable-pip-version-check "$@" 2>&1 |
-        tee -a .venv/install.log | one_line; then
+# Installs with uv where it is there, which takes a fifth of pip's time.
+install() {
+    local installer=(.venv/bin/python -m pip install --progress-bar off --disable-pip-version-check)
+    ! command -v uv >/dev/null || installer=(uv pip install --python .venv/bin/python)
+    if ! "${installer[@]}" "$@" 2>&1 | tee -a .venv/install.log | one_line; then
         tail -n 15 .venv/install.log >&2
-        echo "The installation failed; all that pip said is in $PWD/.venv/install.log" >&2
+        echo "The installation failed; all that was said is in $PWD/.venv/install.log" >&2
         return 1
     fi
 }
@@ -49,11 +51,11 @@ setup() {
         "$python" -m venv --clear .venv
     fi
     echo "Installing into $PWD/.venv (once, a minute or two) ..."
-    pip_install -r requirements.txt
+    install -r requirements.txt
     if [[ "$extra" == base ]]; then
-        pip_install -e . --no-deps
+        install -e . --no-deps
     else
-        pip_install -e ".[$extra]" -c requirements.txt
+        install -e ".[$extra]" -c requirements.txt
     fi
     touch ".venv/installed-base-$key" ".venv/installed-$extra-$key"
 }

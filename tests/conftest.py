@@ -1,17 +1,24 @@
-"""A small catalogue of real files, and the smallest run of the AGCL program on it."""
+"""How tests compile, what their workers share, a small catalogue, and the smallest run of AGCL."""
 
+import collections
 import json
 import os
+import sys
 from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
+from artifacts import made_once, smallest_agcl
 from PIL import Image
 
 # Where the TPU compiler is installed, for planning, JAX would look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the time goes into compiling: what one run has compiled no other need, however small.
+# Most of the time goes into compiling what runs a few times: nothing is made fast, but in modules
+# that say COMPILED_AS_FOR_USERS, and what is compiled once, however small, is kept for all workers,
+# for the processes that they start, and for the next run of the tests.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(sys.prefix) / "compiled_by_tests"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 # Workers beside each other, and what each starts, keep to their own cores: where all use all of
@@ -24,10 +31,50 @@ if "PYTEST_XDIST_WORKER" in os.environ and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, own)
 
 TESTS = Path(__file__).parent
+DURATIONS = TESTS / "durations.txt"  # of the slowest tests: seconds and name
+SLOWEST = 40
+QUICK = ("attributes", "configs", "core", "losses", "retrieval", "rl", "training")  # rooms
 
 # An example that is slow on a busy machine is no failure.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="runs the tests marked slow as well")
+    told = f"writes the {SLOWEST} slowest tests to tests/{DURATIONS.name}"
+    parser.addoption("--write-durations", action="store_true", help=told)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Files that take long come first, so that no worker ends alone with one of them."""
+    seconds = collections.Counter()
+    if DURATIONS.exists():
+        for line in DURATIONS.read_text().splitlines():
+            duration, name = line.split(maxsplit=1)
+            seconds[name.partition("::")[0]] += float(duration)
+
+    def file_of(item):
+        return item.nodeid.partition("::")[0]
+
+    items.sort(key=lambda item: -seconds[file_of(item)])  # a stable sort
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: --slow runs it"))
+        elif item.path.parent.name in QUICK and not seconds[file_of(item)]:
+            item.add_marker(pytest.mark.quick)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("write_durations"):
+        return
+    seconds = collections.Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration"):  # of what comes before a test, of it, and behind it
+                seconds[report.nodeid] += report.duration
+    lines = [f"{duration:6.1f} {name}\n" for name, duration in seconds.most_common(SLOWEST)]
+    DURATIONS.write_text("".join(lines))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,12 +87,37 @@ def what_is_started():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def as_for_users(request):
+    """Where a module says COMPILED_AS_FOR_USERS, XLA optimizes as it does for them."""
+    if not getattr(request.module, "COMPILED_AS_FOR_USERS", False):
+        yield
+        return
+    import jax
+
+    name = "jax_disable_most_optimizations"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(name.upper(), "0")
+        jax.config.update(name, False)
+        jax.clear_caches()  # or what other modules compiled would be used here, and not there
+        yield
+    jax.config.update(name, True)
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory) -> str:
-    """config.data.cache_dir of runs: one for all, also of those beside each other, as what they
-    compile is mostly the same."""
+def shared_folder(tmp_path_factory) -> Path:
+    """A folder of this run of the tests that all workers see, for `made_once`."""
     base = tmp_path_factory.getbasetemp()
-    return str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache")
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache_dir(shared_folder) -> str:
+    """config.data.cache_dir of runs: one for all."""
+    return str(shared_folder / "cache")
 
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 160, 60), "blue": (40, 60, 200), "grey": (120,) * 3}
@@ -53,10 +125,13 @@ KINDS = ("mug", "shirt", "lamp", "shoe", "hat")
 
 
 @pytest.fixture(scope="session")
-def catalogue_folder(tmp_path_factory) -> Path:
+def catalogue_folder(shared_folder) -> Path:
     """20 products (5 kinds in 4 colours), two listings each, with textured photos of two sizes."""
-    folder = tmp_path_factory.mktemp("catalogue")
-    (folder / "images").mkdir()
+    return made_once(shared_folder / "catalogue", write_catalogue)
+
+
+def write_catalogue(folder):
+    (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(0)
     lines = []
     for k, kind in enumerate(KINDS):
@@ -80,27 +155,8 @@ def catalogue_folder(tmp_path_factory) -> Path:
                     }
                 )
     (folder / "products.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
 
 
 @pytest.fixture
 def agcl_config(catalogue_folder, cache_dir):
-    """configs/agcl.py at its smallest: 6 steps of 8 pairs, in one process."""
-    from afmrl_jax.configs.agcl import get_config
-
-    config = get_config()
-    config.update(steps=6, batch=8, log_every=1, eval_every=3, checkpoint_every=2)
-    config.data.update(
-        path=str(catalogue_folder),
-        cache_dir=cache_dir,
-        workers=0,
-        max_tokens=24,
-        max_patches=16,
-        min_pixels=256,
-        max_pixels=1024,
-        neighbours=4,
-    )
-    config.model.update(vocab_size=300, dtype="float32")
-    config.optimizer.learning_rate = 5e-4
-    config.eval.update(batch=8, tasks="image+text->image+text, image->text")
-    return config
+    return smallest_agcl(catalogue_folder, cache_dir)

@@ -1,20 +1,23 @@
 """Chunked log-probs against the dense computation: values, gradients, memory, devices."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
+import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import devices
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from afmrl_jax.losses.language import answer_cross_entropy, token_log_probs
 from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
+
+COMPILED_AS_FOR_USERS = True
 
 
 def dense(hidden, head, tokens, temperature=1.0):
@@ -148,37 +151,25 @@ def test_the_logits_of_all_positions_are_never_alive_at_once():
     assert compiled.memory_analysis().temp_size_in_bytes < whole / 2
 
 
-SHARDED = """
-import jax, jax.numpy as jnp, numpy as np, re, sys
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-sys.path.insert(0, {folder!r})
-from test_language import random_case
-from afmrl_jax.losses.language import token_log_probs
-mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-hidden, head, tokens = random_case(rows=8, length=12, vocabulary=64)
-mask = np.arange(12)[None] >= np.arange(8)[:, None]
-def loss(hidden, head, tokens, mask):
-    found = token_log_probs(hidden, lambda x: x @ head, tokens, 4, mask=mask)
-    return found[0].sum(), found
-step = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-expected = step(hidden, head, tokens, mask)
-rows, columns = NamedSharding(mesh, P("data")), NamedSharding(mesh, P(None, "tensor"))
-arguments = [jax.device_put(x, s) for x, s in zip((hidden, head, tokens, mask),
-                                                  (rows, columns, rows, rows))]
-compiled = step.lower(*arguments).compile()
-close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-jax.tree.map(close, compiled(*arguments), expected)
-# Neither the head nor a chunk's logits are gathered.
-moved = re.findall(r" = \\w+\\[([\\d,]*)\\]\\S* all-gather\\(", compiled.as_text())
-assert not [shape for shape in moved if "64" in shape.split(",")], moved
-print("equal")
-"""
-
-
 def test_eight_devices_find_what_one_finds_with_the_vocabulary_split_between_them():
-    script = SHARDED.format(folder=str(Path(__file__).parent))
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    run = subprocess.run(
-        [sys.executable, "-c", script], env=os.environ | flags, capture_output=True, text=True
-    )
-    assert run.stdout.strip() == "equal", run.stderr[-2000:]
+    hidden, head, tokens = random_case(rows=8, length=12, vocabulary=64)
+    mask = np.arange(12)[None] >= np.arange(8)[:, None]
+
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def step(hidden, head, tokens, mask):
+        found = token_log_probs(hidden, lambda x: x @ head, tokens, 4, mask=mask)
+        return found[0].sum(), found
+
+    expected = jax.tree.map(np.asarray, jax.jit(step)(hidden, head, tokens, mask))
+    with devices(8):
+        mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+        rows, columns = NamedSharding(mesh, P("data")), NamedSharding(mesh, P(None, "tensor"))
+        places = rows, columns, rows, rows
+        arguments = jax.device_put((hidden, head, tokens, mask), places)
+        compiled = jax.jit(step).lower(*arguments).compile()
+        found = jax.tree.map(np.asarray, compiled(*arguments))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, found, expected)
+    # Neither the head nor a chunk's logits are gathered.
+    moved = re.findall(r" = \w+\[([\d,]*)\]\S* all-gather\(", compiled.as_text())
+    assert not [shape for shape in moved if "64" in shape.split(",")], moved

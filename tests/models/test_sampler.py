@@ -1,20 +1,19 @@
 """What generated answers, and the log-probs beside them, must and must not depend on."""
 
 import dataclasses
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import devices
 from flax import nnx
 
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.mesh import batch_sharding, make_mesh
 from afmrl_jax.data.tokenizer import train_tokenizer
 from afmrl_jax.models import sampler
+from afmrl_jax.models.partition import param_shardings
 from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
 from afmrl_jax.models.sampler import Sampling, forbidden_ids, generate, sample_keys, sampling_logits
@@ -217,45 +216,20 @@ def test_vision_tokens_and_ids_without_a_token_are_forbidden():
     assert all("vision" in name or "image" in name or "video" in name for name in named)
 
 
-SCRIPT = """
-import sys
-import jax, numpy as np
-sys.path.insert(0, sys.argv[1])
-from conftest import make_rows
-from test_sampler import CONFIG, G, GRAPH, N, PARAMS, S, SAMPLING
-from afmrl_jax.core.mesh import batch_sharding, make_mesh
-from afmrl_jax.models.partition import param_shardings
-from afmrl_jax.models import sampler
-
-mesh = make_mesh({"slice": 1, "data": 2, "fsdp": 2, "tensor": 2})
-params = jax.device_put(PARAMS, param_shardings(PARAMS, mesh))
-rows, keys = make_rows(CONFIG, n=N, s=S, p=16), sampler.sample_keys(jax.random.key(0), range(N), G)
-with jax.set_mesh(mesh):
-    rows, keys = jax.device_put((rows, keys), batch_sharding(mesh))
-    state = sampler.prefill(GRAPH, params, rows, keys, SAMPLING)
-    for keys_or_values in (state.cache[0][0], state.prompt_cache[1][1]):
-        part = keys_or_values.addressable_shards[0].data.shape
-        assert part == (1, 1, *keys_or_values.shape[2:]), part
-    found = sampler.samples_of(sampler.decode(GRAPH, params, state, SAMPLING))
-wanted = np.load(sys.argv[2])
-for name, value in vars(found).items():
-    np.testing.assert_allclose(value, wanted[name], atol=1e-4, err_msg=name)
-"""
-
-
-def test_eight_devices_give_the_answers_of_one(rows, keys, tmp_path):
-    one = tmp_path / "one.npz"
-    np.savez(one, **numpy(generate(GRAPH, PARAMS, rows, keys, SAMPLING)))
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(one)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+def test_eight_devices_give_the_answers_of_one(rows, keys):
+    wanted = numpy(generate(GRAPH, PARAMS, rows, keys, SAMPLING))
+    params, keys = jax.tree.map(np.asarray, PARAMS), np.asarray(jax.random.key_data(keys))
+    with devices(8):
+        mesh = make_mesh({"slice": 1, "data": 2, "fsdp": 2, "tensor": 2})
+        params = jax.device_put(params, param_shardings(params, mesh))
+        with jax.set_mesh(mesh):
+            split = batch_sharding(mesh)
+            rows, keys = jax.device_put((rows, jax.random.wrap_key_data(keys)), split)
+            state = sampler.prefill(GRAPH, params, rows, keys, SAMPLING)
+            for keys_or_values in (state.cache[0][0], state.prompt_cache[1][1]):
+                part = keys_or_values.addressable_shards[0].data.shape
+                assert part == (1, 1, *keys_or_values.shape[2:])
+            answers = sampler.samples_of(sampler.decode(GRAPH, params, state, SAMPLING))
+            found = numpy(answers)
+    for name, value in found.items():
+        np.testing.assert_allclose(value, wanted[name], atol=1e-4, err_msg=name)

@@ -17,6 +17,8 @@ from afmrl_jax.models.qwen_vl import QwenVL
 from afmrl_jax.models.sampler import Sampling, generate, sample_keys
 from afmrl_jax.weights import hf_weights
 
+COMPILED_AS_FOR_USERS = True
+
 PROMPTS, LENGTH, PATCHES, NEW = 64, 48, 64, 16
 VOCABULARY = 300
 GRIDS = [(2, 2), (4, 2), (4, 6), (2, 6), (4, 4)]  # rows and columns of an image, in patches

@@ -39,6 +39,8 @@ from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
 from afmrl_jax.weights import hf_weights
 
+COMPILED_AS_FOR_USERS = True
+
 SAVED = Path(__file__).resolve().parents[2] / ".." / "shared" / "cases"
 SMALL = [name for name in CASES if name.endswith("small")]
 DEEP = [name for name in CASES if name.endswith("deep")]

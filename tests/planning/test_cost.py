@@ -9,6 +9,8 @@ from afmrl_jax.models.lora import LoRA, adapt
 from afmrl_jax.models.presets import preset
 from afmrl_jax.planning.cost import step_flops, work
 
+COMPILED_AS_FOR_USERS = True
+
 TINY = preset("tiny")
 
 

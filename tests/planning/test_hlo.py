@@ -6,6 +6,8 @@ import pytest
 
 from afmrl_jax.planning.hlo import Collective, Reader, read, replica_group, shapes, size
 
+COMPILED_AS_FOR_USERS = True
+
 
 def total(function, *arguments, **options):
     text = jax.jit(function).lower(*arguments).compile().as_text()

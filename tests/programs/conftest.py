@@ -1,40 +1,27 @@
-"""Running the program as its own process; a generator that is taught already."""
+"""Running the program as its own process; an encoder and a generator that are trained already."""
 
+import contextlib
 import dataclasses
+import functools
 import sys
 
 import jax
 import optax
 import pytest
+from artifacts import made_once, smallest_agcl
 
+from afmrl_jax import runner
 from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.model import abstract_params
 from afmrl_jax.assembly.options import GeneratorOptions
 from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import Checkpoints
 from afmrl_jax.checkpoints.state import TrainState, abstract_state, init_state
+from afmrl_jax.configs import export, sft
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.data.answers import question_and_answer
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.models.presets import preset
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilations(request):
-    """Where a module says QUICK, nothing is made fast, here and in the processes that it starts:
-    most of the time would go into compiling what runs a few times."""
-    if not getattr(request.module, "QUICK", False):
-        yield
-        return
-    name = "jax_disable_most_optimizations"
-    before = jax.config.values[name]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(name.upper(), "1")
-        jax.clear_caches()  # or what other modules compiled would be used here, and not there
-        jax.config.update(name, True)
-        yield
-    jax.config.update(name, before)
-    jax.clear_caches()
 
 
 @pytest.fixture
@@ -58,23 +45,45 @@ def command():
 
 
 @pytest.fixture(scope="session")
-def wholes(tmp_path_factory):
-    return tmp_path_factory.mktemp("agcl")
+def whole(catalogue_folder, cache_dir, shared_folder):
+    """The workdir of a run of agcl_config that nothing stopped; what it printed is in printed.txt
+    beside it."""
 
+    def make(workdir):
+        with (shared_folder / "printed.txt").open("w") as file, contextlib.redirect_stdout(file):
+            runner.run(smallest_agcl(catalogue_folder, cache_dir), workdir)
 
-@pytest.fixture(scope="module")
-def whole(request, wholes):
-    """The workdir of a run of agcl_config that nothing stopped; made by the first who needs it, one
-    for the modules that are QUICK and one for the others: bits differ."""
-    return wholes / ("quick" if getattr(request.module, "QUICK", False) else "whole")
+    return made_once(shared_folder / "whole", make)
 
 
 @pytest.fixture(scope="session")
-def taught(catalogue_folder, cache_dir, tmp_path_factory):
-    """The workdir of a generator of one layer that has learned the training listings' answers."""
-    from afmrl_jax.configs.sft import get_config
+def run_export():
+    """A function (checkpoint, out, **fields) that exports."""
 
-    settings = get_config()
+    def run(checkpoint, out, **changes):
+        config = export.get_config()
+        config.update(checkpoint=str(checkpoint), out=str(out))
+        config.update_from_flattened_dict(changes)
+        runner.run(config, out.parent / "w")
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def exported(whole, run_export):
+    """The folder of its export."""
+    return made_once(whole.with_name("exported"), functools.partial(run_export, whole))
+
+
+@pytest.fixture(scope="session")
+def taught(catalogue_folder, cache_dir, shared_folder):
+    """The workdir of a generator of one layer that has learned the training listings' answers."""
+    make = functools.partial(teach, catalogue_folder, cache_dir)
+    return made_once(shared_folder / "taught", make)
+
+
+def teach(catalogue_folder, cache_dir, workdir):
+    settings = sft.get_config()
     sizes = {"max_tokens": 64, "max_answer": 16, "max_patches": 16}
     settings.data.update(path=str(catalogue_folder), cache_dir=cache_dir, **sizes)
     settings.data.update(min_pixels=256, max_pixels=1024, instruction="color type")
@@ -86,7 +95,6 @@ def taught(catalogue_folder, cache_dir, tmp_path_factory):
     generator = Generator(
         GeneratorOptions.of(settings), tiny.replace(**one_layer, **ids), tokenizer
     )
-    workdir = tmp_path_factory.mktemp("taught")
     catalog = open_catalogue(CatalogOptions.of(settings), workdir)
     processor, loss = generator.processor(answers=True), generator.answer_loss(64)
     shown = [question_and_answer(catalog, int(i), processor) for i in catalog.indices("train")]
@@ -106,4 +114,3 @@ def taught(catalogue_folder, cache_dir, tmp_path_factory):
     with Checkpoints(workdir / "checkpoints", writable=True) as checkpoints:
         record = generator.record() | {"config": settings.to_json()}
         checkpoints.save(state, record, int(state.step), None)
-    return workdir

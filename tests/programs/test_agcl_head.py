@@ -18,8 +18,6 @@ from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.data.corpus import corpus_statistics
 from afmrl_jax.programs import agcl
 
-QUICK = True
-
 
 def state_of(workdir):
     checkpoints, step = find_checkpoints(str(workdir))

@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from devices import devices
 from flax import nnx
 
 from afmrl_jax import runner
@@ -25,8 +23,6 @@ from afmrl_jax.models import lora
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.presets import preset
 from afmrl_jax.weights import hf_weights
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def small_config(tokenizer):
@@ -125,13 +121,13 @@ def test_a_run_stopped_and_started_again_ends_bit_equal(config, adapted, tmp_pat
     assert scores(adapted) == scores(tmp_path / "stopped")
 
 
-def test_eight_devices_go_on_with_the_losses_of_one(config, adapted, command, tmp_path):
+def test_eight_devices_go_on_with_the_losses_of_one(config, adapted, tmp_path):
     shutil.copytree(adapted, tmp_path / "eight")
     shutil.rmtree(tmp_path / "eight" / "checkpoints" / "4")
     (tmp_path / "eight" / "evaluation.json").unlink()
     config.mesh.update(data=2, fsdp=2, tensor=2)
-    eight = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    subprocess.run(command(config, tmp_path / "eight"), cwd=ROOT, env=eight, check=True)
+    with devices(8):
+        runner.run(config, tmp_path / "eight")
     np.testing.assert_allclose(losses(tmp_path / "eight"), losses(adapted), atol=1e-5)
 
 

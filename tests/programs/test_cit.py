@@ -19,7 +19,6 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.corpus import TrainedOn
 from afmrl_jax.programs.cit import Manifest, stages_of
 
-QUICK = True
 SIZES = {"workers": 0, "max_patches": 16, "min_pixels": 256, "max_pixels": 1024}
 ARMS = ("plain", "query", "both")
 JUDGED = [f"evaluate/{which}_{how}" for which in ("first", "second") for how in ARMS]

@@ -49,33 +49,19 @@ def test_a_task_that_does_not_exist_is_refused_before_anything_is_read(config, t
         runner.run(config, tmp_path / "w")
 
 
-@pytest.fixture
-def folder(agcl_config, whole):
-    """A finished run's export."""
-    from afmrl_jax.configs.export import get_config
-
-    out = whole.parent / "exported"
-    if not out.exists():
-        runner.run(agcl_config, whole)
-        export = get_config()
-        export.update(checkpoint=str(whole), out=str(out))
-        runner.run(export, whole.parent / "w")
-    return out
-
-
 def judged(config, checkpoint, workdir):
     config.checkpoint = str(checkpoint)
     runner.run(config, workdir)
     return json.loads((workdir / "evaluation.json").read_text())
 
 
-def test_an_exported_folder_scores_as_its_run_does(config, agcl_config, whole, folder, tmp_path):
+def test_an_exported_folder_scores_as_its_run_does(config, agcl_config, whole, exported, tmp_path):
     """As it is, and as any Hugging Face folder, whose settings are this configuration's."""
     config.eval.update(batch=8, tasks=agcl_config.eval.tasks)
     ran = json.loads((whole / "evaluation.json").read_text())
-    assert judged(config, folder, tmp_path / "own") == ran
+    assert judged(config, exported, tmp_path / "own") == ran
     bare = tmp_path / "bare"
-    shutil.copytree(folder, bare)
+    shutil.copytree(exported, bare)
     (bare / RECORD).unlink()
     names = ("max_tokens", "max_patches", "min_pixels", "max_pixels")
     config.data.update({name: agcl_config.data[name] for name in names})
@@ -84,13 +70,13 @@ def test_an_exported_folder_scores_as_its_run_does(config, agcl_config, whole, f
 
 
 def test_each_query_s_values_have_the_evaluation_s_means_and_pair_with_another_s(
-    config, folder, tmp_path
+    config, exported, tmp_path
 ):
     config.eval.update(batch=8, query_split="all", gallery_split="all")
     config.eval.tasks = "image+text->image+text, image->text"
-    plain = judged(config, folder, tmp_path / "plain")
+    plain = judged(config, exported, tmp_path / "plain")
     config.eval.update(attributes="oracle", enrich="queries")
-    enriched = judged(config, folder, tmp_path / "oracle")
+    enriched = judged(config, exported, tmp_path / "oracle")
     files = [tmp_path / name / "evaluation_queries.json" for name in ("plain", "oracle")]
     told = json.loads(files[0].read_text())
     gains = paired(*files)
@@ -105,7 +91,7 @@ def test_each_query_s_values_have_the_evaluation_s_means_and_pair_with_another_s
     assert enriched["image->text"] == plain["image->text"]
     assert enriched["image+text->image+text"] != plain["image+text->image+text"]
     config.eval.query_split = "test"
-    judged(config, folder, tmp_path / "test")
+    judged(config, exported, tmp_path / "test")
     with pytest.raises(UserError, match="by other queries"):
         paired(files[0], tmp_path / "test" / "evaluation_queries.json")
 
@@ -126,7 +112,7 @@ ASKED = []
 
 
 def test_a_generator_describes_each_listing_once_and_what_it_is_unsure_of_is_left_out(
-    config, folder, tmp_path, monkeypatch
+    config, exported, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(evaluate, "load_generator", lambda path, mesh, batch: Parrot())
     shown = {}
@@ -142,14 +128,14 @@ def test_a_generator_describes_each_listing_once_and_what_it_is_unsure_of_is_lef
         batch=8, query_split="test", gallery_split="all", attributes="some/generator"
     )
     config.eval.update(tasks="image+text->text", min_confidence=0.6)
-    judged(config, folder, tmp_path / "both")
+    judged(config, exported, tmp_path / "both")
     assert list(range(40)) == ASKED
     assert shown["queries"] is shown["gallery"]
     assert [shown["queries"](index) for index in (0, 1)] == [{}, {"type": "mug"}]
     # Only of texts, and of the side that is asked for.
     ASKED.clear()
     config.eval.update(tasks="text->image, image->text", enrich="queries")
-    judged(config, folder, tmp_path / "queries")
+    judged(config, exported, tmp_path / "queries")
     assert len(ASKED) == 4 and shown["gallery"] is None
 
 
@@ -164,12 +150,12 @@ def watched(vectors, seen):
 
 
 def test_categories_are_told_where_asked_from_texts_that_do_not_state_them(
-    config, folder, tmp_path, capsys, monkeypatch
+    config, exported, tmp_path, capsys, monkeypatch
 ):
     noting = watched(evaluate.RetrievalEvaluator.vectors, seen := [])
     monkeypatch.setattr(evaluate.RetrievalEvaluator, "vectors", noting)
     config.eval.update(batch=8, tasks="image+text->image+text", downstream=True)
-    results = judged(config, folder, tmp_path / "w")
+    results = judged(config, exported, tmp_path / "w")
     assert set(results) == {"image+text->image+text", "category"}
     assert seen == [(4, "shoe"), (4, "shoe"), (4, ""), (30, "")]
     counts = {"n_queries": 4, "n_probe": 30, "n_categories": 2}
@@ -179,7 +165,7 @@ def test_categories_are_told_where_asked_from_texts_that_do_not_state_them(
     assert np.mean(kept["values"]["accuracy"]) == results["category"]["accuracy"]
     config.eval.query_split = "train"
     with pytest.raises(UserError, match="0 training listings beside the queries"):
-        judged(config, folder, tmp_path / "none left")
+        judged(config, exported, tmp_path / "none left")
 
 
 @pytest.mark.parametrize(
@@ -196,10 +182,10 @@ def test_categories_are_told_where_asked_from_texts_that_do_not_state_them(
     ],
 )
 def test_attributes_that_cannot_be_had_are_told_before_anything_is_embedded(
-    config, folder, tmp_path, monkeypatch, fields, told
+    config, exported, tmp_path, monkeypatch, fields, told
 ):
     monkeypatch.setattr(evaluate, "RetrievalEvaluator", None)
-    config.checkpoint = str(folder)
+    config.checkpoint = str(exported)
     config.eval.update(batch=8, **fields)
     with pytest.raises(UserError, match=told):
         runner.run(config, tmp_path / "w")
@@ -236,8 +222,8 @@ def spoil(folder, case):
         ("shard", r"b\.safetensors: not found"),
     ],
 )
-def test_a_broken_folder_is_told_by_its_file(config, folder, tmp_path, case, told):
-    shutil.copytree(folder, tmp_path / "folder")
+def test_a_broken_folder_is_told_by_its_file(config, exported, tmp_path, case, told):
+    shutil.copytree(exported, tmp_path / "folder")
     spoil(tmp_path / "folder", case)
     config.checkpoint = str(tmp_path / "folder")
     with pytest.raises(UserError, match=told):

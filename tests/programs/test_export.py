@@ -11,7 +11,6 @@ import torch
 from flax import nnx
 from PIL import Image
 
-from afmrl_jax import runner
 from afmrl_jax.assembly.folder import model_card, write_folder
 from afmrl_jax.assembly.pretrained import RECORD, Pretrained, find_pretrained
 from afmrl_jax.catalog.validation import read_image
@@ -20,25 +19,6 @@ from afmrl_jax.data.processor import Row
 from afmrl_jax.data.tokenizer import special_token_ids
 from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
-
-
-def run_export(checkpoint, out, **changes):
-    from afmrl_jax.configs.export import get_config
-
-    config = get_config()
-    config.update(checkpoint=str(checkpoint), out=str(out))
-    config.update_from_flattened_dict(changes)
-    runner.run(config, out.parent / "w")
-
-
-@pytest.fixture
-def exported(agcl_config, whole):
-    """The folder of a run's export; run and export are made by the first test that needs them."""
-    out = whole.parent / "exported"
-    if not out.exists():
-        runner.run(agcl_config, whole)
-        run_export(whole, out)
-    return out
 
 
 def load(path):
@@ -141,7 +121,9 @@ def test_what_the_encoder_does_not_read_is_refused(exported):
             fewer.encode([{"image": pixels}])
 
 
-def test_any_folder_is_exported_with_an_instruction_and_fewer_numbers(exported, tmp_path):
+def test_any_folder_is_exported_with_an_instruction_and_fewer_numbers(
+    exported, run_export, tmp_path
+):
     bare = tmp_path / "bare"
     shutil.copytree(exported, bare)
     (bare / RECORD).unlink()
@@ -267,7 +249,7 @@ def test_transformers_reads_the_tokenizer_and_the_chat_template(exported):
     )
 
 
-def test_only_an_export_is_ever_replaced(exported, whole, tmp_path):
+def test_only_an_export_is_ever_replaced(exported, whole, run_export, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match=r"mine exists and is no folder that export wrote"):

@@ -10,7 +10,6 @@ import torch
 from flax import nnx
 from PIL import Image
 
-from afmrl_jax import runner
 from afmrl_jax.assembly.encoder import Encoder
 from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.loaded import load_generator
@@ -22,13 +21,9 @@ from afmrl_jax.data.views import evaluation_row
 
 
 @pytest.fixture(scope="module")
-def folder(taught, tmp_path_factory):
-    from afmrl_jax.configs.export import get_config
-
-    out = tmp_path_factory.mktemp("export") / "out"
-    config = get_config()
-    config.update(checkpoint=str(taught), out=str(out))
-    runner.run(config, out.parent / "w")
+def folder(taught, run_export, tmp_path_factory):
+    """The folder of its export."""
+    run_export(taught, out := tmp_path_factory.mktemp("export") / "out")
     return out
 
 

@@ -5,17 +5,24 @@ import shutil
 
 import numpy as np
 import pytest
+from devices import devices
 from joined import run_all
 
-QUICK = True
-EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+from afmrl_jax import runner
+from afmrl_jax.configs import sft
 
 
-def losses(command, config, workdir, processes=1, env=None):
-    """Runs to the end in `processes` processes; the losses by step."""
-    run_all(command(config, workdir), processes, env)
+def losses(workdir):
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
     return [row["loss"] for row in rows]
+
+
+def as_it_was(workdir, last, copy):
+    """A copy of a run that had not yet saved its last step."""
+    shutil.copytree(workdir, copy)
+    shutil.rmtree(copy / "checkpoints" / str(last))
+    (copy / "evaluation.json").unlink()
+    return copy
 
 
 @pytest.fixture
@@ -25,56 +32,31 @@ def config(agcl_config):
     return agcl_config
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Where the run of one device is; made by whichever test is first."""
-    return tmp_path_factory.mktemp("layouts") / "one"
-
-
-def one_device(command, config, folder):
-    if not folder.exists():
-        losses(command, config, folder)
-    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [row["loss"] for row in rows]
-
-
-def test_eight_devices_go_on_from_one_device_s_checkpoint_with_its_losses(
-    config, command, folder, tmp_path
-):
+def test_eight_devices_go_on_from_one_device_s_checkpoint_with_its_losses(config, tmp_path):
     """The first two steps on one device, the others on a mesh of 2 x 2 x 2."""
-    wanted = one_device(command, config, folder)
-    shutil.copytree(folder, tmp_path / "eight")
-    shutil.rmtree(tmp_path / "eight" / "checkpoints" / "4")
-    (tmp_path / "eight" / "evaluation.json").unlink()
+    runner.run(config, tmp_path / "one")
+    eight = as_it_was(tmp_path / "one", 4, tmp_path / "eight")
     config.mesh.update(data=2, fsdp=2, tensor=2)
-    eight = losses(command, config, tmp_path / "eight", env=EIGHT)
-    assert len(eight) == 4
-    np.testing.assert_allclose(eight, wanted, atol=1e-5)
+    with devices(8):
+        runner.run(config, eight)
+    assert len(losses(eight)) == 4
+    np.testing.assert_allclose(losses(eight), losses(tmp_path / "one"), atol=1e-5)
 
 
-def test_four_processes_and_the_two_that_go_on_learn_answers_with_the_losses_of_one(
-    agcl_config, command, tmp_path
-):
+def test_two_processes_learn_answers_with_the_losses_of_one(agcl_config, command, tmp_path):
     """SFT on the same small catalogue; the model it ends with is judged on one listing."""
-    from afmrl_jax.configs.sft import get_config
-
-    config = get_config()
+    config = sft.get_config()
     shared = {name: agcl_config.data[name] for name in config.data if name in agcl_config.data}
     config.data.update(shared | {"max_tokens": 48, "max_answer": 16, "instruction": ""})
     config.data.buckets = 2  # all processes must know all rows' lengths
     config.model.update(vocab_size=320, dtype="float32")
     config.update(steps=3, batch=8, micro_batches=2, log_every=1, eval_every=0, checkpoint_every=2)
     config.eval.update(batch=4, validation_listings=1, samples=1)
-    one = losses(command, config, tmp_path / "one")
-    config.mesh.data = 4
-    four = losses(command, config, tmp_path / "four", processes=4)
-    shutil.copytree(tmp_path / "four", tmp_path / "two")
-    shutil.rmtree(tmp_path / "two" / "checkpoints" / "3")
-    (tmp_path / "two" / "evaluation.json").unlink()
+    runner.run(config, tmp_path / "one")
     config.mesh.data = 2
-    two = losses(command, config, tmp_path / "two", processes=2)
-    assert len(one) == 3
-    np.testing.assert_allclose([four, two], [one, one], atol=1e-5)
-    names = ("one", "four", "two")
-    samples = [(tmp_path / which / "samples.jsonl").read_text() for which in names]
-    assert samples[0] == samples[1] == samples[2]  # told once, and the same
+    run_all(command(config, tmp_path / "two"), 2)
+    workdirs = tmp_path / "one", tmp_path / "two"
+    assert len(losses(workdirs[0])) == 3
+    np.testing.assert_allclose(losses(workdirs[1]), losses(workdirs[0]), atol=1e-5)
+    samples = [(workdir / "samples.jsonl").read_text() for workdir in workdirs]
+    assert samples[0] == samples[1]  # told once, and the same

@@ -16,8 +16,6 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.losses.agcl import AGCL
 
-QUICK = True
-
 
 @dataclasses.dataclass(frozen=True)
 class LayersAlone(AGCL):

@@ -29,7 +29,6 @@ from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.losses.language import answer_cross_entropy
 from afmrl_jax.models.presets import preset
 
-QUICK = True
 SIZES = {"workers": 0, "max_patches": 16, "min_pixels": 256, "max_pixels": 1024}
 TEXTS = ["system user assistant color: type: red green blue grey mug shirt lamp shoe hat new"] * 4
 
@@ -191,24 +190,17 @@ def test_a_run_killed_and_started_again_gives_the_same_rollouts_and_parameters(
     assert rewards[0] == rewards[1]
 
 
-def test_four_processes_and_the_two_that_go_on_see_what_one_sees(config, command, run, tmp_path):
+def test_two_processes_see_what_one_sees(config, command, run, tmp_path):
     """The same answers, rewards and gradients."""
-    config.mesh.data = 4
-    run_all(command(config, tmp_path / "four"), 4)
-    two = Path(shutil.copytree(tmp_path / "four", tmp_path / "two"))
-    shutil.rmtree(two / "checkpoints" / "4")
-    shutil.rmtree(two / "gallery")  # they embed it again
-    (two / "evaluation.json").unlink()
     config.mesh.data = 2
-    run_all(command(config, two), 2)
-    for other in (tmp_path / "four", two):
-        ours, theirs = (lines(folder / "metrics.jsonl") for folder in (run, other))
-        for name in ("reward", "reward_std", "gradient_norm", "kl", "answer_tokens", "validation"):
-            found = [[row.get(name, 0) for row in rows] for rows in (ours, theirs)]
-            np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-6, err_msg=name)
-        ours, theirs = (lines(folder / "rollouts.jsonl") for folder in (run, other))
-        for one, group in zip(ours, theirs, strict=True):
-            assert [a["answer"] for a in one["answers"]] == [a["answer"] for a in group["answers"]]
+    run_all(command(config, tmp_path / "two"), 2)
+    ours, theirs = (lines(workdir / "metrics.jsonl") for workdir in (run, tmp_path / "two"))
+    for name in ("reward", "reward_std", "gradient_norm", "kl", "answer_tokens", "validation"):
+        found = [[row.get(name, 0) for row in rows] for rows in (ours, theirs)]
+        np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-6, err_msg=name)
+    ours, theirs = (lines(workdir / "rollouts.jsonl") for workdir in (run, tmp_path / "two"))
+    for one, group in zip(ours, theirs, strict=True):
+        assert [a["answer"] for a in one["answers"]] == [a["answer"] for a in group["answers"]]
 
 
 def test_a_run_that_looks_like_cheating_stops_with_its_rollouts(config, tmp_path):
