@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -156,9 +157,8 @@ def build(config: ConfigDict, mesh: Mesh, encoder: Encoder, objective: Objective
     gradient = objective_gradient(objective, encoder.embed(), heads)
 
     def flops(batch: Batch) -> jax.Array:
-        work = cost.work(encoder.model_config, batch)
-        gradcache = config.micro_batches > 1
-        return cost.step_flops(encoder.model_config, params, work, gradcache=gradcache)
+        amount = cost.work(encoder.model_config, batch)
+        return _step_flops(config, encoder, objective, params, amount)
 
     step = make_step(gradient, optimizer, abstract, mesh, flops)
     return TrainStep(step, optimizer, abstract, frozen, heads)
@@ -181,7 +181,22 @@ def abstract_batch(config: ConfigDict, mesh: Mesh, encoder: Encoder) -> Batch:
     }
 
 
-def part(config: ConfigDict, mesh: Mesh, encoder: Encoder, step: TrainStep) -> Part:
+def _step_flops(
+    config: ConfigDict, encoder: Encoder, objective: Objective, params: Params, amount: Any
+) -> Any:
+    """Useful FLOPs of a step. amount: as `cost.work` gives it."""
+    return cost.step_flops(
+        encoder.model_config,
+        params,
+        amount,
+        gradcache=config.micro_batches > 1,
+        trainable=objective.trainable,
+    )
+
+
+def part(
+    config: ConfigDict, mesh: Mesh, encoder: Encoder, objective: Objective, step: TrainStep
+) -> Part:
     """The train step as planning compiles it, its rows full."""
     batch, data = abstract_batch(config, mesh, encoder), config.data
     amount = cost.most_work(
@@ -189,8 +204,7 @@ def part(config: ConfigDict, mesh: Mesh, encoder: Encoder, step: TrainStep) -> P
     )
     params = encoder_params(step, step.abstract.params, step.frozen)
     pairs = config.batch * config.batch * (1 + data.hard_negatives) / batch_shards(mesh)
-    gradcache = config.micro_batches > 1
-    useful = cost.step_flops(encoder.model_config, params, amount, gradcache=gradcache)
+    useful = _step_flops(config, encoder, objective, params, amount)
     return step.part(batch, intermediates={"a matrix of all pairs": 4.0 * pairs}, useful=useful)
 
 
@@ -206,7 +220,8 @@ def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     options, training = EncoderOptions.of(config), TrainingOptions.of(config)
     encoder = planned(config.init_from or config.model.preset, Encoder, options, training)
     objective = find_objective(config.method).of(config, None, mesh)
-    return [part(config, mesh, encoder, build(config, mesh, encoder, objective))]
+    step = build(config, mesh, encoder, objective)
+    return [part(config, mesh, encoder, objective, step)]
 
 
 def encoder_params(step: TrainStep, trained: Params, frozen: Params) -> Params:
@@ -235,7 +250,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         # ---- step and state
         objective = find_objective(config.method).of(config, statistics, mesh)
         step = build(config, mesh, encoder, objective)
-        compiled = check_fits(part(config, mesh, encoder, step), mesh)
+        compiled = check_fits(part(config, mesh, encoder, objective, step), mesh)
         state, frozen = run.start(step, encoder, source, objective.trainable)
 
         # ---- judge before
