@@ -62,6 +62,7 @@ from afmrl_jax.data.stream import StreamOptions
 from afmrl_jax.data.views import (
     Augmentation,
     TrainingViews,
+    catalogue_attributes,
     listing_text,
     parse_mixture,
     sampled_cuts,
@@ -74,7 +75,6 @@ from afmrl_jax.planning.report import Part, check_fits
 from afmrl_jax.retrieval.evaluator import (
     SIDES,
     RetrievalEvaluator,
-    catalogue_attributes,
     enrichment,
 )
 from afmrl_jax.retrieval.scores import results_table, write_evaluation
