@@ -29,26 +29,11 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import flatten
 from afmrl_jax.core.mesh import batch_shards, local_rows, make_mesh
 from afmrl_jax.core.pages import check_page, load_page
-from afmrl_jax.data.processor import Row
 from afmrl_jax.data.views import catalogue_attributes
 from afmrl_jax.retrieval import indexes
 from afmrl_jax.retrieval.evaluator import RetrievalEvaluator, enrichment
 from afmrl_jax.retrieval.index import Index
-from afmrl_jax.retrieval.indexes import load_index
 from afmrl_jax.retrieval.tasks import choose_tasks, parse_task
-
-__all__ = [
-    "LoadedEncoder",
-    "LoadedGenerator",
-    "Row",
-    "UserError",
-    "build_index",
-    "evaluate",
-    "load",
-    "load_index",
-    "open_catalog",
-    "train",
-]
 
 BATCH = 32  # rows at once, where a mesh can split so many
 
