@@ -9,7 +9,7 @@ import difflib
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,11 +159,12 @@ def train(config: str | Path, workdir: str | Path, **fields: Any) -> Path:
 
     config: a page, with :ARM where it has arms; those of the package are found from any folder.
     workdir: the folder of the run; a second call resumes it. fields: values that replace those of
-    the page. Raises UserError for fields that the page does not have, and as the program does.
+    the page. Raises UserError for fields that neither the page nor a method outside the package
+    has, and as the program does.
     """
     from afmrl_jax.runner import run
 
-    page = _with_fields(load_page(str(config)), fields)
+    page = _updated(load_page(str(config)), fields)
     check_page(page)
     with _messages_shown():
         run(page, Path(workdir))
@@ -171,20 +172,31 @@ def train(config: str | Path, workdir: str | Path, **fields: Any) -> Path:
 
 
 def _with_fields(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
-    """The configuration with dotted fields set. Raises UserError for one that it does not have, and
-    for a value of another type."""
-    config, defaults = ConfigDict(config.to_dict()), flatten(config)
+    """`_updated`; raises UserError for a field that the configuration does not have, too."""
+    known = flatten(config)
+    for name in fields.keys() - known:
+        raise _no_field(name, known)
+    return _updated(config, fields)
+
+
+def _no_field(name: str, known: Iterable[str]) -> UserError:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f": did you mean {close[0]!r}?" if close else ""
+    return UserError(f"there is no field {name!r}{hint}")
+
+
+def _updated(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
+    """The configuration with dotted fields set, or added. Raises UserError for a value of another
+    type than the field has."""
+    config, values = ConfigDict(config.to_dict()), flatten(config)
     for name, value in fields.items():
-        if name not in defaults:
-            close = difflib.get_close_matches(name, defaults, n=1)
-            hint = f": did you mean {close[0]!r}?" if close else ""
-            raise UserError(f"there is no field {name!r}{hint}")
         try:
             config.update_from_flattened_dict({name: value})
-        except TypeError:
+        except (KeyError, TypeError):
+            if name not in values:  # a section, or inside a field
+                raise _no_field(name, values) from None
             raise UserError(
-                f"{name} is {value!r}: expected {type(defaults[name]).__name__}, as "
-                f"{defaults[name]!r}"
+                f"{name} is {value!r}: expected {type(values[name]).__name__}, as {values[name]!r}"
             ) from None
     return config.lock()
 

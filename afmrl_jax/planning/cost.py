@@ -96,7 +96,7 @@ def step_flops(
     total += 2 * scored * (forward + 1 + (head in trained))
     width = config.text.num_heads * config.text.head_dim
     total += 4 * width * amount["token_pairs"] * (forward + 2)
-    passed = TOWER >= lowest
+    passed = lowest <= TOWER
     return total + 4 * config.vision.hidden_size * amount["patch_pairs"] * (forward + 2 * passed)
 
 

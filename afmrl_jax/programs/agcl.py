@@ -67,7 +67,6 @@ from afmrl_jax.data.views import (
     parse_mixture,
     sampled_cuts,
 )
-from afmrl_jax.losses.agcl import AGCL
 from afmrl_jax.losses.labels import LabelHead
 from afmrl_jax.models import lora
 from afmrl_jax.planning import cost
@@ -79,9 +78,10 @@ from afmrl_jax.retrieval.evaluator import (
 )
 from afmrl_jax.retrieval.scores import results_table, write_evaluation
 from afmrl_jax.retrieval.tasks import choose_tasks, parse_task, validation_task
-from afmrl_jax.training.evaluators import Trained, make_evaluator
+from afmrl_jax.training.evaluators import Evaluators, Trained, make_evaluator
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.objective import (
+    Method,
     Objective,
     find_objective,
     objective_gradient,
@@ -106,7 +106,6 @@ SHARES_WORKDIR = False
 class PairTraining(Options, section=""):
     """What a run trains on, and begins with."""
 
-    method: str  # the objective: a name of training/objective.py, or module:Class
     batch: int = between(1)  # pairs
     init_from: str  # a checkpoint or a Hugging Face folder; "" = from scratch
 
@@ -131,8 +130,12 @@ class EncoderEvaluation(Options, section="eval"):
     enrich: str = among(*SIDES)  # the side whose texts they join
 
 
+class EncoderEvaluators(Evaluators):
+    known = ("retrieval",)
+
+
 OPTIONS = (
-    *(Schedule, PairTraining, Optimizer, *AGCL.options),
+    *(Schedule, Method, PairTraining, Optimizer, EncoderEvaluators),
     *(Embedding, EncoderRows, TrainingOptions, PresetOptions),
     *(CatalogOptions, Composition, Augmentation, PairRows, StreamOptions, EncoderEvaluation),
 )
