@@ -13,25 +13,26 @@ Nothing else is imported until one of these names is used: no flag is defined, n
 import importlib
 from typing import Any
 
-__all__ = [
-    "LoadedEncoder",
-    "LoadedGenerator",
-    "Row",
-    "UserError",
-    "build_index",
-    "evaluate",
-    "load",
-    "load_index",
-    "open_catalog",
-    "train",
-]
+MODULES = {  # public name -> the module that has it
+    "LoadedEncoder": "assembly.loaded",
+    "LoadedGenerator": "assembly.loaded",
+    "Row": "data.processor",
+    "UserError": "core.errors",
+    "build_index": "api",
+    "evaluate": "api",
+    "load": "api",
+    "load_index": "retrieval.indexes",
+    "open_catalog": "api",
+    "train": "api",
+}
+__all__ = list(MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(importlib.import_module("afmrl_jax.api"), name)
+    if name in MODULES:
+        return getattr(importlib.import_module(f"afmrl_jax.{MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *MODULES])

@@ -9,7 +9,7 @@ import difflib
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +29,11 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import flatten
 from afmrl_jax.core.mesh import batch_shards, local_rows, make_mesh
 from afmrl_jax.core.pages import check_page, load_page
-from afmrl_jax.data.processor import Row
+from afmrl_jax.data.views import catalogue_attributes
 from afmrl_jax.retrieval import indexes
-from afmrl_jax.retrieval.evaluator import RetrievalEvaluator, catalogue_attributes, enrichment
+from afmrl_jax.retrieval.evaluator import RetrievalEvaluator, enrichment
 from afmrl_jax.retrieval.index import Index
-from afmrl_jax.retrieval.indexes import load_index
 from afmrl_jax.retrieval.tasks import choose_tasks, parse_task
-
-__all__ = [
-    "LoadedEncoder",
-    "LoadedGenerator",
-    "Row",
-    "UserError",
-    "build_index",
-    "evaluate",
-    "load",
-    "load_index",
-    "open_catalog",
-    "train",
-]
 
 BATCH = 32  # rows at once, where a mesh can split so many
 
@@ -173,11 +159,12 @@ def train(config: str | Path, workdir: str | Path, **fields: Any) -> Path:
 
     config: a page, with :ARM where it has arms; those of the package are found from any folder.
     workdir: the folder of the run; a second call resumes it. fields: values that replace those of
-    the page. Raises UserError for fields that the page does not have, and as the program does.
+    the page. Raises UserError for fields that neither the page nor a method outside the package
+    has, and as the program does.
     """
     from afmrl_jax.runner import run
 
-    page = _with_fields(load_page(str(config)), fields)
+    page = _updated(load_page(str(config)), fields)
     check_page(page)
     with _messages_shown():
         run(page, Path(workdir))
@@ -185,20 +172,31 @@ def train(config: str | Path, workdir: str | Path, **fields: Any) -> Path:
 
 
 def _with_fields(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
-    """The configuration with dotted fields set. Raises UserError for one that it does not have, and
-    for a value of another type."""
-    config, defaults = ConfigDict(config.to_dict()), flatten(config)
+    """`_updated`; raises UserError for a field that the configuration does not have, too."""
+    known = flatten(config)
+    for name in fields.keys() - known:
+        raise _no_field(name, known)
+    return _updated(config, fields)
+
+
+def _no_field(name: str, known: Iterable[str]) -> UserError:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f": did you mean {close[0]!r}?" if close else ""
+    return UserError(f"there is no field {name!r}{hint}")
+
+
+def _updated(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
+    """The configuration with dotted fields set, or added. Raises UserError for a value of another
+    type than the field has."""
+    config, values = ConfigDict(config.to_dict()), flatten(config)
     for name, value in fields.items():
-        if name not in defaults:
-            close = difflib.get_close_matches(name, defaults, n=1)
-            hint = f": did you mean {close[0]!r}?" if close else ""
-            raise UserError(f"there is no field {name!r}{hint}")
         try:
             config.update_from_flattened_dict({name: value})
-        except TypeError:
+        except (KeyError, TypeError):
+            if name not in values:  # a section, or inside a field
+                raise _no_field(name, values) from None
             raise UserError(
-                f"{name} is {value!r}: expected {type(defaults[name]).__name__}, as "
-                f"{defaults[name]!r}"
+                f"{name} is {value!r}: expected {type(values[name]).__name__}, as {values[name]!r}"
             ) from None
     return config.lock()
 

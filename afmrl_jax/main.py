@@ -18,8 +18,14 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import flatten
 from afmrl_jax.core.pages import check_page, find_page, load_page
 
+HELP = ("--help", "-help", "-h")
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "The program and its settings: a file of configs/, with :ARM where it has arms."
+    "config",
+    None,
+    "The program and its settings: a file of configs/, with :ARM where it has arms.",
+    # A method outside the package may have fields that no page has; check_page refuses all others.
+    lock_config=False,
+    accept_new_attributes=True,
 )
 
 
@@ -27,7 +33,7 @@ class _PageParser(flags.ArgumentParser):
     """In the place of ml_collections', which ends in a traceback where a page fails."""
 
     def parse(self, argument: str) -> ConfigDict:
-        return load_page(argument)
+        return load_page(argument).unlock()
 
 
 flags.FLAGS["config"].parser = _PageParser()
@@ -43,9 +49,25 @@ _PLAN = flags.DEFINE_string(
 )
 
 
+def _parse(argv: list[str]) -> ConfigDict | None:
+    """The configuration, locked; None without --config. Raises UserError for wrong flags."""
+    try:
+        rest = flags.FLAGS([argument for argument in argv if argument not in HELP])[1:]
+    except UserError:
+        raise
+    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
+        raise UserError(_explain(error)) from None
+    if rest:
+        flag = f"--config.{rest[0].lstrip('-')}"
+        raise UserError(f"{rest[0]!r} is not a flag: did you mean {flag}?")
+    if _CONFIG.value is not None:
+        check_page(_CONFIG.value.lock())
+    return _CONFIG.value
+
+
 def _explain(error: Exception) -> str:
     """One sentence for flags that could not be read."""
-    if isinstance(error, KeyError | AttributeError):  # what config_flags raises for a wrong field
+    if isinstance(error, KeyError | AttributeError):  # what config_flags raises for a wrong section
         if near := re.search(r'"(\w+)" instead of "(\w+)"', str(error)):
             return f"the configuration has no field {near[2]!r}: did you mean {near[1]!r}?"
         name = re.search(r"\w+", str(error))[0]
@@ -61,37 +83,25 @@ def _page() -> tuple[str, Path]:
 
 def _help(config: ConfigDict | None) -> str:
     """What --help prints: how to run, and the fields of the configuration where one is named."""
-    lines = [__doc__.strip(), ""]
     if config is None:
-        return "\n".join([*lines, "Add --config=FILE before --help to list that file's fields."])
-    lines.append(
-        f"Fields (--config.FIELD=VALUE; what each means stands beside it in {_page()[1]}):"
-    )
-    lines += [f"  {name} = {value!r}" for name, value in flatten(config).items()]
-    return "\n".join(lines)
+        advice = "Add --config=FILE before --help to list that file's fields."
+        return f"{__doc__.strip()}\n\n{advice}"
+    head = f"Fields (--config.FIELD=VALUE; what each means stands beside it in {_page()[1]}):"
+    fields = (f"  {name} = {value!r}" for name, value in flatten(config).items())
+    return "\n".join([__doc__.strip(), "", head, *fields])
 
 
 def cli(argv: list[str]) -> int:
     """Parses `argv` and runs; the exit status, 2 where the user got something wrong."""
-    wants_help = any(a in ("--help", "-help", "-h") for a in argv)
     try:
-        rest = flags.FLAGS([a for a in argv if a not in ("--help", "-help", "-h")])[1:]
-        if _CONFIG.value is not None:
-            check_page(_CONFIG.value)
+        config = _parse(argv)
+        if any(argument in HELP for argument in argv):
+            print(_help(config))
+            return 0
+        if config is None:
+            raise UserError("say what to run, as --config=configs/agcl.py")
     except UserError as error:
         print(f"afmrl_jax: {error}", file=sys.stderr)
-        return 2
-    except (flags.Error, AttributeError, KeyError, ValueError, TypeError, OSError) as error:
-        print(f"afmrl_jax: {_explain(error)}", file=sys.stderr)
-        return 2
-    if wants_help:
-        print(_help(_CONFIG.value))
-        return 0
-    if rest:
-        print(
-            f"afmrl_jax: {rest[0]!r} is not a flag: did you mean --config.{rest[0].lstrip('-')}?",
-            file=sys.stderr,
-        )
         return 2
     # Orbax warns of its own temporary folders, and tells an error by pages before it raises it.
     absl_logging.set_verbosity("fatal")
@@ -101,10 +111,6 @@ def cli(argv: list[str]) -> int:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False  # absl's own handler would say it again
-    config = _CONFIG.value
-    if config is None:
-        print("afmrl_jax: say what to run, as --config=configs/agcl.py", file=sys.stderr)
-        return 2
     path, page = _page()
     if page != Path(path):
         logger.info("%s is not in this folder: it is the package's, %s", path, page)

@@ -9,7 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import TryAgain, UserError
-from afmrl_jax.core.pages import check_program
+from afmrl_jax.core.pages import check_method_fields, check_program
 
 # transformers only reads tokenizers and images here: that it finds no torch is as it should be.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -36,6 +36,7 @@ def run(config: ConfigDict, workdir: Path, plan: str | None = None) -> None:
     from afmrl_jax.core.processes import check_shared, initialize_distributed
 
     initialize_distributed()
+    check_method_fields(config)
     program = importlib.import_module(f"afmrl_jax.programs.{config.program}")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # else the user has said where
         compiled = cache_folder(config.data.cache_dir) / "xla"

@@ -15,7 +15,7 @@ CAPS = {
     for room, cap in re.findall(r"^\| `(\w+)/` \|.*\| ([\d,]+) \|$", DOCUMENT, re.M)
 }
 ROOMS = sorted(p.name for p in PACKAGE.iterdir() if (p / "__init__.py").exists())
-FILES = 15  # of a room; thirteen is the goal, and core has two more
+FILES = 14  # of a room; thirteen is the goal, and core has one more
 LINES = 500  # of a file
 BODY = 60  # lines of a function
 PARAMETERS = 6

@@ -24,10 +24,13 @@ def run(*arguments, cwd=ROOT):
     [
         (
             ["--config=configs/agcl.py", "--config.stpes=5"],
-            "no field 'stpes': did you mean 'steps'",
+            "'stpes', which agcl does not read: did you mean 'steps'",
         ),
-        (["--config=configs/agcl.py", "--config.data.pth=x"], "did you mean 'path'"),
-        (["--config=configs/agcl.py", "--config.loss.xyz=1"], "no field 'xyz'"),
+        (["--config=configs/agcl.py", "--config.data.pth=x"], "did you mean 'data.path'"),
+        (
+            ["--config=configs/agcl.py", "--config.loss.xyz=1"],
+            "'loss.xyz', which agcl does not read",
+        ),
         (["--config=configs/agcl.py", "--config.steps=many"], "--config.steps=many"),
         (["--config=configs/agcl.py", "steps=5"], "did you mean --config.steps=5?"),
         (["--config=configs/agcl.py:other"], "no arm 'other': it has agcl, vlm2vec, head"),

@@ -32,7 +32,14 @@ from afmrl_jax.core.pixels import upright_rgb
 from afmrl_jax.core.progress import with_progress
 from afmrl_jax.core.types import Params, Rows
 from afmrl_jax.data.processor import Row
-from afmrl_jax.data.views import VIEWS, AttributeCuts, evaluation_row, listing_images, view_row
+from afmrl_jax.data.views import (
+    VIEWS,
+    AttributeCuts,
+    catalogue_attributes,
+    evaluation_row,
+    listing_images,
+    view_row,
+)
 from afmrl_jax.models import lora
 from afmrl_jax.models.sampler import generate, sample_keys
 
@@ -162,11 +169,10 @@ class LoadedEncoder:
         if attributes is None:
             return self.embed_listings(catalog, listings, view).vectors
         if attributes == "oracle":
-
-            def oracle(number: int) -> Mapping[str, str]:
-                return catalog.listing(int(listings[number])).attributes
-
-            return self.embed_listings(catalog, listings, view, attributes=oracle).vectors
+            oracle = catalogue_attributes(catalog)
+            return self.embed_listings(
+                catalog, listings, view, attributes=lambda number: oracle(int(listings[number]))
+            ).vectors
         if len(attributes) != len(listings):
             raise UserError(
                 f"{len(attributes)} mappings of attributes came for {len(listings)} listings: give "

@@ -127,8 +127,12 @@ class CorpusStatistics:
 
     @classmethod
     def from_json(cls, text: str) -> "CorpusStatistics":
-        """The statistics that `to_json` wrote."""
-        return cls(**json.loads(text))
+        """The statistics that `to_json` wrote. Raises ValueError where the fields are others, as
+        those of another version."""
+        values = json.loads(text)
+        if not isinstance(values, dict) or values.keys() != cls.__dataclass_fields__.keys():
+            raise ValueError("these are not the fields of BM25's statistics")
+        return cls(**values)
 
     def encode(
         self, documents: Sequence[Mapping[str, str]], max_terms: int

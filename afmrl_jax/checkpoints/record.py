@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import flatten
-from afmrl_jax.core.pages import program_fields
+from afmrl_jax.core.pages import outside_methods, program_fields
 
 # Prefixes of fields that a resumed run may change: they change monitoring or placement, no results.
 MAY_CHANGE = (
@@ -34,8 +34,11 @@ def recorded(saved: str | Mapping[str, Any], where: str | Path) -> ConfigDict:
             "with another --workdir"
         ) from None
     current = program_fields(program) or fields
-    # Exported folders leave out data.cache_dir, a folder of one machine.
-    names = (name for name in current.keys() ^ fields.keys() if not name.startswith(MAY_CHANGE))
+    # Exported folders leave out data.cache_dir, a folder of one machine. Fields that the page lacks
+    # may be those of a method outside the package.
+    gone = set() if outside_methods(fields) else fields.keys() - current.keys()
+    names = gone | (current.keys() - fields.keys())
+    names = (name for name in names if not name.startswith(MAY_CHANGE))
     if differ := sorted(names):
         changes = [f"{name} is {'gone' if name in fields else 'new'} since" for name in differ]
         raise UserError(
@@ -60,12 +63,14 @@ def check_unchanged(
         )
     differ = [
         name
-        for name in sorted(now)
-        if not name.startswith(may_change) and before.get(name) != now[name]
+        for name in sorted(now.keys() | before.keys())
+        if not name.startswith(may_change) and before.get(name) != now.get(name)
     ]
     if differ:
-        changed = [f"{name} was {before[name]!r} and is now {now[name]!r}" for name in differ]
-        flag = f"--config.{differ[0]}={shlex.quote(str(before[differ[0]]))}"
+        changed = [
+            f"{name} was {before.get(name)!r} and is now {now.get(name)!r}" for name in differ
+        ]
+        flag = f"--config.{differ[0]}={shlex.quote(str(before.get(differ[0])))}"
         raise UserError(
             f"{workdir} holds a run of another configuration: {'; '.join(changed)}. Give the old "
             f"values to resume it, as {flag}, or another --workdir to start anew"

@@ -18,6 +18,9 @@ from typing import Any, ClassVar, Self
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import check_choice, check_range
 
+# The types of fields that are checked -> what a user should give.
+TYPES = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}
+
 
 def between(low: float, high: float = math.inf) -> Any:
     """The field of a number from `low` to `high`, both allowed."""
@@ -64,37 +67,54 @@ class Options:
             values[field.name] = float(value) if field.type is float else value
         return cls(**values)
 
+    def further(self) -> Iterable[type["Options"]]:
+        """Options that are read beside these, for a value that names a class with settings."""
+        return ()
+
     @classmethod
     def name_of(cls, field: str) -> str:
         """The dotted name of a field, as a flag gives it."""
         return f"{cls.section}.{field}" if cls.section else field
+
+    @classmethod
+    def names(cls) -> set[str]:
+        """The dotted names of all fields, those of options within these options among them."""
+        names = set()
+        for field in dataclasses.fields(cls):
+            nested = isinstance(field.type, type) and issubclass(field.type, Options)
+            names |= field.type.names() if nested else {cls.name_of(field.name)}
+        return names
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             name, value = self.name_of(field.name), getattr(self, field.name)
             if words := field.metadata.get("words"):
                 check_choice(name, value, words)
-            elif field.type is bool and not isinstance(value, bool):
-                raise UserError(f"{name} is {value!r}: give True or False")
-            elif field.type in (int, float) and not _is_number(value):
-                raise UserError(f"{name} is {value!r}: give a number")
+            elif field.type in TYPES and not _is_a(field.type, value):
+                raise UserError(f"{name} is {value!r}: give {TYPES[field.type]}")
             elif bounds := field.metadata.get("range"):
                 check_range(name, value, *bounds)
 
 
-def _is_number(value: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and value == value
+def _is_a(kind: type, value: object) -> bool:
+    """Whether a value is of a kind: True is no number, a whole number is one, and nan is none."""
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, int | float) and value == value
+    return isinstance(value, kind)
 
 
 def check_options(config: Any, options: Iterable[type[Options]], prefix: str = "") -> None:
-    """Raises UserError for the first field of these options that is missing or out of range.
+    """Raises UserError for the first field of these options, and of those that their values name
+    (`further`), that is missing or out of range.
 
     prefix: stands before the field's name in the message; "rar.", for example, where `config` is
     that section of a larger configuration.
     """
     for options_class in options:
         try:
-            options_class.of(config)
+            chosen = options_class.of(config)
         except UserError as error:
             raise UserError(f"{prefix}{error}") from None
+        check_options(config, chosen.further(), prefix)

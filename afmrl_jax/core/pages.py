@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import flatten
+from afmrl_jax.core.fields import flatten, load_named
 
 Result = TypeVar("Result")
 PACKAGED = Path(__file__).parents[1] / "configs"
@@ -119,15 +119,14 @@ def check_program(config: ConfigDict) -> None:
 def check_page(config: ConfigDict) -> None:
     """Raises UserError where the fields, or their types, are not those of the package's page.
 
-    A field that no program reads, such as a misspelt name, would be ignored in silence.
+    A field that no program reads, such as a misspelt name, would be ignored in silence. A page that
+    names a method outside the package may have more fields: `check_method_fields` checks them.
     """
     check_program(config)
     program = config.program
     default, fields, page = program_fields(program), flatten(config), f"configs/{program}.py"
-    for name in fields.keys() - default.keys():
-        close = difflib.get_close_matches(name, default, n=1)
-        hint = f": did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"the configuration has {name!r}, which {program} does not read{hint}")
+    if not outside_methods(fields):
+        _check_read(config, set(default))
     if missing := sorted(default.keys() - fields.keys()):
         values = ", ".join(f"{name} ({default[name]!r} in {page})" for name in missing[:5])
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
@@ -135,10 +134,43 @@ def check_page(config: ConfigDict) -> None:
             f"the configuration lacks {values}{more}: begin your page with config = "
             f"afmrl_jax.configs.{program}.get_config()"
         )
-    for name, value in fields.items():
-        expected = type(default[name])
+    for name in default:
+        value, expected = fields[name], type(default[name])
         if type(value) is not expected and not (expected is float and type(value) is int):
             raise UserError(
                 f"{name} is {value!r}, a {type(value).__name__}: expected {expected.__name__}, as "
                 f"{default[name]!r} in {page}"
             )
+
+
+def outside_methods(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Field -> module:Class, of the methods outside the package that dotted fields name.
+
+    A page of several programs names a method of each, as `again.method`.
+    """
+    methods = {name: x for name, x in fields.items() if name.split(".")[-1] == "method"}
+    return {name: x for name, x in methods.items() if isinstance(x, str) and ":" in x}
+
+
+def check_method_fields(config: ConfigDict) -> None:
+    """Raises UserError where a field is neither of the package's page nor among the options of a
+    method outside the package.
+
+    It imports the methods, and they JAX: call it once JAX may be imported.
+    """
+    fields, read = flatten(config), set(program_fields(config.program))
+    for field, method in outside_methods(fields).items():
+        section = field.removesuffix("method")
+        for options in getattr(load_named(method, {}, field), "options", ()):
+            read |= {section + name for name in options.names()}
+    _check_read(config, read)
+
+
+def _check_read(config: ConfigDict, read: Set[str]) -> None:
+    """Raises UserError for a field that is not among those that the program reads."""
+    for name in flatten(config).keys() - read:
+        close = difflib.get_close_matches(name, read, n=1)
+        hint = f": did you mean {close[0]!r}?" if close else ""
+        raise UserError(
+            f"the configuration has {name!r}, which {config.program} does not read{hint}"
+        )

@@ -74,9 +74,8 @@ def attributes_by_category(listings: list[Listing]) -> dict[str, list[dict[str, 
 def corpus_statistics(catalog: Catalog, split: str, cache: Path) -> CorpusStatistics:
     """BM25's statistics over a split, a document a product; logs which attributes they ignore."""
     path = cache / f"statistics-{comparison.VERSION}-{catalog.fingerprint}-{split}.json"
-    if path.exists():
-        statistics = CorpusStatistics.from_json(path.read_text(encoding="utf-8"))
-    else:
+    statistics = _cached_statistics(path)
+    if statistics is None:
         statistics = CorpusStatistics.from_documents(product_attributes(catalog, split))
         write_atomically(path, statistics.to_json())
     if statistics.identifiers:
@@ -92,6 +91,14 @@ def corpus_statistics(catalog: Catalog, split: str, cache: Path) -> CorpusStatis
             _counts(statistics.empty_values, "%d times"),
         )
     return statistics
+
+
+def _cached_statistics(path: Path) -> CorpusStatistics | None:
+    """The statistics in a file; None where there is none, or another version wrote it."""
+    try:
+        return CorpusStatistics.from_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _counts(counts: Mapping[str, int], unit: str) -> str:

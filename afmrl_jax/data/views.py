@@ -55,6 +55,7 @@ class Augmentation(Options, section="data"):
     attribute_noise: float = between(0, 1)  # share of values replaced by another listing's
 
 
+Attributes = Callable[[int], Mapping[str, str]]  # of a listing, by its index
 # category -> attributes of some of its listings: the source of attribute noise
 OtherAttributes = Mapping[str, Sequence[Mapping[str, str]]]
 
@@ -86,6 +87,11 @@ def listing_row(
 def listing_text(listing: Listing, attributes: Mapping[str, str] | None = None) -> str:
     """The text of `listing_row`."""
     return listing_row(listing, (), attributes).text
+
+
+def catalogue_attributes(catalog: Catalog) -> Attributes:
+    """The attributes that the catalogue holds: the oracle's."""
+    return lambda index: catalog.listing(index).attributes
 
 
 def evaluation_row(

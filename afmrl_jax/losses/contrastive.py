@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from afmrl_jax.attributes.bm25 import bm25_matrix
-from afmrl_jax.core.masked import masked_quantiles
 from afmrl_jax.core.options import Options, among, between
 from afmrl_jax.core.types import Metrics
+from afmrl_jax.losses.masked import masked_quantiles
 
 # The logit of a masked candidate: its exponential is exactly 0, and no inf - inf can arise.
 MASKED = -1e30

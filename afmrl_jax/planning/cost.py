@@ -1,9 +1,9 @@
 """The useful FLOPs of a training step.
 
 Useful FLOPs = 6 x parameters x tokens, plus attention: a forward pass, and a backward pass of twice
-its work, once for the inputs' gradient and once for the parameters'. Under LoRA a frozen matrix has
-no parameters' gradient (4, its adapter 6), and layers before all adapters, usually the vision
-tower, run forward only (2). GradCache adds 2 to each: its second forward pass is part of the
+its work, once for the inputs' gradient and once for the parameters'. A frozen matrix has no
+parameters' gradient (4; under LoRA its adapter 6), and stages before all that is trained, often the
+vision tower, run forward only (2). GradCache adds 2 to each: its second forward pass is part of the
 method. Padding and remat's recomputation do not count.
 
 Axes: N rows · S tokens · P patches.
@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from afmrl_jax.models import lora
 from afmrl_jax.models.config import QwenVLConfig
-from afmrl_jax.models.lora import ADAPTER, BASE
+
+TOWER, MERGER, DECODER = range(3)  # the stages of a model, in the order in which a row passes them
 
 
 def work(config: QwenVLConfig, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -60,45 +62,62 @@ def most_work(config: QwenVLConfig, rows: int, tokens: int, patches: int) -> dic
 
 
 def step_flops(
-    config: QwenVLConfig, params: Any, amount: dict[str, float], *, gradcache: bool
+    config: QwenVLConfig,
+    params: Any,
+    amount: dict[str, float],
+    *,
+    gradcache: bool,
+    trainable: str = "",
 ) -> float:
     """Useful FLOPs of one training step; a multiply-add counts 2.
 
+    The sum over the matrices of 2 x size x vectors x (forward + inputs + weights):
+    forward: 1, under GradCache 2.
+    inputs: 1 where something of the matrix's stage or of one before it is trained, else 0.
+    weights: 1 where the matrix is trained, else 0.
+    Attention's two products, whose operands are both activations, count forward + 2 x inputs.
+
     params: the model's, adapters included, arrays or abstract. amount: the rows' `work`, and for a
-    generator `logits`, the positions at which it scores its vocabulary.
+    generator `logits`, the positions at which it scores its vocabulary. trainable: the pattern of
+    what is trained, as `lora.split` takes it.
     """
     forward = 2 if gradcache else 1
-    names = {  # sizes as floats: a stack of a 7B model has more than 2^31 numbers
-        jax.tree_util.keystr(path, simple=True, separator="."): float(leaf.size)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        # Tables are looked up, not multiplied; the head counts by `logits` below.
-        if path[-1].key in ("kernel", *ADAPTER, *BASE) and path[0].key != "lm_head"
-    }
-    adapters = [name for name in names if name.endswith(ADAPTER)]
-    # Whether a part computes its inputs' gradients: if a parameter in it or before it is trained.
-    passed = {"vision": not adapters or any(map(_in_vision, adapters)), "text": True}
+    sizes, trained = _sizes(params), _sizes(lora.split(params, trainable)[0]).keys()
+    lowest = min(map(_stage, trained))
 
     total = 0.0
-    for name, size in names.items():
-        part = "vision" if _in_vision(name) else "text"
-        trained = name.endswith(ADAPTER) or not adapters
-        total += 2 * size * _uses(config, name, amount) * (forward + passed[part] + trained)
+    for name, size in sizes.items():
+        # Tables are looked up, not multiplied; the head counts by `logits` below.
+        if name.endswith(("kernel", *lora.ADAPTER, *lora.BASE)) and not name.startswith("lm_head."):
+            products = forward + (_stage(name) >= lowest) + (name in trained)
+            total += 2 * size * _uses(config, name, amount) * products
+    head = "lm_head.kernel" if "lm_head.kernel" in sizes else "embed.embedding"
     scored = float(config.vocab_size) * config.text.hidden_size * amount.get("logits", 0.0)
-    total += 2 * scored * (forward + 1 + (not adapters))
-    heads = {"vision": config.vision.hidden_size, "text": config.text.num_heads}
-    heads["text"] *= config.text.head_dim
-    for part, pairs in (("vision", "patch_pairs"), ("text", "token_pairs")):
-        total += 4 * heads[part] * amount[pairs] * (forward + 2 * passed[part])
-    return total
+    total += 2 * scored * (forward + 1 + (head in trained))
+    width = config.text.num_heads * config.text.head_dim
+    total += 4 * width * amount["token_pairs"] * (forward + 2)
+    passed = lowest <= TOWER
+    return total + 4 * config.vision.hidden_size * amount["patch_pairs"] * (forward + 2 * passed)
 
 
-def _in_vision(name: str) -> bool:
-    return bool(re.search(r"\bvision\.", name))
+def _sizes(params: Any) -> dict[str, float]:
+    """The size of each parameter by its path, as floats: a stack of a 7B model has more than 2^31
+    numbers."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): float(leaf.size)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+
+
+def _stage(name: str) -> int:
+    if not re.search(r"\bvision\.", name):
+        return DECODER
+    return MERGER if re.search(r"\b(merger|deepstack)\.", name) else TOWER
 
 
 def _uses(config: QwenVLConfig, name: str, amount: dict[str, float]) -> float:
     """The number of vectors that a matrix is multiplied with."""
-    if not _in_vision(name):
+    if _stage(name) == DECODER:
         return amount["tokens"]
-    merged = re.search(r"\b(merger|deepstack)\.", name)
-    return amount["patches"] / config.vision.merge_size**2 if merged else amount["patches"]
+    merged = config.vision.merge_size**2 if _stage(name) == MERGER else 1
+    return amount["patches"] / merged

@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,11 +62,11 @@ from afmrl_jax.data.stream import StreamOptions
 from afmrl_jax.data.views import (
     Augmentation,
     TrainingViews,
+    catalogue_attributes,
     listing_text,
     parse_mixture,
     sampled_cuts,
 )
-from afmrl_jax.losses.agcl import AGCL
 from afmrl_jax.losses.labels import LabelHead
 from afmrl_jax.models import lora
 from afmrl_jax.planning import cost
@@ -73,14 +74,14 @@ from afmrl_jax.planning.report import Part, check_fits
 from afmrl_jax.retrieval.evaluator import (
     SIDES,
     RetrievalEvaluator,
-    catalogue_attributes,
     enrichment,
 )
 from afmrl_jax.retrieval.scores import results_table, write_evaluation
 from afmrl_jax.retrieval.tasks import choose_tasks, parse_task, validation_task
-from afmrl_jax.training.evaluators import Trained, make_evaluator
+from afmrl_jax.training.evaluators import Evaluators, Trained, make_evaluator
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.objective import (
+    Method,
     Objective,
     find_objective,
     objective_gradient,
@@ -105,7 +106,6 @@ SHARES_WORKDIR = False
 class PairTraining(Options, section=""):
     """What a run trains on, and begins with."""
 
-    method: str  # the objective: a name of training/objective.py, or module:Class
     batch: int = between(1)  # pairs
     init_from: str  # a checkpoint or a Hugging Face folder; "" = from scratch
 
@@ -130,8 +130,12 @@ class EncoderEvaluation(Options, section="eval"):
     enrich: str = among(*SIDES)  # the side whose texts they join
 
 
+class EncoderEvaluators(Evaluators):
+    known = ("retrieval",)
+
+
 OPTIONS = (
-    *(Schedule, PairTraining, Optimizer, *AGCL.options),
+    *(Schedule, Method, PairTraining, Optimizer, EncoderEvaluators),
     *(Embedding, EncoderRows, TrainingOptions, PresetOptions),
     *(CatalogOptions, Composition, Augmentation, PairRows, StreamOptions, EncoderEvaluation),
 )
@@ -156,9 +160,8 @@ def build(config: ConfigDict, mesh: Mesh, encoder: Encoder, objective: Objective
     gradient = objective_gradient(objective, encoder.embed(), heads)
 
     def flops(batch: Batch) -> jax.Array:
-        work = cost.work(encoder.model_config, batch)
-        gradcache = config.micro_batches > 1
-        return cost.step_flops(encoder.model_config, params, work, gradcache=gradcache)
+        amount = cost.work(encoder.model_config, batch)
+        return _step_flops(config, encoder, objective, params, amount)
 
     step = make_step(gradient, optimizer, abstract, mesh, flops)
     return TrainStep(step, optimizer, abstract, frozen, heads)
@@ -181,7 +184,22 @@ def abstract_batch(config: ConfigDict, mesh: Mesh, encoder: Encoder) -> Batch:
     }
 
 
-def part(config: ConfigDict, mesh: Mesh, encoder: Encoder, step: TrainStep) -> Part:
+def _step_flops(
+    config: ConfigDict, encoder: Encoder, objective: Objective, params: Params, amount: Any
+) -> Any:
+    """Useful FLOPs of a step. amount: as `cost.work` gives it."""
+    return cost.step_flops(
+        encoder.model_config,
+        params,
+        amount,
+        gradcache=config.micro_batches > 1,
+        trainable=objective.trainable,
+    )
+
+
+def part(
+    config: ConfigDict, mesh: Mesh, encoder: Encoder, objective: Objective, step: TrainStep
+) -> Part:
     """The train step as planning compiles it, its rows full."""
     batch, data = abstract_batch(config, mesh, encoder), config.data
     amount = cost.most_work(
@@ -189,8 +207,7 @@ def part(config: ConfigDict, mesh: Mesh, encoder: Encoder, step: TrainStep) -> P
     )
     params = encoder_params(step, step.abstract.params, step.frozen)
     pairs = config.batch * config.batch * (1 + data.hard_negatives) / batch_shards(mesh)
-    gradcache = config.micro_batches > 1
-    useful = cost.step_flops(encoder.model_config, params, amount, gradcache=gradcache)
+    useful = _step_flops(config, encoder, objective, params, amount)
     return step.part(batch, intermediates={"a matrix of all pairs": 4.0 * pairs}, useful=useful)
 
 
@@ -206,7 +223,8 @@ def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     options, training = EncoderOptions.of(config), TrainingOptions.of(config)
     encoder = planned(config.init_from or config.model.preset, Encoder, options, training)
     objective = find_objective(config.method).of(config, None, mesh)
-    return [part(config, mesh, encoder, build(config, mesh, encoder, objective))]
+    step = build(config, mesh, encoder, objective)
+    return [part(config, mesh, encoder, objective, step)]
 
 
 def encoder_params(step: TrainStep, trained: Params, frozen: Params) -> Params:
@@ -235,7 +253,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         # ---- step and state
         objective = find_objective(config.method).of(config, statistics, mesh)
         step = build(config, mesh, encoder, objective)
-        compiled = check_fits(part(config, mesh, encoder, step), mesh)
+        compiled = check_fits(part(config, mesh, encoder, objective, step), mesh)
         state, frozen = run.start(step, encoder, source, objective.trainable)
 
         # ---- judge before

@@ -92,16 +92,17 @@ def stages_of(config: ConfigDict, workdir: Path) -> list[Stage]:
     attributes = workdir / "annotate" / "attributes.jsonl"
 
     def stage(section: str, name: str = "", **fields: Any) -> Stage:
-        own = config[section].to_dict()
-        if own.get("init_from") in ENCODERS.values():
-            own["init_from"] = str(workdir / own["init_from"])
-        whole = ConfigDict(own | {"program": SECTIONS[section][0].__name__.rpartition(".")[2]})
-        whole.update(seed=config.seed, mesh=config.mesh.to_dict())
-        whole.data = config.data.to_dict() | own["data"]
+        values = config[section].to_dict()
+        if values.get("init_from") in ENCODERS.values():
+            values["init_from"] = str(workdir / values["init_from"])
+        values["program"] = SECTIONS[section][0].__name__.rpartition(".")[2]
+        page = ConfigDict(values)
+        page.update(seed=config.seed, mesh=config.mesh.to_dict())
+        page.data = config.data.to_dict() | values["data"]
         for field, value in fields.items():
             inner, _, last = field.rpartition("__")
-            (whole[inner] if inner else whole)[last] = value
-        return Stage(name or section, section, whole.lock())
+            (page[inner] if inner else page)[last] = value
+        return Stage(name or section, section, page.lock())
 
     generator = str(workdir / "rar")
     return [
@@ -141,13 +142,13 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     # ---- stages
     with _terminable():
         for number, stage in enumerate(stages, 1):
-            told = f"stage {number} of {len(stages)}, {stage.name}"
+            place = f"stage {number} of {len(stages)}, {stage.name}"
             if manifest.is_done(stage):
                 if first_process:
-                    print(f"{told}: done before", flush=True)
+                    print(f"{place}: done before", flush=True)
                 continue
             if first_process:
-                print(f"{told}: in {workdir / stage.name}", flush=True)
+                print(f"{place}: in {workdir / stage.name}", flush=True)
             try:
                 with manifest.running(stage):
                     stage.program.main(stage.config, workdir / stage.name, mesh)
@@ -156,7 +157,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 raise type(error)(f"stage {stage.name}: {error}") from None
             except SystemExit:
                 if first_process:
-                    print(f"stopped in {told}: the same command goes on there", flush=True)
+                    print(f"stopped in {place}: the same command goes on there", flush=True)
                 raise
             _release()
 
@@ -169,20 +170,22 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
 def _compare(workdir: Path) -> str:
     """The table of both encoders, and what the same queries gained by the second; in JSON too."""
-    results, gains, told = {}, {}, []
+    results, gains, gain_texts = {}, {}, []
     for how in ENRICHED:
         folders = [workdir / "evaluate" / f"{which}_{how}" for which in ENCODERS]
         for which, folder in zip(ENCODERS, folders):
             scores = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
             results[f"{which} encoder, {how}"] = scores
         gains[how] = paired(*(folder / "evaluation_queries.json" for folder in folders))
-        told += [
+        gain_texts += [
             f"{task}, {how}: {gain['recall@1']:+.3f} ± {gain['recall@1_ci95']:.3f}"
             for task, gain in gains[how].items()
         ]
     text = json.dumps({"scores": results, "second - first": gains}, indent=2)
     write_atomically(workdir / EVALUATION, text)
-    return f"{results_table(results)}R@1 of the same queries, second - first: {'; '.join(told)}"
+    return (
+        f"{results_table(results)}R@1 of the same queries, second - first: {'; '.join(gain_texts)}"
+    )
 
 
 class Manifest:

@@ -36,13 +36,12 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.mesh import local_rows
 from afmrl_jax.core.options import Options, among, between, check_options
+from afmrl_jax.data.views import Attributes, catalogue_attributes
 from afmrl_jax.retrieval.downstream import CategoryTask, Unlabelled
 from afmrl_jax.retrieval.evaluator import (
     SIDES,
-    Attributes,
     Enrichment,
     RetrievalEvaluator,
-    catalogue_attributes,
     enrichment,
 )
 from afmrl_jax.retrieval.scores import results_table, write_evaluation, write_queries

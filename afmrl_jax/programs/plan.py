@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.options import check_options
+from afmrl_jax.core.pages import check_method_fields
 from afmrl_jax.planning.search import Choice, Trial, advice, search, trials_table
 
 if TYPE_CHECKING:  # JAX is imported once the topology is known
@@ -45,6 +46,7 @@ def main(config: ConfigDict, workdir: Path, topology: str) -> None:
     program = importlib.import_module(f"afmrl_jax.programs.{config.program}")
     if not hasattr(program, "plan"):
         raise UserError(f"--plan knows programs that train, as agcl, and not {config.program}")
+    check_method_fields(config)
 
     def measure(choice: Choice) -> tuple[Trial, "list[Report]"]:
         began = time.monotonic()

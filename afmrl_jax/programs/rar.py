@@ -69,7 +69,7 @@ from afmrl_jax.rl.held_out import Arms, HeldOut, QueryAnswer, comparison_table
 from afmrl_jax.rl.policy import Built, build, parts
 from afmrl_jax.rl.rewards import Reward, bounded_k
 from afmrl_jax.rl.watch import WatchLimits, stopped, watch
-from afmrl_jax.training.evaluators import Trained, make_evaluator
+from afmrl_jax.training.evaluators import Evaluators, Trained, make_evaluator
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import Optimizer
 from afmrl_jax.training.run import fresh_params, micro_batch, open_run
@@ -104,9 +104,14 @@ class HeldOutQueries(Options, section="eval"):
     listings: int = between(1)  # of the test split
 
 
+class PolicyEvaluators(Evaluators):
+    known = ("held_out",)
+
+
 OPTIONS = (
     *(Schedule, RolloutOptions, Optimizer, Computation, TrainingOptions, PolicyGradient, Reward),
     *(GallerySize, WatchLimits, CatalogOptions, StreamOptions, HeldOutQueries),
+    PolicyEvaluators,
 )
 FOLDER_OPTIONS = (GeneratorRows,)  # of a generator that does not know its rows
 

@@ -56,7 +56,7 @@ from afmrl_jax.models import lora
 from afmrl_jax.planning import cost
 from afmrl_jax.planning.report import Part, check_fits
 from afmrl_jax.training.answer_judge import AnswerJudge, results_table
-from afmrl_jax.training.evaluators import Trained, make_evaluator
+from afmrl_jax.training.evaluators import Evaluators, Trained, make_evaluator
 from afmrl_jax.training.gradients import accumulate
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import Optimizer, make_optimizer
@@ -90,8 +90,12 @@ class AnswerEvaluation(Options, section="eval"):
     samples: int = between(0)  # answers shown of each evaluation
 
 
+class AnswerEvaluators(Evaluators):
+    known = ("answers",)
+
+
 OPTIONS = (
-    *(Schedule, AnswerTraining, Optimizer, TrainingOptions, PresetOptions),
+    *(Schedule, AnswerTraining, AnswerEvaluators, Optimizer, TrainingOptions, PresetOptions),
     *(Computation, GeneratorRows, CatalogOptions, AnswerOptions, StreamOptions, AnswerEvaluation),
 )
 
@@ -181,7 +185,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         # The longest rows first: what does not fit is told before all the others are compiled.
         lengths = reversed(batches.lengths)
         parts = {length: part(config, mesh, generator, step, length) for length in lengths}
-        compiled = {length: check_fits(one, mesh) for length, one in parts.items()}
+        compiled = {length: check_fits(parts[length], mesh) for length in parts}
         state, frozen = run.start(step, generator, source)
         if not run.saved:
             (workdir / EVALUATION).unlink(missing_ok=True)  # of a run that never saved

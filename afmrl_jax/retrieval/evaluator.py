@@ -6,7 +6,7 @@ Axes: Q queries · N gallery listings · E embedding.
 2. Rank the gallery for each query and score the ranking (`ranking.rank_and_score`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +14,11 @@ import numpy as np
 from afmrl_jax.assembly.loaded import LoadedEncoder
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.fields import check_choice
+from afmrl_jax.data.views import Attributes
 from afmrl_jax.retrieval.ranking import Side, rank_and_score
 from afmrl_jax.retrieval.scores import Results, Scores
 from afmrl_jax.retrieval.tasks import Task, finds_any, parts_of
 
-Attributes = Callable[[int], Mapping[str, str]]  # of a listing, by its index
 SIDES = ("both", "queries", "gallery")
 
 
@@ -40,11 +40,6 @@ def enrichment(attributes: Attributes | None, side: str) -> Enrichment:
     return Enrichment(
         attributes if side != "gallery" else None, attributes if side != "queries" else None
     )
-
-
-def catalogue_attributes(catalog: Catalog) -> Attributes:
-    """The attributes that the catalogue holds: the oracle's."""
-    return lambda index: catalog.listing(index).attributes
 
 
 class RetrievalEvaluator:

@@ -85,16 +85,16 @@ class Clock:
         ready = time.monotonic() - self._opened
         ready -= _compilation.seconds - self._compiled
         try:
-            found = json.loads(self._path.read_text(encoding="utf-8"))
+            record = json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             self._lost["start"] += ready
             return
         # Two readings of the wall clock, which may have been set meanwhile.
-        gap = max(0.0, time.time() - (time.monotonic() - self._opened) - found["written"])
-        self._before, self.starts = found["seconds"] + gap, found["starts"] + 1
-        self._lost |= found["lost"]
-        trained = found["seconds"] - sum(found["lost"].values())
-        trained_at = {int(at): seconds for at, seconds in found["trained_at"].items()}
+        gap = max(0.0, time.time() - (time.monotonic() - self._opened) - record["written"])
+        self._before, self.starts = record["seconds"] + gap, record["starts"] + 1
+        self._lost |= record["lost"]
+        trained = record["seconds"] - sum(record["lost"].values())
+        trained_at = {int(at): seconds for at, seconds in record["trained_at"].items()}
         self._trained_at = {at: s for at, s in trained_at.items() if at <= step}
         kept = self._trained_at[max(self._trained_at)] if self._trained_at else 0.0
         self._lost["restart"] += gap + ready
@@ -143,14 +143,14 @@ class Clock:
     def write(self) -> None:
         """Leaves what another attempt goes on from."""
         if jax.process_index() == 0:
-            found = {
+            record = {
                 "seconds": self.seconds,
                 "written": time.time(),
                 "starts": self.starts,
                 "lost": self.lost_seconds,
                 "trained_at": self._trained_at,
             }
-            write_atomically(self._path, json.dumps(found, indent=2))
+            write_atomically(self._path, json.dumps(record, indent=2))
 
     def scalars(self) -> dict[str, float]:
         """For the logs: goodput in [0, 1], and the seconds lost so far, since the first start."""
@@ -246,14 +246,14 @@ class Processes:
 
     def spread(self, steps: np.ndarray) -> dict[str, float]:
         """For the logs, of float32[steps, P, K]: how long steps took, and what held them up."""
-        own = steps[:, :, 2:].sum(-1).mean(0)
-        found = {
+        on_host = steps[:, :, 2:].sum(-1).mean(0)
+        scalars = {
             "step_seconds": float(np.median(steps[:, :, 1])),
             "step_seconds_max": float(steps[:, :, 1].max()),
-            "host_seconds": _median(own),
-            "host_seconds_max": float(own.max()),
+            "host_seconds": _median(on_host),
+            "host_seconds_max": float(on_host.max()),
         }
-        return found | ({"slowest_process": int(own.argmax())} if len(own) > 1 else {})
+        return scalars | ({"slowest_process": int(on_host.argmax())} if len(on_host) > 1 else {})
 
     def slow(self, steps: np.ndarray, now: float) -> str | None:
         """A sentence about a process that has long held up the others; None where none does.
@@ -262,14 +262,14 @@ class Processes:
         steps take equally long: only what each does between them tells who is slow.
         """
         mean = steps.mean(0)
-        own = mean[:, 2:].sum(-1)
-        usual = _median(own)
-        is_slow = (own > SLOW * usual) & (own - usual > SLOW_SHARE * np.median(mean[:, 1]))
+        on_host = mean[:, 2:].sum(-1)
+        usual = _median(on_host)
+        is_slow = (on_host > SLOW * usual) & (on_host - usual > SLOW_SHARE * np.median(mean[:, 1]))
         self._streak = np.where(is_slow, self._streak + 1, 0)
         due = (self._streak >= SLOW_WINDOWS) & (now - self._told > SLOW_PAUSE)
         if not due.any():
             return None
-        slowest = int(np.where(due, own, -1).argmax())
+        slowest = int(np.where(due, on_host, -1).argmax())
         self._told[slowest] = now
         _, _, waited, other = mean[slowest]
         what = "a step's batch takes" if waited > other else "between two steps its own work takes"

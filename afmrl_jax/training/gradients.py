@@ -75,21 +75,21 @@ def accumulate(loss: Callable[[Params, Rows], tuple]) -> Callable[[Params, Rows]
 
     part = jax.value_and_grad(apart, has_aux=True)
 
-    def one(params: Params, rows: Rows):
+    def of_micro_batch(params: Params, rows: Rows):
         (total, (count, more)), gradients = part(params, rows)
         return (total, count, gradients), more
 
     def whole(params: Params, rows: Rows):
         first = jax.tree.map(lambda x: x[0], rows)
         if len(jax.tree.leaves(rows)[0]) == 1:
-            sums, more = one(params, first)
+            sums, more = of_micro_batch(params, first)
             more = jax.tree.map(lambda x: x[None], more)
         else:
-            shapes, _ = jax.eval_shape(one, params, first)
+            shapes, _ = jax.eval_shape(of_micro_batch, params, first)
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
             def add(totals, rows):
-                sums, more = one(params, rows)
+                sums, more = of_micro_batch(params, rows)
                 return jax.tree.map(jnp.add, totals, sums), more
 
             sums, more = jax.lax.scan(add, zeros, rows)

@@ -202,8 +202,8 @@ class _Steps:
         waited, other = 0.0, 0.0
         if idle is not None:
             waited, other = held_up(max(idle, self._free_at), asked, got, time.monotonic())
-        told = {"step": self._step_seconds, "waited": waited, "other": other}
-        return arrays | {"host": self._host.put(stop=self._preemption.asked, **told)}
+        seconds = {"step": self._step_seconds, "waited": waited, "other": other}
+        return arrays | {"host": self._host.put(stop=self._preemption.asked, **seconds)}
 
     def _look(self, extra: dict[str, float] | None = None) -> None:
         """Reads the oldest unread step's metrics, checks them, and logs them when it is time.

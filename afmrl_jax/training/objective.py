@@ -1,6 +1,6 @@
 """What a method adds to an encoder, and how a configuration names it."""
 
-import importlib
+from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import jax
@@ -8,7 +8,8 @@ from jax.sharding import Mesh
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_choice
+from afmrl_jax.core.fields import load_named
+from afmrl_jax.core.options import Options
 from afmrl_jax.models import lora
 from afmrl_jax.training.gradients import gradcache
 from afmrl_jax.training.step import Batch, Gradient, Memory, Metrics, Params
@@ -23,10 +24,12 @@ class Objective(Protocol):
     trainable: a regular expression searched in the paths of the model's parameters, as
     `backbone.layers.gate.kernel`: those where it is found are trained, "" all. The others are
     frozen. The objective's own parameters are always trained.
+    options: the settings that `of` reads; a page may hold their fields.
     """
 
     batch_arrays: tuple[str, ...]
     trainable: str
+    options: tuple[type[Options], ...]
 
     @classmethod
     def of(cls, config: Any, statistics: CorpusStatistics, mesh: Mesh) -> Self:
@@ -50,32 +53,31 @@ class Objective(Protocol):
         """
 
 
-def load_named(name: str, known: dict[str, str], field: str) -> Any:
-    """What `name`, a word of `known` or module:NAME, stands for.
-
-    known: word -> module:NAME. field: of the configuration, for errors. Raises UserError where
-    there is no such word, module or NAME.
-    """
-    if ":" not in name:
-        check_choice(field, name, [*known, "module:NAME"])
-        name = known[name]
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if error.name and not module.startswith(error.name):
-            raise  # the module is there, and lacks another
-        raise UserError(
-            f"{field} is {name!r}, and there is no module {module}: name one that Python finds "
-            "from this folder, or put its folder into PYTHONPATH"
-        ) from None
-    except AttributeError:
-        raise UserError(f"{field} is {name!r}, and {module} has no {attribute}") from None
-
-
 def find_objective(name: str) -> type[Objective]:
-    """The class that `config.method` names. Raises UserError for an unknown one."""
-    return load_named(name, METHODS, "method")
+    """The class that `config.method` names. Raises UserError for an unknown one, and for what is no
+    objective."""
+    objective = load_named(name, METHODS, "method")
+    parts = ("options", "of", "params", "memory")
+    if lacking := [part for part in parts if not hasattr(objective, part)]:
+        raise UserError(
+            f"method is {name!r}, which lacks {', '.join(lacking)}: see Objective in "
+            "training/objective.py"
+        )
+    return objective
+
+
+@dataclass(frozen=True)
+class Method(Options, section=""):
+    """Which objective is trained; its settings are read beside it."""
+
+    method: str  # a name of METHODS, or module:Class
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        find_objective(self.method)
+
+    def further(self) -> tuple[type[Options], ...]:
+        return find_objective(self.method).options
 
 
 def objective_gradient(objective: Objective, embed: Any, heads: Params) -> Gradient:

@@ -54,9 +54,9 @@ class Preemption:
         if _read(server, _MAINTENANCE) == _VALUES[_MAINTENANCE][0]:
             del watched[_MAINTENANCE]
         while not self.asked:
-            for path, (ending, told) in watched.items():
+            for path, (ending, reason) in watched.items():
                 if _read(server, path) == ending:
-                    self._ask(told)
+                    self._ask(reason)
             if self._left.wait(POLL_SECONDS):
                 return
 

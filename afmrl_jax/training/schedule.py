@@ -15,6 +15,5 @@ class Schedule(Options, section=""):
     eval_every: int = between(0)  # steps; 0: only at the end
     checkpoint_every: int = between(0)  # steps; 0: only at the end
     checkpoint_dir: str  # "" = WORKDIR/checkpoints
-    evaluators: str  # names, or module:function, by commas; the first chooses the best checkpoint
     profile: str  # START:END, the steps to trace; "" = none
     micro_batches: int = between(1)  # equal parts of a batch, one after the other

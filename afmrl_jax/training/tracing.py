@@ -17,13 +17,13 @@ def traced_steps(profile: str, steps: int) -> range:
     """
     if not profile:
         return range(0)
-    found = re.fullmatch(r"(\d+):(\d+)", profile)
-    if not found or not 1 <= int(found[1]) <= int(found[2]) <= steps:
+    bounds = re.fullmatch(r"(\d+):(\d+)", profile)
+    if not bounds or not 1 <= int(bounds[1]) <= int(bounds[2]) <= steps:
         raise UserError(
             f"profile is {profile!r}: give the first and the last step to trace, as 11:13, from 1 "
             f"to {steps}, the run's steps"
         )
-    return range(int(found[1]), int(found[2]) + 1)
+    return range(int(bounds[1]), int(bounds[2]) + 1)
 
 
 class Tracer:

@@ -8,6 +8,7 @@ import pytest
 from afmrl_jax.core.fields import flatten
 from afmrl_jax.core.options import check_options
 from afmrl_jax.core.pages import PROGRAMS, check_page, load_page
+from afmrl_jax.training.objective import METHODS, Method, find_objective
 
 SINGLE = [program for program in PROGRAMS if program != "cit"]
 # Read by main, before it knows the program.
@@ -15,15 +16,16 @@ MAIN = {"program", "data.cache_dir", "mesh.slice", "mesh.data", "mesh.fsdp", "me
 
 
 def options_of(program):
-    """All options that a program reads, those of folders and endpoints among them."""
+    """All options that a program reads, those of folders, endpoints and methods among them."""
     module = importlib.import_module(f"afmrl_jax.programs.{program}")
     names = ("OPTIONS", "FOLDER_OPTIONS", "ENDPOINT_OPTIONS")
-    return {kind for name in names for kind in getattr(module, name, ())}
+    kinds = {kind for name in names for kind in getattr(module, name, ())}
+    methods = map(find_objective, METHODS if Method in kinds else ())
+    return kinds.union(*(method.options for method in methods))
 
 
 def fields_of(program):
-    kinds = options_of(program)
-    return {kind.name_of(field.name) for kind in kinds for field in dataclasses.fields(kind)}
+    return set().union(*(kind.names() for kind in options_of(program)))
 
 
 @pytest.mark.parametrize("program", SINGLE)

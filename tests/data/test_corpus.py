@@ -99,3 +99,17 @@ def test_what_another_comparison_made_is_not_taken_from_the_cache(catalog, tmp_p
     assert (
         len(list(tmp_path.glob("statistics-*"))) == len(list(tmp_path.glob("look-alikes-*"))) == 2
     )
+
+
+@pytest.mark.parametrize("change", ["a field more", "a field less", "no fields"])
+def test_statistics_that_another_version_cached_are_counted_anew(catalog, tmp_path, change):
+    statistics = corpus_statistics(catalog, "train", tmp_path)
+    (path,) = tmp_path.glob("statistics-*")
+    values = json.loads(path.read_text())
+    if change == "a field more":
+        values["documents"] = 3
+    if change == "a field less":
+        del values["empty_values"]
+    path.write_text(json.dumps([] if change == "no fields" else values))
+    assert corpus_statistics(catalog, "train", tmp_path) == statistics
+    assert json.loads(path.read_text()) == json.loads(statistics.to_json())

@@ -17,13 +17,14 @@ from afmrl_jax.data.views import (
     AttributeCuts,
     Augmentation,
     TrainingViews,
+    catalogue_attributes,
     evaluation_row,
     listing_row,
     listing_text,
     sampled_cuts,
 )
 from afmrl_jax.models.presets import preset
-from afmrl_jax.retrieval.evaluator import RetrievalEvaluator, catalogue_attributes
+from afmrl_jax.retrieval.evaluator import RetrievalEvaluator
 
 WORDS = ["navy", "blue", "dress", "with", "long", "sleeves", "for", "summer", "in", "soft"]
 TOKENIZER = train_tokenizer([" ".join(WORDS), "color: navy; sleeve: long\nDresses\n"] * 4, 400)

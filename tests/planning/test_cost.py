@@ -102,3 +102,27 @@ def test_frozen_matrices_cost_four_and_those_before_all_adapters_two(targets, to
     assert step_flops(TINY, tree, amount, gradcache=False) == wanted
     again = 2 * 7 * (size["tower"] + size["merged"] / 4 + size["decoder"] + size["adapters"])
     assert step_flops(TINY, tree, amount, gradcache=True) == wanted + again
+
+
+@pytest.mark.parametrize(
+    "trainable, tower, merged, decoder",
+    [(r"^backbone\.layers\.", 2, 2, 6), (r"\bmerger\.", 2, 6, 4), (r"\bpatch_embed\.", 4, 4, 4)],
+)
+def test_what_the_objective_freezes_costs_four_and_what_lies_before_all_that_is_trained_two(
+    trainable, tower, merged, decoder
+):
+    tree = params(TINY)
+    size = sizes(tree)
+    amount = {"tokens": 7.0, "patches": 8.0, "token_pairs": 0.0, "patch_pairs": 0.0}
+    wanted = 7 * decoder * size["decoder"] + 8 * tower * size["tower"] + 2 * merged * size["merged"]
+    if "patch_embed" in trainable:
+        wanted += 8 * 2 * tree["backbone"]["vision"]["patch_embed"]["kernel"].size
+    assert step_flops(TINY, tree, amount, gradcache=False, trainable=trainable) == wanted
+
+
+def test_attention_before_all_that_is_trained_runs_forward_only():
+    amount = {"tokens": 0.0, "patches": 0.0, "token_pairs": 3.0, "patch_pairs": 5.0}
+    heads = TINY.text.num_heads * TINY.text.head_dim
+    wanted = 12 * 3 * heads + 4 * 5 * TINY.vision.hidden_size
+    flops = step_flops(TINY, params(TINY), amount, gradcache=False, trainable=r"\bmerger\.")
+    assert flops == wanted

@@ -14,7 +14,13 @@ from afmrl_jax.assembly.pretrained import find_pretrained
 from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh
+from afmrl_jax.core.options import Options, between
 from afmrl_jax.losses.agcl import AGCL
+
+
+@dataclasses.dataclass(frozen=True)
+class Slope(Options, section="loss"):
+    slope: float = between(0, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +28,7 @@ class LayersAlone(AGCL):
     """Trains the decoder's layers; the rest stays as it began."""
 
     trainable = r"^backbone\.layers\."
+    options = (*AGCL.options, Slope)
 
 
 def share_of_ones(trained):
@@ -77,6 +84,8 @@ def test_a_run_with_a_memory_stopped_and_started_again_ends_bit_equal(config, tm
 
 def test_an_objective_of_a_user_s_module_trains_what_it_says_and_nothing_else(config, tmp_path):
     config.method, config.evaluators = f"{__name__}:LayersAlone", f"{__name__}:share_of_ones"
+    with config.unlocked():
+        config.loss.slope = 1.0  # a field that the package has not
     runner.run(config, tmp_path / "run")
     rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["validation"] == 4.0
@@ -99,6 +108,8 @@ def test_an_objective_of_a_user_s_module_trains_what_it_says_and_nothing_else(co
         rtol=1e-6,
     )
     evaluated = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    with config.unlocked():
+        del config.loss.slope
     config.update(method="agcl", evaluators="retrieval", init_from=str(tmp_path / "run"), steps=1)
     runner.run(config, tmp_path / "tuned")
     before = json.loads((tmp_path / "tuned" / "evaluation_before.json").read_text())

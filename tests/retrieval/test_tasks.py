@@ -11,10 +11,10 @@ from afmrl_jax.catalog.listings import Overlay, open_catalog
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.processor import Processor, RowSizes, Shown
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
-from afmrl_jax.data.views import evaluation_row
+from afmrl_jax.data.views import catalogue_attributes, evaluation_row
 from afmrl_jax.models.embedder import Embedder
 from afmrl_jax.models.presets import preset
-from afmrl_jax.retrieval.evaluator import RetrievalEvaluator, catalogue_attributes, enrichment
+from afmrl_jax.retrieval.evaluator import RetrievalEvaluator, enrichment
 from afmrl_jax.retrieval.tasks import (
     Task,
     can_be_run,

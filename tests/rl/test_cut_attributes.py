@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from by_hand import loaded_encoder
 from ml_collections import ConfigDict
-from words import Words
+from words import TITLES, catalogue_of
 
 from afmrl_jax.configs.rar import get_config
 from afmrl_jax.core.errors import UserError
@@ -25,8 +25,9 @@ from afmrl_jax.rl.rewards import Reward
 from afmrl_jax.rl.watch import WatchLimits
 
 TAIL = " of fine make for home and garden" * 6
-CATALOG = Words(tuple(f"one {title}{TAIL}" for title in Words.titles))
-TOKENIZER = train_tokenizer([*CATALOG.titles, "color: red; color: green"] * 4, 400)
+LONG_TITLES = [f"one {title}{TAIL}" for title in TITLES]
+CATALOG = catalogue_of(LONG_TITLES)
+TOKENIZER = train_tokenizer([*LONG_TITLES, "color: red; color: green"] * 4, 400)
 CONFIG = preset("tiny").replace(
     vocab_size=TOKENIZER.get_vocab_size(), **special_token_ids(TOKENIZER)
 )

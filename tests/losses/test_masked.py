@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from afmrl_jax.core.masked import masked_quantiles
+from afmrl_jax.losses.masked import masked_quantiles
 
 
 def test_quantiles_are_those_of_a_sort_over_the_kept_values():
