@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from afmrl_jax.core.pages import PROGRAMS, program_fields
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "afmrl_jax"
 DOCUMENT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -71,11 +73,28 @@ def test_functions_take_few_parameters():
 
 
 def test_settings_are_read_at_the_door():
-    """These rooms know a ConfigDict; all others take options."""
+    """Only pages, programs and what starts them know a ConfigDict; other rooms take options."""
     readers = {
-        path.relative_to(PACKAGE).parts[0]
+        path.relative_to(PACKAGE).as_posix()
         for path in PACKAGE.rglob("*.py")
-        if re.search(r"\bConfigDict\b", path.read_text(encoding="utf-8"))
+        if re.search(r"\b(ConfigDict|ml_collections)\b", path.read_text(encoding="utf-8"))
     }
-    door = {"configs", "core", "main.py", "runner.py", "api.py", "programs", "training"}
-    assert readers - door == {"annotation", "checkpoints", "rl"}  # no more than these
+    door = re.compile(r"(configs|programs)/\w+\.py|(main|runner|api)\.py")
+    # core makes fields and options of pages; a field's value is never read there.
+    core = {f"core/{name}.py" for name in ("fields", "options", "pages")}
+    assert {path for path in readers if not door.fullmatch(path)} == core
+
+
+def test_no_room_below_the_programs_reads_a_section():
+    """As config.data.path: that would be a ConfigDict without its name."""
+    fields = {name for program in PROGRAMS for name in program_fields(program)}
+    sections = {name.partition(".")[0] for name in fields if "." in name}
+    section = re.compile(rf"(.+\.)?config\.({'|'.join(sections)})")
+    readers = {
+        f"{room}: {ast.unparse(node)}"
+        for room in set(ROOMS) - {"configs", "core", "programs"}
+        for path in (PACKAGE / room).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and section.fullmatch(ast.unparse(node))
+    }
+    assert readers == set()

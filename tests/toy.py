@@ -25,10 +25,8 @@ from afmrl_jax import runner
 from afmrl_jax.checkpoints.state import abstract_state
 from afmrl_jax.core.mesh import local_rows, make_mesh
 from afmrl_jax.core.processes import initialize_distributed
-from afmrl_jax.data.stream import StreamOptions
 from afmrl_jax.training.loop import Training, fit
-from afmrl_jax.training.run import open_run
-from afmrl_jax.training.schedule import Schedule
+from afmrl_jax.training.run import Run, RunOptions
 from afmrl_jax.training.step import TrainStep, make_step
 
 ROWS = 4  # of a batch
@@ -92,8 +90,9 @@ def trained(workdir, numbers=Numbers(), validate=None, step=None, mesh=None, **f
 
     update = make_step(gradient, optimizer, abstract, mesh, lambda batch: jnp.float32(1))
     train_step = TrainStep(update, optimizer, abstract, {})
-    with jax.set_mesh(mesh), open_run(config, workdir, mesh, [Schedule, StreamOptions]) as run:
-        run.record = {"config": config.to_json()}
+    options, written = RunOptions.of(config), config.to_json()
+    with jax.set_mesh(mesh), Run(options, written, workdir, mesh) as run:
+        run.record = {"config": written}
         run.name_listings = lambda rows: [str(row) for row in rows]
         if run.saved:
             state = run.restore(train_step)

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from afmrl_jax.attributes.text import Parsed, Verdict
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -48,9 +45,7 @@ class AnswerFiles:
     annotated again.
     """
 
-    def __init__(self, workdir: Path, config: ConfigDict):
-        """Writes the configuration, too: a run that goes on must have the same."""
-        write_atomically(workdir / "config.json", config.to_json(indent=2))
+    def __init__(self, workdir: Path):
         with contextlib.ExitStack() as stack:
             self._valid, self._invalid = (
                 stack.enter_context(contextlib.closing(AnswerFile(workdir / f"{name}.jsonl")))

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from afmrl_jax.annotation.answer_files import Annotation
 from afmrl_jax.annotation.options import Api, BudgetLimits, EndpointQuestion
@@ -34,13 +33,13 @@ FAILURES = {Kind.ANSWERED: "", Kind.REFUSED: "refused", Kind.STOPPED: "stopped"}
 DIGITS = 4  # of a confidence in the file
 
 
-def pin_generator(config: ConfigDict) -> ConfigDict:
-    """The configuration with the path of a checkpoint instead of the generator's workdir: the best
-    on validation. Without it a run that goes on after the workdir has a better checkpoint would mix
-    the answers of two."""
-    pinned = ConfigDict(config.to_dict())
-    pinned.generator = find_pretrained(config.generator, Generator, best=None).path
-    return pinned.lock()
+def pinned_generator(path: str) -> str:
+    """The path of a checkpoint in the place of a generator's workdir: the best on validation.
+
+    Without it a run that goes on after the workdir has a better checkpoint would mix the answers of
+    two.
+    """
+    return find_pretrained(path, Generator, best=None).path
 
 
 class GeneratorAnswerer:

@@ -117,8 +117,8 @@ def find_pretrained(
         str(checkpoints.folder / str(step)),
         adapters,
         step=step,
-        config=json.loads(record["config"]),
-        evaluation=_evaluation(folder, step, config.steps),
+        config=config,
+        evaluation=_evaluation(folder, step, config["steps"]),
     )
 
 

@@ -24,7 +24,6 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
 from afmrl_jax.checkpoints import orbax_fixes
@@ -314,13 +313,13 @@ class Checkpoints:
         )
 
 
-def checkpoint_folder(config: ConfigDict, workdir: Path) -> epath.Path:
-    """The folder of a run's checkpoints: `config.checkpoint_dir`, else one in its workdir.
+def checkpoint_folder(checkpoint_dir: str, workdir: Path) -> epath.Path:
+    """The folder of a run's checkpoints: `checkpoint_dir`, with "" one in its workdir.
 
     Raises UserError where it holds no checkpoint, but another folder holds some of the run; and
     where this installation cannot reach the store of a folder.
     """
-    chosen = _reached(config.checkpoint_dir or workdir / "checkpoints")
+    chosen = _reached(checkpoint_dir or workdir / "checkpoints")
     for other in (workdir / "checkpoints", *_elsewhere(epath.Path(workdir))):
         before = _reached(other)
         if before != chosen and _steps(before) and not _steps(chosen):

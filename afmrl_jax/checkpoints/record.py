@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.fields import flatten
 from afmrl_jax.core.pages import outside_methods, program_fields
@@ -19,8 +17,8 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-def recorded(saved: str | Mapping[str, Any], where: str | Path) -> ConfigDict:
-    """A run's configuration, from its record.
+def recorded(saved: str | Mapping[str, Any], where: str | Path) -> Mapping[str, Any]:
+    """A run's configuration, section by section, from its record.
 
     saved: its JSON, or the parsed JSON. where: names the run in errors. Raises UserError for any
     other value, and where the fields are not those of the program as it is now.
@@ -45,17 +43,18 @@ def recorded(saved: str | Mapping[str, Any], where: str | Path) -> ConfigDict:
             f"{where} holds a run of another version of {program}: {', '.join(changes)}; use that "
             "version, or start anew with another --workdir"
         )
-    return ConfigDict(config)
+    return config
 
 
 def check_unchanged(
-    saved: str, config: ConfigDict, workdir: Path, may_change: tuple[str, ...] = MAY_CHANGE
+    saved: str, current: str, workdir: Path, may_change: tuple[str, ...] = MAY_CHANGE
 ) -> None:
-    """Raises UserError, naming the fields, where `config` differs from that with which a run began.
+    """Raises UserError, naming the fields, where a run no longer has its first configuration.
 
-    saved: the JSON of the run's configuration. may_change: prefixes of fields that may differ.
+    saved, current: JSON of the configuration then and now. may_change: prefixes of fields that may
+    differ.
     """
-    before, now = flatten(recorded(saved, workdir)), flatten(json.loads(config.to_json()))
+    before, now = flatten(recorded(saved, workdir)), flatten(json.loads(current))
     if before.get("program") != now["program"]:
         raise UserError(
             f"{workdir} holds a run of {before.get('program')}: give {now['program']} another "

@@ -46,7 +46,7 @@ from afmrl_jax.checkpoints.record import check_statistics
 from afmrl_jax.checkpoints.state import TrainState, abstract_state
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, replicated
-from afmrl_jax.core.options import Options, among, between
+from afmrl_jax.core.options import Options, among, between, check_options
 from afmrl_jax.core.processes import first_says
 from afmrl_jax.data.answers import described
 from afmrl_jax.data.corpus import (
@@ -88,7 +88,14 @@ from afmrl_jax.training.objective import (
     without_heads,
 )
 from afmrl_jax.training.optimizer import Optimizer, make_optimizer
-from afmrl_jax.training.run import first_listings, micro_batch, open_run
+from afmrl_jax.training.run import (
+    Beginning,
+    ModelOptions,
+    Run,
+    RunOptions,
+    first_listings,
+    micro_batch,
+)
 from afmrl_jax.training.schedule import Schedule
 from afmrl_jax.training.step import Batch, Params, TrainStep, make_step
 
@@ -104,10 +111,9 @@ SHARES_WORKDIR = False
 
 @dataclass(frozen=True)
 class PairTraining(Options, section=""):
-    """What a run trains on, and begins with."""
+    """What a step trains on."""
 
     batch: int = between(1)  # pairs
-    init_from: str  # a checkpoint or a Hugging Face folder; "" = from scratch
 
 
 @dataclass(frozen=True)
@@ -135,7 +141,7 @@ class EncoderEvaluators(Evaluators):
 
 
 OPTIONS = (
-    *(Schedule, Method, PairTraining, Optimizer, EncoderEvaluators),
+    *(Schedule, Method, PairTraining, Beginning, Optimizer, EncoderEvaluators),
     *(Embedding, EncoderRows, TrainingOptions, PresetOptions),
     *(CatalogOptions, Composition, Augmentation, PairRows, StreamOptions, EncoderEvaluation),
 )
@@ -234,21 +240,27 @@ def encoder_params(step: TrainStep, trained: Params, frozen: Params) -> Params:
 
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Runs, or resumes, the whole of it in `workdir`; see configs/agcl.py."""
-    with open_run(config, workdir, mesh, OPTIONS) as run:
+    check_options(config, OPTIONS)
+    with Run(RunOptions.of(config), config.to_json(), workdir, mesh) as run:
         # ---- catalogue
         rows = micro_batch(config.batch, config.micro_batches, BATCH_FIELD)
         local = local_rows(mesh, rows, "batch / micro_batches")
-        catalog = run.open_catalogue(functools.partial(_trained_on, config))
+        options = CatalogOptions.of(config)
+        cache = options.cache_folder / "corpus"
+        view = functools.partial(_described_only, cache) if config.data.described_only else None
+        catalog = run.open_catalogue(options, view)
         tasks = EvaluationTasks(config, catalog)
-        statistics = corpus_statistics(catalog, "train", _cache(config))
+        statistics = corpus_statistics(catalog, "train", cache)
         statistics_json = statistics.to_json()
         if run.saved:
             check_statistics(run.saved, statistics_json, workdir)
 
         # ---- encoder and batches
-        encoder, source = run.model(Encoder, _tokenizer_texts(config, catalog))
+        options, texts = EncoderOptions.of(config), _tokenizer_texts(config, catalog)
+        encoder, source = run.model(Encoder, options, ModelOptions.of(config), texts)
         run.keep(encoder, statistics=statistics_json)
-        batches = _batches(config, catalog, encoder.processor(), statistics, local)
+        processor = encoder.processor()
+        batches = pair_batches(config, catalog, processor, statistics, cache, local)
 
         # ---- step and state
         objective = find_objective(config.method).of(config, statistics, mesh)
@@ -335,15 +347,9 @@ class EncoderJudge:
             write_evaluation(path, results)
 
 
-def _trained_on(config: ConfigDict, catalog: Catalog) -> Catalog:
-    """The catalogue, with described_only without training listings that have no attributes."""
-    if not config.data.described_only:
-        return catalog
-    return TrainedOn(catalog, described(catalog, "train", CatalogOptions.of(config).cache_folder))
-
-
-def _cache(config: ConfigDict) -> Path:
-    return CatalogOptions.of(config).cache_folder / "corpus"
+def _described_only(cache: Path, catalog: Catalog) -> Catalog:
+    """The catalogue without training listings that have no attributes."""
+    return TrainedOn(catalog, described(catalog, "train", cache))
 
 
 def _tokenizer_texts(config: ConfigDict, catalog: Catalog) -> Iterator[str]:
@@ -353,14 +359,19 @@ def _tokenizer_texts(config: ConfigDict, catalog: Catalog) -> Iterator[str]:
         yield listing_text(listing, listing.attributes)
 
 
-def _batches(
+def pair_batches(
     config: ConfigDict,
     catalog: Catalog,
     processor: Processor,
     statistics: CorpusStatistics,
+    cache: Path,
     local: np.ndarray,
 ) -> PairBatches:
-    """The batches of the run. local: this process's rows of each micro-batch."""
+    """The batches of a run, step by step.
+
+    statistics: of the training listings. cache: the folder where look-alikes are kept. local:
+    int64[C], this process's rows of each micro-batch.
+    """
     data, composition = config.data, Composition.of(config)
     augmentation = Augmentation.of(config)
     _tell_of_cut_attributes(data, catalog, processor)
@@ -369,7 +380,7 @@ def _batches(
     neighbours = None
     if composition.needs_look_alikes:
         kept = composition.neighbours
-        neighbours = look_alikes(catalog, "train", kept, statistics, _cache(config))
+        neighbours = look_alikes(catalog, "train", kept, statistics, cache)
     noisy = augmentation.attribute_share and augmentation.attribute_noise
     others = attributes_by_category(example_listings(catalog, "train")) if noisy else {}
     return PairBatches(

@@ -28,7 +28,7 @@ from afmrl_jax.annotation.answerers import (
     EndpointAnswerer,
     GeneratorAnswerer,
     open_endpoint,
-    pin_generator,
+    pinned_generator,
 )
 from afmrl_jax.annotation.options import Api, BudgetLimits, EndpointQuestion
 from afmrl_jax.attributes.summary import describe_answers
@@ -39,6 +39,7 @@ from afmrl_jax.catalog.names import SPLITS
 from afmrl_jax.catalog.opening import ListingOptions, open_listings
 from afmrl_jax.checkpoints.record import check_unchanged
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.logs import RunWriter
 from afmrl_jax.core.options import Options, among, between, check_options
 
@@ -81,7 +82,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     # ---- model
     check_options(config, OPTIONS)
     if config.generator:
-        config = pin_generator(config)
+        generator = pinned_generator(config.generator)
+        config = ConfigDict(config.to_dict() | {"generator": generator})
     else:
         check_options(config, ENDPOINT_OPTIONS)
         question = EndpointQuestion.of(config)
@@ -91,14 +93,18 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     if (workdir / "checkpoints").exists():
         raise UserError(f"{workdir} holds a training run: name another --workdir for attributes")
     if (workdir / "config.json").exists():
-        check_unchanged((workdir / "config.json").read_text(), config, workdir, MAY_CHANGE)
+        before = (workdir / "config.json").read_text()
+        check_unchanged(before, config.to_json(), workdir, MAY_CHANGE)
     catalog = open_listings(ListingOptions.of(config), workdir)
     if config.generator:
         model = GeneratorAnswerer(config.generator, mesh, config.eval.batch)
     else:
         model = EndpointAnswerer(endpoint, question)
     listings = share_of_products(catalog, catalog.indices(config.split), config.share)
-    answers = AnswerFiles(workdir, config) if first_process else None
+    answers = None
+    if first_process:
+        write_atomically(workdir / "config.json", config.to_json(indent=2))
+        answers = AnswerFiles(workdir)
     left = listings[~model.agree(done_of(catalog, listings, answers))]
 
     # ---- answers

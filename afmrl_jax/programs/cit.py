@@ -206,7 +206,7 @@ class Manifest:
             fields = flatten(config)
             free = (name for name in fields if not any(_belongs(name, part) for part in begun))
             saved = (workdir / "config.json").read_text(encoding="utf-8")
-            check_unchanged(saved, config, workdir, tuple(free))
+            check_unchanged(saved, config.to_json(), workdir, tuple(free))
         self._check_order(workdir, stages)
         for name, line in self._lines.items():
             if line["running"] is not None:

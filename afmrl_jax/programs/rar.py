@@ -46,15 +46,12 @@ from afmrl_jax.attributes import comparison
 from afmrl_jax.catalog.groups import askers, whole_products
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.catalog.opening import CatalogOptions
-from afmrl_jax.checkpoints.record import (
-    MAY_CHANGE,
-    recorded,
-)
+from afmrl_jax.checkpoints.record import MAY_CHANGE, recorded
 from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.logs import cut_back
 from afmrl_jax.core.mesh import local_rows, put_batch
-from afmrl_jax.core.options import Options, between
+from afmrl_jax.core.options import Options, between, check_options
 from afmrl_jax.data.queries import QueryBatches
 from afmrl_jax.data.stream import StreamOptions
 from afmrl_jax.data.views import sampled_cuts
@@ -66,13 +63,13 @@ from afmrl_jax.planning.report import Part, check_fits
 from afmrl_jax.rl.environment import Environment, Laps, RewardedAnswers, append_groups, none_is_read
 from afmrl_jax.rl.gallery import Gallery, GallerySize, open_gallery
 from afmrl_jax.rl.held_out import Arms, HeldOut, QueryAnswer, comparison_table
-from afmrl_jax.rl.policy import Built, build, parts
+from afmrl_jax.rl.policy import Built, PolicyOptions, Rollouts, build, parts
 from afmrl_jax.rl.rewards import Reward, bounded_k
 from afmrl_jax.rl.watch import WatchLimits, stopped, watch
 from afmrl_jax.training.evaluators import Evaluators, Trained, make_evaluator
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import Optimizer
-from afmrl_jax.training.run import fresh_params, micro_batch, open_run
+from afmrl_jax.training.run import Run, RunOptions, fresh_params, micro_batch
 from afmrl_jax.training.schedule import Schedule
 from afmrl_jax.training.step import Params
 
@@ -82,16 +79,11 @@ NO_EFFECT = (*MAY_CHANGE, "rollouts_every", "watch.")  # on what a run computes
 
 
 @dataclass(frozen=True)
-class RolloutOptions(Options, section=""):
-    """Whose answers are drawn, how many, and what is done with them."""
+class RewardedGenerator(Options, section=""):
+    """Whose answers are drawn, what rewards them, and how many are kept."""
 
     generator: str  # a workdir, a checkpoint or a Hugging Face folder
     encoder: str  # a workdir, a checkpoint or a folder exported from one
-    queries: int = between(1)
-    samples: int = between(2)  # answers to each query
-    temperature: float = between(0.01, 100)
-    inner_epochs: int = between(1)  # updates by the answers of one step
-    vocabulary_chunk: int = between(1)  # tokens of each row whose logits are in memory at once
     rollouts_every: int = between(0)  # queries of which one is kept; 0: none
 
 
@@ -109,9 +101,9 @@ class PolicyEvaluators(Evaluators):
 
 
 OPTIONS = (
-    *(Schedule, RolloutOptions, Optimizer, Computation, TrainingOptions, PolicyGradient, Reward),
-    *(GallerySize, WatchLimits, CatalogOptions, StreamOptions, HeldOutQueries),
-    PolicyEvaluators,
+    *(Schedule, RewardedGenerator, Rollouts, Optimizer, Computation, TrainingOptions),
+    *(PolicyGradient, Reward, GallerySize, WatchLimits, CatalogOptions, StreamOptions),
+    *(HeldOutQueries, PolicyEvaluators),
 )
 FOLDER_OPTIONS = (GeneratorRows,)  # of a generator that does not know its rows
 
@@ -236,26 +228,28 @@ def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     local_rows(mesh, queries, "queries / micro_batches")
     options, training = GeneratorOptions.of(config), TrainingOptions.of(config)
     generator = planned(config.generator, Generator, options, training)
-    return parts(config, mesh, generator, build(config, mesh, generator))
+    policy = PolicyOptions.of(config)
+    return parts(policy, mesh, generator, build(policy, mesh, generator))
 
 
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Runs, or resumes, the whole of it in `workdir`; see configs/rar.py."""
     rows = dataclasses.fields(GeneratorRows)
     may_change = (*NO_EFFECT, *(GeneratorRows.name_of(field.name) for field in rows))
-    with open_run(config, workdir, mesh, OPTIONS, may_change) as run:
+    check_options(config, OPTIONS)
+    with Run(RunOptions.of(config), config.to_json(), workdir, mesh, may_change) as run:
         queries = micro_batch(config.queries, config.micro_batches, BATCH_FIELD)
         local = local_rows(mesh, queries, "queries / micro_batches")
 
         # ---- generator, catalogue and encoder
         config, generator, base = _generator(config, run.saved)
-        run.config = config  # with the generator's rows
-        catalog = run.open_catalogue()
+        run.config = config.to_json()  # with the generator's rows
+        catalog = run.open_catalogue(CatalogOptions.of(config))
         encoder, encoder_base = _encoder(config, run.saved, mesh)
         _check_attributes_are_read(config, catalog, encoder)
 
         # ---- galleries
-        options = Reward.of(config)
+        reward = Reward.of(config)
         opened = functools.partial(_gallery, config, workdir, catalog, encoder)
         gallery = opened("train")
         if gallery is None:
@@ -263,20 +257,21 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
                 f"no product of {catalog.name}'s training split has two listings, so that none can "
                 "find another: RAR needs several listings a product"
             )
-        options = dataclasses.replace(options, k=bounded_k(options.k, len(gallery)))
+        reward = dataclasses.replace(reward, k=bounded_k(reward.k, len(gallery)))
         environment = Environment(
-            catalog, encoder, gallery, options, config.samples, config.policy.objective == "grpo"
+            catalog, encoder, gallery, reward, config.samples, config.policy.objective == "grpo"
         )
         limits = {"validation": config.eval.validation_listings, "test": config.eval.listings}
         held_out = {
-            split: HeldOut(catalog, split, searched, encoder, options, limit)
+            split: HeldOut(catalog, split, searched, encoder, reward, limit)
             for split, limit in limits.items()
             if (searched := opened(split))
         }
 
         # ---- policy and the reference that it stays near
-        built = build(config, mesh, generator)
-        for part in parts(config, mesh, generator, built):
+        options = PolicyOptions.of(config)
+        built = build(options, mesh, generator)
+        for part in parts(options, mesh, generator, built):
             check_fits(part, mesh)
         params, base = read_base(generator, built.params, base)
         frozen, reference = (params, params) if generator.lora else ({}, None)

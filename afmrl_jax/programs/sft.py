@@ -40,7 +40,7 @@ from afmrl_jax.checkpoints.state import TrainState, abstract_state
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows
-from afmrl_jax.core.options import Options, between
+from afmrl_jax.core.options import Options, between, check_options
 from afmrl_jax.core.processes import first_says
 from afmrl_jax.data.answers import (
     SAMPLED,
@@ -55,12 +55,19 @@ from afmrl_jax.data.views import listing_text
 from afmrl_jax.models import lora
 from afmrl_jax.planning import cost
 from afmrl_jax.planning.report import Part, check_fits
-from afmrl_jax.training.answer_judge import AnswerJudge, results_table
+from afmrl_jax.training.answer_judge import AnswerEvaluation, AnswerJudge, results_table
 from afmrl_jax.training.evaluators import Evaluators, Trained, make_evaluator
 from afmrl_jax.training.gradients import accumulate
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import Optimizer, make_optimizer
-from afmrl_jax.training.run import first_listings, micro_batch, open_run
+from afmrl_jax.training.run import (
+    Beginning,
+    ModelOptions,
+    Run,
+    RunOptions,
+    first_listings,
+    micro_batch,
+)
 from afmrl_jax.training.schedule import Schedule
 from afmrl_jax.training.step import Batch, Memory, Params, TrainStep, make_step
 
@@ -73,21 +80,10 @@ SHARES_WORKDIR = False  # as in agcl.py
 
 @dataclass(frozen=True)
 class AnswerTraining(Options, section=""):
-    """What a run trains on, and begins with."""
+    """What a step trains on."""
 
     batch: int = between(1)  # answers
     vocabulary_chunk: int = between(1)  # tokens of each row whose logits are in memory at once
-    init_from: str  # a checkpoint or a Hugging Face folder; "" = from scratch
-
-
-@dataclass(frozen=True)
-class AnswerEvaluation(Options, section="eval"):
-    """How the generator is judged."""
-
-    batch: int = between(1)  # listings answered at once
-    validation_listings: int = between(1)
-    listings: int = between(1)  # of the test split
-    samples: int = between(0)  # answers shown of each evaluation
 
 
 class AnswerEvaluators(Evaluators):
@@ -95,7 +91,8 @@ class AnswerEvaluators(Evaluators):
 
 
 OPTIONS = (
-    *(Schedule, AnswerTraining, AnswerEvaluators, Optimizer, TrainingOptions, PresetOptions),
+    *(Schedule, AnswerTraining, Beginning, AnswerEvaluators),
+    *(Optimizer, TrainingOptions, PresetOptions),
     *(Computation, GeneratorRows, CatalogOptions, AnswerOptions, StreamOptions, AnswerEvaluation),
 )
 
@@ -155,15 +152,17 @@ def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
 
 def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Runs, or resumes, the whole of it in `workdir`; see configs/sft.py."""
-    with open_run(config, workdir, mesh, OPTIONS) as run:
+    check_options(config, OPTIONS)
+    with Run(RunOptions.of(config), config.to_json(), workdir, mesh) as run:
         # ---- catalogue
         rows = micro_batch(config.batch, config.micro_batches, BATCH_FIELD)
         local = local_rows(mesh, rows, "batch / micro_batches")
-        catalog = run.open_catalogue()
+        catalog = run.open_catalogue(CatalogOptions.of(config))
         listings = _listings(config, catalog)
 
         # ---- generator and batches
-        generator, source = run.model(Generator, _tokenizer_texts(config, catalog))
+        options, texts = GeneratorOptions.of(config), _tokenizer_texts(config, catalog)
+        generator, source = run.model(Generator, options, ModelOptions.of(config), texts)
         processor = generator.processor(answers=True)
         _check_answers_fit(catalog, listings["train"], processor)
         run.keep(generator)
@@ -194,7 +193,9 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         def params(state: TrainState) -> Params:
             return lora.join(state.params, frozen)
 
-        judge = AnswerJudge(Trained(config, mesh, catalog, generator, params), listings, workdir)
+        trained = Trained(config, mesh, catalog, generator, params)
+        options = AnswerEvaluation.of(config)
+        judge = AnswerJudge(trained, options, config.vocabulary_chunk, listings, workdir)
         judge.go_on(int(state.step))
         evaluators = {"answers": judge if len(listings["validation"]) else None}
         training = Training(
@@ -203,7 +204,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
             examples=config.batch,
             unit="answers",
             rows=rows,
-            validate=make_evaluator(config.evaluators, evaluators, judge.trained),
+            validate=make_evaluator(config.evaluators, evaluators, trained),
             shapes=len(compiled),
         )
         state = fit(training, state, run)

@@ -3,6 +3,7 @@
 import functools
 import json
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from afmrl_jax.attributes.text import Verdict, format_attributes, normalise, par
 from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.logs import cut_back
 from afmrl_jax.core.mesh import local_rows, put_batch, replicated
+from afmrl_jax.core.options import Options, between
 from afmrl_jax.core.tables import markdown_table
 from afmrl_jax.data.answers import question_and_answer
 from afmrl_jax.data.views import listing_text
@@ -25,20 +27,34 @@ from afmrl_jax.training.step import Params
 MAJORITY_LISTINGS = 20_000  # of the training split, from which the guesses are learned
 
 
+@dataclass(frozen=True)
+class AnswerEvaluation(Options, section="eval"):
+    """How the generator is judged."""
+
+    batch: int = between(1)  # listings answered at once
+    validation_listings: int = between(1)
+    listings: int = between(1)  # of the test split
+    samples: int = between(0)  # answers shown of each evaluation
+
+
 class AnswerJudge:
     """Lets the generator answer held-out listings and compares with their attributes; called with
-    a state it is the evaluator `answers`.
+    a state it is the evaluator `answers`."""
 
-    It needs the configuration's eval.batch, eval.samples and vocabulary_chunk.
-    """
-
-    def __init__(self, trained: Trained, listings: dict[str, np.ndarray], workdir: Path):
-        """listings: split -> int64, indices; from those of `train` the guesses by category are
-        learned."""
+    def __init__(
+        self,
+        trained: Trained,
+        options: AnswerEvaluation,
+        chunk: int,
+        listings: dict[str, np.ndarray],
+        workdir: Path,
+    ):
+        """chunk: tokens of each row whose logits are in memory at once. listings: split -> int64,
+        indices; from those of `train` the guesses by category are learned."""
         self.trained, self._listings, self._path = trained, listings, workdir / "samples.jsonl"
-        config, generator, self._batch = trained.config, trained.model, trained.config.eval.batch
+        generator, self._batch, self._shown = trained.model, options.batch, options.samples
         self._generator = LoadedGenerator(generator, None, trained.mesh, self._batch)
-        loss = generator.answer_loss(config.vocabulary_chunk)
+        loss = generator.answer_loss(chunk)
         self._loss = jax.jit(loss, out_shardings=replicated(trained.mesh))
         self._processor = generator.processor(answers=True)
         self._local = local_rows(trained.mesh, self._batch, "eval.batch")
@@ -94,7 +110,7 @@ class AnswerJudge:
             for listing, answer, reading, attributes in zip(listings, answers, parsed, true)
         ]
         if jax.process_index() == 0:
-            self._show(samples[: self.trained.config.eval.samples])
+            self._show(samples[: self._shown])
         by_name = {
             name: agreement_by_name(attributes, true) for name, attributes in predicted.items()
         }

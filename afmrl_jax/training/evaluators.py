@@ -24,7 +24,8 @@ class Evaluator(Protocol):
 class Trained:
     """What a run trains: all that an evaluator of a user's module may need.
 
-    params: state -> the model's parameters, frozen ones and adapters among them.
+    config: the whole configuration, which only evaluators of users' modules read. params: state ->
+    the model's parameters, frozen ones and adapters among them.
     """
 
     config: Any

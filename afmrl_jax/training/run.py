@@ -1,29 +1,26 @@
 """A training run in its workdir: what it began with, and what it goes on from."""
 
+import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from afmrl_jax.assembly.model import AnyAssembly, Assembly
+from afmrl_jax.assembly.model import AnyAssembly, AnyOptions, Assembly
 from afmrl_jax.assembly.options import PresetOptions, TrainingOptions
 from afmrl_jax.assembly.pretrained import Base, Pretrained, find_pretrained, read_base
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, checkpoint_folder
-from afmrl_jax.checkpoints.record import (
-    MAY_CHANGE,
-    check_catalogue,
-    check_unchanged,
-)
+from afmrl_jax.checkpoints.record import MAY_CHANGE, check_catalogue, check_unchanged
 from afmrl_jax.checkpoints.state import TrainState, zeros
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.files import write_atomically
-from afmrl_jax.core.options import Options, check_options
+from afmrl_jax.core.options import Options
 from afmrl_jax.data.stream import StreamOptions
 from afmrl_jax.models import lora
 from afmrl_jax.training.goodput import Clock
@@ -32,6 +29,30 @@ from afmrl_jax.training.step import Params, TrainStep
 from afmrl_jax.training.tracing import traced_steps
 
 TOKENIZER_LISTINGS = 20_000  # training listings whose texts a preset's tokenizer is trained on
+
+
+@dataclass(frozen=True)
+class Beginning(Options, section=""):
+    """What a run begins with."""
+
+    init_from: str  # a checkpoint or a Hugging Face folder; "" = from scratch
+
+
+@dataclass(frozen=True)
+class ModelOptions(Options):
+    """The model that a run trains, and with which it begins."""
+
+    beginning: Beginning
+    preset: PresetOptions
+    training: TrainingOptions
+
+
+@dataclass(frozen=True)
+class RunOptions(Options):
+    """What the runs of all programs have in common."""
+
+    schedule: Schedule
+    stream: StreamOptions
 
 
 class Run:
@@ -47,28 +68,33 @@ class Run:
        the fingerprint of the first one.
     5. After the last step nothing is trained: what is missing of the evaluation is made.
 
-    config: what the record will hold. saved: the record of the checkpoint that the run goes on
-    from; None in a new run. record: what the next checkpoints hold beside the state.
+    config: JSON, as the record will hold it. saved: the record of the checkpoint that the run goes
+    on from; None in a new run. record: what the next checkpoints hold beside the state.
     """
 
     def __init__(
         self,
-        config: ConfigDict,
+        options: RunOptions,
+        config: str,
         workdir: Path,
         mesh: Mesh,
         may_change: tuple[str, ...] = MAY_CHANGE,
     ):
-        """may_change: beginnings of fields that may differ from a resumed run's.
+        """options: read from the whole configuration, of which `config` is the JSON. may_change:
+        beginnings of fields that may differ from a resumed run's.
 
-        Raises UserError where the run began with another configuration, naming the fields.
+        Raises UserError where the run began with another configuration, naming the fields, and
+        where it does not have the steps that are to be traced.
         """
         self.config, self.workdir, self.mesh = config, workdir, mesh
-        self.schedule, self.stream = Schedule.of(config), StreamOptions.of(config)
+        self.schedule, self.stream = options.schedule, options.stream
+        traced_steps(self.schedule.profile, self.schedule.steps)
         self.clock = Clock(workdir / "goodput.json")
         self.first_process = jax.process_index() == 0
         self.record: dict[str, str] = {}
         self._catalog: Catalog | None = None
-        self.checkpoints = Checkpoints(checkpoint_folder(config, workdir), writable=True)
+        folder = checkpoint_folder(self.schedule.checkpoint_dir, workdir)
+        self.checkpoints = Checkpoints(folder, writable=True)
         latest = self.checkpoints.latest
         self.saved = self.checkpoints.record(latest) if latest else None
         if self.saved:
@@ -81,12 +107,13 @@ class Run:
     def __exit__(self, *error: Any) -> None:
         self.checkpoints.__exit__(*error)
 
-    def open_catalogue(self, view: Callable[[Catalog], Catalog] | None = None) -> Catalog:
-        """The catalogue of `data.path`, seen through `view`.
+    def open_catalogue(
+        self, options: CatalogOptions, view: Callable[[Catalog], Catalog] | None = None
+    ) -> Catalog:
+        """The catalogue that the options name, seen through `view`.
 
         Raises UserError where it is not the one that the run began with.
         """
-        options = CatalogOptions.of(self.config)
         catalog = open_catalogue(options, self.workdir)
         self._catalog = catalog = view(catalog) if view else catalog
         if self.saved:
@@ -94,28 +121,32 @@ class Run:
         return catalog
 
     def model(
-        self, kind: type[AnyAssembly], texts: Iterable[str]
+        self,
+        kind: type[AnyAssembly],
+        options: AnyOptions,
+        trained: ModelOptions,
+        texts: Iterable[str],
     ) -> tuple[AnyAssembly, Pretrained[AnyAssembly] | None]:
         """The model, and where a new run's parameters lie: None for those of the seed.
 
         texts: what the tokenizer of a preset is trained on; read only where there is need.
         """
-        config = self.config
-        options, training = kind.options_type.of(config), TrainingOptions.of(config)
         if self.saved:
-            return kind.from_record(options, self.saved).for_training(training), None
-        if config.init_from:
-            source = find_pretrained(config.init_from, kind, begin=True)
-            return source.for_training(options, training), source
-        model = kind.from_preset(options, PresetOptions.of(config), texts)
-        return model.for_training(training), None
+            saved = kind.from_record(options, self.saved)
+            return saved.for_training(trained.training), None
+        if path := trained.beginning.init_from:
+            source = find_pretrained(path, kind, begin=True)
+            return source.for_training(options, trained.training), source
+        fresh = kind.from_preset(options, trained.preset, texts)
+        return fresh.for_training(trained.training), None
 
     def keep(self, model: Assembly, **more: str) -> None:
         """Makes the record, and writes config.json and tokenizer.json. more: further parts."""
-        self.record = model.record() | more | {"config": self.config.to_json()}
+        self.record = model.record() | more | {"config": self.config}
         self.record["catalogue"] = self._catalog.fingerprint
         if self.first_process:
-            write_atomically(self.workdir / "config.json", self.config.to_json(indent=2))
+            config = json.dumps(json.loads(self.config), indent=2)
+            write_atomically(self.workdir / "config.json", config)
             write_atomically(self.workdir / "tokenizer.json", self.record["tokenizer"])
 
     def start(
@@ -161,23 +192,6 @@ class Run:
 def fresh_params(model: Assembly, seed: int) -> Params:
     """The parameters of the seed that are trained: adapters alone under LoRA."""
     return lora.split(model.init_params(seed))[0]
-
-
-def open_run(
-    config: ConfigDict,
-    workdir: Path,
-    mesh: Mesh,
-    options: Iterable[type[Options]],
-    may_change: tuple[str, ...] = MAY_CHANGE,
-) -> Run:
-    """The run of a configuration in `workdir`, a new one or one that goes on.
-
-    options: that the program reads. may_change: as `Run` takes it. Raises UserError for a field
-    out of its range, and where another run lies there.
-    """
-    check_options(config, options)
-    traced_steps(config.profile, config.steps)
-    return Run(config, workdir, mesh, may_change)
 
 
 def micro_batch(rows: int, micro_batches: int, field: str) -> int:

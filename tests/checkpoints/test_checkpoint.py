@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from afmrl_jax.checkpoints import checkpoint
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, checkpoint_folder, find_checkpoints
@@ -175,7 +174,7 @@ def test_an_older_one_with_a_torn_score_is_set_aside_and_the_run_goes_on(workdir
 
 
 def test_a_run_whose_checkpoints_lie_in_another_folder_does_not_begin_anew(workdir, tmp_path):
-    moved = ConfigDict({"checkpoint_dir": str(tmp_path / "new")})
+    moved = str(tmp_path / "new")
     with pytest.raises(UserError, match=f"are in {workdir / 'checkpoints'}, and .*new has none"):
         checkpoint_folder(moved, workdir)
     shutil.copytree(workdir / "checkpoints", tmp_path / "new")
@@ -186,8 +185,7 @@ def test_a_folder_in_the_home_is_found(workdir, tmp_path, monkeypatch):
     """A shell leaves ~ as it is behind --config.checkpoint_dir=."""
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(workdir / "checkpoints", tmp_path / "new")
-    moved = ConfigDict({"checkpoint_dir": "~/new"})
-    assert Path(checkpoint_folder(moved, workdir)) == tmp_path / "new"
+    assert Path(checkpoint_folder("~/new", workdir)) == tmp_path / "new"
 
 
 def test_a_process_waits_until_it_sees_the_checkpoint_that_another_one_sees(workdir, monkeypatch):
@@ -233,16 +231,15 @@ def test_checkpoints_may_lie_elsewhere_and_the_workdir_knows_where(tmp_path):
 
     config, run = get_config(), tmp_path / "run"
     config.checkpoint_dir = str(tmp_path / "large disk" / "run")
-    save(checkpoint_folder(config, run), {1: None})
+    save(checkpoint_folder(config.checkpoint_dir, run), {1: None})
     assert [path.name for path in (tmp_path / "large disk" / "run").iterdir()] == ["1"]
     run.mkdir()
     (run / "config.json").write_text(config.to_json())
     for path in (run, config.checkpoint_dir, f"{config.checkpoint_dir}/1"):
         checkpoints, step = find_checkpoints(str(path))
         assert checkpoints.record(step)["step"] == "1"
-    config.checkpoint_dir = ""
     other = tmp_path / "other"
-    assert Path(checkpoint_folder(config, other)) == other / "checkpoints"
+    assert Path(checkpoint_folder("", other)) == other / "checkpoints"
 
 
 def test_a_store_that_cannot_be_reached_is_told_before_anything_is_computed(tmp_path, monkeypatch):
@@ -251,7 +248,7 @@ def test_a_store_that_cannot_be_reached_is_told_before_anything_is_computed(tmp_
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (tmp_path / "checkpoints" / "1").mkdir(parents=True)
     with pytest.raises(UserError, match=r"gcsfs is"):
-        checkpoint_folder(ConfigDict({"checkpoint_dir": "gs://bucket/run"}), tmp_path)
+        checkpoint_folder("gs://bucket/run", tmp_path)
     with pytest.raises(UserError, match=r"gcsfs is not installed: pip install 'afmrl_jax\[gcs\]'"):
         find_checkpoints("gs://bucket/run")
 

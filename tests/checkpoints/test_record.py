@@ -7,6 +7,7 @@ import pytest
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.checkpoints.record import (
+    MAY_CHANGE,
     check_catalogue,
     check_statistics,
     check_unchanged,
@@ -47,14 +48,26 @@ def record(**fields):
 )
 def test_a_record_that_cannot_be_gone_on_with_says_what_can_be_done(saved, sentence):
     with pytest.raises(UserError, match=sentence):
-        check_unchanged(saved, sft.get_config(), RUN)
+        check_unchanged(saved, sft.get_config().to_json(), RUN)
+
+
+def test_a_changed_field_is_refused_by_its_name_unless_it_may_change():
+    saved, config = sft.get_config().to_json(), sft.get_config()
+    config.update(log_every=7, checkpoint_dir="elsewhere")
+    config.mesh.fsdp = 2
+    check_unchanged(saved, config.to_json(), RUN)
+    config.optimizer.b1 = 0.5
+    sentence = r"configuration: optimizer.b1 was 0.9 and is now 0.5\. .* --config.optimizer.b1=0.9"
+    with pytest.raises(UserError, match=sentence):
+        check_unchanged(saved, config.to_json(), RUN)
+    check_unchanged(saved, config.to_json(), RUN, (*MAY_CHANGE, "optimizer."))
 
 
 def test_equal_numbers_of_another_type_are_no_change():
     config = agcl.get_config()
     saved = json.loads(config.to_json())
     saved["loss"]["weight_strength"], saved["data"]["flip_share"] = 1, 0
-    check_unchanged(json.dumps(saved), config, RUN)
+    check_unchanged(json.dumps(saved), config.to_json(), RUN)
 
 
 def test_a_run_that_began_with_other_terms_is_refused():

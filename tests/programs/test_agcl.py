@@ -19,6 +19,7 @@ from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.corpus import corpus_statistics
 from afmrl_jax.data.stream import Stream, StreamOptions
+from afmrl_jax.data.views import listing_text
 from afmrl_jax.programs import agcl
 from afmrl_jax.retrieval.tasks import parse_task, validation_task
 
@@ -91,11 +92,12 @@ def test_a_run_killed_and_started_again_ends_bit_equal(agcl_config, whole, comma
 def test_other_processes_show_each_listing_in_the_step_in_which_one_would(agcl_config, tmp_path):
     """Two processes take over after three steps: halves of a batch are the rows of the whole."""
     catalog = open_catalogue(CatalogOptions.of(agcl_config), tmp_path)
-    statistics = corpus_statistics(catalog, "train", agcl._cache(agcl_config))
-    texts = agcl._tokenizer_texts(agcl_config, catalog)
+    statistics = corpus_statistics(catalog, "train", tmp_path)
+    texts = [listing_text(catalog.listing(i)) for i in range(len(catalog))]
     options, preset = EncoderOptions.of(agcl_config), PresetOptions.of(agcl_config)
     encoder = Encoder.from_preset(options, preset, texts)
-    made = functools.partial(agcl._batches, agcl_config, catalog, encoder.processor(), statistics)
+    read = catalog, encoder.processor(), statistics, tmp_path
+    made = functools.partial(agcl.pair_batches, agcl_config, *read)
 
     def listings(first, last, *shares):
         """[step][example][view], as the streams of processes with these rows of a batch give."""

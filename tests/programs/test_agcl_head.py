@@ -71,9 +71,9 @@ def test_a_run_stopped_and_started_again_ends_bit_equal(config, headed, tmp_path
     assert [name for name in one if not np.array_equal(one[name], other[name])] == []
 
 
-def test_labels_that_the_rarest_terms_push_out_are_told(config, caplog):
+def test_labels_that_the_rarest_terms_push_out_are_told(config, tmp_path, caplog):
     catalog = open_catalogue(CatalogOptions.of(config), Path())
-    statistics = corpus_statistics(catalog, "train", agcl._cache(config))
+    statistics = corpus_statistics(catalog, "train", tmp_path)
     agcl._tell_of_cut_labels(catalog, statistics, 4)  # two pairs, and two words
     assert not caplog.records
     agcl._tell_of_cut_labels(catalog, statistics, 3)

@@ -11,7 +11,7 @@ import pytest
 from joined import joined
 
 from afmrl_jax import runner
-from afmrl_jax.annotation.answerers import pin_generator
+from afmrl_jax.annotation.answerers import pinned_generator
 from afmrl_jax.assembly.loaded import load_generator
 from afmrl_jax.catalog.opening import CatalogOptions, ListingOptions, open_catalogue, open_listings
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, find_checkpoints
@@ -126,13 +126,12 @@ def test_a_model_that_nobody_taught_is_refused(config, tmp_path, agcl_config):
         runner.run(config, tmp_path)
 
 
-def test_of_a_workdir_the_generator_that_did_best_on_validation_answers(config, taught, tmp_path):
+def test_of_a_workdir_the_generator_that_did_best_on_validation_answers(taught, tmp_path):
     trained, step = find_checkpoints(str(taught))
     record, state = trained.record(step), TrainState(**trained.restore_raw(step))
     with Checkpoints(tmp_path / "checkpoints", writable=True) as checkpoints:
         for step, validation in enumerate([0.9, 0.1], 1):
             checkpoints.save(state, record, step, validation)
-    config.generator = str(tmp_path)
-    assert pin_generator(config).generator == str(tmp_path / "checkpoints" / "1")
-    config.generator = str(tmp_path / "checkpoints" / "2")
-    assert pin_generator(config).generator == config.generator
+    folder = tmp_path / "checkpoints"
+    assert pinned_generator(str(tmp_path)) == str(folder / "1")
+    assert pinned_generator(str(folder / "2")) == str(folder / "2")
