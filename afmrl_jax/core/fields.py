@@ -1,8 +1,10 @@
 """A configuration's fields: their dotted names, and the values that they may have."""
 
 import difflib
+import importlib
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from afmrl_jax.core.errors import UserError
@@ -37,3 +39,29 @@ def check_choice(field: str, value: object, allowed: Sequence[str]) -> None:
         close = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
         hint = f'; did you mean "{close[0]}"?' if close else ""
         raise UserError(f"{field} is {value!r}, expected one of {', '.join(allowed)}{hint}")
+
+
+def load_named(name: str, known: Mapping[str, str], field: str) -> Any:
+    """What `name`, a word of `known` or module:NAME, stands for.
+
+    known: word -> module:NAME. field: of the configuration, for errors. Raises UserError where
+    there is no such word, module or NAME.
+    """
+    if known and ":" not in name:
+        check_choice(field, name, [*known, "module:NAME"])
+        name = known[name]
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+        raise UserError(f"{field} is {name!r}: write it as module:NAME")
+    module, _, attribute = name.partition(":")
+    try:
+        loaded = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and lacks another
+        raise UserError(
+            f"{field} is {name!r}, and there is no module {module}: name one that Python finds "
+            "from this folder, or put its folder into PYTHONPATH"
+        ) from None
+    if not hasattr(loaded, attribute):
+        raise UserError(f"{field} is {name!r}, and {module} has no {attribute}")
+    return getattr(loaded, attribute)

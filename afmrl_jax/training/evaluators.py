@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from afmrl_jax.assembly.model import Assembly
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.checkpoints.state import TrainState
-from afmrl_jax.training.objective import load_named
+from afmrl_jax.core.fields import load_named
 from afmrl_jax.training.step import Params
 
 

@@ -1,14 +1,12 @@
 """What a method adds to an encoder, and how a configuration names it."""
 
-import importlib
 from typing import Any, Protocol, Self
 
 import jax
 from jax.sharding import Mesh
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
-from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_choice
+from afmrl_jax.core.fields import load_named
 from afmrl_jax.models import lora
 from afmrl_jax.training.gradients import gradcache
 from afmrl_jax.training.step import Batch, Gradient, Memory, Metrics, Params
@@ -48,29 +46,6 @@ class Objective(Protocol):
         trained: the parameters that are trained. embeddings: float32[A, C, V, E], with A micro-
         batches, C examples of one and V views of an example. batch: `batch_arrays`, [A, C, V, ...].
         """
-
-
-def load_named(name: str, known: dict[str, str], field: str) -> Any:
-    """What `name`, a word of `known` or module:NAME, stands for.
-
-    known: word -> module:NAME. field: of the configuration, for errors. Raises UserError where
-    there is no such word, module or NAME.
-    """
-    if ":" not in name:
-        check_choice(field, name, [*known, "module:NAME"])
-        name = known[name]
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        if error.name and not module.startswith(error.name):
-            raise  # the module is there, and lacks another
-        raise UserError(
-            f"{field} is {name!r}, and there is no module {module}: name one that Python finds "
-            "from this folder, or put its folder into PYTHONPATH"
-        ) from None
-    except AttributeError:
-        raise UserError(f"{field} is {name!r}, and {module} has no {attribute}") from None
 
 
 def find_objective(name: str) -> type[Objective]:
