@@ -55,7 +55,7 @@ from afmrl_jax.data.views import listing_text
 from afmrl_jax.models import lora
 from afmrl_jax.planning import cost
 from afmrl_jax.planning.report import Part, check_fits
-from afmrl_jax.training.answer_judge import AnswerJudge, results_table
+from afmrl_jax.training.answer_evaluator import AnswerEvaluator, results_table
 from afmrl_jax.training.evaluators import Trained, make_evaluator
 from afmrl_jax.training.gradients import accumulate
 from afmrl_jax.training.loop import Training, fit
@@ -190,16 +190,17 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         def params(state: TrainState) -> Params:
             return lora.join(state.params, frozen)
 
-        judge = AnswerJudge(Trained(config, mesh, catalog, generator, params), listings, workdir)
-        judge.go_on(int(state.step))
-        evaluators = {"answers": judge if len(listings["validation"]) else None}
+        trained = Trained(config, mesh, catalog, generator, params)
+        evaluator = AnswerEvaluator(trained, listings, workdir)
+        evaluator.go_on(int(state.step))
+        evaluators = {"answers": evaluator if len(listings["validation"]) else None}
         training = Training(
             step=lambda state, batch: compiled[batch["tokens"].shape[-1]](frozen, state, batch),
             batches=batches,
             examples=config.batch,
             unit="answers",
             rows=rows,
-            validate=make_evaluator(config.evaluators, evaluators, judge.trained),
+            validate=make_evaluator(config.evaluators, evaluators, trained),
             shapes=len(compiled),
         )
         state = fit(training, state, run)
@@ -208,7 +209,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     path = workdir / EVALUATION
     split = "test" if len(listings["test"]) else "validation"
     if not first_says(path.exists()) and len(listings[split]):
-        results = judge.scores(state, split)
+        results = evaluator.scores(state, split)
         if run.first_process:
             write_atomically(path, json.dumps(results, indent=2))
     if run.first_process and path.exists():

@@ -25,7 +25,7 @@ from afmrl_jax.training.step import Params
 MAJORITY_LISTINGS = 20_000  # of the training split, from which the guesses are learned
 
 
-class AnswerJudge:
+class AnswerEvaluator:
     """Lets the generator answer held-out listings and compares with their attributes; called with
     a state it is the evaluator `answers`.
 
