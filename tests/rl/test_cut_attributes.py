@@ -30,7 +30,7 @@ TOKENIZER = train_tokenizer([*CATALOG.titles, "color: red; color: green"] * 4, 4
 CONFIG = preset("tiny").replace(
     vocab_size=TOKENIZER.get_vocab_size(), **special_token_ids(TOKENIZER)
 )
-OPTIONS = Reward(kind="margin", k=1, gain=False, invalid=-0.1, length_cost=0.0)
+OPTIONS = Reward(kind="margin", function="", k=1, gain=False, invalid=-0.1, length_cost=0.0)
 LIMITS = WatchLimits.of(get_config())
 CONFIGURATION = ConfigDict({"encoder": "runs/agcl"})
 

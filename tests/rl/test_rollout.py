@@ -19,7 +19,7 @@ from afmrl_jax.rl.rewards import Reward
 # The first says what the other listing of the mug shows, the second what another product's does.
 ANSWERS = ["color: red", "color: green", "red", "type: lamp"]
 
-RECALL = Reward(kind="recall", k=1, gain=False, invalid=-0.1, length_cost=0.0)
+RECALL = Reward(kind="recall", function="", k=1, gain=False, invalid=-0.1, length_cost=0.0)
 MARGIN = replace(RECALL, kind="margin")
 
 
