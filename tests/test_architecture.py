@@ -21,7 +21,6 @@ BODY = 60  # lines of a function
 PARAMETERS = 6
 # Functions with a reason to take more.
 MORE = {
-    "programs/rar.py:__init__": "a step of RAR holds all that a step needs, from rollout to update",
     "assembly/sentence_encoder.py:load": "sentence-transformers calls it with these",
     "catalog/builtin/pen.py:oval": "an edit would make another built-in catalogue",
 }
@@ -78,4 +77,4 @@ def test_settings_are_read_at_the_door():
         if re.search(r"\bConfigDict\b", path.read_text(encoding="utf-8"))
     }
     door = {"configs", "core", "main.py", "runner.py", "api.py", "programs", "training"}
-    assert readers - door == {"annotation", "checkpoints", "rl"}  # no more than these
+    assert readers - door == {"annotation", "checkpoints"}  # no more than these

@@ -3,12 +3,10 @@
 Axes: Q queries · G answers of a query · B = Q G answers, those of a query adjacent · E embedding.
 """
 
-import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +15,7 @@ from afmrl_jax.assembly.loaded import LoadedEncoder
 from afmrl_jax.attributes.text import Verdict, parse
 from afmrl_jax.catalog.listings import Catalog, Listing
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.views import AttributeCuts
+from afmrl_jax.data.views import AttributeCuts, sampled_cuts
 from afmrl_jax.rl.advantages import Advantages, group_advantages
 from afmrl_jax.rl.gallery import Gallery
 from afmrl_jax.rl.rewards import Completion, Reward, rewards
@@ -105,18 +103,22 @@ class RewardedAnswers:
         ]
 
 
-def append_groups(path: Path, step: int, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Appends the groups of a step to a rollouts.jsonl."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps({"step": step, **group}) + "\n" for group in groups)
-
-
 def none_is_read(cuts: AttributeCuts, where: str) -> UserError:
     """The error that ends a run whose encoder reads no attribute. where: the enriched texts."""
     return UserError(
         f"{where}: {cuts}. Every answer would be worth the same: train the encoder with "
         f"--config.data.max_tokens={cuts.needed}, or with a smaller data.max_patches"
     )
+
+
+def check_attributes_are_read(catalog: Catalog, encoder: LoadedEncoder, name: str) -> None:
+    """Warns where the encoder's rows are too short for true attributes of some training listings;
+    raises UserError where it reads none of them. name: of the encoder."""
+    cuts = sampled_cuts(catalog, "train", encoder.processor, encoder.processor.max_images)
+    where = f"true attributes, as {name} reads them"
+    if cuts.none_is_read:
+        raise none_is_read(cuts, where)
+    cuts.tell(where)
 
 
 @dataclass(frozen=True)

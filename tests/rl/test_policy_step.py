@@ -15,7 +15,7 @@ from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.models.lora import join
 from afmrl_jax.models.presets import preset
 from afmrl_jax.rl.advantages import group_advantages
-from afmrl_jax.rl.policy import build
+from afmrl_jax.rl.policy import PolicyOptions, build
 from afmrl_jax.training.run import fresh_params
 
 Q, G = 4, 8
@@ -47,7 +47,7 @@ def made(config):
     generator = base.for_training(TrainingOptions.of(config))
     mesh = make_mesh(dict(config.mesh))
     params = jax.jit(lambda: base.init_params(0))()
-    built = build(config, mesh, generator)
+    built = build(PolicyOptions.of(config), mesh, generator)
     if generator.lora:
         adapters = functools.partial(fresh_params, generator, config.seed)
         return generator, mesh, built, built.update.initial(adapters), params, params
