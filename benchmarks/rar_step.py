@@ -37,7 +37,7 @@ from generate import bytes_a_step, make_rows, measured_bandwidth, run_ours, samp
 from PIL import Image
 from running import train, write
 
-from afmrl_jax.attributes.text import Verdict, format_attributes, parse
+from afmrl_jax.attributes.text import format_attributes, parse
 from afmrl_jax.configs.rar import get_config
 from afmrl_jax.core.chips import CHIPS, chip_of
 from afmrl_jax.data.processor import Processor, Row, RowSizes
@@ -50,7 +50,7 @@ from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
 from afmrl_jax.retrieval.exact import ExactIndex
 from afmrl_jax.rl.advantages import group_advantages
-from afmrl_jax.rl.rewards import Retrieved, Reward, rewards
+from afmrl_jax.rl.rewards import Completion, Retrieved, Reward, rewards
 from afmrl_jax.rl.scoring import score_answers
 from afmrl_jax.training.gradients import accumulate
 
@@ -341,9 +341,9 @@ def make_search(width: int, args: argparse.Namespace) -> Callable[..., np.ndarra
         right = np.arange(count)
         enriched = find(queries[:, 1:].reshape(count * samples, -1), np.repeat(right, samples))
         plain = find(queries[:, 0], right)
-        valid = np.array([answer.verdict is Verdict.VALID for answer in parsed])
-        lengths = np.full(len(parsed), args.new)
-        return rewards(enriched, plain, valid, lengths, samples, options)[0].reshape(count, samples)
+        completions = [Completion.of("", answer, args.new) for answer in parsed]
+        asking: list = []  # the measures do not look at the listings
+        return rewards(completions, asking, enriched, plain, options)[0].reshape(count, samples)
 
     return search
 

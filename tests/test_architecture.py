@@ -23,7 +23,6 @@ BODY = 60  # lines of a function
 PARAMETERS = 6
 # Functions with a reason to take more.
 MORE = {
-    "programs/rar.py:__init__": "a step of RAR holds all that a step needs, from rollout to update",
     "assembly/sentence_encoder.py:load": "sentence-transformers calls it with these",
     "catalog/builtin/pen.py:oval": "an edit would make another built-in catalogue",
 }

@@ -44,9 +44,11 @@ def get_config(arm: str = "rar") -> ConfigDict:
     config.reward = ConfigDict()  # rl/rewards.py
     # From coarse to fine: recall (the paper's), mrr, ndcg, margin. Few groups of answers have equal
     # nDCG. No group has equal margins, but a wider mean margin does not rank more products first.
-    config.reward.kind = "ndcg"  # recall | mrr | ndcg | margin
+    config.reward.kind = "ndcg"  # recall | mrr | ndcg | margin; what held-out queries gain is of it
+    # A function of your own, as "my_rewards:brand_found" (CONTRIBUTING.md); "": the measure `kind`.
+    config.reward.function = ""
     config.reward.k = 50  # ranks of recall and ndcg; fewer for a small gallery
-    config.reward.gain = False  # whether the measure without attributes is subtracted
+    config.reward.gain = False  # whether the reward without attributes is subtracted
     config.reward.invalid = -0.02  # reward of an answer in an invalid format (the paper: -0.1)
     config.reward.length_cost = 0.0  # cost of a token
     config.reward.gallery = 5_000  # training listings to search, whole products at random

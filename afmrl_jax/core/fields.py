@@ -3,7 +3,8 @@
 import difflib
 import importlib
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from afmrl_jax.core.errors import UserError
@@ -40,24 +41,27 @@ def check_choice(field: str, value: object, allowed: Sequence[str]) -> None:
         raise UserError(f"{field} is {value!r}, expected one of {', '.join(allowed)}{hint}")
 
 
-def load_named(name: str, known: dict[str, str], field: str) -> Any:
+def load_named(name: str, known: Mapping[str, str], field: str) -> Any:
     """What `name`, a word of `known` or module:NAME, stands for.
 
     known: word -> module:NAME. field: of the configuration, for errors. Raises UserError where
     there is no such word, module or NAME.
     """
-    if ":" not in name:
+    if known and ":" not in name:
         check_choice(field, name, [*known, "module:NAME"])
         name = known[name]
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+        raise UserError(f"{field} is {name!r}: write it as module:NAME")
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        loaded = importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name and not module.startswith(error.name):
+        if error.name and not f"{module}.".startswith(f"{error.name}."):
             raise  # the module is there, and lacks another
         raise UserError(
             f"{field} is {name!r}, and there is no module {module}: name one that Python finds "
             "from this folder, or put its folder into PYTHONPATH"
         ) from None
-    except AttributeError:
-        raise UserError(f"{field} is {name!r}, and {module} has no {attribute}") from None
+    if not hasattr(loaded, attribute):
+        raise UserError(f"{field} is {name!r}, and {module} has no {attribute}")
+    return getattr(loaded, attribute)

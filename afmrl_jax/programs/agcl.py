@@ -272,28 +272,28 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         def params(state: TrainState) -> Params:
             return encoder_params(step, state.params, frozen)
 
-        judge = EncoderJudge(tasks, Trained(config, mesh, catalog, encoder, params))
+        evaluator = EncoderEvaluator(tasks, Trained(config, mesh, catalog, encoder, params))
         if not run.saved:
             for name in EVALUATIONS.values():  # of a run that died before it saved anything
                 (workdir / name).unlink(missing_ok=True)
             log.info("judging the untrained encoder on %d listings", len(tasks.listings))
-            judge.write(state, workdir / EVALUATIONS["before"])
+            evaluator.write(state, workdir / EVALUATIONS["before"])
 
         # ---- train
-        evaluators = {"retrieval": judge if tasks.validation else None}
+        evaluators = {"retrieval": evaluator if tasks.validation else None}
         training = Training(
             step=functools.partial(compiled, frozen),
             batches=batches,
             examples=config.batch,
             unit="pairs",
             rows=rows,
-            validate=make_evaluator(config.evaluators, evaluators, judge.trained),
+            validate=make_evaluator(config.evaluators, evaluators, evaluator.trained),
         )
         state = fit(training, state, run)
 
     # ---- judge after
     if not first_says((workdir / EVALUATIONS["after"]).exists()):
-        judge.write(state, workdir / EVALUATIONS["after"])
+        evaluator.write(state, workdir / EVALUATIONS["after"])
     if run.first_process:
         found = {
             when: json.loads((workdir / name).read_text())
@@ -321,7 +321,7 @@ class EvaluationTasks:
         self.enriched = enrichment(attributes, config.eval.enrich)
 
 
-class EncoderJudge:
+class EncoderEvaluator:
     """Judges states of the encoder; called with one it is the evaluator `retrieval`."""
 
     def __init__(self, tasks: EvaluationTasks, trained: Trained):

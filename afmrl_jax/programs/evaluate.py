@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class JudgedCheckpoint(Options, section=""):
+class EvaluatedCheckpoint(Options, section=""):
     """The model that is judged."""
 
     seed: int = between(0, 2**32 - 1)  # of the probe and of k-means
@@ -77,7 +77,7 @@ class Retrieval(Options, section="eval"):
 
 
 SHARES_WORKDIR = True  # all processes read it
-OPTIONS = (JudgedCheckpoint, CatalogOptions, Retrieval)
+OPTIONS = (EvaluatedCheckpoint, CatalogOptions, Retrieval)
 
 
 FOLDER_OPTIONS = (Embedding, EncoderRows)  # for a Hugging Face folder, which does not record them

@@ -1,5 +1,5 @@
-"""Trains the generator by what its attributes find: retrieval-aware reinforcement (RAR); METHOD:
-section 5.
+"""Trains the generator by what its attributes find: retrieval-aware reinforcement (RAR); see
+docs/method.md.
 
 1. Draw queries: training listings whose product has another listing in the gallery.
 2. Let the generator answer each of them several times.
@@ -12,21 +12,16 @@ section 5.
    queries, at the end beside queries without attributes, with those of SFT, with those of which SFT
    is sure, and with true ones.
 
-Axes: A micro-batches · C queries of one · Q = A C queries · G answers of a query · B = Q G ·
-T tokens of an answer · E embedding.
+Axes: C queries of a micro-batch · N listings.
 """
 
 import dataclasses
 import functools
-import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -42,40 +37,38 @@ from afmrl_jax.assembly.options import (
     TrainingOptions,
 )
 from afmrl_jax.assembly.pretrained import Base, find_pretrained, planned, read_base
-from afmrl_jax.attributes import comparison
-from afmrl_jax.catalog.groups import askers, whole_products
+from afmrl_jax.catalog.groups import askers
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.catalog.opening import CatalogOptions
 from afmrl_jax.checkpoints.record import MAY_CHANGE, recorded
 from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.logs import cut_back
-from afmrl_jax.core.mesh import local_rows, put_batch
+from afmrl_jax.core.mesh import local_rows
 from afmrl_jax.core.options import Options, between, check_options
 from afmrl_jax.data.queries import QueryBatches
 from afmrl_jax.data.stream import StreamOptions
-from afmrl_jax.data.views import sampled_cuts
 from afmrl_jax.losses.policy import PolicyGradient
-from afmrl_jax.models import lora
-from afmrl_jax.models.partition import MATRIX
-from afmrl_jax.models.sampler import Samples
-from afmrl_jax.planning.report import Part, check_fits
-from afmrl_jax.rl.environment import Environment, Laps, RewardedAnswers, append_groups, none_is_read
-from afmrl_jax.rl.gallery import Gallery, GallerySize, open_gallery
+from afmrl_jax.planning.report import Part
+from afmrl_jax.rl.environment import Environment, check_attributes_are_read
+from afmrl_jax.rl.gallery import GallerySize, gallery_of_split
 from afmrl_jax.rl.held_out import Arms, HeldOut, QueryAnswer, comparison_table
-from afmrl_jax.rl.policy import Built, PolicyOptions, Rollouts, build, parts
+from afmrl_jax.rl.learner import Learner, as_multiplied, make_learner
+from afmrl_jax.rl.policy import PolicyOptions, Rollouts, build, parts
 from afmrl_jax.rl.rewards import Reward, bounded_k
-from afmrl_jax.rl.watch import WatchLimits, stopped, watch
+from afmrl_jax.rl.step import KeptRollouts, Step
+from afmrl_jax.rl.watch import WatchLimits
 from afmrl_jax.training.evaluators import Evaluators, Trained, make_evaluator
 from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.optimizer import Optimizer
-from afmrl_jax.training.run import Run, RunOptions, fresh_params, micro_batch
+from afmrl_jax.training.run import Run, RunOptions, micro_batch
 from afmrl_jax.training.schedule import Schedule
 from afmrl_jax.training.step import Params
 
 BATCH_FIELD = "queries"  # the field of the configuration that micro_batches divides
 SHARES_WORKDIR = True  # all processes read it
 NO_EFFECT = (*MAY_CHANGE, "rollouts_every", "watch.")  # on what a run computes
+ROLLOUTS = "rollouts.jsonl"
 
 
 @dataclass(frozen=True)
@@ -108,119 +101,6 @@ OPTIONS = (
 FOLDER_OPTIONS = (GeneratorRows,)  # of a generator that does not know its rows
 
 
-def sampler_weights(trained: Any, frozen: Any) -> Any:
-    """The parameters that answers are drawn with: the policy's own, with nothing copied."""
-    return lora.join(trained, frozen)
-
-
-class Step:
-    """One step of the run: (state, rows) -> (state, metrics), for `training.loop`."""
-
-    def __init__(
-        self,
-        config: ConfigDict,
-        built: Built,
-        generator: Generator,
-        frozen: Any,
-        reference: Any,
-        batches: QueryBatches,
-        environment: Environment,
-        workdir: Path,
-        mesh: Mesh,
-    ):
-        """frozen: what is not trained, {} where all is. reference: parameters to stay near, as
-        `Built.reference` takes them; None without."""
-        self._config, self._built, self._generator = config, built, generator
-        self._frozen, self._reference = frozen, reference
-        self._batches, self._environment = batches, environment
-        self._limits, self._workdir, self._mesh = WatchLimits.of(config), workdir, mesh
-
-    def __call__(self, state: TrainState, rows: dict[str, jax.Array]):
-        laps, number = Laps(), int(state.step)
-        rows = dict(rows)
-        host = rows.pop("host")
-        weights = sampler_weights(state.params, self._frozen)
-        samples = jax.tree.map(np.asarray, self._built.rollout(weights, rows, number))
-        laps("rollout")
-        judged = self._judge(number, samples, laps)
-        verdict = watch(judged.rollouts, self._limits)
-        self._keep(number, judged, everything=bool(verdict.sentence))
-        if verdict.sentence:
-            raise stopped(number + 1, verdict, self._workdir / "rollouts.jsonl")
-        state, metrics = self._learn(state, rows, samples, judged, host)
-        laps("update")
-        watched = {f"watch_{name}": figure for name, figure in verdict.figures.items()}
-        return state, metrics | judged.metrics() | watched | laps.seconds
-
-    def _judge(self, number: int, samples: Samples, laps: Laps) -> RewardedAnswers:
-        lengths = samples.mask.sum(-1)
-        answers = [
-            self._generator.read(
-                samples.tokens[place][: lengths[place]],
-                samples.log_probs[place][: lengths[place]],
-                bool(samples.truncated[place]),
-            )
-            for place in np.ndindex(lengths.shape)
-        ]
-        listings, draws = self._batches.draw(number)
-        return self._environment.judge(
-            listings,
-            draws,
-            [answer.text for answer in answers],
-            [answer.closed for answer in answers],
-            lengths.reshape(-1),
-            laps,
-        )
-
-    def _learn(
-        self,
-        state: TrainState,
-        rows: dict[str, jax.Array],
-        samples: Samples,
-        judged: RewardedAnswers,
-        host: jax.Array,
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """The updates by one step's answers; the metrics are the last one's."""
-        plain = self._config.temperature == 1  # then the policy's own are what was drawn from
-        values = {
-            "tokens": samples.tokens,
-            "mask": samples.mask,
-            "sampler_log_probs": samples.log_probs if plain else samples.sampling_log_probs,
-            "truncated": samples.truncated,
-            "advantages": judged.advantages.values,
-            "zero_variance": np.broadcast_to(
-                judged.advantages.zero_variance[:, None], samples.truncated.shape
-            ),
-        }
-        micro_batches, queries = (
-            self._batches.micro_batches,
-            self._batches.queries // self._batches.micro_batches,
-        )
-        local = {
-            name: x.reshape(micro_batches, queries, *x.shape[1:])[:, self._batches.rows]
-            for name, x in values.items()
-        }
-        answers = put_batch(local, self._mesh, axis=1, rows=queries)
-        if self._reference is not None:
-            scores = self._built.reference(self._reference, rows, answers)
-            answers["reference_log_probs"] = scores
-        batch = {"rows": rows, "answers": answers, "host": host}
-        for epoch in range(1, self._config.inner_epochs + 1):
-            batch["advance"] = int(epoch == self._config.inner_epochs)
-            state, metrics = self._built.update.function(self._frozen, state, batch)
-            if self._config.inner_epochs > 1:
-                batch["answers"] = answers | {"old_log_probs": metrics.pop("old_log_probs")}
-        return state, jax.block_until_ready(metrics)
-
-    def _keep(self, number: int, judged: RewardedAnswers, *, everything: bool) -> None:
-        """Adds every n-th group of the run, or all of a step, to rollouts.jsonl."""
-        every = 1 if everything else self._config.rollouts_every
-        if every and jax.process_index() == 0:
-            first = number * self._config.queries
-            groups = [g for q, g in enumerate(judged.groups()) if (first + q) % every == 0]
-            append_groups(self._workdir / "rollouts.jsonl", number + 1, groups)
-
-
 def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     """What `plan` compiles of a run with this configuration, whose generator may be a preset: rows
     as the configuration's data says, no catalogue and no encoder."""
@@ -246,103 +126,46 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         run.config = config.to_json()  # with the generator's rows
         catalog = run.open_catalogue(CatalogOptions.of(config))
         encoder, encoder_base = _encoder(config, run.saved, mesh)
-        _check_attributes_are_read(config, catalog, encoder)
+        check_attributes_are_read(catalog, encoder, config.encoder)
 
         # ---- galleries
-        reward = Reward.of(config)
-        opened = functools.partial(_gallery, config, workdir, catalog, encoder)
-        gallery = opened("train")
-        if gallery is None:
-            raise UserError(
-                f"no product of {catalog.name}'s training split has two listings, so that none can "
-                "find another: RAR needs several listings a product"
-            )
-        reward = dataclasses.replace(reward, k=bounded_k(reward.k, len(gallery)))
-        environment = Environment(
-            catalog, encoder, gallery, reward, config.samples, config.policy.objective == "grpo"
-        )
-        limits = {"validation": config.eval.validation_listings, "test": config.eval.listings}
-        held_out = {
-            split: HeldOut(catalog, split, searched, encoder, reward, limit)
-            for split, limit in limits.items()
-            if (searched := opened(split))
-        }
+        environment, held_out = _searches(config, workdir, catalog, encoder)
 
         # ---- policy and the reference that it stays near
-        options = PolicyOptions.of(config)
-        built = build(options, mesh, generator)
-        for part in parts(options, mesh, generator, built):
-            check_fits(part, mesh)
-        params, base = read_base(generator, built.params, base)
-        frozen, reference = (params, params) if generator.lora else ({}, None)
-        if config.policy.kl and not generator.lora:
-            reference = _as_multiplied(params, DTYPES[config.model.dtype])
-        reference = reference if config.policy.kl else None
-        judge_record = json.dumps(dataclasses.asdict(encoder_base))
-        run.keep(generator, **base.record(), encoder=judge_record)
-        loaded = LoadedGenerator(generator, None, mesh, config.eval.batch)
-
-        def answer(trained: Params, listings: np.ndarray) -> list[QueryAnswer]:
-            policy = loaded.with_params(sampler_weights(trained, frozen))
-            descriptions = policy.describe(catalog, listings)
-            return [QueryAnswer(listing.answer.text, listing.sure) for listing in descriptions]
-
-        judge = Arms(workdir, held_out, answer, WatchLimits.of(config))
-        adapters = functools.partial(fresh_params, generator, config.seed)
-        begin = adapters if generator.lora else params
-        if run.saved:
-            state = run.restore(built.update)
-            if not judge.has_begun():  # checkpoints elsewhere outlive a workdir
-                judge.begin(built.update.initial(begin).params)
-        else:
-            state = built.update.initial(begin)
-            judge.begin(state.params)
-        del params, begin
-        if run.first_process:
-            cut_back(workdir / "rollouts.jsonl", int(state.step))
+        learner, begin, base = make_learner(PolicyOptions.of(config), mesh, generator, base)
+        run.keep(generator, **base.record(), encoder=json.dumps(dataclasses.asdict(encoder_base)))
+        answer = _answering(config, learner, catalog)
+        arms = Arms(workdir, held_out, answer, WatchLimits.of(config))
+        state = _begin(run, learner, begin, arms)
+        del begin  # the memory of its parameters
 
         # ---- train
-        batches = QueryBatches(
-            catalog,
-            askers(catalog, "train", gallery.listings),
-            generator.processor(answers=False),
-            queries=config.queries,
-            micro_batches=config.micro_batches,
-            rows=local,
-            seed=config.seed,
-            steps=config.steps,
-        )
-        found = functools.partial(_held_out_scores, judge) if "validation" in held_out else None
+        batches = _batches(config, environment, generator, local)
+        kept = KeptRollouts(workdir / ROLLOUTS, config.rollouts_every)
+        evaluators = {"held_out": arms if "validation" in held_out else None}
         trained = Trained(
-            config, mesh, catalog, generator, lambda state: sampler_weights(state.params, frozen)
+            config, mesh, catalog, generator, lambda state: learner.weights(state.params)
         )
         training = Training(
-            step=Step(
-                config, built, generator, frozen, reference, batches, environment, workdir, mesh
-            ),
+            step=Step(learner, batches, environment, WatchLimits.of(config), kept),
             batches=batches,
             examples=config.queries * config.samples,
             unit="answers",
             rows=queries,
-            validate=make_evaluator(config.evaluators, {"held_out": found}, trained),
+            validate=make_evaluator(config.evaluators, evaluators, trained),
             waits=True,
         )
         state = fit(training, state, run)
 
         # ---- judge
-        chosen, policy = run.checkpoints.best or int(state.step), state.params
+        chosen, params = run.checkpoints.best or int(state.step), state.params
         if chosen != int(state.step):
-            policy = run.checkpoints.restore_params(chosen, built.update.abstract.params)
-        judge.end(policy, chosen)
-    if run.first_process and judge.path.exists():
-        results = json.loads(judge.path.read_text(encoding="utf-8"))
+            params = run.checkpoints.restore_params(chosen, learner.built.update.abstract.params)
+        arms.end(params, chosen)
+    if run.first_process and arms.path.exists():
+        results = json.loads(arms.path.read_text(encoding="utf-8"))
         print(f"{catalog.name}, {results['split']} split, after {results['step']} steps:")
         print(comparison_table(results), flush=True)
-
-
-def _held_out_scores(judge: Arms, state: TrainState) -> dict[str, float]:
-    """The evaluator `held_out`."""
-    return judge.validate(state.params, int(state.step))
 
 
 def _generator(
@@ -384,61 +207,79 @@ def _encoder(
             "folder that was exported from one"
         )
     params, base = read_base(enc, abstract_params(enc, mesh), Base(source.path, base.fingerprint))
-    params = _as_multiplied(params, DTYPES[enc.options.model.dtype])
+    params = as_multiplied(params, DTYPES[enc.options.model.dtype])
     return LoadedEncoder(enc, params, mesh, config.reward.batch), base
 
 
-def _check_attributes_are_read(
-    config: ConfigDict, catalog: Catalog, encoder: LoadedEncoder
-) -> None:
-    """Warns where the encoder's rows are too short for true attributes of some training listings;
-    raises UserError where it reads none of them."""
-    cuts = sampled_cuts(catalog, "train", encoder.processor, encoder.processor.max_images)
-    if cuts.none_is_read:
-        raise none_is_read(cuts, f"true attributes, as {config.encoder} reads them")
-    cuts.tell(f"true attributes, as {config.encoder} reads them")
+def _searches(
+    config: ConfigDict, workdir: Path, catalog: Catalog, encoder: LoadedEncoder
+) -> tuple[Environment, dict[str, HeldOut]]:
+    """What rewards answers to training queries, and the held-out queries of each split that has
+    any."""
+    size, options = GallerySize.of(config), Reward.of(config)
+    opened = functools.partial(gallery_of_split, size, workdir / "gallery", catalog, encoder)
+    gallery = opened("train")
+    if gallery is None:
+        raise UserError(
+            f"no product of {catalog.name}'s training split has two listings, so that none can "
+            "find another: RAR needs several listings a product"
+        )
+    options = dataclasses.replace(options, k=bounded_k(options.k, len(gallery)))
+    environment = Environment(
+        catalog, encoder, gallery, options, config.samples, config.policy.objective == "grpo"
+    )
+    limits = {"validation": config.eval.validation_listings, "test": config.eval.listings}
+    held_out = {
+        split: HeldOut(catalog, split, searched, encoder, options, limit)
+        for split, limit in limits.items()
+        if (searched := opened(split))
+    }
+    return environment, held_out
 
 
-def _as_multiplied(params: Any, dtype: Any) -> Any:
-    """A copy with the matrices as products round them: half the memory, and the same numbers."""
+def _answering(
+    config: ConfigDict, learner: Learner, catalog: Catalog
+) -> Callable[[Params, np.ndarray], list[QueryAnswer]]:
+    """(trained parameters, listings int64[N]) -> the policy's most probable answers."""
+    loaded = LoadedGenerator(learner.generator, None, learner.mesh, config.eval.batch)
 
-    def rounded(path: Any, x: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        return jnp.copy(x).astype(dtype if MATRIX.search(name) else x.dtype)
+    def answer(trained: Params, listings: np.ndarray) -> list[QueryAnswer]:
+        policy = loaded.with_params(learner.weights(trained))
+        descriptions = policy.describe(catalog, listings)
+        return [QueryAnswer(listing.answer.text, listing.sure) for listing in descriptions]
 
-    shardings = jax.tree.map(lambda x: x.sharding, params)
-    copy = functools.partial(jax.tree_util.tree_map_with_path, rounded)
-    return jax.jit(copy, out_shardings=shardings)(params)
+    return answer
 
 
-def _gallery(
-    config: ConfigDict,
-    workdir: Path,
-    catalog: Catalog,
-    encoder: LoadedEncoder,
-    split: str,
-) -> Gallery | None:
-    """The gallery of a split's listings; None where nothing can be found, or in a split for judging
-    nothing wrong can."""
-    listings = whole_products(catalog, catalog.indices(split), config.reward.gallery)
-    if not len(askers(catalog, split, listings)):
-        return None
-    if split != "train" and len(np.unique(catalog.products[listings])) == 1:
-        return None
-    attributes = config.reward.gallery_attributes
-    parts = [encoder.version, str(encoder.batch), catalog.fingerprint, str(attributes)]
-    parts += [listings.tobytes().hex()]
-    if attributes:  # as texts with attributes are since titles are cut before them; of attributes
-        parts += ["kept whole", str(comparison.VERSION)]  # those stand there that say something
+def _begin(
+    run: Run, learner: Learner, begin: Params | Callable[[], Params], arms: Arms
+) -> TrainState:
+    """The state to go on from. begin: the parameters of a new run; the arms judge them first."""
+    update = learner.built.update
+    if run.saved:
+        state = run.restore(update)
+        if not arms.has_begun():  # checkpoints elsewhere outlive a workdir
+            arms.begin(update.initial(begin).params)
+    else:
+        state = update.initial(begin)
+        arms.begin(state.params)
+    if run.first_process:
+        cut_back(run.workdir / ROLLOUTS, int(state.step))
+    return state
 
-    def of(number: int) -> Mapping[str, str]:
-        return catalog.listing(int(listings[number])).attributes
 
-    def embed(listings: np.ndarray) -> np.ndarray:
-        carried = of if attributes else None
-        return encoder.embed_listings(
-            catalog, listings, attributes=carried, where="the gallery"
-        ).vectors
-
-    version = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
-    return open_gallery(workdir / "gallery", version, catalog, listings, embed)
+def _batches(
+    config: ConfigDict, environment: Environment, generator: Generator, local: np.ndarray
+) -> QueryBatches:
+    """The queries of the run. local: this process's rows of each micro-batch."""
+    catalog = environment.catalog
+    return QueryBatches(
+        catalog,
+        askers(catalog, "train", environment.gallery.listings),
+        generator.processor(answers=False),
+        queries=config.queries,
+        micro_batches=config.micro_batches,
+        rows=local,
+        seed=config.seed,
+        steps=config.steps,
+    )

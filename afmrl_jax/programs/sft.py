@@ -55,7 +55,7 @@ from afmrl_jax.data.views import listing_text
 from afmrl_jax.models import lora
 from afmrl_jax.planning import cost
 from afmrl_jax.planning.report import Part, check_fits
-from afmrl_jax.training.answer_judge import AnswerEvaluation, AnswerJudge, results_table
+from afmrl_jax.training.answer_evaluator import AnswerEvaluation, AnswerEvaluator, results_table
 from afmrl_jax.training.evaluators import Evaluators, Trained, make_evaluator
 from afmrl_jax.training.gradients import accumulate
 from afmrl_jax.training.loop import Training, fit
@@ -195,9 +195,9 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
 
         trained = Trained(config, mesh, catalog, generator, params)
         options = AnswerEvaluation.of(config)
-        judge = AnswerJudge(trained, options, config.vocabulary_chunk, listings, workdir)
-        judge.go_on(int(state.step))
-        evaluators = {"answers": judge if len(listings["validation"]) else None}
+        evaluator = AnswerEvaluator(trained, options, config.vocabulary_chunk, listings, workdir)
+        evaluator.go_on(int(state.step))
+        evaluators = {"answers": evaluator if len(listings["validation"]) else None}
         training = Training(
             step=lambda state, batch: compiled[batch["tokens"].shape[-1]](frozen, state, batch),
             batches=batches,
@@ -213,7 +213,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     path = workdir / EVALUATION
     split = "test" if len(listings["test"]) else "validation"
     if not first_says(path.exists()) and len(listings[split]):
-        results = judge.scores(state, split)
+        results = evaluator.scores(state, split)
         if run.first_process:
             write_atomically(path, json.dumps(results, indent=2))
     if run.first_process and path.exists():

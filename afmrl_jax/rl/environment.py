@@ -3,24 +3,22 @@
 Axes: Q queries · G answers of a query · B = Q G answers, those of a query adjacent · E embedding.
 """
 
-import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from afmrl_jax.assembly.loaded import LoadedEncoder
-from afmrl_jax.attributes.text import Parsed, Verdict, parse
-from afmrl_jax.catalog.listings import Catalog
+from afmrl_jax.attributes.text import Verdict, parse
+from afmrl_jax.catalog.listings import Catalog, Listing
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.data.views import AttributeCuts
+from afmrl_jax.data.views import AttributeCuts, sampled_cuts
 from afmrl_jax.rl.advantages import Advantages, group_advantages
 from afmrl_jax.rl.gallery import Gallery
-from afmrl_jax.rl.rewards import Reward, rewards
+from afmrl_jax.rl.rewards import Completion, Reward, rewards
 
 COMPARED = 8  # answers of a step whose approximate search is compared with an exact one
 
@@ -105,12 +103,6 @@ class RewardedAnswers:
         ]
 
 
-def append_groups(path: Path, step: int, groups: Iterable[Mapping[str, Any]]) -> None:
-    """Appends the groups of a step to a rollouts.jsonl."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps({"step": step, **group}) + "\n" for group in groups)
-
-
 def none_is_read(cuts: AttributeCuts, where: str) -> UserError:
     """The error that ends a run whose encoder reads no attribute. where: the enriched texts."""
     return UserError(
@@ -119,9 +111,14 @@ def none_is_read(cuts: AttributeCuts, where: str) -> UserError:
     )
 
 
-def valid_attributes(parsed: Parsed) -> dict[str, str]:
-    """The attributes that an answer adds to its query; {} where it breaks the format."""
-    return parsed.attributes if parsed.verdict is Verdict.VALID else {}
+def check_attributes_are_read(catalog: Catalog, encoder: LoadedEncoder, name: str) -> None:
+    """Warns where the encoder's rows are too short for true attributes of some training listings;
+    raises UserError where it reads none of them. name: of the encoder."""
+    cuts = sampled_cuts(catalog, "train", encoder.processor, encoder.processor.max_images)
+    where = f"true attributes, as {name} reads them"
+    if cuts.none_is_read:
+        raise none_is_read(cuts, where)
+    cuts.tell(where)
 
 
 @dataclass(frozen=True)
@@ -148,14 +145,18 @@ class Environment:
 
         listings, draws: int64[Q], the queries. texts: B answers; closed: whether each ended by
         itself; lengths: int[B], tokens. laps: times the parts parse, embed and search.
+        Raises UserError where the reward's function fails `RewardFunction`.
         """
-        parsed = [parse(text, bool(ended)) for text, ended in zip(texts, closed)]
-        attributes = [valid_attributes(answer) for answer in parsed]
+        completions = [
+            Completion.of(text, parse(text, bool(ended)), int(tokens))
+            for text, ended, tokens in zip(texts, closed, lengths)
+        ]
         laps("parse")
         # Each query without attributes, then with those of each of its answers.
         carried: list[Mapping[str, str]] = []
-        for first in range(0, len(attributes), self.samples):
-            carried += [{}, *attributes[first : first + self.samples]]
+        for first in range(0, len(completions), self.samples):
+            group = completions[first : first + self.samples]
+            carried += [{}, *(answer.attributes for answer in group)]
         vectors, cuts = self.encoder.embed_listings(
             self.catalog,
             np.repeat(listings, self.samples + 1),
@@ -165,16 +166,23 @@ class Environment:
         )
         vectors = vectors.reshape(len(listings), self.samples + 1, -1)
         laps("embed")
-        values, parts = self._search(listings, vectors, parsed, lengths)
+        asking = [self.catalog.listing(int(i), int(draw)) for i, draw in zip(listings, draws)]
+        queries = [listing for listing in asking for _ in range(self.samples)]
+        values, parts = self._search(listings, vectors, completions, queries)
         parts["attributes_cut"] = np.array([cuts.share])  # of the answers with attributes
         laps("search")
-        rollouts = []
-        for i, text in enumerate(texts):
-            q = i // self.samples
-            listing = self.catalog.listing(int(listings[q]), int(draws[q]))
-            ids = (listing.listing_id, listing.product_id)
-            rollouts.append(Rollout(q, listing.title, ids, text, attributes[i], float(values[i])))
-        verdicts = [answer.verdict for answer in parsed]
+        rollouts = [
+            Rollout(
+                i // self.samples,
+                query.title,
+                (query.listing_id, query.product_id),
+                answer.text,
+                answer.attributes,
+                float(values[i]),
+            )
+            for i, (answer, query) in enumerate(zip(completions, queries))
+        ]
+        verdicts = [answer.verdict for answer in completions]
         grouped = values.reshape(-1, self.samples)
         advantages = group_advantages(grouped, self.scale)
         return RewardedAnswers(rollouts, verdicts, grouped, advantages, parts)
@@ -183,20 +191,19 @@ class Environment:
         self,
         listings: np.ndarray,
         vectors: np.ndarray,
-        parsed: Sequence[Parsed],
-        lengths: np.ndarray,
+        completions: Sequence[Completion],
+        queries: Sequence[Listing],
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Rewards of B answers and their parts. vectors: float32[Q, G + 1, E]; the first of a query
-        is that without attributes."""
-        plain, enriched = vectors[:, 0], vectors[:, 1:].reshape(len(parsed), -1)
+        is that without attributes. queries: B, of each answer the listing that asks."""
+        plain, enriched = vectors[:, 0], vectors[:, 1:].reshape(len(completions), -1)
         answer_listings = np.repeat(listings, self.samples)
         k = self.options.k
         values, parts = rewards(
+            completions,
+            queries,
             self.gallery.find(enriched, answer_listings, k),
             self.gallery.find(plain, listings, k),
-            np.array([answer.verdict is Verdict.VALID for answer in parsed]),
-            lengths,
-            self.samples,
             self.options,
         )
         if self.gallery.approximate:

@@ -3,15 +3,18 @@
 Axes: N gallery listings · n queries · E embedding · K ranks · R relevant listings, padded with -1.
 """
 
+import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from afmrl_jax.catalog.groups import Members
+from afmrl_jax.assembly.loaded import LoadedEncoder
+from afmrl_jax.attributes import comparison
+from afmrl_jax.catalog.groups import Members, askers, whole_products
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.files import write_atomically
@@ -128,3 +131,32 @@ def open_gallery(
         if first_process:
             index.save(saved)
     return Gallery(catalog, listings, vectors, index)
+
+
+def gallery_of_split(
+    options: GallerySize, folder: Path, catalog: Catalog, encoder: LoadedEncoder, split: str
+) -> Gallery | None:
+    """The gallery of a split's listings; None where nothing can be found, or in a split for judging
+    nothing wrong can. folder: as `open_gallery` takes it."""
+    listings = whole_products(catalog, catalog.indices(split), options.gallery)
+    if not len(askers(catalog, split, listings)):
+        return None
+    if split != "train" and len(np.unique(catalog.products[listings])) == 1:
+        return None
+    attributes = options.gallery_attributes
+    parts = [encoder.version, str(encoder.batch), catalog.fingerprint, str(attributes)]
+    parts += [listings.tobytes().hex()]
+    if attributes:  # as texts with attributes are since titles are cut before them; of attributes
+        parts += ["kept whole", str(comparison.VERSION)]  # those stand there that say something
+
+    def of(number: int) -> Mapping[str, str]:
+        return catalog.listing(int(listings[number])).attributes
+
+    def embed(listings: np.ndarray) -> np.ndarray:
+        carried = of if attributes else None
+        return encoder.embed_listings(
+            catalog, listings, attributes=carried, where="the gallery"
+        ).vectors
+
+    version = hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
+    return open_gallery(folder, version, catalog, listings, embed)

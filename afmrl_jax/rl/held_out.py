@@ -29,6 +29,7 @@ from afmrl_jax.assembly.loaded import LoadedEncoder
 from afmrl_jax.attributes.agreement import agreement
 from afmrl_jax.catalog.groups import askers
 from afmrl_jax.catalog.listings import Catalog
+from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.processes import first_says
 from afmrl_jax.core.tables import markdown_table
@@ -166,7 +167,8 @@ def choose_confidence(held_out: HeldOut, answers: Sequence[QueryAnswer]) -> floa
 
 
 class Arms:
-    """Judges a run by its arms; all processes call it together, and the first writes the files."""
+    """Judges a run by its arms; called with a state it is the evaluator `held_out`. All processes
+    call it together, and the first writes the files."""
 
     def __init__(
         self,
@@ -222,6 +224,10 @@ class Arms:
             _log_recall(arms[held_out.split])
         if jax.process_index() == 0:
             write_atomically(self._before, _to_json({"sft_sure": least}, arms))
+
+    def __call__(self, state: TrainState) -> dict[str, float]:
+        """The scores of `validate`."""
+        return self.validate(state.params, int(state.step))
 
     def validate(self, trained: Params, step: int) -> dict[str, float]:
         """Scores on validation queries. Raises UserError where the watch sees reward hacking."""

@@ -1,15 +1,26 @@
 """Rewards of answers, by the search results of the queries that they enrich.
 
 Every answer is searched for: its attributes are appended to its query, or nothing where its format
-is invalid. The results come in as arrays; all functions are pure numpy on the host.
+is invalid. A reward is a function (completions, queries, retrieved) -> float32[B], a measure or of
+a user's module; what it gives, an answer's format and its length make up what an answer is worth.
+All functions are pure numpy on the host.
 Axes: B = Q x G answers, the G of a query adjacent · Q queries · n rows of one search, B or Q
 · K ranks · R relevant gallery listings, padded with -1.
 """
 
+import contextlib
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import numpy as np
 
+from afmrl_jax.attributes.text import Parsed, Verdict
+from afmrl_jax.catalog.listings import Listing
+from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import load_named
 from afmrl_jax.core.options import Options, among, between
 from afmrl_jax.retrieval.metrics import (
     ndcg_at_k,
@@ -23,19 +34,26 @@ GALLERY_SHARE = 20  # k is at most a 20th of the gallery
 
 
 @dataclass(frozen=True)
-class Reward(Options, section="reward"):
-    """The reward of an answer."""
+class Completion:
+    """An answer as a reward sees it. attributes: what it adds to its query; {} where it breaks the
+    format. tokens: its length, the stop token included."""
 
-    kind: str = among("recall", "mrr", "ndcg", "margin")  # from coarse (the paper's) to smooth
-    k: int = between(1, 1_000_000)  # of recall and ndcg
-    gain: bool  # whether the measure of the query without attributes is subtracted
-    invalid: float = between(-100, 0)  # of an answer in an invalid format
-    length_cost: float = between(0, 100)  # a token
+    text: str
+    attributes: Mapping[str, str]
+    verdict: Verdict
+    tokens: int
+
+    @classmethod
+    def of(cls, text: str, parsed: Parsed, tokens: int) -> Self:
+        valid = parsed.verdict is Verdict.VALID
+        return cls(text, parsed.attributes if valid else {}, parsed.verdict, tokens)
 
     @property
-    def measure(self) -> str:
-        """The name of the rewarded measure, among `measures`."""
-        return measure_at(self.kind, self.k)
+    def valid(self) -> bool:
+        return self.verdict is Verdict.VALID
+
+
+NOTHING = Completion("", {}, Verdict.EMPTY, 0)  # the answer of a query without attributes
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,105 @@ class Retrieved:
     relevant_scores: np.ndarray
     self_ids: np.ndarray
 
+    def repeat(self, times: int) -> "Retrieved":
+        """Each query's results so many times, adjacent."""
+        return Retrieved(*(np.repeat(x, times, axis=0) for x in vars(self).values()))
+
+
+class RewardFunction(Protocol):
+    """What an answer earns: `reward.function`, or the measure of `reward.kind`."""
+
+    def __call__(
+        self, completions: Sequence[Completion], queries: Sequence[Listing], retrieved: Retrieved
+    ) -> np.ndarray:
+        """float32[B], finite; of a completion that is not valid the number is not used.
+
+        completions: the G answers of a query adjacent. queries: of each completion, the listing
+        that asks. retrieved: of each completion, what its query finds with its attributes.
+
+        It must be pure: every process calls it with the same arguments and goes on with its own
+        result. With `reward.gain` it is called a second time, of completions that add nothing.
+        """
+
+
+@dataclass(frozen=True)
+class Reward(Options, section="reward"):
+    """The reward of an answer. Raises UserError where `function` names no function."""
+
+    kind: str = among("recall", "mrr", "ndcg", "margin")  # from coarse (the paper's) to smooth
+    function: str  # module:NAME of a RewardFunction; "" = the measure of `kind`
+    k: int = between(1, 1_000_000)  # of recall and ndcg
+    gain: bool  # whether the reward of the query without attributes is subtracted
+    invalid: float = between(-100, 0)  # of an answer in an invalid format
+    length_cost: float = between(0, 100)  # a token
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.find_function()
+
+    @property
+    def measure(self) -> str:
+        """The name of the measure of `kind`, among `measures`."""
+        return measure_at(self.kind, self.k)
+
+    def find_function(self) -> RewardFunction:
+        """What `function` names, or the measure of `kind`."""
+        if not self.function:
+            return functools.partial(_measured, self.measure, self.k)
+        found, told = load_named(self.function, {}, "reward.function"), self._told
+        if not callable(found):
+            raise UserError(f"{told}, which is no function, but {_form(found)}")
+        with contextlib.suppress(ValueError):  # not everything that is compiled has a signature
+            signature = inspect.signature(found)
+            try:
+                signature.bind("completions", "queries", "retrieved")
+            except TypeError:
+                raise UserError(
+                    f"{told}, which takes {signature}: expected (completions, queries, retrieved)"
+                ) from None
+        return found
+
+    def earned(
+        self, completions: Sequence[Completion], queries: Sequence[Listing], retrieved: Retrieved
+    ) -> np.ndarray:
+        """The function's rewards. Raises UserError where they are not float32[B] and finite."""
+        values = self.find_function()(completions, queries, retrieved)
+        expected = f"float32[{len(completions)}]"
+        if _form(values) != expected:
+            raise UserError(
+                f"{self._told}, which returned {_form(values)}: expected {expected}, a reward for "
+                "each completion"
+            )
+        values = np.asarray(values)
+        if len(wrong := np.flatnonzero(~np.isfinite(values))):
+            raise UserError(
+                f"{self._told}, {len(wrong)} of whose {len(values)} rewards are not finite: the "
+                f"first is {values[wrong[0]]}, of the answer {completions[wrong[0]].text!r}"
+            )
+        return values
+
+    @property
+    def _told(self) -> str:
+        return f"reward.function is {self.function!r}"
+
+
+def _measured(
+    name: str,
+    k: int,
+    completions: Sequence[Completion],
+    queries: Sequence[Listing],
+    retrieved: Retrieved,
+) -> np.ndarray:
+    """A measure as a RewardFunction."""
+    return measures(retrieved, k)[name].astype(np.float32)
+
+
+def _form(values: Any) -> str:
+    """As float32[8] of an array; the type of anything else."""
+    if not (hasattr(values, "dtype") and hasattr(values, "shape")):
+        return type(values).__name__
+    return f"{values.dtype}[{', '.join(map(str, values.shape))}]"
+
 
 def measure_at(kind: str, k: int) -> str:
     """The name among `measures` of a kind of reward at k."""
@@ -71,41 +188,40 @@ def bounded_k(k: int, gallery: int) -> int:
 
 
 def rewards(
+    completions: Sequence[Completion],
+    queries: Sequence[Listing],
     answers: Retrieved,
-    plain: Retrieved | None,
-    valid: np.ndarray,
-    lengths: np.ndarray,
-    samples: int,
+    plain: Retrieved,
     options: Reward,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Rewards of B answers, and their parts.
 
-    answers: results of the B enriched queries, K > options.k + 1. plain: results of the Q queries
-    without attributes; None unless the gain is measured. valid: bool[B], whether the format is
-    kept. lengths: int[B], tokens. samples: G.
+    queries: of each answer, the listing that asks. answers: results of the B enriched queries,
+    K > options.k + 1. plain: results of the Q queries without attributes.
 
-    The reward of a valid answer is its measure, less that of the plain query under `gain`, less the
-    cost of its length. The reward of an invalid answer is `invalid` plus the lower of 0 and the
-    worst valid reward of its group: breaking the format never pays, also where measures are
-    negative. `gain` shifts all valid answers of a group by one number: it makes rewards comparable
+    The reward of a valid answer is what the function gives, less the cost of its length and, under
+    `gain`, less what the function gives the query without attributes. The reward of an invalid
+    answer is `invalid` plus the lower of 0 and the worst valid reward of its group: breaking the
+    format never pays, also where rewards are negative. Where a function looks at what was found
+    alone, `gain` shifts all valid answers of a group by one number: it makes rewards comparable
     between queries, and changes advantages only where some answers of the group are invalid.
 
     Returns float32[B], and float32[B] for each of recall@1, recall@K, mrr, ndcg@K, margin (of
-    valid and invalid answers), gain (with `plain`), valid.
-    Raises ValueError where a ranking is too short or a query has nothing relevant to find.
+    valid and invalid answers), gain (of the measure of `kind`, whatever the function), valid.
+    Raises ValueError where a ranking is too short or a query has nothing relevant to find, and
+    UserError as `Reward` does.
     """
-    parts = measures(answers, options.k)
-    worth = parts[options.measure] - options.length_cost * lengths
-    if plain is not None:
-        alone = np.repeat(measures(plain, options.k)[options.measure], samples)
-        parts["gain"] = parts[options.measure] - alone
-        worth = worth - alone if options.gain else worth
-    elif options.gain:
-        raise ValueError("the gain needs what the queries find alone: give `plain`")
+    samples = len(completions) // len(plain.ids)
+    parts, alone = measures(answers, options.k), measures(plain, options.k)
+    parts["gain"] = parts[options.measure] - np.repeat(alone[options.measure], samples)
+    parts["valid"] = valid = np.array([answer.valid for answer in completions])
+    lengths = np.array([answer.tokens for answer in completions])
+    worth = options.earned(completions, queries, answers) - options.length_cost * lengths
+    if options.gain:
+        worth -= options.earned([NOTHING] * len(completions), queries, plain.repeat(samples))
     groups = np.where(valid, worth, np.inf).reshape(-1, samples)
     worst = np.minimum(groups.min(axis=1), 0.0)
     worth = np.where(valid, worth, np.repeat(worst, samples) + options.invalid)
-    parts["valid"] = valid
     return worth.astype(np.float32), {name: x.astype(np.float32) for name, x in parts.items()}
 
 

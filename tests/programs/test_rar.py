@@ -19,6 +19,7 @@ from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.model import abstract_params
 from afmrl_jax.assembly.options import EncoderOptions, GeneratorOptions
 from afmrl_jax.assembly.pretrained import find_pretrained
+from afmrl_jax.attributes.text import parse
 from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, find_checkpoints
 from afmrl_jax.checkpoints.state import abstract_state, init_state
@@ -255,3 +256,40 @@ def test_a_changed_configuration_is_refused(config, run):
     told = f"eval.listings was .*; policy.kl was {before} and is now 0.5"
     with pytest.raises(UserError, match=told):
         runner.run(config, run)
+
+
+def pairs_named(completions, queries, retrieved):
+    """A reward of a user's module."""
+    return np.array([len(answer.attributes) for answer in completions], np.float32)
+
+
+def constant(completions, queries, retrieved):
+    """Another one."""
+    return np.zeros(len(completions), np.float32)
+
+
+def test_a_reward_of_a_user_s_module_is_learned_from_and_what_is_found_measured_as_ever(
+    config, run, tmp_path
+):
+    config.update(steps=2, rollouts_every=1)
+    config.reward.function = f"{__name__}:pairs_named"
+    runner.run(config, tmp_path / "own")
+    groups = lines(tmp_path / "own" / "rollouts.jsonl")
+    for group in groups:
+        for answer in group["answers"]:
+            pairs = float(len(parse(answer["answer"]).attributes))
+            valid = answer["verdict"] == "valid"
+            assert answer["reward"] == (pairs if valid else -0.02)
+    ours, theirs = (lines(folder / "metrics.jsonl") for folder in (tmp_path / "own", run))
+    # Nobody has learned yet, so that the answers are the same.
+    for name in ("recall@1", "mrr", "margin", "gain", "valid", "answer_tokens"):
+        assert ours[0][name] == theirs[0][name]
+    assert ours[0]["reward"] != theirs[0]["reward"]
+    assert {"validation", "validation_gain", "validation_over_sft"} <= set(ours[1])
+    results = json.loads((tmp_path / "own" / "evaluation.json").read_text())
+    assert {"plain", "sft", "rar", "oracle"} <= set(results["arms"])
+    config.reward.function = f"{__name__}:constant"
+    with pytest.raises(
+        UserError, match=r"reward\.function was .*pairs_named.* and is now .*constant"
+    ):
+        runner.run(config, tmp_path / "own")

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from by_hand import loaded_encoder
-from ml_collections import ConfigDict
 from words import TITLES, catalogue_of
 
 from afmrl_jax.configs.rar import get_config
@@ -16,9 +15,8 @@ from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.processor import Processor, RowSizes
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.models.presets import preset
-from afmrl_jax.programs import rar
 from afmrl_jax.retrieval.evaluator import RetrievalEvaluator
-from afmrl_jax.rl.environment import Environment, Laps
+from afmrl_jax.rl.environment import Environment, Laps, check_attributes_are_read
 from afmrl_jax.rl.gallery import open_gallery
 from afmrl_jax.rl.held_out import Arms, HeldOut, QueryAnswer
 from afmrl_jax.rl.rewards import Reward
@@ -31,9 +29,8 @@ TOKENIZER = train_tokenizer([*LONG_TITLES, "color: red; color: green"] * 4, 400)
 CONFIG = preset("tiny").replace(
     vocab_size=TOKENIZER.get_vocab_size(), **special_token_ids(TOKENIZER)
 )
-OPTIONS = Reward(kind="margin", k=1, gain=False, invalid=-0.1, length_cost=0.0)
+OPTIONS = Reward(kind="margin", function="", k=1, gain=False, invalid=-0.1, length_cost=0.0)
 LIMITS = WatchLimits.of(get_config())
-CONFIGURATION = ConfigDict({"encoder": "runs/agcl"})
 
 
 def encoder_of(max_tokens):
@@ -88,11 +85,11 @@ def test_answers_that_are_not_read_are_told(is_deaf):
 
 
 def test_an_encoder_that_reads_no_attribute_is_refused_before_anything_compiles(reads, is_deaf):
-    rar._check_attributes_are_read(CONFIGURATION, CATALOG, reads[0])
+    check_attributes_are_read(CATALOG, reads[0], "runs/agcl")
     with pytest.raises(UserError, match=r"5 of 5 texts lose attributes \(5 of them all\)") as error:
-        rar._check_attributes_are_read(CONFIGURATION, CATALOG, is_deaf[0])
+        check_attributes_are_read(CATALOG, is_deaf[0], "runs/agcl")
     needed = int(str(error.value).partition("--config.data.max_tokens=")[2].partition(",")[0])
-    rar._check_attributes_are_read(CONFIGURATION, CATALOG, encoder_of(needed))
+    check_attributes_are_read(CATALOG, encoder_of(needed), "runs/agcl")
 
 
 def test_a_generator_whose_answers_are_not_read_is_refused_before_it_trains(is_deaf, tmp_path):

@@ -32,7 +32,7 @@ INVALID = [QueryAnswer("red", lambda least: {}), QueryAnswer("red", lambda least
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory):
     gallery = gallery_in(tmp_path_factory.mktemp("gallery"))
-    options = Reward(kind="margin", k=50, gain=False, invalid=-0.1, length_cost=0.0)
+    options = Reward(kind="margin", function="", k=50, gain=False, invalid=-0.1, length_cost=0.0)
     return {
         split: HeldOut(CATALOG, split, gallery, ENCODER, options, limit=9)
         for split in ("validation", "test")

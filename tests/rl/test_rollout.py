@@ -11,15 +11,14 @@ from afmrl_jax.attributes.text import Verdict
 from afmrl_jax.catalog.groups import askers
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.queries import QueryBatches
-from afmrl_jax.programs import rar
 from afmrl_jax.rl.environment import Environment, Laps
-from afmrl_jax.rl.gallery import open_gallery
+from afmrl_jax.rl.gallery import GallerySize, gallery_of_split, open_gallery
 from afmrl_jax.rl.rewards import Reward
 
 # The first says what the other listing of the mug shows, the second what another product's does.
 ANSWERS = ["color: red", "color: green", "red", "type: lamp"]
 
-RECALL = Reward(kind="recall", k=1, gain=False, invalid=-0.1, length_cost=0.0)
+RECALL = Reward(kind="recall", function="", k=1, gain=False, invalid=-0.1, length_cost=0.0)
 MARGIN = replace(RECALL, kind="margin")
 
 
@@ -99,8 +98,8 @@ def test_a_split_for_judging_with_one_product_alone_is_left_out(tmp_path):
         identities=np.arange(4),
         indices=lambda split: np.array([0, 1]),
     )
-    config = SimpleNamespace(reward=SimpleNamespace(gallery=9))
-    assert rar._gallery(config, tmp_path, one, None, "validation") is None
+    size = GallerySize(gallery=9, gallery_attributes=False, batch=1)
+    assert gallery_of_split(size, tmp_path, one, None, "validation") is None
 
 
 def test_queries_are_a_function_of_seed_and_step():

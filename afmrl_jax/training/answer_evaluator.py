@@ -37,7 +37,7 @@ class AnswerEvaluation(Options, section="eval"):
     samples: int = between(0)  # answers shown of each evaluation
 
 
-class AnswerJudge:
+class AnswerEvaluator:
     """Lets the generator answer held-out listings and compares with their attributes; called with
     a state it is the evaluator `answers`."""
 
