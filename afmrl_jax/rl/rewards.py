@@ -117,18 +117,19 @@ class Reward(Options, section="reward"):
         """What `function` names, or the measure of `kind`."""
         if not self.function:
             return functools.partial(_measured, self.measure, self.k)
-        found, told = load_named(self.function, {}, "reward.function"), self._told
-        if not callable(found):
-            raise UserError(f"{told}, which is no function, but {_form(found)}")
+        function = load_named(self.function, {}, "reward.function")
+        if not callable(function):
+            raise UserError(f"{self._label}, which is no function, but {_form(function)}")
         with contextlib.suppress(ValueError):  # not everything that is compiled has a signature
-            signature = inspect.signature(found)
+            signature = inspect.signature(function)
             try:
                 signature.bind("completions", "queries", "retrieved")
             except TypeError:
                 raise UserError(
-                    f"{told}, which takes {signature}: expected (completions, queries, retrieved)"
+                    f"{self._label}, which takes {signature}: expected (completions, queries, "
+                    "retrieved)"
                 ) from None
-        return found
+        return function
 
     def earned(
         self, completions: Sequence[Completion], queries: Sequence[Listing], retrieved: Retrieved
@@ -138,19 +139,19 @@ class Reward(Options, section="reward"):
         expected = f"float32[{len(completions)}]"
         if _form(values) != expected:
             raise UserError(
-                f"{self._told}, which returned {_form(values)}: expected {expected}, a reward for "
+                f"{self._label}, which returned {_form(values)}: expected {expected}, a reward for "
                 "each completion"
             )
         values = np.asarray(values)
         if len(wrong := np.flatnonzero(~np.isfinite(values))):
             raise UserError(
-                f"{self._told}, {len(wrong)} of whose {len(values)} rewards are not finite: the "
+                f"{self._label}, {len(wrong)} of whose {len(values)} rewards are not finite: the "
                 f"first is {values[wrong[0]]}, of the answer {completions[wrong[0]].text!r}"
             )
         return values
 
     @property
-    def _told(self) -> str:
+    def _label(self) -> str:
         return f"reward.function is {self.function!r}"
 
 
