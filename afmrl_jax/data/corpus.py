@@ -109,15 +109,24 @@ def _counts(counts: Mapping[str, int], unit: str) -> str:
 
 
 def look_alikes(
-    catalog: Catalog, split: str, k: int, statistics: CorpusStatistics, cache: Path
+    catalog: Catalog,
+    split: str,
+    k: int,
+    statistics: CorpusStatistics,
+    cache: Path,
+    drop_agreeing: bool = False,
 ) -> np.ndarray:
     """int32[P, k]: the products with the most similar attributes to each of a split's products, as
-    numbers in the order of `listings_by_product`; -1 pads."""
+    numbers in the order of `listings_by_product`; -1 pads. drop_agreeing: leaves out those with all
+    the same attributes."""
     version = f"{mining.VERSION}-{comparison.VERSION}"
-    path = cache / f"look-alikes-{version}-{catalog.fingerprint}-{split}-{k}.npy"
+    kept = f"{k}-differing" if drop_agreeing else f"{k}"
+    path = cache / f"look-alikes-{version}-{catalog.fingerprint}-{split}-{kept}.npy"
     if path.exists():
         return np.load(path)
     log.info("looking for the look-alikes of each product")
-    neighbours, _ = mining.mine_neighbours(product_attributes(catalog, split), k, statistics)
+    neighbours, _ = mining.mine_neighbours(
+        product_attributes(catalog, split), k, statistics, drop_agreeing=drop_agreeing
+    )
     write_atomically(path, neighbours)
     return neighbours

@@ -43,6 +43,20 @@ def test_a_product_is_never_its_own_neighbour_and_missing_neighbours_are_minus_o
     np.testing.assert_array_equal(scores > 0, neighbours >= 0)
 
 
+def test_products_with_all_the_same_attributes_are_left_out_on_request():
+    catalogue = [
+        {"color": "red", "type": "mug"},
+        {"type": "Mug", "color": "Red"},  # the same
+        {"color": "red", "type": "mug", "size": "l"},
+        {"color": "red"},
+    ]
+    np.testing.assert_array_equal(mined(catalogue, 3)[0][0], [1, 2, 3])
+    neighbours, scores = mined(catalogue, 3, drop_agreeing=True)
+    np.testing.assert_array_equal(neighbours[:2], [[2, 3, -1], [2, 3, -1]])
+    np.testing.assert_array_equal(neighbours[2], [0, 1, 3])
+    np.testing.assert_array_equal(scores > 0, neighbours >= 0)
+
+
 def test_ties_go_to_the_lowest_index():
     neighbours, _ = mined([{"color": "red"}] * 5 + [{"color": "blue"}], 3)
     np.testing.assert_array_equal(neighbours[0], [1, 2, 3])
