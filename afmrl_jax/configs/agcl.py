@@ -70,7 +70,9 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.data.lookalike_group = 4  # products of a group
     config.data.hard_negatives = 0  # listings of other products, mined for each query
     config.data.neighbours = 16  # look-alikes kept of each product
-    # Look-alikes that agree in all attributes may be the same product: keep leaves them to masks.
+    # Look-alikes that agree in all attributes may be the same product. keep leaves that to the
+    # masks; without ids these come first, so take larger groups. With drop a product and its
+    # look-alikes all differ.
     config.data.agreeing_neighbours = "keep"  # keep | drop
     config.data.max_terms = 32  # attribute terms kept of a listing, the rarest first
 

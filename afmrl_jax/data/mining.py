@@ -22,15 +22,13 @@ def mine_neighbours(
     k: int,
     statistics: CorpusStatistics,
     *,
-    drop_agreeing: bool = False,
     max_work: int = 1_000_000_000,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k nearest other products of each product by BM25 of its attributes.
 
-    attributes: one mapping a product, P of them. drop_agreeing: leaves out others with all the same
-    terms. Returns (neighbours int32[P, k], best first, equal scores by index; scores float32[P,
-    k]). A product is never its own neighbour; where fewer than k others share a term, -1 with score
-    0 pads.
+    attributes: one mapping a product, P of them. Returns (neighbours int32[P, k], best first, equal
+    scores by index; scores float32[P, k]). A product is never its own neighbour; where fewer than k
+    others share a term, -1 with score 0 pads.
 
     Exact up to some 20,000 products. In larger catalogues the search reads a product's terms, and
     pairs of its common attributes, from the rarest on, until it has read max_work / P postings (at
@@ -41,19 +39,29 @@ def mine_neighbours(
     # Ids follow the dictionary; words hold no "=", so a term with "=" is a whole attribute.
     is_whole = np.array(["=" in term for term in statistics.document_frequencies], bool)
     encoded = statistics.encode(attributes, MAX_TERMS)
-    alike = np.arange(len(attributes))
-    if drop_agreeing:
-        alike = np.unique(np.sort(encoded["terms"]), axis=0, return_inverse=True)[1]
-    return _search(encoded, is_whole, alike, k, max_work)
+    return _search(encoded, is_whole, k, max_work)
+
+
+def mine_differing(
+    attributes: Sequence[Mapping[str, str]], k: int, statistics: CorpusStatistics
+) -> np.ndarray:
+    """`mine_neighbours` that differ: neither a product and a neighbour, nor two of its neighbours,
+    have all the same terms. Of products that do, one at random is a neighbour; the same at each
+    call. Returns int32[P, k]."""
+    terms = np.sort(statistics.encode(attributes, MAX_TERMS)["terms"])
+    _, first, kinds = np.unique(terms, axis=0, return_index=True, return_inverse=True)
+    neighbours, _ = mine_neighbours([attributes[i] for i in first], k, statistics)
+    neighbours = neighbours[kinds]  # kinds of products
+    sizes, by_kind = np.bincount(kinds), np.argsort(kinds, kind="stable")
+    chosen = np.random.default_rng(0).integers(sizes[neighbours])
+    chosen += (np.cumsum(sizes) - sizes)[neighbours]
+    return np.where(neighbours < 0, -1, by_kind[chosen]).astype(np.int32)
 
 
 def _search(
-    encoded: dict[str, np.ndarray], is_whole: np.ndarray, alike: np.ndarray, k: int, max_work: int
+    encoded: dict[str, np.ndarray], is_whole: np.ndarray, k: int, max_work: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbours and scores [P, k] of encoded products, a block of rows at a time.
-
-    alike: int64[P], equal for products that are no neighbours of each other.
-    """
+    """Neighbours and scores [P, k] of encoded products, a block of rows at a time."""
     n_products = len(encoded["terms"])
     neighbours = np.full((n_products, k), -1, np.int32)
     scores = np.zeros((n_products, k), np.float32)
@@ -71,7 +79,7 @@ def _search(
     rows_a_block = max(1, BLOCK_ENTRIES // min(budget, n_products))
     for start in range(0, n_products, rows_a_block):
         stop = min(start + rows_a_block, n_products)
-        row, column, value = _best(probes[start:stop] @ postings, alike, start, candidates)
+        row, column, value = _best(probes[start:stop] @ postings, start, candidates)
         if not exact:
             value = np.asarray(queries[start + row].multiply(documents[column]).sum(axis=1))
         order = np.lexsort((column, -value, row))
@@ -141,15 +149,15 @@ def _pairs(queries: sparse.csr_array, pairable: np.ndarray, budget: int) -> spar
 
 
 def _best(
-    scores: sparse.csr_array, alike: np.ndarray, start: int, count: int
+    scores: sparse.csr_array, start: int, count: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(row, column, value) of the `count` highest scores of each row; of equal scores the lowest
-    columns. alike: as `_search` takes it. start: the product of the first row."""
+    columns. start: the product of the first row."""
     rows, columns, values = [], [], []
     for row in range(scores.shape[0]):
         span = slice(scores.indptr[row], scores.indptr[row + 1])
         column, value = scores.indices[span], scores.data[span]
-        is_other = alike[column] != alike[start + row]  # a product is not its own neighbour
+        is_other = column != start + row  # a product is not its own neighbour
         column, value = column[is_other], value[is_other]
         if len(value) > count:
             least = np.partition(value, len(value) - count)[len(value) - count]

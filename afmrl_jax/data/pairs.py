@@ -31,7 +31,7 @@ class Composition(Options, section="data"):
     lookalike_group: int = between(2)  # products of a group
     hard_negatives: int = between(0)  # mined negatives of a query
     neighbours: int = between(1)  # look-alikes kept of each product
-    agreeing_neighbours: str = among("keep", "drop")  # look-alikes with all the same attributes
+    agreeing_neighbours: str = among("keep", "drop")  # those with all the same attributes
 
     def __post_init__(self) -> None:
         super().__post_init__()
