@@ -89,13 +89,13 @@ def open_catalog(path: str | Path, *, report_dir: str | Path = ".", **fields: An
 
     path: "builtin", a folder with a products.jsonl, a Parquet file, tfds:NAME, or several with
     commas between. report_dir: folder for the report of bad listings. fields: attributes,
-    cache_dir, on_bad_listing and shared_ids of the configuration's `data`. Raises UserError where
-    the catalogue cannot be read.
+    cache_dir, on_bad_listing, shared_ids and builtin.NAME of the configuration's `data`. Raises
+    UserError where the catalogue cannot be read.
     """
     page = evaluate_page.get_config().data
     defaults = {field.name: page[field.name] for field in dataclasses.fields(CatalogOptions)}
     data = _with_fields(ConfigDict(defaults), {**fields, "path": str(path)})
-    return open_catalogue(CatalogOptions(**data), Path(report_dir))
+    return open_catalogue(CatalogOptions.of({"data": data}), Path(report_dir))
 
 
 def build_index(

@@ -6,10 +6,28 @@ from pathlib import Path
 
 from afmrl_jax.catalog.concat import ConcatCatalog
 from afmrl_jax.catalog.listings import Catalog, open_catalog
+from afmrl_jax.catalog.names import SPLITS
 from afmrl_jax.catalog.overlays import open_attributes
-from afmrl_jax.catalog.synthetic import SyntheticCatalog
+from afmrl_jax.catalog.synthetic import Shape, SyntheticCatalog
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.options import Options, among
+from afmrl_jax.core.options import Options, among, between
+
+
+@dataclass(frozen=True)
+class BuiltIn(Options, section="data.builtin"):
+    """The size and shape of the built-in catalogue."""
+
+    train_families: int = between(0)
+    validation_families: int = between(0)
+    test_families: int = between(0)
+    family_products: int = between(1)  # products at most of a family
+    bestseller_share: float = between(0, 1)  # share of the training products
+    bestseller_listings: int = between(1)  # listings of each of these
+
+    def open(self, cache_dir: Path) -> SyntheticCatalog:
+        families = {split: getattr(self, f"{split}_families") for split in SPLITS}
+        shape = Shape(self.family_products, self.bestseller_share, self.bestseller_listings)
+        return SyntheticCatalog(families=families, shape=shape, cache_dir=cache_dir)
 
 
 @dataclass(frozen=True)
@@ -19,6 +37,7 @@ class ListingOptions(Options, section="data"):
     path: str  # "builtin", folders, Parquet files, tfds:NAME, by commas
     shared_ids: bool  # whether several catalogues mean the same by one id
     cache_dir: str  # "" = afmrl_jax in the user's cache folder
+    builtin: BuiltIn
     on_bad_listing: str = among("error", "skip")
 
     @property
@@ -55,7 +74,7 @@ def open_listings(options: ListingOptions, report_dir: Path) -> Catalog:
     if not names:
         raise UserError('no catalogue is named: set data.path to "builtin", a folder or a file')
     catalogues = [
-        SyntheticCatalog(cache_dir=cache)
+        options.builtin.open(cache)
         if name == "builtin"
         else open_catalog(
             name,

@@ -10,7 +10,9 @@ import functools
 import hashlib
 import logging
 import random
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -21,13 +23,13 @@ from PIL import Image
 from afmrl_jax.catalog import builtin
 from afmrl_jax.catalog.builtin.photo import photograph
 from afmrl_jax.catalog.builtin.sellers import write
-from afmrl_jax.catalog.builtin.vocabulary import CATEGORIES, make_products
+from afmrl_jax.catalog.builtin.vocabulary import CATEGORIES, Product, make_products
 from afmrl_jax.catalog.identity import Content
 from afmrl_jax.catalog.listings import Listing
 from afmrl_jax.catalog.names import split_name
 from afmrl_jax.core.files import write_atomically
 
-__all__ = ["FAMILIES", "SyntheticCatalog"]
+__all__ = ["FAMILIES", "Shape", "SyntheticCatalog"]
 log = logging.getLogger(__name__)
 
 # Families of look-alikes per split. A family has 4 to 6 products, a product 2 to 6 listings. With
@@ -35,12 +37,36 @@ log = logging.getLogger(__name__)
 FAMILIES: Mapping[str, int] = MappingProxyType({"train": 2000, "validation": 24, "test": 52})
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What of its families a catalogue holds, and how often their products are listed."""
+
+    family_products: int = 6  # products at most of a family
+    # Bestsellers: training products with as many listings.
+    bestseller_share: float = 0.0
+    bestseller_listings: int = 6
+
+    def of(self, products: Sequence[Product], seed: int) -> Iterator[Product]:
+        """The products in this shape. A larger share of bestsellers holds the smaller one's."""
+        rng = random.Random(f"{seed}/bestsellers")
+        sizes: Counter[int] = Counter()
+        for product in products:
+            sells = rng.random()
+            sizes[product.family] += 1
+            if sizes[product.family] > self.family_products:
+                continue
+            if product.split == "train" and sells < self.bestseller_share:
+                product = replace(product, n_listings=self.bestseller_listings)
+            yield product
+
+
 class SyntheticCatalog:
     """A catalogue (see catalog.Catalog) of rendered products.
 
     families: split ("train", "validation", "test") -> number of families; a split that is left
-    out is empty. image_size: S. cache_dir: folder for the photos of validation and test, which are
-    rendered once and read from disk afterwards; None renders them each time.
+    out is empty. shape: of families and products. image_size: S. cache_dir: folder for the photos
+    of validation and test, which are rendered once and read from disk afterwards; None renders them
+    each time.
     """
 
     def __init__(
@@ -48,6 +74,7 @@ class SyntheticCatalog:
         seed: int = 0,
         *,
         families: Mapping[str, int] = FAMILIES,
+        shape: Shape = Shape(),
         image_size: int = 64,
         cache_dir: str | Path | None = None,
     ):
@@ -55,13 +82,15 @@ class SyntheticCatalog:
         self.seed = seed
         self.image_size = image_size
         self._cache_dir = None if cache_dir is None else Path(cache_dir).expanduser().absolute()
-        self._products = make_products(seed, families)
+        self._products = list(shape.of(make_products(seed, families), seed))
         counts = [product.n_listings for product in self._products]
         self.products = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         self._splits = np.repeat(np.array([p.split for p in self._products]), counts)
         self._is_cached = self._splits != "train"  # bool[N]: photos that are rendered once
         self._cache_row = np.cumsum(self._is_cached) - 1  # int64[N]: rows of the cached photos
         key = f"{_renderer()} {seed} {sorted(families.items())} {image_size}"
+        if shape != Shape():
+            key += f" {shape}"
         self.fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
         self._photos: np.ndarray | None = None
 

@@ -46,6 +46,18 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.data.target_views = "image+text 0.9, image 0.05, text 0.05"
     config.data.crop_area = 1.0  # least share of an image's area that a training crop keeps
     config.data.flip_share = 0.0  # share of training images that are mirrored
+    # Which training listings are known to be the same product. product: those of one product_id.
+    # listing: none, as in the paper; a pair is one listing. mixed: unmerged_share of the products
+    # come under several ids, and a pair is of one id.
+    config.data.identity = "product"  # product | listing | mixed
+    config.data.unmerged_share = 0.5  # mixed: share of the products that have several ids
+    config.data.ids_per_product = 2  # mixed: ids of each of these, at most one a listing
+    # What the sides of a pair of one listing show. modalities: one the image, the other the text.
+    # halves: each a random half of the words, some on both. words: each a half of the words, none
+    # on both. photo: as words, and the photo on one side alone. A listing without photo or without
+    # text takes the last of them.
+    config.data.parts = "modalities 0.5, halves 0.5"  # modalities | halves | words | photo
+    config.data.described_share = 1.0  # share of the training listings that keep their attributes
     config.data.described_only = False  # training listings without attributes are left out
     # An encoder makes use of attributes in a query only if it has seen them in training texts.
     config.data.attribute_share = 0.7  # share of training texts that carry the attributes
@@ -58,6 +70,10 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.data.lookalike_group = 4  # products of a group
     config.data.hard_negatives = 0  # listings of other products, mined for each query
     config.data.neighbours = 16  # look-alikes kept of each product
+    # Look-alikes that agree in all attributes may be the same product. keep leaves that to the
+    # masks; without ids these come first, so take larger groups. With drop a product and its
+    # look-alikes all differ.
+    config.data.agreeing_neighbours = "keep"  # keep | drop
     config.data.max_terms = 32  # attribute terms kept of a listing, the rarest first
 
     config.loss = ConfigDict()  # losses/contrastive.py

@@ -18,7 +18,7 @@ from afmrl_jax.configs import agcl, annotate, common, evaluate, rar, sft
 ARMS = ("cit", "tiny")
 # Fields that all stages share.
 SHARED = ("program", "seed", "mesh", "data.path", "data.shared_ids", "data.attributes")
-SHARED += ("data.cache_dir", "data.on_bad_listing")
+SHARED += ("data.cache_dir", "data.on_bad_listing", "data.builtin")
 # Fields that a model trained here brings with it.
 ROWS = ("data.instruction", "data.max_tokens", "data.max_answer", "data.max_patches")
 ROWS += ("data.min_pixels", "data.max_pixels")

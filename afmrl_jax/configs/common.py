@@ -32,6 +32,16 @@ def catalogue(config: ConfigDict) -> None:
     # listing, and the same product_id is the same product. False: each catalogue numbers its own.
     config.data.shared_ids = True
     config.data.on_bad_listing = "error"  # error | skip (leave out, count and list)
+    # The built-in catalogue. A family is 4 to 6 products that resemble each other; a product has 2
+    # to 6 listings. More families of one split leave the products of all others as they are.
+    config.data.builtin = ConfigDict()
+    config.data.builtin.train_families = 2000
+    config.data.builtin.validation_families = 24  # benchmarks: 84
+    config.data.builtin.test_families = 52  # benchmarks: 252, some 5,600 queries
+    config.data.builtin.family_products = 6  # products at most of a family; 1 = no look-alikes
+    # Bestsellers, which many sellers list: identical products meet in a batch.
+    config.data.builtin.bestseller_share = 0.0  # share of the training products
+    config.data.builtin.bestseller_listings = 6  # listings of each of these
 
 
 def attributes(config: ConfigDict) -> None:

@@ -109,15 +109,26 @@ def _counts(counts: Mapping[str, int], unit: str) -> str:
 
 
 def look_alikes(
-    catalog: Catalog, split: str, k: int, statistics: CorpusStatistics, cache: Path
+    catalog: Catalog,
+    split: str,
+    k: int,
+    statistics: CorpusStatistics,
+    cache: Path,
+    differing: bool = False,
 ) -> np.ndarray:
     """int32[P, k]: the products with the most similar attributes to each of a split's products, as
-    numbers in the order of `listings_by_product`; -1 pads."""
+    numbers in the order of `listings_by_product`; -1 pads. differing: whether all of them differ in
+    attributes, from the product and from each other."""
     version = f"{mining.VERSION}-{comparison.VERSION}"
-    path = cache / f"look-alikes-{version}-{catalog.fingerprint}-{split}-{k}.npy"
+    kept = f"{k}-differing" if differing else f"{k}"
+    path = cache / f"look-alikes-{version}-{catalog.fingerprint}-{split}-{kept}.npy"
     if path.exists():
         return np.load(path)
     log.info("looking for the look-alikes of each product")
-    neighbours, _ = mining.mine_neighbours(product_attributes(catalog, split), k, statistics)
+    attributes = product_attributes(catalog, split)
+    if differing:
+        neighbours = mining.mine_differing(attributes, k, statistics)
+    else:
+        neighbours, _ = mining.mine_neighbours(attributes, k, statistics)
     write_atomically(path, neighbours)
     return neighbours

@@ -42,6 +42,22 @@ def mine_neighbours(
     return _search(encoded, is_whole, k, max_work)
 
 
+def mine_differing(
+    attributes: Sequence[Mapping[str, str]], k: int, statistics: CorpusStatistics
+) -> np.ndarray:
+    """`mine_neighbours` that differ: neither a product and a neighbour, nor two of its neighbours,
+    have all the same terms. Of products that do, one at random is a neighbour; the same at each
+    call. Returns int32[P, k]."""
+    terms = np.sort(statistics.encode(attributes, MAX_TERMS)["terms"])
+    _, first, kinds = np.unique(terms, axis=0, return_index=True, return_inverse=True)
+    neighbours, _ = mine_neighbours([attributes[i] for i in first], k, statistics)
+    neighbours = neighbours[kinds]  # kinds of products
+    sizes, by_kind = np.bincount(kinds), np.argsort(kinds, kind="stable")
+    chosen = np.random.default_rng(0).integers(sizes[neighbours])
+    chosen += (np.cumsum(sizes) - sizes)[neighbours]
+    return np.where(neighbours < 0, -1, by_kind[chosen]).astype(np.int32)
+
+
 def _search(
     encoded: dict[str, np.ndarray], is_whole: np.ndarray, k: int, max_work: int
 ) -> tuple[np.ndarray, np.ndarray]:

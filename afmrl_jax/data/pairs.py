@@ -14,10 +14,13 @@ from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.catalog.groups import listings_by_product
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.options import Options, between
+from afmrl_jax.core.options import Options, among, between
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.stream import Batch
-from afmrl_jax.data.views import TrainingViews, listing_text
+from afmrl_jax.data.views import Mixture, TrainingViews, listing_text
+
+# The views of a pair of one listing, where its parts say them.
+OWN_VIEWS = {"modalities": ["image", "text"], "photo": ["image+text", "text"]}
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Composition(Options, section="data"):
     lookalike_group: int = between(2)  # products of a group
     hard_negatives: int = between(0)  # mined negatives of a query
     neighbours: int = between(1)  # look-alikes kept of each product
+    agreeing_neighbours: str = among("keep", "drop")  # those with all the same attributes
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,8 +138,11 @@ class PairBatches:
     sampler: PairSampler
     processor: Processor
     statistics: CorpusStatistics
-    query_views: tuple[tuple[str, ...], np.ndarray]
-    target_views: tuple[tuple[str, ...], np.ndarray]
+    query_views: Mixture
+    target_views: Mixture
+    parts: Mixture  # of pairs of one listing; one without photo or text takes the last
+    one_rendering: bool  # whether both sides of a pair of one listing show one rendering of it
+    truth: np.ndarray  # int32[N], each listing's product, though the catalogue may not know it
     max_terms: int
     micro_batches: int
     rows: np.ndarray  # int[C], this process's places in each micro-batch
@@ -150,9 +157,10 @@ class PairBatches:
         return f"PairBatches({fingerprint}, seed={self.seed}, steps={self.steps})"
 
     def __getitem__(self, step: int) -> Batch:
-        """The batch of a step: the processor's arrays as [A, C, V, ...]; `listing`, the listings'
-        indices, and `product`, their products, int32[A, C, V]; and BM25's `terms`, `query_weights`
-        and `document_weights`, [A, C, V, T].
+        """The batch of a step: the processor's arrays as [A, C, V, ...]; int32[A, C, V] of the
+        listings: `listing`, their indices, `product`, their products as far as the catalogue knows
+        them, and `true_product`, for statistics; and BM25's `terms`, `query_weights` and
+        `document_weights`, [A, C, V, T].
         """
         catalog, listings = self.views.catalog, self.sampler.draw(step)
         examples = np.arange(len(listings)).reshape(self.micro_batches, -1)[:, self.rows]
@@ -165,6 +173,7 @@ class PairBatches:
         batch = {k: v.reshape(*drawn.shape, *v.shape[1:]) for k, v in flat.items()}
         batch["listing"] = drawn.astype(np.int32)
         batch["product"] = catalog.products[drawn]
+        batch["true_product"] = self.truth[drawn]
         return batch
 
     def _rows(self, step: int, example: int, listings: np.ndarray) -> list[Row]:
@@ -175,15 +184,26 @@ class PairBatches:
         views, shares = self.query_views
         chosen[0] = str(rng.choice(views, p=shares))
         draws = 1 + rng.integers(2**31 - 1, size=len(listings))
-        shorten = False
-        if listings[0] == listings[1]:  # one listing stands for both sides
-            listing = self.views.catalog.listing(int(listings[0]))
-            if listing.n_images and listing_text(listing) and rng.random() < 0.5:
-                # ... so they share no modality
-                chosen[:2] = ["image", "text"] if rng.random() < 0.5 else ["text", "image"]
-            else:  # ... or differ in crop and kept text
-                shorten = True
-        return [
-            self.views.row(int(listing), view, rng, draw=int(draw), shorten=shorten and column < 2)
-            for column, (listing, draw, view) in enumerate(zip(listings, draws, chosen))
-        ]
+        parts, rows = "", []
+        if listings[0] == listings[1]:  # one listing stands on both sides
+            parts = self._parts(int(listings[0]), rng)
+            if parts in OWN_VIEWS:
+                views = OWN_VIEWS[parts]
+                chosen[:2] = views if rng.random() < 0.5 else views[::-1]
+            if self.one_rendering:
+                draws[1] = draws[0]
+            if parts in ("words", "photo"):
+                rows = self.views.apart(int(listings[0]), chosen[:2], rng, draw=int(draws[0]))
+        for column in range(len(rows), len(listings)):
+            listing, draw = int(listings[column]), int(draws[column])
+            shorten = parts == "halves" and column < 2
+            rows.append(self.views.row(listing, chosen[column], rng, draw=draw, shorten=shorten))
+        return rows
+
+    def _parts(self, listing: int, rng: np.random.Generator) -> str:
+        """What the sides of a pair of this one listing show."""
+        parts, shares = self.parts
+        shown = self.views.catalog.listing(listing)
+        if not shown.n_images or not listing_text(shown):
+            return parts[-1]
+        return str(rng.choice(parts, p=shares))

@@ -6,6 +6,7 @@ attributes join it only where a caller passes them.
 
 import dataclasses
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,33 +16,44 @@ from PIL import Image
 from afmrl_jax.attributes.text import format_attributes, normalise
 from afmrl_jax.catalog.listings import Catalog, Listing
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import check_choice
 from afmrl_jax.core.options import Options, between
 from afmrl_jax.data.processor import Processor, Row
 
 VIEWS = ("image+text", "image", "text")
+# What the two sides of a pair show where one listing stands on both.
+PARTS = (
+    "modalities",  # one its image, the other its text
+    "halves",  # each a half of its words at random: some stand on both
+    "words",  # each a half of its words: none stands on both
+    "photo",  # as words, and the photo on one side alone
+)
+_PUNCTUATION = re.compile(r"\W")
 SEPARATOR = "; "  # between attributes, as `format_attributes` writes it
 SAMPLED = 200  # listings of which the cuts are counted
 log = logging.getLogger(__name__)
 
 
-def parse_mixture(text: str, field: str) -> tuple[tuple[str, ...], np.ndarray]:
-    """The views of a text such as "image+text 0.7, text 0.3", and their shares, float64.
+Mixture = tuple[tuple[str, ...], np.ndarray]  # words and their shares, float64
 
-    Raises UserError, naming `field`, for an unknown view or shares that do not sum to 1.
+
+def parse_mixture(text: str, field: str, words: Sequence[str] = VIEWS) -> Mixture:
+    """The words of a text such as "image+text 0.7, text 0.3", and their shares.
+
+    Raises UserError, naming `field`, for another word or shares that do not sum to 1.
     """
-    views, shares = [], []
+    chosen, shares = [], []
     for part in text.split(","):
-        view, _, share = part.strip().partition(" ")
+        word, _, share = part.strip().partition(" ")
         try:
             shares.append(float(share or 1))
         except ValueError:
-            raise UserError(f"{field}: {share!r} after {view!r} is not a number") from None
-        if view not in VIEWS:
-            raise UserError(f"{field}: {view!r} is not a view; use {', '.join(VIEWS)}")
-        views.append(view)
+            raise UserError(f"{field}: {share!r} after {word!r} is not a number") from None
+        check_choice(field, word, words)
+        chosen.append(word)
     if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
         raise UserError(f"{field}: the shares of {text!r} sum to {sum(shares):g}, not 1")
-    return tuple(views), np.asarray(shares)
+    return tuple(chosen), np.asarray(shares)
 
 
 @dataclass(frozen=True)
@@ -158,26 +170,59 @@ class TrainingViews:
         the text's words. A listing without the part that `view` names shows the part that it has.
         """
         listing = self.catalog.listing(index, draw)
-        image = None
-        if listing.n_images and ("image" in view or not listing_text(listing)):
-            image = self.catalog.image(index, int(rng.integers(listing.n_images)), draw)
+        image = self._image(index, listing, view, rng, draw)
         row = Row("")
         if "text" in view or image is None:
-            attributes = None
-            if rng.random() < self.options.attribute_share:
-                others = self.others.get(listing.category, ())
-                attributes = _corrupted(listing, rng, self.options, others)
-            row = listing_row(listing, (), attributes)
+            row = self._text(listing, rng)
             if shorten:
-                row = _shortened(row, rng)
+                words = rng.permutation(len(row.text.split()))
+                row = _shortened(row, words[: max(1, len(words) // 2)])
+        return self._with_image(row, image, rng)
+
+    def apart(
+        self, index: int, views: Sequence[str], rng: np.random.Generator, *, draw: int
+    ) -> list[Row]:
+        """Two views of one rendering of a listing. Each word of its text is in one of them at most,
+        whatever its case and however often it stands there, and each chooses and crops a photo for
+        itself. Text and attributes are as `row` makes them. A text of a single word stands in both.
+        """
+        listing = self.catalog.listing(index, draw)
+        text = self._text(listing, rng)
+        words = [_PUNCTUATION.sub("", word).lower() for word in text.text.split()]
+        distinct, numbers = np.unique(np.array(words, str), return_inverse=True)
+        is_first = (rng.permutation(len(distinct)) < len(distinct) / 2)[numbers]
+        rows = []
+        for view, is_kept in zip(views, (is_first, ~is_first), strict=True):
+            image = self._image(index, listing, view, rng, draw)
+            row = Row("")
+            if "text" in view or image is None:
+                row = _shortened(text, np.flatnonzero(is_kept if is_kept.any() else ~is_kept))
+            rows.append(self._with_image(row, image, rng))
+        return rows
+
+    def _image(
+        self, index: int, listing: Listing, view: str, rng: np.random.Generator, draw: int
+    ) -> Image.Image | None:
+        if listing.n_images and ("image" in view or not listing_text(listing)):
+            return self.catalog.image(index, int(rng.integers(listing.n_images)), draw)
+        return None
+
+    def _text(self, listing: Listing, rng: np.random.Generator) -> Row:
+        attributes = None
+        if rng.random() < self.options.attribute_share:
+            others = self.others.get(listing.category, ())
+            attributes = _corrupted(listing, rng, self.options, others)
+        return listing_row(listing, (), attributes)
+
+    def _with_image(self, row: Row, image: Image.Image | None, rng: np.random.Generator) -> Row:
         images = () if image is None else (_augmented(image, rng, self.options),)
         return dataclasses.replace(row, images=images)
 
 
-def _shortened(row: Row, rng: np.random.Generator) -> Row:
-    """A random half of the text's words; each kept word of an attribute becomes an attribute."""
-    words = row.text.split()
-    kept = np.sort(rng.permutation(len(words))[: max(1, len(words) // 2)])
+def _shortened(row: Row, kept: np.ndarray) -> Row:
+    """The words of these numbers, in the text's order; each kept word of an attribute becomes an
+    attribute."""
+    words, kept = row.text.split(), np.sort(kept)
     first = last = 0  # words of attributes: from `first`, before `last`
     if row.attributes:
         first = len(row.text[: row.attributes[0][0]].split())

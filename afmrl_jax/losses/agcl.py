@@ -53,7 +53,7 @@ class AGCL:
     memory_batches: int
     mesh: Mesh
 
-    batch_arrays = ("product", "terms", "query_weights", "document_weights")
+    batch_arrays = ("product", "true_product", "terms", "query_weights", "document_weights")
     trainable = ""
     options = (Contrastive, LabelHead, PastBatches)
 
@@ -79,8 +79,8 @@ class AGCL:
         """The slots for past targets, the newest first; {} without a memory.
 
         width: E. batch: `batch_arrays`, [A, C, V, ...].
-        embedding float32[P, E]; product int32[P], terms int32[P, T], query_weights and
-        document_weights float32[P, T] of their listings; filled bool[P].
+        embedding float32[P, E]; product and true_product int32[P], terms int32[P, T],
+        query_weights and document_weights float32[P, T] of their listings; filled bool[P].
         """
         if not self.memory_batches:
             return {}

@@ -29,7 +29,8 @@ MASKED = -1e30
 # product has: agreement with it must not count as full agreement.
 SELF_SCORE_FLOOR = 1.0
 
-Side = Mapping[str, jax.Array]  # product, terms, query_weights, document_weights of one side
+# product, true_product, terms, query_weights, document_weights of one side
+Side = Mapping[str, jax.Array]
 
 
 @dataclass(frozen=True)
@@ -75,9 +76,9 @@ def contrastive_loss(
     positive of queries[i]. info: query_product int32[B], target_product int32[M], and for BM25
     query_terms int32[B, T], query_query_weights and query_document_weights float32[B, T], the same
     for target_ with M rows (`CorpusStatistics.encode`); only what the options need is read.
-    past: P targets of past batches, further candidates of the queries without a gradient: embedding
-    float[P, E], product, terms and weights as info has them of targets, and filled bool[P], False
-    for an empty slot. Targets have no past queries as candidates. None or {}: no past targets.
+    query_true_product and target_true_product: for metrics alone, where the products are ids.
+    past: P targets of past batches, without gradient and candidates of queries alone: embedding
+    float[P, E], filled bool[P], and all that info has of targets. None or {}: no past targets.
 
     Returns (sum of the rows' losses, B, metrics), all scalars; computed in float32, or in float64
     where the embeddings are. The metrics, of queries -> targets of this batch:
@@ -88,6 +89,8 @@ def contrastive_loss(
       masked_by_RULE      the same for each rule that is on: target_similarity, margin, attributes,
                           same_product; a candidate may fall under several
       precision_of_RULE   share of those that truly are the same product; 0 where none was dropped
+      duplicates          share of the candidates that truly are the same product
+      duplicates_masked, duplicates_masked_by_RULE   masked, masked_by_RULE of these alone
       weight_p10 .. p99   quantiles of w over the negatives left, unless negative_weight is none
 
     Queries, and all query_ arrays, may be sharded by rows with the targets' replicated: no [B, M]
@@ -101,7 +104,7 @@ def contrastive_loss(
         targets = jnp.concatenate([targets, lax.stop_gradient(past["embedding"]).astype(dtype)])
         target_side = {k: jnp.concatenate([x, past[k]]) for k, x in target_side.items()}
     scores = _bm25_both_ways(query_side, target_side, options)
-    same_product = query_side["product"][:, None] == target_side["product"][None, :]
+    same_product = _equal(query_side, target_side, "product")
     masks = {}
     if past:
         masks["empty"] = jnp.concatenate([jnp.zeros(m, bool), ~past["filled"]])[None, :]
@@ -113,7 +116,7 @@ def contrastive_loss(
     weights = _bm25_log_weights(scores[0], query_side, options, axis=1)
     candidates = _Candidates(similarity, positive, same_product, masks, weights, axis=1)
     losses, outcome = _one_way(candidates, targets, options)
-    metrics = _metrics(candidates, outcome, m)
+    metrics = _metrics(candidates, _truly_same(query_side, target_side), outcome, m)
     if options.symmetric:
         weights = _bm25_log_weights(scores[1], target_side, options, axis=0)
         candidates = candidates._replace(weights=weights, axis=0).first(n)
@@ -212,6 +215,17 @@ def _side(info: Mapping[str, jax.Array], prefix: str) -> Side:
     return {k.removeprefix(prefix): v for k, v in info.items() if k.startswith(prefix)}
 
 
+def _equal(query_side: Side, target_side: Side, name: str) -> jax.Array:
+    """bool[B, M]: where both sides have one number."""
+    return query_side[name][:, None] == target_side[name][None, :]
+
+
+def _truly_same(query_side: Side, target_side: Side) -> jax.Array:
+    """bool[B, M]: where both sides are one product, whether or not their ids tell it."""
+    name = "true_product" if "true_product" in query_side else "product"
+    return _equal(query_side, target_side, name)
+
+
 def _cosines(rows: jax.Array, columns: jax.Array) -> jax.Array:
     """Cosines [B, M] of unit vectors; at t = .02 half precision would cost .1 of a logit."""
     return jnp.matmul(rows, columns.T, precision=lax.Precision.HIGHEST)
@@ -284,13 +298,15 @@ def _bm25_log_weights(
     return options.weight_strength * (1 + jnp.tanh(scaled))
 
 
-def _metrics(candidates: _Candidates, outcome: _Outcome, n_targets: int) -> Metrics:
+def _metrics(
+    candidates: _Candidates, same_product: jax.Array, outcome: _Outcome, n_targets: int
+) -> Metrics:
     """Accuracies, what each mask drops, and quantiles of weights; see `contrastive_loss`.
 
-    n_targets: the first candidates, which are the batch's targets; past ones are left out.
+    same_product: bool[B, M], the truth. n_targets: the first candidates, which are the batch's
+    targets; past ones are left out.
     """
     frozen, positive = lax.stop_gradient((candidates.similarity, candidates.positive))
-    same_product = candidates.same_product
     positives, dropped, masks, weights = outcome
     if n_targets < frozen.shape[1]:
         frozen, same_product, positives, dropped = (
@@ -300,6 +316,7 @@ def _metrics(candidates: _Candidates, outcome: _Outcome, n_targets: int) -> Metr
         weights = None if weights is None else weights[:, :n_targets]
     n_rows, n_columns = positives.shape
     n_candidates = max(n_rows * (n_columns - 1), 1)
+    masked = functools.reduce(jnp.logical_or, masks.values(), jnp.zeros_like(positives))
 
     def count(mask: jax.Array) -> jax.Array:
         return jnp.sum(mask & ~positives, dtype=jnp.float32)
@@ -310,15 +327,16 @@ def _metrics(candidates: _Candidates, outcome: _Outcome, n_targets: int) -> Metr
         # Strictly nearer: a collapsed encoder, to which all is equal, scores 0 and not 1.
         "accuracy": jnp.mean(positive > best, dtype=jnp.float32),
         "accuracy_unmasked": jnp.mean(positive > best_left, dtype=jnp.float32),
-        "masked": count(functools.reduce(jnp.logical_or, masks.values())) / n_candidates
-        if masks
-        else jnp.zeros(()),
+        "masked": count(masked) / n_candidates,
+        "duplicates": count(same_product) / n_candidates,
+        "duplicates_masked": count(masked & same_product) / n_candidates,
     }
     for rule, mask in masks.items():
+        caught = count(mask & same_product)
         metrics[f"masked_by_{rule}"] = count(mask) / n_candidates
+        metrics[f"duplicates_masked_by_{rule}"] = caught / n_candidates
         if rule != "same_product":
-            same = count(mask & same_product)
-            metrics[f"precision_of_{rule}"] = same / jnp.maximum(count(mask), 1.0)
+            metrics[f"precision_of_{rule}"] = caught / jnp.maximum(count(mask), 1.0)
     if weights is not None:
         levels = {"weight_p10": 0.1, "weight_p50": 0.5, "weight_p90": 0.9, "weight_p99": 0.99}
         quantiles = masked_quantiles(weights, ~dropped, tuple(levels.values()))

@@ -56,11 +56,14 @@ from afmrl_jax.data.corpus import (
     example_listings,
     look_alikes,
 )
+from afmrl_jax.data.feed import Feed, true_products
 from afmrl_jax.data.pairs import Composition, PairBatches, PairSampler
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.stream import StreamOptions
 from afmrl_jax.data.views import (
+    PARTS,
     Augmentation,
+    Mixture,
     TrainingViews,
     catalogue_attributes,
     listing_text,
@@ -122,6 +125,7 @@ class PairRows(Options, section="data"):
 
     query_views: str
     target_views: str
+    parts: str  # of pairs of one listing
     described_only: bool  # training listings without attributes are left out
     max_terms: int = between(1)  # attribute terms kept of a listing
 
@@ -143,7 +147,7 @@ class EncoderEvaluators(Evaluators):
 OPTIONS = (
     *(Schedule, Method, PairTraining, Beginning, Optimizer, EncoderEvaluators),
     *(Embedding, EncoderRows, TrainingOptions, PresetOptions),
-    *(CatalogOptions, Composition, Augmentation, PairRows, StreamOptions, EncoderEvaluation),
+    *(CatalogOptions, Feed, Composition, Augmentation, PairRows, StreamOptions, EncoderEvaluation),
 )
 
 
@@ -180,6 +184,7 @@ def abstract_batch(config: ConfigDict, mesh: Mesh, encoder: Encoder) -> Batch:
     sharding, terms = batch_sharding(mesh, 1), (*leading, config.data.max_terms)
     arrays = {
         "product": (leading, jnp.int32),
+        "true_product": (leading, jnp.int32),
         "terms": (terms, jnp.int32),
         "query_weights": (terms, jnp.float32),
         "document_weights": (terms, jnp.float32),
@@ -247,8 +252,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         local = local_rows(mesh, rows, "batch / micro_batches")
         options = CatalogOptions.of(config)
         cache = options.cache_folder / "corpus"
-        view = functools.partial(_described_only, cache) if config.data.described_only else None
-        catalog = run.open_catalogue(options, view)
+        catalog = run.open_catalogue(options, functools.partial(_trained_on, config, cache))
         tasks = EvaluationTasks(config, catalog)
         statistics = corpus_statistics(catalog, "train", cache)
         statistics_json = statistics.to_json()
@@ -347,9 +351,14 @@ class EncoderEvaluator:
             write_evaluation(path, results)
 
 
-def _described_only(cache: Path, catalog: Catalog) -> Catalog:
-    """The catalogue without training listings that have no attributes."""
-    return TrainedOn(catalog, described(catalog, "train", cache))
+def _trained_on(config: ConfigDict, cache: Path, catalog: Catalog) -> Catalog:
+    """The catalogue with its training listings as the feed brings them; with described_only without
+    those that have no attributes."""
+    feed = Feed.of(config)
+    catalog = feed.with_attributes(catalog, config.seed)
+    if config.data.described_only:
+        catalog = TrainedOn(catalog, described(catalog, "train", cache))
+    return feed.with_ids(catalog, config.seed)
 
 
 def _tokenizer_texts(config: ConfigDict, catalog: Catalog) -> Iterator[str]:
@@ -374,13 +383,15 @@ def pair_batches(
     """
     data, composition = config.data, Composition.of(config)
     augmentation = Augmentation.of(config)
+    parts = parse_mixture(data.parts, "data.parts", PARTS)
+    _tell_of_equal_photos(data, parts)
     _tell_of_cut_attributes(data, catalog, processor)
     if LabelHead.of(config).head_weight:
         _tell_of_cut_labels(catalog, statistics, data.max_terms)
     neighbours = None
     if composition.needs_look_alikes:
-        kept = composition.neighbours
-        neighbours = look_alikes(catalog, "train", kept, statistics, cache)
+        kept, drop = composition.neighbours, composition.agreeing_neighbours == "drop"
+        neighbours = look_alikes(catalog, "train", kept, statistics, cache, drop)
     noisy = augmentation.attribute_share and augmentation.attribute_noise
     others = attributes_by_category(example_listings(catalog, "train")) if noisy else {}
     return PairBatches(
@@ -390,12 +401,25 @@ def pair_batches(
         statistics=statistics,
         query_views=parse_mixture(data.query_views, "data.query_views"),
         target_views=parse_mixture(data.target_views, "data.target_views"),
+        parts=parts,
+        one_rendering=data.identity != "product",
+        truth=true_products(catalog),
         max_terms=data.max_terms,
         micro_batches=config.micro_batches,
         rows=local,
         seed=config.seed,
         steps=config.steps,
     )
+
+
+def _tell_of_equal_photos(data: ConfigDict, parts: Mixture) -> None:
+    """Warns where photos give away which listing is whose."""
+    if data.identity != "product" and data.crop_area == 1 and {"halves", "words"} & {*parts[0]}:
+        log.warning(
+            "data.parts=%r shows the same photo on both sides of a pair of one listing, and by its "
+            "pixels they match: set data.crop_area below 1, or take modalities and photo alone",
+            data.parts,
+        )
 
 
 def _tell_of_cut_labels(catalog: Catalog, statistics: CorpusStatistics, most: int) -> None:

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from PIL import Image
 
 from afmrl_jax.catalog.concat import ConcatCatalog
@@ -15,6 +14,7 @@ from afmrl_jax.catalog.listings import open_catalog
 from afmrl_jax.catalog.opening import ListingOptions, open_listings
 from afmrl_jax.catalog.synthetic import SyntheticCatalog
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.pages import load_page
 from afmrl_jax.programs.evaluate import _listings
 
 
@@ -143,7 +143,9 @@ def test_the_fingerprint_says_whether_ids_are_shared(shop, tmp_path):
 def test_the_configuration_says_whether_ids_are_shared(shop, tmp_path):
     path = f"{shop('one', row(0))},{shop('two', row(0))}"
     for shared, listings in ((True, [0]), (False, [0, 1])):
-        options = ListingOptions(path, shared, str(tmp_path / "cache"), "error")
+        config = load_page("configs/evaluate.py").unlock()
+        config.data.update(path=path, shared_ids=shared, cache_dir=str(tmp_path / "cache"))
+        options = ListingOptions.of(config)
         assert open_listings(options, tmp_path).indices("all").tolist() == listings
 
 
@@ -162,25 +164,10 @@ def evaluated(tmp_path):
     """A function: fields of data and of eval -> the listings that `evaluate` judges."""
 
     def listings(data=None, **chosen):
-        config = ConfigDict(
-            {
-                "data": {
-                    "path": "",
-                    "cache_dir": str(tmp_path / "cache"),
-                    "on_bad_listing": "error",
-                    "attributes": "",
-                    "shared_ids": True,
-                },
-                "eval": {
-                    "queries": "",
-                    "gallery": "",
-                    "query_split": "all",
-                    "gallery_split": "all",
-                    "downstream": False,
-                },
-            }
-        )
+        config = load_page("configs/evaluate.py").unlock()
+        config.data.update(path="", cache_dir=str(tmp_path / "cache"))
         config.data.update(data or {})
+        config.eval.update(query_split="all", gallery_split="all")
         config.eval.update(chosen)
         return _listings(config, tmp_path)
 

@@ -11,7 +11,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from afmrl_jax.catalog.builtin import words
 from afmrl_jax.catalog.builtin.photo import photograph
 from afmrl_jax.catalog.builtin.vocabulary import CATEGORIES, make_products
-from afmrl_jax.catalog.synthetic import FAMILIES, SyntheticCatalog
+from afmrl_jax.catalog.opening import BuiltIn
+from afmrl_jax.catalog.synthetic import FAMILIES, Shape, SyntheticCatalog
+from afmrl_jax.core.pages import load_page
 
 SMALL = {"train": 24, "validation": 12, "test": 12}
 
@@ -62,6 +64,37 @@ def test_the_default_catalogue_is_as_large_as_promised():
         assert len(category.values.keys() - category.hidden) >= 6
     listings_per_product = np.bincount(catalog.products)
     assert (listings_per_product.min(), listings_per_product.max()) == (2, 6)
+
+
+def test_the_page_s_catalogue_is_the_default_one(tmp_path):
+    options = BuiltIn.of(load_page("configs/evaluate.py"))
+    assert options.open(tmp_path).fingerprint == SyntheticCatalog().fingerprint
+
+
+def test_more_families_of_one_split_leave_the_products_of_the_others():
+    wide = make_products(0, {**SMALL, "validation": 15, "test": 20})
+    for split in SMALL:
+        products = [
+            [(p.category, p.attributes, p.n_listings) for p in made if p.split == split]
+            for made in (make_products(0, SMALL), wide)
+        ]
+        assert products[1][: len(products[0])] == products[0]
+
+
+def test_families_can_be_cut_and_training_products_listed_often(small):
+    shaped = SyntheticCatalog(0, families=SMALL, shape=Shape(2, 0.25, 30), image_size=48)
+    counts = np.bincount(shaped.products)
+    families, splits = {}, {}
+    for listing in range(len(shaped)):
+        product = shaped.products[listing]
+        families.setdefault(shaped.family(listing), set()).add(product)
+        splits[product] = shaped.listing(listing).split
+    assert {len(products) for products in families.values()} == {2}
+    sold = {split: [n for p, n in enumerate(counts) if splits[p] == split] for split in SMALL}
+    bestsellers = sold["train"].count(30)
+    assert 4 <= bestsellers <= 20  # .25 of 48 products
+    assert max(n for n in sold["train"] if n != 30) <= 6 == max(sold["test"] + sold["validation"])
+    assert shaped.fingerprint != small.fingerprint
 
 
 def test_the_splits_share_no_family_and_no_combination_of_attributes():

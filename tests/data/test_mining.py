@@ -5,7 +5,7 @@ import pytest
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics, bm25_matrix
 from afmrl_jax.data import mining
-from afmrl_jax.data.mining import mine_neighbours
+from afmrl_jax.data.mining import mine_differing, mine_neighbours
 
 
 def products(count: int, values: int, seed: int = 0) -> list[dict[str, str]]:
@@ -43,6 +43,28 @@ def test_a_product_is_never_its_own_neighbour_and_missing_neighbours_are_minus_o
     np.testing.assert_array_equal(scores > 0, neighbours >= 0)
 
 
+def test_neighbours_that_differ_have_no_two_products_with_all_the_same_attributes():
+    catalogue = [
+        {"color": "red", "type": "mug"},
+        {"type": "Mug", "color": "Red"},  # the same
+        {"color": "red", "type": "mug", "size": "l"},
+        {"color": "red"},
+    ]
+    np.testing.assert_array_equal(mined(catalogue, 3)[0][0], [1, 2, 3])
+    neighbours = mine_differing(catalogue, 3, CorpusStatistics.from_documents(catalogue))
+    np.testing.assert_array_equal(neighbours[:2], [[2, 3, -1], [2, 3, -1]])
+    for product in (2, 3):
+        assert neighbours[product, 0] in (0, 1)  # one of the two
+        np.testing.assert_array_equal(neighbours[product, 1:], [5 - product, -1])
+
+
+def test_every_one_of_the_products_that_agree_is_somebody_s_neighbour():
+    catalogue = [{"color": "red", "type": "mug"}] * 3 + [{"color": "red"}] * 100
+    neighbours = mine_differing(catalogue, 2, CorpusStatistics.from_documents(catalogue))
+    assert set(neighbours[3:, 0]) == {0, 1, 2}
+    assert (neighbours[:3, 0] >= 3).all() and (neighbours[:, 1] == -1).all()
+
+
 def test_ties_go_to_the_lowest_index():
     neighbours, _ = mined([{"color": "red"}] * 5 + [{"color": "blue"}], 3)
     np.testing.assert_array_equal(neighbours[0], [1, 2, 3])
@@ -74,3 +96,4 @@ def test_a_search_on_a_budget_finds_nearly_as_good_neighbours_with_exact_scores(
 def test_an_empty_catalogue_has_no_neighbours():
     neighbours, scores = mined([], 3)
     assert neighbours.shape == scores.shape == (0, 3)
+    assert mine_differing([], 3, CorpusStatistics.from_documents([])).shape == (0, 3)

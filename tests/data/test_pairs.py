@@ -3,6 +3,7 @@ import pytest
 
 from afmrl_jax.catalog.listings import Listing
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.data.feed import Feed, KnownByIds
 from afmrl_jax.data.pairs import Composition, PairSampler
 
 
@@ -25,6 +26,7 @@ class Listings:
         return np.arange(len(self) if split in ("train", "all") else 0)
 
 
+COMPOSITION = Composition(0.0, 2, 0, 1, "keep")
 NEIGHBOURS = (np.arange(40)[:, None] + [1, 2, 3, 4]) % 40
 
 
@@ -34,6 +36,7 @@ def sampler(counts=None, seed=0, **changes):
         "lookalike_group": 3,
         "hard_negatives": 2,
         "neighbours": 4,
+        "agreeing_neighbours": "keep",
     }
     return PairSampler(
         Listings([2] * 40 if counts is None else counts),
@@ -68,6 +71,28 @@ def test_query_and_target_are_two_listings_of_one_product_and_negatives_are_of_o
 def test_a_product_with_one_listing_is_paired_with_itself():
     listings = sampler(counts=[1] * 40).draw(0)
     np.testing.assert_array_equal(listings[:, 0], listings[:, 1])
+
+
+def test_the_pairs_of_a_feed_without_ids_are_single_listings_each_once_an_epoch():
+    catalog = KnownByIds(Listings([2, 3, 7]), Feed("listing", 0.5, 2, 1.0), 0)
+    pairs = PairSampler(catalog, "train", 6, COMPOSITION, 0, None)
+    listings = np.concatenate([pairs.draw(step) for step in range(2)])
+    np.testing.assert_array_equal(listings[:, 0], listings[:, 1])
+    np.testing.assert_array_equal(np.sort(listings[:, 0]), np.arange(12))
+
+
+def test_the_pairs_of_a_mixed_feed_are_of_one_id():
+    catalog = KnownByIds(Listings([4, 4, 4]), Feed("mixed", 1.0, 2, 1.0), 0)
+    pairs = PairSampler(catalog, "train", 6, COMPOSITION, 0, None)
+    found = set()
+    for step in range(20):
+        listings = pairs.draw(step)
+        found |= {tuple(sorted(pair)) for pair in listings.tolist()}
+    assert len(found) == 6  # of each product two ids of two listings
+    for query, target in found:
+        assert query != target
+        assert catalog.products[query] == catalog.products[target]
+        assert catalog.truth[query] == catalog.truth[target]
 
 
 def test_an_epoch_visits_every_product_once_where_nothing_is_added():

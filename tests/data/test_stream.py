@@ -14,11 +14,12 @@ import pytest
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.catalog.listings import open_catalog
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.data.feed import Feed
 from afmrl_jax.data.pairs import Composition, PairBatches, PairSampler
 from afmrl_jax.data.processor import Processor, RowSizes
 from afmrl_jax.data.stream import Stream, StreamOptions
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
-from afmrl_jax.data.views import Augmentation, TrainingViews, parse_mixture
+from afmrl_jax.data.views import PARTS, Augmentation, TrainingViews, parse_mixture
 from afmrl_jax.data.workers import NICENESS
 from afmrl_jax.models.presets import preset
 
@@ -35,11 +36,14 @@ def batches(catalogue_folder, tmp_path_factory):
     mixture = parse_mixture("image+text 0.5, image 0.25, text 0.25", "views")
     return PairBatches(
         views=TrainingViews(catalog, Augmentation(0.6, 0.5, 0.5, 0.3, 0.1), others={}),
-        sampler=PairSampler(catalog, "train", 8, Composition(0.5, 2, 1, 2), 0, neighbours),
+        sampler=PairSampler(catalog, "train", 8, Composition(0.5, 2, 1, 2, "keep"), 0, neighbours),
         processor=Processor(tokenizer, config, RowSizes(24, 16, 256, 1024)),
         statistics=CorpusStatistics.from_documents([{"color": "red", "type": "mug"}]),
         query_views=mixture,
         target_views=mixture,
+        parts=parse_mixture("modalities 0.5, halves 0.5", "parts", PARTS),
+        one_rendering=False,
+        truth=catalog.products,
         max_terms=8,
         micro_batches=2,
         rows=np.arange(4),
@@ -63,10 +67,50 @@ def test_a_batch_is_chunks_of_examples_of_views(batches):
     assert (batch["product"][..., 0] != batch["product"][..., 2]).all()
 
 
+def of_single_listings(batches, parts):
+    """The batches of a feed without ids, without hard negatives; views are image+text."""
+    catalog = Feed("listing", 0.5, 2, 1.0).with_ids(batches.views.catalog, 0)
+    return dataclasses.replace(
+        batches,
+        views=dataclasses.replace(batches.views, catalog=catalog),
+        sampler=PairSampler(catalog, "train", 8, Composition(0.0, 2, 0, 1, "keep"), 0, None),
+        query_views=parse_mixture("image+text", "views"),
+        target_views=parse_mixture("image+text", "views"),
+        parts=parse_mixture(parts, "parts", PARTS),
+        one_rendering=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "parts, photos, texts",
+    [("modalities", {1}, {1}), ("halves", {2}, {2}), ("words", {2}, {2}), ("photo", {1}, {2})],
+)
+def test_a_pair_of_one_listing_shows_its_parts(batches, parts, photos, texts):
+    """The number of sides that have a photo, and of those that have a text."""
+    made = of_single_listings(batches, parts)
+    batch = made[0]
+    has_photo = (batch["patch_segments"] > 0).any(-1)  # [A, C, V]
+    written = made.processor.tokenizer.decode_batch(batch["tokens"].reshape(16, -1))
+    has_text = np.reshape([bool(text) for text in written], has_photo.shape)
+    assert set(has_photo.sum(-1).flat) == photos
+    assert set(has_text.sum(-1).flat) == texts
+    assert has_photo.any((0, 1)).all() and has_text.any((0, 1)).all()  # the sides change places
+
+
+def test_a_feed_without_ids_gives_ids_to_the_loss_and_products_to_its_statistics(batches):
+    batch = of_single_listings(batches, "photo")[1]
+    np.testing.assert_array_equal(batch["product"][..., 0], batch["product"][..., 1])
+    assert len(np.unique(batch["product"][..., 0])) == 8  # listings
+    products = batches.views.catalog.products[batch["listing"]]
+    np.testing.assert_array_equal(batch["true_product"], products)
+
+
 def test_two_processes_make_the_halves_of_one_process_s_batch(batches):
-    whole = batches[3]
-    halves = [dataclasses.replace(batches, rows=rows)[3] for rows in np.arange(4).reshape(2, 2)]
-    same(whole, {k: np.concatenate([h[k] for h in halves], axis=1) for k in whole})
+    single = of_single_listings(batches, "words 0.5, photo 0.5")
+    for made in (batches, single):
+        whole = made[3]
+        halves = [dataclasses.replace(made, rows=rows)[3] for rows in np.arange(4).reshape(2, 2)]
+        same(whole, {k: np.concatenate([h[k] for h in halves], axis=1) for k in whole})
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -98,6 +98,38 @@ def test_shortened_text_keeps_half_of_the_words_in_order():
     assert places == sorted(places)
 
 
+def test_two_parts_of_a_listing_share_no_word_and_crop_the_photo_apart():
+    options = Augmentation(0.3, 0.0, 1.0, 0.0, 0.0)
+    whole = listing_text(listing(), listing().attributes).split()
+    sizes = set()
+    for seed in range(20):
+        rows = TrainingViews(Catalogue(), options, {}).apart(
+            0, ["image+text", "image+text"], np.random.default_rng(seed), draw=1
+        )
+        words = [row.text.split() for row in rows]
+        # "Navy" and "navy;" are one word, "long" and "Long" are one: of nine, five and four.
+        distinct = [{word.lower().strip(":;,.") for word in part} for part in words]
+        assert [len(part) for part in distinct] == [5, 4] and not distinct[0] & distinct[1]
+        assert sorted(words[0] + words[1]) == sorted(whole)
+        for row, part in zip(rows, words):
+            told = [row.text[start:end] for start, end in row.attributes]
+            assert told == [word for word in part if word in ("color:", "navy;", "sleeve:", "long")]
+        sizes.add(rows[0].images[0].size == rows[1].images[0].size)
+    assert False in sizes
+
+
+def test_a_part_shows_what_its_view_names_and_a_single_word_stands_in_both():
+    views = TrainingViews(Catalogue(), PLAIN, {})
+    first, second = views.apart(0, ["image", "text"], rng(), draw=1)
+    assert (first.text, len(first.images), len(second.images)) == ("", 1, 0)
+    assert len(second.text.split()) == 3  # of 7
+    views = TrainingViews(
+        Catalogue(title="Dress", category="", description="", n_images=0), PLAIN, {}
+    )
+    rows = views.apart(0, ["image+text", "text"], rng(), draw=1)
+    assert [(row.text, row.images) for row in rows] == [("Dress", ())] * 2
+
+
 def test_attributes_join_a_share_of_the_texts_with_some_left_out():
     options = Augmentation(1.0, 0.0, 0.5, 0.5, 0.0)
     generator = rng()
@@ -125,7 +157,11 @@ def test_a_share_of_the_values_is_that_of_another_listing_of_the_category():
 
 @pytest.mark.parametrize(
     "text, told",
-    [("image 0.5, txt 0.5", "'txt' is not a view"), ("image 0.5", "sum to 0.5"), ("text x", "'x'")],
+    [
+        ("image 0.5, txt 0.5", "'txt', expected one of"),
+        ("image 0.5", "sum to 0.5"),
+        ("text x", "'x'"),
+    ],
 )
 def test_a_mixture_that_makes_no_sense_names_its_field(text, told):
     with pytest.raises(UserError, match=told) as error:

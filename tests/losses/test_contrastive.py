@@ -43,6 +43,7 @@ PLAIN = Contrastive(
 JITTED = jax.jit(contrastive_loss, static_argnames="options")
 AGCL = dataclasses.replace(PLAIN, negative_weight="bm25")
 MASKED = dataclasses.replace(AGCL, temperature=0.3, mask_attributes=0.95, same_product="drop")
+TRUE = ("query_true_product", "target_true_product")
 SHARED = [[5, 6, -1], [5, 7, -1], [5, 6, 8]]
 
 
@@ -248,6 +249,23 @@ def test_other_listings_of_the_same_product(rule):
     assert loss == pytest.approx(first[rule] + nll(1.4, 0.2, 0.6), rel=1e-6)
     assert metrics["masked"] == pytest.approx(2 / 6 if rule == "drop" else 0)
     assert metrics["accuracy"] == 1
+
+
+def test_metrics_count_true_duplicates_that_a_feed_does_not_know():
+    """All ids differ; pairs 0 and 1 are one product. Query 0 agrees with targets 1 and 2."""
+    agreeing = with_terms(strangers(3, 3), [[5, 6, -1], [5, 7, -1], [5, 7, -1]])
+    info = with_terms(strangers(3, 3), [[5, 7, -1], [5, 8, -1], [5, 9, -1]])
+    info |= {name: array for name, array in agreeing.items() if name.startswith("target_")}
+    truth = np.array([4, 4, 9])
+    options = dataclasses.replace(PLAIN, mask_attributes=0.95, same_product="drop")
+    loss, metrics = loss_of(options, info={**info, **dict.fromkeys(TRUE, truth)})
+    assert loss == loss_of(options, info=info)[0]  # it changes metrics alone
+    assert metrics["duplicates"] == pytest.approx(2 / 6)
+    assert metrics["masked_by_attributes"] == pytest.approx(2 / 6)
+    assert metrics["duplicates_masked_by_attributes"] == pytest.approx(1 / 6)
+    assert metrics["duplicates_masked"] == pytest.approx(1 / 6)
+    assert metrics["precision_of_attributes"] == pytest.approx(1 / 2)
+    assert metrics["masked_by_same_product"] == metrics["duplicates_masked_by_same_product"] == 0
 
 
 # ---- properties

@@ -60,6 +60,7 @@ def drawn():
         batch = {name: x[part].reshape(A, C, V, -1) for name, x in encoded.items()}
         batch["product"] = rng.integers(0, 12, (A, C, V)).astype(np.int32)
         batch["product"][..., 1] = batch["product"][..., 0]
+        batch["true_product"] = batch["product"]
         steps.append((vectors, batch))
     return steps
 
