@@ -7,7 +7,7 @@ from pathlib import Path
 from afmrl_jax.catalog.concat import ConcatCatalog
 from afmrl_jax.catalog.listings import Catalog, open_catalog
 from afmrl_jax.catalog.overlays import open_attributes
-from afmrl_jax.catalog.synthetic import SyntheticCatalog
+from afmrl_jax.catalog.synthetic import SyntheticCatalog, open_world
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.options import Options, among
 
@@ -16,7 +16,7 @@ from afmrl_jax.core.options import Options, among
 class ListingOptions(Options, section="data"):
     """Which listings, and how they are read."""
 
-    path: str  # "builtin", folders, Parquet files, tfds:NAME, by commas
+    path: str  # "builtin", "world", folders, Parquet files, tfds:NAME, by commas
     shared_ids: bool  # whether several catalogues mean the same by one id
     cache_dir: str  # "" = afmrl_jax in the user's cache folder
     on_bad_listing: str = among("error", "skip")
@@ -54,9 +54,10 @@ def open_listings(options: ListingOptions, report_dir: Path) -> Catalog:
     names = catalogue_names(options.path)
     if not names:
         raise UserError('no catalogue is named: set data.path to "builtin", a folder or a file')
+    rendered = {"builtin": SyntheticCatalog, "world": open_world}
     catalogues = [
-        SyntheticCatalog(cache_dir=cache)
-        if name == "builtin"
+        rendered[name](cache_dir=cache)
+        if name in rendered
         else open_catalog(
             name,
             cache_dir=cache,

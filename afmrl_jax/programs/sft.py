@@ -1,7 +1,7 @@
 """Trains the generator to answer a listing with its attributes (SFT); METHOD: section 4.
 
 1. Show listings as questions; their attributes, as the catalogue or an oracle gives them, are the
-   answers.
+   answers. A base (configs/pretrain.py) is also asked for some attributes, and for titles.
 2. Update by the cross-entropy of the answers' tokens; every so often let it answer, checkpoint.
 3. Judge the answers to the test listings: format, pairs, whole sets; beside them what one would
    guess who knows the category alone.
@@ -166,12 +166,11 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         batches = AnswerBatches(
             catalog,
             listings["train"],
-            processor,
+            {"attributes": processor} | _other_processors(config, generator),
             batch=config.batch,
             micro_batches=config.micro_batches,
             rows=local,
-            dropout=config.data.answer_dropout,
-            buckets=config.data.buckets,
+            options=AnswerOptions.of(config),
             seed=config.seed,
             steps=config.steps,
         )
@@ -234,6 +233,14 @@ def _listings(config: ConfigDict, catalog: Catalog) -> dict[str, np.ndarray]:
     return splits
 
 
+def _other_processors(config: ConfigDict, generator: Generator) -> dict[str, Processor]:
+    """The processor of each other kind of answer than all attributes."""
+    return {
+        kind: generator.processor(answers=True, instruction=words)
+        for kind, words in AnswerOptions.of(config).instructions.items()
+    }
+
+
 def _check_answers_fit(catalog: Catalog, listings: np.ndarray, processor: Processor) -> None:
     """Warns where some of the listings have more attributes than an answer holds; raises UserError
     where no attribute fits."""
@@ -267,7 +274,9 @@ def _check_answers_fit(catalog: Catalog, listings: np.ndarray, processor: Proces
 
 def _tokenizer_texts(config: ConfigDict, catalog: Catalog) -> Iterator[str]:
     """What rows are made of, as often as it stands in them: the words of the turns as well."""
+    others = AnswerOptions.of(config).instructions.values()
     for index in first_listings(catalog):
         listing = catalog.listing(index)
         yield from (f"system\n{config.data.instruction}", "user\n", "assistant\n")
+        yield from (f"system\n{words}" for words in others)
         yield from (listing_text(listing), format_attributes(listing.attributes))

@@ -12,6 +12,7 @@ from afmrl_jax.catalog.synthetic import SyntheticCatalog
 from afmrl_jax.data.answers import (
     WINDOW,
     AnswerBatches,
+    AnswerOptions,
     described,
     learnable,
     padded_lengths,
@@ -56,9 +57,15 @@ def processor_of(processor, max_answer=0, **sizes):
 
 
 def batches(catalog, processor, rows=(0, 1, 2, 3), micro_batches=2, buckets=1):
-    listings = catalog.indices("train")
-    options = {"dropout": 0.5, "buckets": buckets, "seed": 3, "steps": 50}
-    return AnswerBatches(catalog, listings, processor, 8, micro_batches, rows, **options)
+    listings, options = catalog.indices("train"), answer_options(buckets)
+    processors = {"attributes": processor}
+    return AnswerBatches(
+        catalog, listings, processors, 8, micro_batches, rows, options, seed=3, steps=50
+    )
+
+
+def answer_options(buckets, subsets=0.0, captions=0.0, views="image+text"):
+    return AnswerOptions(buckets, views, 0.5, subsets, "Some.", captions, "Title.")
 
 
 @pytest.mark.parametrize("buckets", [1, 3])
@@ -156,12 +163,10 @@ def test_the_answer_is_the_attributes_and_the_question_has_none_of_them(catalog,
 def test_an_answer_leaves_attributes_out_but_never_all_of_them(catalog, processor):
     true = catalog.listing(5).attributes
     first = next(iter(true))
-    for left_out, told in (
-        (iter([True, *[False] * len(true)]).__next__, dict(list(true.items())[1:])),
-        (lambda: True, {first: true[first]}),
-    ):
-        row = question_and_answer(catalog, 5, processor, left_out=left_out)
-        assert row.answer == format_attributes(told)
+    others = {name: value for name, value in true.items() if name != first}
+    for told, answer in ((lambda _: others, others), (lambda _: {}, {first: true[first]})):
+        row = question_and_answer(catalog, 5, processor, told=told)
+        assert row.answer == format_attributes(answer)
 
 
 def taught(processor, attributes):
