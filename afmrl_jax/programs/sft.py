@@ -51,7 +51,7 @@ from afmrl_jax.data.answers import (
 )
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.stream import StreamOptions
-from afmrl_jax.data.views import listing_text
+from afmrl_jax.data.views import listing_text, parse_mixture
 from afmrl_jax.models import lora
 from afmrl_jax.planning import cost
 from afmrl_jax.planning.report import Part, check_fits
@@ -208,6 +208,9 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     split = "test" if len(listings["test"]) else "validation"
     if not first_says(path.exists()) and len(listings[split]):
         results = judge.scores(state, split)
+        views = parse_mixture(config.data.question_views, "data.question_views")[0]
+        if len(views) > 1:
+            results["by_view"] = judge.by_view(state, split, views)
         if run.first_process:
             write_atomically(path, json.dumps(results, indent=2))
     if run.first_process and path.exists():
