@@ -21,15 +21,17 @@ def get_config(arm: str = "pretrain") -> ConfigDict:
     # It must see without words, read without photos, and use both.
     config.data.question_views = "image+text 0.45, image 0.4, text 0.15"
     config.data.subset_share = 0.15
-    config.data.caption_share = 0.15
+    config.data.caption_share = 0.1
     if arm == "pretrain":
-        config.steps = 7000
+        config.steps = 8000
         config.batch = 32
         config.micro_batches = 4
         config.log_every = 50
         config.eval_every = 1000
         config.checkpoint_every = 250
         config.data.buckets = 4
+        # Rows of one length are mostly of one view: a long memory mixes them.
+        config.optimizer.b1 = 0.95
         config.optimizer.warmup_share = 0.03
         config.eval.validation_listings = 256
     return config.lock()

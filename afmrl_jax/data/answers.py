@@ -171,6 +171,7 @@ class _Asked(NamedTuple):
 
     kind: str  # attributes | subset | caption
     view: str  # the parts that are shown, "" for a listing without any
+    images: int  # photos that are shown, as far as they fit
 
 
 @dataclass(frozen=True)
@@ -214,11 +215,12 @@ class AnswerBatches:
 
     def _arrays(self, examples: list[int], length: int) -> Batch:
         """The rows of the examples, each with the instruction of its kind: [N, ...]."""
-        kinds = np.array([self._asked(example).kind for example in examples])
+        asked = [self._asked(example) for example in examples]
+        kinds = np.array([one.kind for one in asked])
         arrays: Batch = {}
         for kind, processor in self.processors.items():
             places = np.flatnonzero(kinds == kind)
-            rows = [self._row(examples[place]) for place in places]
+            rows = [self._row(examples[place], asked[place]) for place in places]
             for name, part in processor(rows, [(length, processor.max_patches)]).items():
                 whole = arrays.setdefault(
                     name, np.empty((len(examples), *part.shape[1:]), part.dtype)
@@ -272,20 +274,18 @@ class AnswerBatches:
         listing = self.catalog.listing(self._listing(example))
         has = {"image": listing.n_images > 0, "text": bool(listing_text(listing))}
         if kind < self.options.caption_share and has["image"] and listing.title:
-            return _Asked("caption", "image")
+            return _Asked("caption", "image", listing.n_images)
         parts = [part for part in view.split("+") if has[part]]
         view = "+".join(parts or [part for part in has if has[part]])
         is_subset = 0 <= kind - self.options.caption_share < self.options.subset_share
-        return _Asked("subset" if is_subset else "attributes", view)
+        images = listing.n_images if "image" in view else 0
+        return _Asked("subset" if is_subset else "attributes", view, images)
 
-    def _row(self, example: int, *, images: bool = True) -> Row:
-        """images: whether to open them; the row without them is one to measure."""
+    def _row(self, example: int, asked: _Asked) -> Row:
         rng = np.random.default_rng((self.seed, example))
         draw = 1 + int(rng.integers(2**31 - 1))
-        kind, view = self._asked(example)
-        if not images:
-            view = "text" if "text" in view else ""
-        listing = (self.catalog, self._listing(example), self.processors[kind], draw)
+        processor = self.processors[asked.kind]
+        listing = (self.catalog, self._listing(example), processor, draw)
 
         def most(attributes: dict[str, str]) -> dict[str, str]:
             dropout = self.options.answer_dropout
@@ -295,14 +295,16 @@ class AnswerBatches:
             order = rng.permutation(list(attributes.items())).tolist()
             return dict(order[: 1 + rng.integers(len(order))])
 
-        if kind == "caption":
-            return photo_and_title(*listing, view)
-        return question_and_answer(*listing, some if kind == "subset" else most, view)
+        if asked.kind == "caption":
+            return photo_and_title(*listing, asked.view)
+        told = some if asked.kind == "subset" else most
+        return question_and_answer(*listing, told, asked.view)
 
     def _length(self, example: int) -> int:
-        kind, view = self._asked(example)
-        n_images = self.catalog.listing(self._listing(example)).n_images if "image" in view else 0
-        return self.processors[kind].most_tokens(self._row(example, images=False), n_images)
+        asked = self._asked(example)
+        # Photos are not opened to be measured.
+        read = asked._replace(view="text" if "text" in asked.view else "")
+        return self.processors[asked.kind].most_tokens(self._row(example, read), asked.images)
 
 
 def padded_lengths(lengths: np.ndarray, most: int, longest: int) -> tuple[int, ...]:
