@@ -30,8 +30,6 @@ def get_config(arm: str = "pretrain") -> ConfigDict:
         config.eval_every = 1000
         config.checkpoint_every = 250
         config.data.buckets = 4
-        # Rows of one length are mostly of one view: a long memory mixes them.
-        config.optimizer.b1 = 0.95
         config.optimizer.warmup_share = 0.03
         config.eval.validation_listings = 256
     return config.lock()
