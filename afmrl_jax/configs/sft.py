@@ -29,9 +29,9 @@ def get_config(arm: str = "sft") -> ConfigDict:
     common.batches(config)
     config.micro_batches = 2  # micro-batches of 8 rows, which fit into a CPU's cache
     config.vocabulary_chunk = 16  # tokens of each row whose logits are in memory at once
-    # A checkpoint of a generator, or of an encoder, whose vision tower is trained already; or a
-    # Hugging Face folder.
-    config.init_from = ""  # "" = from scratch
+    # A run of a generator or an encoder, a Hugging Face folder, or base, the model that ships with
+    # the package (a folder of yours named so is ./base); "" = from scratch.
+    config.init_from = ""
 
     common.model(config)
     # tiny | tiny_qwen2_5 | tiny_qwen3 | qwen2_5_vl_3b | ... (the paper: Qwen2.5-VL-3B)

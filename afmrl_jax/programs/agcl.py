@@ -107,7 +107,7 @@ class PairTraining(Options, section=""):
 
     method: str  # the objective: a name of training/objective.py, or module:Class
     batch: int = between(1)  # pairs
-    init_from: str  # a checkpoint or a Hugging Face folder; "" = from scratch
+    init_from: str  # a run, a Hugging Face folder, or "base"; "" = from scratch
 
 
 @dataclass(frozen=True)

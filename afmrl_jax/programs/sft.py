@@ -77,7 +77,7 @@ class AnswerTraining(Options, section=""):
 
     batch: int = between(1)  # answers
     vocabulary_chunk: int = between(1)  # tokens of each row whose logits are in memory at once
-    init_from: str  # a checkpoint or a Hugging Face folder; "" = from scratch
+    init_from: str  # a run, a Hugging Face folder, or "base"; "" = from scratch
 
 
 @dataclass(frozen=True)
