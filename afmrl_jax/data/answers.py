@@ -108,8 +108,8 @@ def photo_and_title(
 ) -> Row:
     """The listing's photos as the question, its title as the answer; a title that is too long loses
     its last words. processor, view: as in `question_and_answer`."""
-    words = catalog.listing(index, draw).title.split()
     room = processor.max_answer - 1
+    words = catalog.listing(index, draw).title.split()[:room]
     while words and len(encode_text(processor.tokenizer, " ".join(words))) > room:
         words.pop()
     question = evaluation_row(catalog, index, processor.max_images, draw, view=view)
