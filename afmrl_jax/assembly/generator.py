@@ -46,12 +46,13 @@ class Generator(Assembly):
     def assemble(self, **options: Any) -> QwenVL:
         return QwenVL(self.model_config, **options)
 
-    def processor(self, *, answers: bool) -> Processor:
+    def processor(self, *, answers: bool, instruction: str | None = None) -> Processor:
         """The processor of prompts for the sampler; with `answers`, of rows for training, with room
-        for an answer."""
+        for an answer. instruction: in place of that of the rows."""
         rows = self.options.rows
+        words = rows.instruction if instruction is None else instruction
         return self.make_processor(
-            ChatPrompt(self.chat_template, rows.instruction),
+            ChatPrompt(self.chat_template, words),
             max_answer=rows.max_answer if answers else 0,
             # Answers then end in the same column, and lie in few chunks of the loss.
             pad_left=True,

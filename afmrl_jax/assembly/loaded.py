@@ -259,21 +259,24 @@ class LoadedGenerator:
         tokenizer = self.generator.tokenizer
         return [describe(answer, tokenizer) for answer in self.answers(catalog, listings)]
 
-    def answers(self, catalog: Catalog, listings: np.ndarray) -> Iterator[Answer]:
-        """The answers to listings, int64[N], in their order, batch by batch."""
+    def answers(
+        self, catalog: Catalog, listings: np.ndarray, view: str = "image+text"
+    ) -> Iterator[Answer]:
+        """The answers to a view of the listings, int64[N], in their order, batch by batch."""
         previous: tuple[tuple[jax.Array, ...], int] | None = None
         for batch, real in batches_of(listings, self.batch):
             # Returns at once: the device computes while the host makes the next batch.
-            current = self._begin(catalog, batch), real
+            current = self._begin(catalog, batch, view), real
             if previous:
                 yield from self._read(*previous)
             previous = current
         if previous:
             yield from self._read(*previous)
 
-    def _begin(self, catalog: Catalog, batch: np.ndarray) -> tuple[jax.Array, ...]:
-        max_images = self._processor.max_images
-        local = [evaluation_row(catalog, int(index), max_images) for index in batch[self._local]]
+    def _begin(self, catalog: Catalog, batch: np.ndarray, view: str) -> tuple[jax.Array, ...]:
+        most = self._processor.max_images
+        shown = batch[self._local].tolist()
+        local = [evaluation_row(catalog, index, most, view=view) for index in shown]
         with jax.set_mesh(self.mesh):
             rows = put_batch(self._processor(local), self.mesh, axis=0, rows=self.batch)
             return self._compiled(self.params, rows, batch.astype(np.int32))

@@ -1,5 +1,6 @@
 """Finds models: in a run's workdir, one of its checkpoints, a Hugging Face folder, a PEFT adapter's
-folder, or by a name on the hub. Evaluation, export and `init_from` all use it.
+folder, by a name on the hub, or `base`, the model that ships with the package. Evaluation, export
+and `init_from` all use it.
 
 A checkpoint of a LoRA run, and PEFT's folder, hold adapters alone, and name the base model that
 they adapt (a run records the base's fingerprint, too). Reading the model merges adapters and base,
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 # The file of an exported folder about its run: {"kind": encoder | generator, "config": the run's,
 # "step": .., "evaluation": ..}.
 RECORD = "afmrl_jax.json"
+BASE = "base"  # names the folder that ships with the package, whatever lies in the current one
+BASE_FOLDER = Path(__file__).parents[1] / "assets" / BASE
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,12 @@ def find_pretrained(
 ) -> Pretrained[AnyAssembly]:
     """The model that `path` names, as a model_class. best: as in `find_checkpoints`.
 
-    A run's checkpoint must be of that class; with `begin` a generator may also take the parameters
-    of an encoder. A folder without a run may be read as either.
+    A run's checkpoint must be of that class; with `begin` it may be of the other one too, whose
+    language model is taken. A folder may be read as either.
     Raises UserError, naming the file, where there is no model, or a part is missing or broken.
     """
+    if path == BASE and Path(BASE).exists():
+        log.warning("base names the model that ships with the package; ./base is the folder here")
     folder = _resolve(path)
     if not is_bucket(folder) and peft_adapter.is_adapter(folder):
         return _of_adapter(folder, path, model_class)
@@ -101,15 +106,15 @@ def find_pretrained(
     model = model_class.from_record(options, record)
     adapters = (*model.base_lora, *filter(None, [TrainingOptions.of(config).lora]))
     model = dataclasses.replace(model, base_lora=())
-    load = functools.partial(_load_run, checkpoints, step, record)
-    if kind == model_class.kind:
-        load = functools.partial(load, model_class)
-    elif begin and kind == Encoder.kind and model.model_config.tie_embeddings:
-        load = functools.partial(_without_pooling, functools.partial(load, Encoder))
-    else:  # an encoder whose head is not its embedding table has none
-        raise UserError(
-            f"{path} holds the {kind} of a run: name what has trained the {model_class.kind}"
-        )
+    trained_class = next(kind_of for kind_of in (Encoder, Generator) if kind_of.kind == kind)
+    load = functools.partial(_load_run, checkpoints, step, record, trained_class)
+    if kind != model_class.kind:
+        # An encoder whose head is not its embedding table has none.
+        if not begin or (model_class is Generator and not model.model_config.tie_embeddings):
+            raise UserError(
+                f"{path} holds the {kind} of a run: name what has trained the {model_class.kind}"
+            )
+        load = functools.partial(_of_the_other, load, trained_class)
     return Pretrained(
         model,
         load,
@@ -130,20 +135,26 @@ def planned(
 
     Raises UserError where there is none of these.
     """
+    folder = BASE_FOLDER if name == BASE else Path(name)
     if name in PRESETS:
         model = model_class(options, preset(name), None)
-    elif (Path(name) / "config.json").exists() and not any(
-        (Path(name) / other).exists() for other in ("checkpoints", peft_adapter.CONFIG)
+    elif (folder / "config.json").exists() and not any(
+        (folder / other).exists() for other in ("checkpoints", peft_adapter.CONFIG)
     ):
-        model = model_class.from_folder(options, Path(name))
+        model = model_class.from_folder(options, folder)
     else:
         return find_pretrained(name, model_class).for_training(options, training)
     return model.for_training(training)
 
 
-def _without_pooling(load: Callable[[Params], Params], abstract: Params) -> Params:
-    """The parameters of a language model from those of an encoder."""
-    return load({"backbone": abstract})["backbone"]
+def _of_the_other(
+    load: Callable[[Params], Params], trained: type[Assembly], abstract: Params
+) -> Params:
+    """A generator's parameters from those of an encoder, or the other way round; trained: which of
+    the two `load` reads. An encoder is a language model below its pooling."""
+    if trained is Encoder:
+        return load({"backbone": abstract})["backbone"]
+    return {"backbone": load(abstract["backbone"])}
 
 
 def model_class_of(path: str, *, best: bool = False) -> type[Encoder] | type[Generator]:
@@ -162,6 +173,8 @@ def model_class_of(path: str, *, best: bool = False) -> type[Encoder] | type[Gen
 
 def _resolve(path: str) -> Path | epath.Path:
     """The folder that `path` names; of buckets only checkpoints are read."""
+    if path == BASE:
+        return BASE_FOLDER
     return epath.Path(path) if is_bucket(path) else hf_weights.resolve(path)
 
 
@@ -320,4 +333,5 @@ def _load_run(
     params, _ = read_base(model, lora.without_adapters(whole), Base.of_record(record))
     trained = checkpoints.restore_params(step, trained)
     params = lora.join(trained, lora.subset(params, frozen))
+    params = {name: params[name] for name in abstract}  # an encoder takes no generator's head
     return _combined(params, training.lora.scale if training.lora else 1.0, abstract)

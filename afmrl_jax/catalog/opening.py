@@ -8,7 +8,7 @@ from afmrl_jax.catalog.concat import ConcatCatalog
 from afmrl_jax.catalog.listings import Catalog, open_catalog
 from afmrl_jax.catalog.names import SPLITS
 from afmrl_jax.catalog.overlays import open_attributes
-from afmrl_jax.catalog.synthetic import Shape, SyntheticCatalog
+from afmrl_jax.catalog.synthetic import Shape, SyntheticCatalog, open_world
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.options import Options, among, between
 
@@ -34,7 +34,7 @@ class BuiltIn(Options, section="data.builtin"):
 class ListingOptions(Options, section="data"):
     """Which listings, and how they are read."""
 
-    path: str  # "builtin", folders, Parquet files, tfds:NAME, by commas
+    path: str  # "builtin", "world", folders, Parquet files, tfds:NAME, by commas
     shared_ids: bool  # whether several catalogues mean the same by one id
     cache_dir: str  # "" = afmrl_jax in the user's cache folder
     builtin: BuiltIn
@@ -73,9 +73,10 @@ def open_listings(options: ListingOptions, report_dir: Path) -> Catalog:
     names = catalogue_names(options.path)
     if not names:
         raise UserError('no catalogue is named: set data.path to "builtin", a folder or a file')
+    rendered = {"builtin": options.builtin.open, "world": open_world}
     catalogues = [
-        options.builtin.open(cache)
-        if name == "builtin"
+        rendered[name](cache_dir=cache)
+        if name in rendered
         else open_catalog(
             name,
             cache_dir=cache,

@@ -1,4 +1,5 @@
-"""The built-in catalogue: product photos and sellers' texts, rendered from a seed.
+"""The built-in catalogue: product photos and sellers' texts, rendered from a seed. The world is
+another one, much larger, that has no product in common with it: what the base learned from.
 
 Everything is a pure function of (seed, index, draw). Draw 0 is the listing itself; any other draw
 is another seller's photo and text of the same product.
@@ -6,12 +7,13 @@ is another seller's photo and text of the same product.
 Axes: N listings · S pixels a side.
 """
 
+import dataclasses
 import functools
 import hashlib
 import logging
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -29,12 +31,17 @@ from afmrl_jax.catalog.listings import Listing
 from afmrl_jax.catalog.names import split_name
 from afmrl_jax.core.files import write_atomically
 
-__all__ = ["FAMILIES", "Shape", "SyntheticCatalog"]
+__all__ = ["FAMILIES", "Shape", "SyntheticCatalog", "open_world"]
 log = logging.getLogger(__name__)
 
 # Families of look-alikes per split. A family has 4 to 6 products, a product 2 to 6 listings. With
 # 660 families for training, a generator memorised the products instead of reading their listings.
 FAMILIES: Mapping[str, int] = MappingProxyType({"train": 2000, "validation": 24, "test": 52})
+# So many that an hour's training of the base sees hardly a listing twice.
+WORLD_FAMILIES = MappingProxyType({"train": 12_000, "validation": 60, "test": 120})
+WORLD_SEED = 1
+# Of seed 0, at least as many families as any catalogue that models are judged on.
+JUDGED_FAMILIES = MappingProxyType({"train": 2000, "validation": 200, "test": 600})
 
 
 @dataclass(frozen=True)
@@ -66,7 +73,8 @@ class SyntheticCatalog:
     families: split ("train", "validation", "test") -> number of families; a split that is left
     out is empty. shape: of families and products. image_size: S. cache_dir: folder for the photos
     of validation and test, which are rendered once and read from disk afterwards; None renders them
-    each time.
+    each time. judged: families of the catalogue of seed 0; a family that has one of their products
+    in it is left out.
     """
 
     def __init__(
@@ -77,20 +85,23 @@ class SyntheticCatalog:
         shape: Shape = Shape(),
         image_size: int = 64,
         cache_dir: str | Path | None = None,
+        judged: Mapping[str, int] | None = None,
     ):
-        self.name = "built-in"
+        self.name = "world" if judged else "built-in"
         self.seed = seed
         self.image_size = image_size
         self._cache_dir = None if cache_dir is None else Path(cache_dir).expanduser().absolute()
         self._products = list(shape.of(make_products(seed, families), seed))
+        if judged:
+            self._products = _apart_from(make_products(0, judged), self._products)
         counts = [product.n_listings for product in self._products]
         self.products = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         self._splits = np.repeat(np.array([p.split for p in self._products]), counts)
         self._is_cached = self._splits != "train"  # bool[N]: photos that are rendered once
         self._cache_row = np.cumsum(self._is_cached) - 1  # int64[N]: rows of the cached photos
         key = f"{_renderer()} {seed} {sorted(families.items())} {image_size}"
-        if shape != Shape():
-            key += f" {shape}"
+        key += f" {shape}" if shape != Shape() else ""
+        key += f" apart from {sorted(judged.items())}" if judged else ""
         self.fingerprint = hashlib.sha256(key.encode()).hexdigest()[:32]
         self._photos: np.ndarray | None = None
 
@@ -182,6 +193,32 @@ class SyntheticCatalog:
             log.info("rendering %d evaluation photos into %s", len(indices), path)
             write_atomically(path, np.stack([self._photograph(index, 0) for index in indices]))
         return np.load(path, mmap_mode="r")
+
+
+def open_world(cache_dir: str | Path | None = None) -> SyntheticCatalog:
+    """The world: products of another seed, none of which is in a catalogue that is judged."""
+    return SyntheticCatalog(
+        WORLD_SEED, families=WORLD_FAMILIES, cache_dir=cache_dir, judged=JUDGED_FAMILIES
+    )
+
+
+def _apart_from(judged: Iterable[Product], products: list[Product]) -> list[Product]:
+    """The products of families without a judged product, under ids of their own.
+
+    Two products are one where category and attributes are equal; brands do not count.
+    """
+
+    def essence(product: Product) -> tuple[str, ...]:
+        values = (value for name, value in product.attributes.items() if name != "brand")
+        return product.category, *values
+
+    taken = {essence(product) for product in judged}
+    left_out = {product.family for product in products if essence(product) in taken}
+    return [
+        dataclasses.replace(product, product_id=f"world-{product.product_id}")
+        for product in products
+        if product.family not in left_out
+    ]
 
 
 @functools.cache

@@ -27,7 +27,9 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.batch = 64  # pairs of the global batch (VLM2Vec-V2: 1024)
     # GradCache divides a batch into micro-batches; the loss is of the whole batch all the same.
     common.batches(config)
-    config.init_from = ""  # a checkpoint or a Hugging Face folder; "" = from scratch
+    # A run, a Hugging Face folder, or base, the model that ships with the package (a folder of
+    # yours named so is ./base); "" = from scratch.
+    config.init_from = ""
 
     common.model(config)
     # tiny | tiny_qwen2_5 | tiny_qwen3 | qwen2_vl_2b | qwen2_5_vl_3b | qwen3_vl_2b | ...

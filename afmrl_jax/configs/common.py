@@ -27,7 +27,8 @@ def get_config() -> ConfigDict:
 
 def catalogue(config: ConfigDict) -> None:
     """The listings."""
-    config.data.path = "builtin"  # builtin, or folders, Parquet files, tfds:NAME, by commas
+    # builtin, or folders, Parquet files, tfds:NAME, by commas. world is what the base learned from.
+    config.data.path = "builtin"
     # True: in several catalogues, listings with the same listing_id and a common photo are the same
     # listing, and the same product_id is the same product. False: each catalogue numbers its own.
     config.data.shared_ids = True

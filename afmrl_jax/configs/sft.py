@@ -29,9 +29,9 @@ def get_config(arm: str = "sft") -> ConfigDict:
     common.batches(config)
     config.micro_batches = 2  # micro-batches of 8 rows, which fit into a CPU's cache
     config.vocabulary_chunk = 16  # tokens of each row whose logits are in memory at once
-    # A checkpoint of a generator, or of an encoder, whose vision tower is trained already; or a
-    # Hugging Face folder.
-    config.init_from = ""  # "" = from scratch
+    # A run of a generator or an encoder, a Hugging Face folder, or base, the model that ships with
+    # the package (a folder of yours named so is ./base); "" = from scratch.
+    config.init_from = ""
 
     common.model(config)
     # tiny | tiny_qwen2_5 | tiny_qwen3 | qwen2_5_vl_3b | ... (the paper: Qwen2.5-VL-3B)
@@ -48,8 +48,14 @@ def get_config(arm: str = "sft") -> ConfigDict:
     # Rows of similar length make a batch, which is padded to one of a few lengths, each with its
     # compilation. Texts that differ more than those of the built-in catalogue take 4.
     config.data.buckets = 2  # lengths; 1 = the longest row's for all batches
+    config.data.question_views = "image+text"  # views asked about, and their shares
     # RAR can reward a policy for leaving an attribute out only if the policy has done so before.
     config.data.answer_dropout = 0.15  # share of attributes left out of training answers
+    # Other answers than all attributes, for a base (configs/pretrain.py); 0 = none of them.
+    config.data.subset_share = 0.0  # share of answers with some attributes in random order
+    config.data.subset_instruction = "Name some of the product's attributes."
+    config.data.caption_share = 0.0  # share of answers that are the title of the photos
+    config.data.caption_instruction = "Write the product's title."
 
     config.eval = ConfigDict()
     config.eval.batch = 128  # listings answered at once

@@ -25,14 +25,15 @@ PACKAGED = Path(__file__).parents[1] / "configs"
 # ml_collections' message for a field that a locked configuration does not have.
 NO_FIELD = re.compile(r'Key "(\w+)" does not exist and cannot be added')
 NEAR = re.compile(r'Did you mean "(\w+)" instead of')
-PROGRAMS = sorted(p.stem for p in PACKAGED.glob("[a-z]*.py") if p.stem != "common")
+PAGES = sorted(p.stem for p in PACKAGED.glob("[a-z]*.py") if p.stem != "common")
+PROGRAMS = [page for page in PAGES if page != "pretrain"]  # a page of the program sft
 
 
 def find_page(path: str) -> Path:
     """The file at `path`, or the package's page of that name. Raises UserError for neither."""
     if Path(path).is_file():
         return Path(path)
-    names = [f"configs/{program}.py" for program in PROGRAMS]
+    names = [f"configs/{page}.py" for page in PAGES]
     if Path(path).as_posix() in names:
         return PACKAGED / Path(path).name
     close = difflib.get_close_matches(path, names, n=1)

@@ -1,4 +1,5 @@
-"""The batches that a generator learns from: listings as questions, their attributes as answers.
+"""The batches that a generator learns from: listings as questions; their attributes, some of them,
+or their titles as answers.
 
 Axes: A micro-batches · C rows of a micro-batch (this process's) · S tokens · N sampled rows.
 """
@@ -17,13 +18,20 @@ import numpy as np
 from afmrl_jax.attributes.comparison import VERSION
 from afmrl_jax.attributes.text import MAX_CHARACTERS, MAX_PAIRS, format_attributes, normalise
 from afmrl_jax.catalog.listings import Catalog
+from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.options import Options, between
 from afmrl_jax.data.fitting import fitting
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.stream import Batch
 from afmrl_jax.data.tokenizer import encode_text
-from afmrl_jax.data.views import SEPARATOR, attribute_pairs, evaluation_row
+from afmrl_jax.data.views import (
+    SEPARATOR,
+    attribute_pairs,
+    evaluation_row,
+    listing_text,
+    parse_mixture,
+)
 
 log = logging.getLogger(__name__)
 
@@ -81,19 +89,31 @@ def question_and_answer(
     index: int,
     processor: Processor,
     draw: int = 0,
-    left_out: Callable[[], bool] = lambda: False,
+    told: Callable[[dict[str, str]], dict[str, str]] = dict,
     view: str = "image+text",
 ) -> Row:
     """The listing as the question, its `learnable` attributes as the answer.
 
-    processor: with room for answers. left_out: called once an attribute, True to leave it out; the
-    first attribute stays where all would be left out. view: "text" opens no image.
+    processor: with room for answers. told: chooses among the attributes, normalised, and orders
+    them; the first one stays where it chooses none. view: without "image" it opens no image.
     """
     attributes = normalise(catalog.listing(index, draw).attributes)
-    kept = {name: value for name, value in attributes.items() if not left_out()}
-    answer = learnable(kept or dict(list(attributes.items())[:1]), processor).answer
+    chosen = told(attributes) or dict(list(attributes.items())[:1])
     question = evaluation_row(catalog, index, processor.max_images, draw, view=view)
-    return dataclasses.replace(question, answer=answer)
+    return dataclasses.replace(question, answer=learnable(chosen, processor).answer)
+
+
+def photo_and_title(
+    catalog: Catalog, index: int, processor: Processor, draw: int = 0, view: str = "image"
+) -> Row:
+    """The listing's photos as the question, its title as the answer; a title that is too long loses
+    its last words. processor, view: as in `question_and_answer`."""
+    room = processor.max_answer - 1
+    words = catalog.listing(index, draw).title.split()[:room]
+    while words and len(encode_text(processor.tokenizer, " ".join(words))) > room:
+        words.pop()
+    question = evaluation_row(catalog, index, processor.max_images, draw, view=view)
+    return dataclasses.replace(question, answer=" ".join(words) or None)
 
 
 def described(catalog: Catalog, split: str, cache: Path) -> np.ndarray:
@@ -119,10 +139,39 @@ def described(catalog: Catalog, split: str, cache: Path) -> np.ndarray:
 
 @dataclass(frozen=True)
 class AnswerOptions(Options, section="data"):
-    """The answers that a generator learns."""
+    """The questions and answers that a generator learns."""
 
     buckets: int = between(1)  # lengths to which batches are padded
+    question_views: str  # views of the listings asked about, and their shares
     answer_dropout: float = between(0, 1)  # share of attributes left out at random
+    subset_share: float = between(0, 1)  # of answers: some attributes in random order
+    subset_instruction: str  # the system's turn that asks for them
+    caption_share: float = between(0, 1)  # of answers: the title of the photos
+    caption_instruction: str  # the system's turn that asks for it
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_mixture(self.question_views, self.name_of("question_views"))
+        if self.subset_share + self.caption_share > 1:
+            raise UserError(
+                f"data.subset_share={self.subset_share:g} and data.caption_share="
+                f"{self.caption_share:g} are more than all answers: lower one"
+            )
+
+    @property
+    def instructions(self) -> dict[str, str]:
+        """What asks for each other kind of answer that there is than all attributes."""
+        shares = {"subset": self.subset_share, "caption": self.caption_share}
+        words = {"subset": self.subset_instruction, "caption": self.caption_instruction}
+        return {kind: words[kind] for kind, share in shares.items() if share}
+
+
+class _Asked(NamedTuple):
+    """What a run asks about a listing."""
+
+    kind: str  # attributes | subset | caption
+    view: str  # the parts that are shown, "" for a listing without any
+    images: int  # photos that are shown, as far as they fit
 
 
 @dataclass(frozen=True)
@@ -131,6 +180,8 @@ class AnswerBatches:
 
     Each epoch shows every listing once, in another order; a rendered catalogue renders it anew
     every time. Images are neither cropped nor mirrored: the answer might not be true of them.
+    What is asked is drawn for each: all attributes, some of them, of any share, in random order, or
+    the title of the photos alone.
 
     Rows of similar length make up a batch, which is padded to the first of `lengths` that holds it:
     the rows of WINDOW steps are sorted by length and cut into batches, and these are shuffled. Each
@@ -139,12 +190,11 @@ class AnswerBatches:
 
     catalog: Catalog
     listings: np.ndarray  # int64, the listings to learn from
-    processor: Processor
+    processors: Mapping[str, Processor]  # of "attributes", and of each of `options.instructions`
     batch: int  # rows of a step, of all processes
     micro_batches: int  # A
     rows: np.ndarray  # int[C], this process's places in each micro-batch
-    dropout: float  # share of attributes left out of answers, at random
-    buckets: int  # padded lengths at most
+    options: AnswerOptions
     seed: int
     steps: int
     _window: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
@@ -159,10 +209,24 @@ class AnswerBatches:
         """The processor's arrays as [A, C, ...], and `listing` int32[A, C], each row's index."""
         examples, length = self._of_step(step)
         examples = examples.reshape(self.micro_batches, -1)[:, self.rows]
-        rows = [self._row(int(example), "image+text") for example in examples.flat]
-        arrays = self.processor(rows, [(length, self.processor.max_patches)])
+        arrays = self._arrays(examples.ravel().tolist(), length)
         arrays["listing"] = np.array([self._listing(int(i)) for i in examples.flat], np.int32)
         return {name: x.reshape(*examples.shape, *x.shape[1:]) for name, x in arrays.items()}
+
+    def _arrays(self, examples: list[int], length: int) -> Batch:
+        """The rows of the examples, each with the instruction of its kind: [N, ...]."""
+        asked = [self._asked(example) for example in examples]
+        kinds = np.array([one.kind for one in asked])
+        arrays: Batch = {}
+        for kind, processor in self.processors.items():
+            places = np.flatnonzero(kinds == kind)
+            rows = [self._row(examples[place], asked[place]) for place in places]
+            for name, part in processor(rows, [(length, processor.max_patches)]).items():
+                whole = arrays.setdefault(
+                    name, np.empty((len(examples), *part.shape[1:]), part.dtype)
+                )
+                whole[places] = part
+        return arrays
 
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
@@ -170,11 +234,12 @@ class AnswerBatches:
 
         They are chosen to pad a sample of the run's rows the least.
         """
-        longest = self.processor.max_tokens + self.processor.max_answer
-        if self.buckets == 1:
+        processor = self.processors["attributes"]
+        longest = processor.max_tokens + processor.max_answer
+        if self.options.buckets == 1:
             return (longest,)
         sampled = np.array([self._length(example) for example in range(SAMPLED)])
-        return padded_lengths(sampled, self.buckets, longest)
+        return padded_lengths(sampled, self.options.buckets, longest)
 
     def _of_step(self, step: int) -> tuple[np.ndarray, int]:
         """The numbers of a step's examples, of all processes, and the S of its batch."""
@@ -198,18 +263,48 @@ class AnswerBatches:
     def _listing(self, example: int) -> int:
         return int(self.listings[self._order[example]])
 
-    def _row(self, example: int, view: str) -> Row:
+    @functools.cached_property
+    def _views(self) -> tuple[tuple[str, ...], np.ndarray]:
+        return parse_mixture(self.options.question_views, "data.question_views")
+
+    def _asked(self, example: int) -> _Asked:
+        """A listing without the part that the drawn view names shows the part that it has."""
+        rng = np.random.default_rng((self.seed, example, 1))
+        kind, view = rng.random(), str(rng.choice(self._views[0], p=self._views[1]))
+        listing = self.catalog.listing(self._listing(example))
+        has = {"image": listing.n_images > 0, "text": bool(listing_text(listing))}
+        if kind < self.options.caption_share and has["image"] and listing.title:
+            return _Asked("caption", "image", listing.n_images)
+        parts = [part for part in view.split("+") if has[part]]
+        view = "+".join(parts or [part for part in has if has[part]])
+        is_subset = 0 <= kind - self.options.caption_share < self.options.subset_share
+        images = listing.n_images if "image" in view else 0
+        return _Asked("subset" if is_subset else "attributes", view, images)
+
+    def _row(self, example: int, asked: _Asked) -> Row:
         rng = np.random.default_rng((self.seed, example))
         draw = 1 + int(rng.integers(2**31 - 1))
-        return question_and_answer(
-            *(self.catalog, self._listing(example), self.processor, draw),
-            left_out=lambda: rng.random() < self.dropout,
-            view=view,
-        )
+        processor = self.processors[asked.kind]
+        listing = (self.catalog, self._listing(example), processor, draw)
+
+        def most(attributes: dict[str, str]) -> dict[str, str]:
+            dropout = self.options.answer_dropout
+            return {name: x for name, x in attributes.items() if rng.random() >= dropout}
+
+        def some(attributes: dict[str, str]) -> dict[str, str]:
+            order = rng.permutation(list(attributes.items())).tolist()
+            return dict(order[: 1 + rng.integers(len(order))])
+
+        if asked.kind == "caption":
+            return photo_and_title(*listing, asked.view)
+        told = some if asked.kind == "subset" else most
+        return question_and_answer(*listing, told, asked.view)
 
     def _length(self, example: int) -> int:
-        n_images = self.catalog.listing(self._listing(example)).n_images
-        return self.processor.most_tokens(self._row(example, "text"), n_images)
+        asked = self._asked(example)
+        # Photos are not opened to be measured.
+        read = asked._replace(view="text" if "text" in asked.view else "")
+        return self.processors[asked.kind].most_tokens(self._row(example, read), asked.images)
 
 
 def padded_lengths(lengths: np.ndarray, most: int, longest: int) -> tuple[int, ...]:

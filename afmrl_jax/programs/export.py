@@ -25,6 +25,7 @@ from afmrl_jax.core.files import whole_folder
 from afmrl_jax.core.options import Options, among, check_options
 from afmrl_jax.programs.evaluate import FOLDER_OPTIONS
 from afmrl_jax.retrieval.scores import results_table
+from afmrl_jax.training import answer_judge
 
 
 @dataclass(frozen=True)
@@ -84,4 +85,6 @@ def _evaluation(source: Pretrained, model_class: type[Encoder] | type[Generator]
         return ""
     if model_class is Encoder:
         return results_table({f"step {source.step}": source.evaluation}).strip()
+    if source.config["program"] == "sft":
+        return answer_judge.results_table(source.evaluation).replace("\nF1", "\n\nF1")
     return f"```json\n{json.dumps(source.evaluation, indent=2)}\n```"

@@ -1,7 +1,7 @@
 """Trains the generator to answer a listing with its attributes (SFT); METHOD: section 4.
 
 1. Show listings as questions; their attributes, as the catalogue or an oracle gives them, are the
-   answers.
+   answers. A base (configs/pretrain.py) is also asked for some attributes, and for titles.
 2. Update by the cross-entropy of the answers' tokens; every so often let it answer, checkpoint.
 3. Judge the answers to the test listings: format, pairs, whole sets; beside them what one would
    guess who knows the category alone.
@@ -51,7 +51,7 @@ from afmrl_jax.data.answers import (
 )
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.stream import StreamOptions
-from afmrl_jax.data.views import listing_text
+from afmrl_jax.data.views import listing_text, parse_mixture
 from afmrl_jax.models import lora
 from afmrl_jax.planning import cost
 from afmrl_jax.planning.report import Part, check_fits
@@ -169,12 +169,11 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         batches = AnswerBatches(
             catalog,
             listings["train"],
-            processor,
+            {"attributes": processor} | _other_processors(config, generator),
             batch=config.batch,
             micro_batches=config.micro_batches,
             rows=local,
-            dropout=config.data.answer_dropout,
-            buckets=config.data.buckets,
+            options=AnswerOptions.of(config),
             seed=config.seed,
             steps=config.steps,
         )
@@ -214,6 +213,9 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     split = "test" if len(listings["test"]) else "validation"
     if not first_says(path.exists()) and len(listings[split]):
         results = evaluator.scores(state, split)
+        views = parse_mixture(config.data.question_views, "data.question_views")[0]
+        if len(views) > 1:
+            results["by_view"] = evaluator.by_view(state, split, views)
         if run.first_process:
             write_atomically(path, json.dumps(results, indent=2))
     if run.first_process and path.exists():
@@ -237,6 +239,14 @@ def _listings(config: ConfigDict, catalog: Catalog) -> dict[str, np.ndarray]:
     if not len(splits["validation"]):
         log.warning("%s has no validation listings to judge by: the last is the best", catalog.name)
     return splits
+
+
+def _other_processors(config: ConfigDict, generator: Generator) -> dict[str, Processor]:
+    """The processor of each other kind of answer than all attributes."""
+    return {
+        kind: generator.processor(answers=True, instruction=words)
+        for kind, words in AnswerOptions.of(config).instructions.items()
+    }
 
 
 def _check_answers_fit(catalog: Catalog, listings: np.ndarray, processor: Processor) -> None:
@@ -272,7 +282,9 @@ def _check_answers_fit(catalog: Catalog, listings: np.ndarray, processor: Proces
 
 def _tokenizer_texts(config: ConfigDict, catalog: Catalog) -> Iterator[str]:
     """What rows are made of, as often as it stands in them: the words of the turns as well."""
+    others = AnswerOptions.of(config).instructions.values()
     for index in first_listings(catalog):
         listing = catalog.listing(index)
         yield from (f"system\n{config.data.instruction}", "user\n", "assistant\n")
+        yield from (f"system\n{words}" for words in others)
         yield from (listing_text(listing), format_attributes(listing.attributes))

@@ -3,6 +3,7 @@
 import functools
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,17 @@ class AnswerEvaluator:
         }
         return scores
 
+    def by_view(self, state: TrainState, split: str, views: Sequence[str]) -> dict[str, float]:
+        """view -> F1 of the answers to it, of a split's listings."""
+        params, indices = self.trained.params(state), self._listings[split]
+        generator, catalog = self._generator.with_params(params), self.trained.catalog
+        true = [normalise(catalog.listing(int(index)).attributes) for index in indices]
+        answers = {view: generator.answers(catalog, indices, view) for view in views}
+        return {
+            view: agreement([parse(x.text, x.closed).attributes for x in given], true)["f1"]
+            for view, given in answers.items()
+        }
+
     def _mean_loss(self, params: Params, indices: np.ndarray) -> float:
         """Nats a token of the true answers."""
         sums = np.zeros(2)
@@ -159,4 +171,6 @@ def results_table(results: dict[str, Any]) -> str:
         for name, scores in results["by_attribute"].items()
     )
     table = markdown_table(("", *columns, "loss"), rows)
-    return f"{table}\nF1 by attribute (the majority's): {', '.join(f1)}"
+    told = f"{table}\nF1 by attribute (the majority's): {', '.join(f1)}"
+    views = (f"{view} {score:.0%}" for view, score in results.get("by_view", {}).items())
+    return f"{told}\nF1 by view: {', '.join(views)}" if "by_view" in results else told

@@ -35,7 +35,7 @@ TOKENIZER_LISTINGS = 20_000  # training listings whose texts a preset's tokenize
 class Beginning(Options, section=""):
     """What a run begins with."""
 
-    init_from: str  # a checkpoint or a Hugging Face folder; "" = from scratch
+    init_from: str  # a run, a Hugging Face folder, or "base"; "" = from scratch
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
+from afmrl_jax.assembly import pretrained
 from afmrl_jax.assembly.encoder import Encoder
 from afmrl_jax.assembly.generator import Generator
 from afmrl_jax.assembly.model import abstract_params
@@ -198,6 +199,68 @@ def test_adapters_of_a_generator_may_stand_on_an_encoder(encoder):
     enc = source.for_training(*options_of(config_of("sft", lora_rank=2, dtype="float32")))
     base, _ = read_base(enc, lora.split(abstract_params(enc, MESH))[1], Base(source.path))
     jax.tree.map(np.testing.assert_array_equal, base, params["backbone"])
+
+
+def encoder_options(config):
+    return EncoderOptions.of(config), TrainingOptions.of(config)
+
+
+def test_a_generator_gives_an_encoder_its_parameters(sft):
+    generator, _, workdir = sft
+    source = find_pretrained(workdir, Encoder, begin=True)
+    model = source.for_training(*encoder_options(config_of("agcl")))
+    begun = source.load(abstract_params(model, MESH))
+    merged = find_pretrained(workdir, Generator)
+    expected = merged.load(abstract_params(merged.model, MESH))
+    jax.tree.map(np.testing.assert_array_equal, begun, {"backbone": expected})
+    assert model.tokenizer.to_str() == generator.tokenizer.to_str()
+
+
+def test_adapters_of_an_encoder_may_stand_on_a_generator(sft):
+    _, params, workdir = sft
+    source = find_pretrained(workdir, Encoder, begin=True)
+    config = config_of("agcl", lora_rank=2, dtype="bfloat16")
+    model = source.for_training(*encoder_options(config))
+    base, _ = read_base(model, lora.split(abstract_params(model, MESH))[1], Base(source.path))
+    held, before = query(base["backbone"]), query(params)
+    np.testing.assert_array_equal(held["kernel"], before["kernel"])
+    change = 2 * before["lora_a"] @ before["lora_b"]
+    np.testing.assert_allclose(held["base_a"] @ held["base_b"], change, atol=1e-9)
+
+
+def test_an_encoder_leaves_a_generators_own_head_behind(tmp_path):
+    config = config_of("sft", vocab_size=300)
+    tied = Generator.from_preset(options_of(config)[0], PresetOptions.of(config), ["red mug"])
+    untied = dataclasses.replace(tied, model_config=tied.model_config.replace(tie_embeddings=False))
+    params = adapted(untied, 0)
+    workdir = save(tmp_path, untied, config, params, Base(""))
+    source = find_pretrained(workdir, Encoder, begin=True)
+    model = source.for_training(*encoder_options(config_of("agcl")))
+    begun = source.load(abstract_params(model, MESH))
+    rest = {name: part for name, part in params.items() if name != "lm_head"}
+    assert "lm_head" in params
+    jax.tree.map(np.testing.assert_array_equal, begun, {"backbone": rest})
+
+
+def test_base_is_the_shipped_folder_whatever_lies_here(sft, tmp_path, monkeypatch, caplog):
+    generator, _, _ = sft
+    shipped = tmp_path / "shipped"
+    params = adapted(dataclasses.replace(generator, lora=None, base_lora=()), 3)
+    hf_weights.save(shipped, params, generator.model_config)
+    generator.tokenizer.save(str(shipped / "tokenizer.json"))
+    monkeypatch.setattr(pretrained, "BASE_FOLDER", shipped)
+    monkeypatch.chdir(tmp_path)
+    for model_class in (Encoder, Generator):
+        source = find_pretrained("base", model_class, begin=True)
+        assert source.path == "base" and source.model.model_config == generator.model_config
+    assert not caplog.messages
+    (tmp_path / "base").mkdir()
+    assert find_pretrained("base").model.model_config == generator.model_config
+    assert caplog.messages == [
+        "base names the model that ships with the package; ./base is the folder here"
+    ]
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        find_pretrained("./base")
 
 
 def test_a_peft_adapter_is_its_base_with_the_change_added(sft, tmp_path):

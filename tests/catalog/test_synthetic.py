@@ -12,7 +12,7 @@ from afmrl_jax.catalog.builtin import words
 from afmrl_jax.catalog.builtin.photo import photograph
 from afmrl_jax.catalog.builtin.vocabulary import CATEGORIES, make_products
 from afmrl_jax.catalog.opening import BuiltIn
-from afmrl_jax.catalog.synthetic import FAMILIES, Shape, SyntheticCatalog
+from afmrl_jax.catalog.synthetic import FAMILIES, Shape, SyntheticCatalog, open_world
 from afmrl_jax.core.pages import load_page
 
 SMALL = {"train": 24, "validation": 12, "test": 12}
@@ -226,3 +226,38 @@ def test_neither_words_nor_colours_alone_find_the_product_and_together_they_find
     assert 0.15 < words_alone < 0.35
     assert 0.05 < colours_alone < 0.25
     assert together > max(words_alone, colours_alone) + 0.02
+
+
+def essences(seed, families):
+    """Category and attributes of each product, without the brand; and of each family."""
+    products = make_products(seed, families)
+    told = [
+        (CATEGORIES[p.category].path, *[x for n, x in p.attributes.items() if n != "brand"])
+        for p in products
+    ]
+    return told, [product.family for product in products]
+
+
+def test_the_world_leaves_out_each_family_with_a_judged_product_and_no_other():
+    families = {"train": 400, "test": 12}
+    world = SyntheticCatalog(5, families=families, judged={"train": 1000})
+    told, of_family = essences(5, families)
+    judged = set(essences(0, {"train": 1000})[0])
+    bad = {family for product, family in zip(told, of_family) if product in judged}
+    assert 0 < len(bad) < 100
+    kept = {world.family(index) for index in range(len(world))}
+    assert kept == set(of_family) - bad
+    plain = SyntheticCatalog(5, families=families)
+    assert world.fingerprint != plain.fingerprint and world.name != plain.name
+    assert not {*world.product_ids.to_pylist()} & {*plain.product_ids.to_pylist()}
+
+
+def test_no_product_of_the_world_is_in_the_built_in_catalogue():
+    world, built_in = open_world(), set(essences(0, FAMILIES)[0])
+    splits = {split: world.indices(split) for split in FAMILIES}
+    assert len(splits["train"]) > 200_000 and len(splits["test"]) > 2_000
+    of_products = {int(world.products[index]): int(index) for index in range(len(world))}
+    for index in of_products.values():
+        listing = world.listing(index)
+        values = [x for name, x in listing.attributes.items() if name != "brand"]
+        assert (listing.category, *values) not in built_in

@@ -63,3 +63,12 @@ def test_the_arm_tiny_of_a_page_can_be_run(program):
     check_page(config)
     assert config != load_page(f"configs/{program}.py")
     check_options(config, importlib.import_module(f"afmrl_jax.programs.{program}").OPTIONS)
+
+
+@pytest.mark.parametrize("arm", ["", ":tiny"])
+def test_the_base_is_trained_by_the_program_sft_on_the_world(arm):
+    config = load_page(f"configs/pretrain.py{arm}")
+    check_page(config)
+    assert config.program == "sft" and config.data.path == "world"
+    assert config.data.subset_share and config.data.caption_share
+    check_options(config, importlib.import_module("afmrl_jax.programs.sft").OPTIONS)

@@ -9,12 +9,15 @@ from afmrl_jax.attributes.text import MAX_PAIRS, Verdict, format_attributes, par
 from afmrl_jax.catalog.listings import open_catalog
 from afmrl_jax.catalog.overlays import open_attributes
 from afmrl_jax.catalog.synthetic import SyntheticCatalog
+from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.answers import (
     WINDOW,
     AnswerBatches,
+    AnswerOptions,
     described,
     learnable,
     padded_lengths,
+    photo_and_title,
     question_and_answer,
 )
 from afmrl_jax.data.processor import Processor, Row, RowSizes
@@ -56,9 +59,15 @@ def processor_of(processor, max_answer=0, **sizes):
 
 
 def batches(catalog, processor, rows=(0, 1, 2, 3), micro_batches=2, buckets=1):
-    listings = catalog.indices("train")
-    options = {"dropout": 0.5, "buckets": buckets, "seed": 3, "steps": 50}
-    return AnswerBatches(catalog, listings, processor, 8, micro_batches, rows, **options)
+    listings, options = catalog.indices("train"), answer_options(buckets)
+    processors = {"attributes": processor}
+    return AnswerBatches(
+        catalog, listings, processors, 8, micro_batches, rows, options, seed=3, steps=50
+    )
+
+
+def answer_options(buckets, subsets=0.0, captions=0.0, views="image+text"):
+    return AnswerOptions(buckets, views, 0.5, subsets, "Some.", captions, "Title.")
 
 
 @pytest.mark.parametrize("buckets", [1, 3])
@@ -156,12 +165,10 @@ def test_the_answer_is_the_attributes_and_the_question_has_none_of_them(catalog,
 def test_an_answer_leaves_attributes_out_but_never_all_of_them(catalog, processor):
     true = catalog.listing(5).attributes
     first = next(iter(true))
-    for left_out, told in (
-        (iter([True, *[False] * len(true)]).__next__, dict(list(true.items())[1:])),
-        (lambda: True, {first: true[first]}),
-    ):
-        row = question_and_answer(catalog, 5, processor, left_out=left_out)
-        assert row.answer == format_attributes(told)
+    others = {name: value for name, value in true.items() if name != first}
+    for told, answer in ((lambda _: others, others), (lambda _: {}, {first: true[first]})):
+        row = question_and_answer(catalog, 5, processor, told=told)
+        assert row.answer == format_attributes(answer)
 
 
 def taught(processor, attributes):
@@ -221,3 +228,94 @@ def test_only_listings_with_attributes_are_learned_from(catalogue_folder, tmp_pa
         [index] = described(labelled, "train", tmp_path)
         assert catalog.listing(int(index)).listing_id == "mug-red-1"
         assert np.array_equal(described(catalog, "train", tmp_path), catalog.indices("train"))
+
+
+@pytest.fixture(scope="module")
+def asked(catalog, processor):
+    """The rows of some steps by the instruction that asks for them: (listing, shows its photo,
+    question's text, answer)."""
+    options = answer_options(
+        3, subsets=0.3, captions=0.3, views="image+text 0.4, image 0.3, text 0.3"
+    )
+    words = {"attributes": "All.", **options.instructions}
+    sizes = RowSizes(max_tokens=160, max_patches=64, min_pixels=1024, max_pixels=4096)
+    config = preset("tiny").replace(
+        vocab_size=processor.tokenizer.get_vocab_size(), **processor.ids
+    )
+    processors = {
+        kind: Processor(
+            *(processor.tokenizer, config, sizes),
+            prompt=ChatPrompt(CHATML, instruction),
+            max_answer=120,
+            pad_left=True,
+        )
+        for kind, instruction in words.items()
+    }
+    listings = catalog.indices("train")
+    made = AnswerBatches(
+        catalog, listings, processors, 8, 2, np.arange(4), options, seed=3, steps=50
+    )
+    rows = {kind: [] for kind in words}
+    for step in range(30):
+        batch = {name: x.reshape(8, *x.shape[2:]) for name, x in made[step].items()}
+        for n in range(8):
+            mask, answer = batch["token_mask"][n], batch["answer_mask"][n]
+            decode = processor.tokenizer.decode
+            text = decode(batch["tokens"][n][mask & ~answer].tolist(), skip_special_tokens=False)
+            system, user = (part.split("<|im_end|>")[0] for part in text.split("<|im_start|>")[1:3])
+            kind = next(kind for kind, word in words.items() if system == f"system\n{word}")
+            said = decode(batch["tokens"][n][answer].tolist())
+            shows = bool(batch["patch_segments"][n].any())
+            rows[kind].append((int(batch["listing"][n]), shows, user, said))
+    return rows
+
+
+def test_kinds_of_answers_come_as_often_as_asked_for(asked):
+    counts = [len(asked[kind]) for kind in ("attributes", "subset", "caption")]
+    assert sum(counts) == 240 and np.allclose(np.array(counts) / 240, (0.4, 0.3, 0.3), atol=0.1)
+
+
+def test_a_title_is_asked_of_the_photo_alone(asked):
+    for _, shows, user, said in asked["caption"]:
+        assert shows and user.endswith("<|vision_end|>") and len(said) > 3
+        assert parse(said).verdict is not Verdict.VALID
+    assert len({said for *_, said in asked["caption"]}) > 60  # another seller's each time
+
+
+def test_some_attributes_come_true_in_any_order_and_number(asked, catalog):
+    numbers, in_order = [], 0
+    for listing, _, _, said in asked["subset"]:
+        told, true = parse(said), catalog.listing(listing).attributes
+        assert told.verdict is Verdict.VALID and told.attributes.items() <= true.items()
+        numbers.append(len(told.attributes))
+        in_order += list(told.attributes) == [name for name in true if name in told.attributes]
+    assert set(numbers) >= set(range(1, 9)) and in_order < 0.6 * len(numbers)
+    kept = [parse(said).attributes for *_, said in asked["attributes"]]
+    order = [list(catalog.listing(row[0]).attributes) for row in asked["attributes"]]
+    assert all(sorted(one, key=names.index) == list(one) for one, names in zip(kept, order))
+
+
+def test_questions_show_the_views_that_are_asked_for(asked):
+    views = [
+        (shows, not user.endswith(("<|vision_end|>", "user\n")))
+        for kind in ("attributes", "subset")
+        for _, shows, user, _ in asked[kind]
+    ]
+    shares = [
+        views.count(view) / len(views) for view in ((True, True), (True, False), (False, True))
+    ]
+    assert np.allclose(shares, (0.4, 0.3, 0.3), atol=0.1) and sum(shares) == pytest.approx(1)
+
+
+def test_shares_that_are_more_than_all_answers_are_refused():
+    with pytest.raises(UserError, match=r"data\.caption_share=0\.6 are more than all answers"):
+        answer_options(1, subsets=0.5, captions=0.6)
+    with pytest.raises(UserError, match=r"data\.question_views: 'photo' is not a view"):
+        answer_options(1, views="photo")
+
+
+def test_a_title_too_long_for_an_answer_loses_its_last_words(catalog, processor):
+    tight = processor_of(processor, max_answer=12)
+    said = photo_and_title(catalog, 5, tight).answer
+    assert catalog.listing(5).title.startswith(said + " ")
+    assert len(tight.tokenizer.encode(said).ids) < 12
