@@ -25,7 +25,7 @@ from afmrl_jax.core.files import whole_folder
 from afmrl_jax.core.options import Options, among, check_options
 from afmrl_jax.programs.evaluate import FOLDER_OPTIONS
 from afmrl_jax.retrieval.scores import results_table
-from afmrl_jax.training import answer_judge
+from afmrl_jax.training import answer_evaluator
 
 
 @dataclass(frozen=True)
@@ -86,5 +86,5 @@ def _evaluation(source: Pretrained, model_class: type[Encoder] | type[Generator]
     if model_class is Encoder:
         return results_table({f"step {source.step}": source.evaluation}).strip()
     if source.config["program"] == "sft":
-        return answer_judge.results_table(source.evaluation).replace("\nF1", "\n\nF1")
+        return answer_evaluator.results_table(source.evaluation).replace("\nF1", "\n\nF1")
     return f"```json\n{json.dumps(source.evaluation, indent=2)}\n```"
