@@ -24,9 +24,9 @@ def page(tmp_path, monkeypatch):
     section = TEXT.partition("## Add a loss")[2].partition("\n## ")[0]
     module, page = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)
     (tmp_path / "triplet.py").write_text(module, encoding="utf-8")
-    (tmp_path / "page.py").write_text(page, encoding="utf-8")
+    (tmp_path / "triplet_page.py").write_text(page, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    yield load_page(str(tmp_path / "page.py"))
+    yield load_page(str(tmp_path / "triplet_page.py"))
     sys.modules.pop("triplet", None)
 
 

@@ -106,7 +106,7 @@ class AGCL:
         info, targets = {}, {}
         arrays = {"embedding": embeddings, **{name: batch[name] for name in self.batch_arrays}}
         for name, array in arrays.items():
-            query, target = _sides(array)
+            query, target = sides(array)
             query = jax.lax.with_sharding_constraint(query, batch_sharding(self.mesh))
             target = jax.lax.with_sharding_constraint(target, replicated(self.mesh))
             info[f"query_{name}"], info[f"target_{name}"], targets[name] = query, target, target
@@ -135,7 +135,7 @@ class AGCL:
         }
 
 
-def _sides(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+def sides(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     """[A, C, V, ...] -> queries [B, ...], targets [M, ...], the positives first.
 
     The mesh splits C, so C becomes the major part of B: nothing moves between devices.

@@ -86,6 +86,7 @@ from afmrl_jax.training.loop import Training, fit
 from afmrl_jax.training.objective import (
     Method,
     Objective,
+    abstract_parts,
     find_objective,
     objective_gradient,
     without_heads,
@@ -160,12 +161,10 @@ def build(config: ConfigDict, mesh: Mesh, encoder: Encoder, objective: Objective
     params = abstract_params(encoder, mesh)
     trained, frozen = lora.split(params, objective.trainable)
     width = config.model.embedding_dim or encoder.model_config.text.hidden_size
-    heads = placed(objective.params(width), mesh)
-    whole = replicated(mesh)
-    memory = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
-        objective.memory(width, abstract_batch(config, mesh, encoder)),
-    )
+    batch = abstract_batch(config, mesh, encoder)
+    heads, memory = abstract_parts(objective, trained, batch, width)
+    heads, whole = placed(heads, mesh), replicated(mesh)
+    memory = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), memory)
     abstract = abstract_state(trained | heads, optimizer, mesh, memory)
     gradient = objective_gradient(objective, encoder.embed(), heads)
 

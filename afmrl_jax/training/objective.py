@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
@@ -14,6 +15,7 @@ from afmrl_jax.models import lora
 from afmrl_jax.training.gradients import gradcache
 from afmrl_jax.training.step import Batch, Gradient, Memory, Metrics, Params
 
+Parts = tuple[Params, Memory]
 METHODS = {"agcl": "afmrl_jax.losses.agcl:AGCL"}  # config.method -> module:Class
 
 
@@ -57,7 +59,7 @@ def find_objective(name: str) -> type[Objective]:
     """The class that `config.method` names. Raises UserError for an unknown one, and for what is no
     objective."""
     objective = load_named(name, METHODS, "method")
-    parts = ("options", "of", "params", "memory")
+    parts = ("batch_arrays", "trainable", "options", "of", "params", "memory")
     if lacking := [part for part in parts if not hasattr(objective, part)]:
         raise UserError(
             f"method is {name!r}, which lacks {', '.join(lacking)}: see Objective in "
@@ -78,6 +80,57 @@ class Method(Options, section=""):
 
     def further(self) -> tuple[type[Options], ...]:
         return find_objective(self.method).options
+
+
+def abstract_parts(objective: Objective, model: Params, batch: Batch, width: int) -> Parts:
+    """The objective's parameters and memory, abstract.
+
+    model: the model's trained parameters. batch: arrays [A, C, V, ...]. width: E. Raises UserError
+    where they, the loss, the next memory or the metrics have another form than `Objective` says.
+    """
+    name = type(objective).__name__
+    if missing := [array for array in objective.batch_arrays if array not in batch]:
+        raise UserError(
+            f"{name}.batch_arrays names {', '.join(missing)}: a batch has {', '.join(batch)}"
+        )
+    arrays = {array: batch[array] for array in objective.batch_arrays}
+    params, memory = objective.params(width), objective.memory(width, arrays)
+    for kind, parts in {"params": params, "memory": memory}.items():
+        leaves = jax.tree.leaves(parts)
+        if not isinstance(parts, dict) or any(not _is_abstract(leaf) for leaf in leaves):
+            raise UserError(
+                f"{name}.{kind} returns other values than jax.ShapeDtypeStruct in a dict: say the "
+                "shapes alone, as all begins at zero; make another beginning a setting, and train "
+                "the distance from it"
+            )
+    if flat := [key for key, part in params.items() if not isinstance(part, dict) or key in model]:
+        raise UserError(
+            f"{name}.params gives {flat[0]!r}: expected {{NAME: {{...}}}}, with a NAME that the "
+            f"model lacks; it has {', '.join(model)}"
+        )
+    shape = (*next(iter(batch.values())).shape[:3], width)
+    embeddings = jax.ShapeDtypeStruct(shape, jnp.float32)
+    value, following, metrics = jax.eval_shape(
+        objective, model | params, memory, embeddings, arrays
+    )
+    if value.shape:
+        raise UserError(f"{name} returns a loss of shape {value.shape}: expected one number")
+    if wide := [metric for metric, x in metrics.items() if x.shape]:
+        raise UserError(f"{name} returns {wide[0]!r} with several numbers: a metric is one")
+    if _shapes(following) != _shapes(memory):
+        raise UserError(
+            f"{name} returns a memory of {_shapes(following)}, but begins with {_shapes(memory)}"
+        )
+    return params, memory
+
+
+def _is_abstract(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _shapes(arrays: Any) -> str:
+    named = jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", arrays)
+    return str(dict(sorted(named.items()))) if isinstance(named, dict) else str(named)
 
 
 def objective_gradient(objective: Objective, embed: Any, heads: Params) -> Gradient:
