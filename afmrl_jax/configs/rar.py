@@ -64,7 +64,8 @@ def get_config(arm: str = "rar") -> ConfigDict:
     config.policy.kl = 0.03  # weight of the divergence from the generator of the beginning
     config.policy.mask_truncated = False  # whether answers cut at max_answer are left out
     # answer: all tokens of an answer have its advantage. pairs: those of each pair have what the
-    # pair adds to the rewards of its query's answers, by a ridge regression (rl/credit.py).
+    # pair adds to the rewards of its query's answers, by a ridge regression (rl/credit.py). It is a
+    # third as large, so that kl holds back three times as much.
     config.policy.credit = "answer"  # answer | pairs
     config.policy.credit_ridge = 1.0  # strength of the ridge, in answers
     # Answers of a step whose pairs are each left out and searched for without, to compare that with

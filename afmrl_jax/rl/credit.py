@@ -99,8 +99,8 @@ def token_advantages(
     tokenizer: Tokenizer,
     length: int,
 ) -> np.ndarray:
-    """float32[Q, G, T]: the advantage of each answer, float32[Q, G], on all of its tokens, and on the
-    tokens that write a pair that of the pair. of_pairs: {} where pairs have none of their own.
+    """float32[Q, G, T]: of tokens that write a pair that of the pair, of all others that of the
+    answer. of_answers: float32[Q, G]. of_pairs: {} where an answer's pairs have none of their own.
     length: T."""
     values = np.repeat(of_answers[..., None], length, axis=-1)
     for place, answer, own in zip(np.ndindex(of_answers.shape), answers, of_pairs):

@@ -87,6 +87,31 @@ def test_invalid_answers_say_nothing_of_pairs_and_valid_ones_are_better_by_being
     assert pair_worths([{}] * 2, np.zeros((1, 2)), 1.0) == [{}, {}]
 
 
+def test_credit_follows_the_worth_of_pairs_closer_than_the_advantage_of_their_answers():
+    """Of 64 queries with 8 answers: of 6 attributes most are named, more often right than not;
+    right ones add to the reward, wrong ones take from it, and noise does either."""
+    rng, true, of_answers, of_pairs = np.random.default_rng(0), [], [], []
+    for _ in range(64):
+        worth = rng.exponential(1, (6, 4)) * [1, -1, -1, -1]
+        values = np.where(rng.random((8, 6)) < 0.6, 0, rng.integers(0, 4, (8, 6)))
+        answers = [
+            {str(name): str(values[g, name]) for name in range(6) if rng.random() < 0.8}
+            for g in range(8)
+        ]
+        rewards = [sum(worth[int(n), int(v)] for n, v in answer.items()) for answer in answers]
+        rewards = (np.array([rewards]) + rng.normal(size=8)).astype(np.float32)
+        advantages = group_advantages(rewards, scale=True)
+        credits = pair_advantages(pair_worths(answers, rewards, 1.0), rewards, advantages)
+        expected = worth @ [0.7, 0.1, 0.1, 0.1]
+        for answer, credit, value in zip(answers, credits, advantages.values[0]):
+            true += [worth[int(n), int(v)] - expected[int(n)] for n, v in answer.items()]
+            of_pairs += [credit[name] for name in answer]
+            of_answers += [value] * len(answer)
+    true, of_answers, of_pairs = map(np.array, (true, of_answers, of_pairs))
+    assert correlation(of_pairs, true) > 1.5 * correlation(of_answers, true) > 0.3
+    assert np.square(of_pairs).mean() ** 0.5 == pytest.approx(1 / 3, abs=0.05)
+
+
 def test_answers_are_checked_evenly_and_correlations_without_variance_are_none():
     worths = [{"a": 0.0, "b": 0.0}, {}, {"c": 0.0}, {"d": 0.0}]
     assert checked_pairs(worths, 2) == [(0, "a"), (0, "b"), (3, "d")]
