@@ -12,7 +12,7 @@ import numpy as np
 from afmrl_jax.attributes.agreement import CHANGES, changes
 from afmrl_jax.core.tables import markdown_table
 
-SHOWN = 20  # attributes in a table, those that changed most
+SHOWN = 20  # attributes that are told apart, those that changed most
 
 Answers = Sequence[Mapping[str, str]]  # the attributes of Q answers, {} of an invalid one
 
@@ -27,7 +27,8 @@ def count_changes(
       queries        {change: how many queries have one; and under "recall@1_before" and
                      "recall@1_after" their means}
       pairs          {change: how many pairs}
-      by_attribute   {name: {change: how many pairs}}, the name folded; the most changed first
+      by_attribute   {name: {change: how many pairs}}, the names folded, of the SHOWN that changed
+                     most
     An invalid answer is one without pairs: a listing whose answer became invalid left out all.
     """
     by_attribute: dict[str, Counter[str]] = defaultdict(Counter)
@@ -54,7 +55,9 @@ def count_changes(
             for change, some in queries.items()
         },
         "pairs": {change: total[change] for change in CHANGES},
-        "by_attribute": {name: {c: by_attribute[name][c] for c in CHANGES} for name in names},
+        "by_attribute": {
+            name: {c: by_attribute[name][c] for c in CHANGES} for name in names[:SHOWN]
+        },
     }
 
 
@@ -63,7 +66,7 @@ def changes_table(counted: Mapping[str, Any]) -> str:
     such a change and what they found."""
     rows = [
         (name, *(str(counts[change]) for change in CHANGES))
-        for name, counts in list(counted["by_attribute"].items())[:SHOWN]
+        for name, counts in counted["by_attribute"].items()
     ]
     rows.append(("all", *(str(counted["pairs"][change]) for change in CHANGES)))
     queries = [counted["queries"][change] for change in CHANGES]

@@ -67,7 +67,7 @@ def _regressed(
     indicators = np.array([[pair in held[g] for pair in pairs] for g in valid], np.float64)
     indicators -= indicators.mean(axis=0)
     centred = rewards[valid] - rewards[valid].mean()
-    # As many equations as answers, which are fewer than the pairs.
+    # As many equations as answers, of which there are mostly fewer than pairs.
     products = indicators @ indicators.T + ridge * np.eye(len(valid))
     return dict(zip(pairs, (indicators.T @ np.linalg.solve(products, centred)).tolist()))
 
