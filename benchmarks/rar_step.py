@@ -253,8 +253,8 @@ def make_update(config: QwenVLConfig, args: argparse.Namespace):
         zero = np.repeat(advantages.zero_variance[:, None], args.samples, 1)
         answers = {
             "tokens": drawn.tokens, "mask": drawn.mask, "truncated": drawn.truncated,
-            "sampler_log_probs": drawn.log_probs, "advantages": advantages.values,
-            "zero_variance": zero,
+            "sampler_log_probs": drawn.log_probs, "zero_variance": zero,
+            "advantages": np.repeat(advantages.values[..., None], args.new, -1),
         }  # fmt: skip
         rows, answers = jax.tree.map(
             lambda x: jnp.reshape(x, (args.micro_batches, -1, *x.shape[1:])), (rows, answers)

@@ -1,10 +1,11 @@
-"""A parsed answer, and the confidence of its generator in each attribute.
+"""A parsed answer: which tokens write which attribute, and the generator's confidence in each.
 
 Axis: T tokens of an answer.
 """
 
 import codecs
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,23 +48,39 @@ class Description:
 def describe(answer: Answer, tokenizer: Tokenizer) -> Description:
     """Parses an answer, and computes the confidence of its values.
 
-    A token counts for the first value that it writes a part of. Names and separators do not count:
-    the choice of attributes is no measure of their truth.
+    Names and separators do not count: the choice of attributes is no measure of their truth.
     """
     parsed = parse(answer.text, answer.closed)
-    starts = token_starts(tokenizer, answer.tokens)
-    owner: list[str | None] = [None] * len(answer.text)  # of each character
-    for name, (first, end) in parsed.spans.items():
-        owner[first:end] = [name] * (end - first)
+    values = {name: (value, end) for name, (_, value, end) in parsed.spans.items()}
     log_confidence = dict.fromkeys(parsed.attributes, 0.0)
-    for start, end, log_prob in zip(starts, [*starts[1:], len(owner)], answer.log_probs):
-        # A token has at least the character where it begins; the next one may begin there, too.
-        name = next(filter(None, owner[start : max(end, start + 1)]), None)
+    for name, log_prob in zip(_written(answer, tokenizer, values), answer.log_probs):
         if name is not None:
             log_confidence[name] += float(log_prob)
     return Description(
         answer, parsed, {name: math.exp(value) for name, value in log_confidence.items()}
     )
+
+
+def pairs_of_tokens(answer: Answer, tokenizer: Tokenizer) -> list[str | None]:
+    """For each token of an answer, the name of the attribute that it writes, of its name, its colon
+    or its value; None for what stands between the pairs."""
+    spans = parse(answer.text, answer.closed).spans.items()
+    return _written(answer, tokenizer, {name: (start, end) for name, (start, _, end) in spans})
+
+
+def _written(
+    answer: Answer, tokenizer: Tokenizer, spans: Mapping[str, tuple[int, int]]
+) -> list[str | None]:
+    """For each token, the first of the spans of the text that it writes a part of."""
+    starts = token_starts(tokenizer, answer.tokens)
+    owner: list[str | None] = [None] * len(answer.text)  # of each character
+    for name, (first, end) in spans.items():
+        owner[first:end] = [name] * (end - first)
+    return [
+        # A token has at least the character where it begins; the next one may begin there, too.
+        next(filter(None, owner[start : max(end, start + 1)]), None)
+        for start, end in zip(starts, [*starts[1:], len(owner)])
+    ]
 
 
 def token_starts(tokenizer: Tokenizer, tokens: np.ndarray) -> list[int]:

@@ -1,4 +1,5 @@
-"""Scores attributes against the true ones (F1, precision, recall), and a baseline that guesses.
+"""Scores attributes against the true ones (F1, precision, recall), says how two answers differ,
+and has a baseline that guesses.
 
 A pair is right where both its name and its value are equal to a true pair's, compared as
 `attributes.comparison` does. A pair whose value says nothing ("unknown") is not counted. F1 is
@@ -50,6 +51,37 @@ def agreement_by_name(
         shown[name]: {"f1": 2 * n_right[name] / (n_predicted[name] + count), "listings": count}
         for name, count in n_true.most_common()
     }
+
+
+# What can become of an attribute between two answers.
+CHANGES = (
+    "kept",  # its value, right or wrong
+    "corrected",  # a wrong value became the right one
+    "spoilt",  # the right value became a wrong one
+    "altered",  # a wrong value became another wrong one
+    "left_out_right",  # it is left out; its value was right
+    "left_out_wrong",
+    "added_right",  # it is new, with the right value
+    "added_wrong",
+)
+
+
+def changes(before: Attributes, after: Attributes, true: Attributes) -> dict[str, str]:
+    """What became of each attribute of two answers to a listing: its name, folded, to one of
+    CHANGES. An attribute that the listing does not have is wrong whatever its value."""
+    first, last, right = (dict(_pairs(attributes)) for attributes in (before, after, true))
+
+    def change(name: str) -> str:
+        old, new, value = first.get(name), last.get(name), right.get(name)
+        if old is None:
+            return "added_right" if new == value else "added_wrong"
+        if new is None:
+            return "left_out_right" if old == value else "left_out_wrong"
+        if old == new:
+            return "kept"
+        return "spoilt" if old == value else "corrected" if new == value else "altered"
+
+    return {name: change(name) for name in sorted(first.keys() | last.keys())}
 
 
 class Majority:

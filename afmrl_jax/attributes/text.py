@@ -44,14 +44,15 @@ class Parsed:
     """The result of reading a text.
 
     attributes: all pairs that could be read, whatever the verdict; normalised.
-    spans: name -> (start, end) of its value in the text before stripping, from behind the colon to
-    before the separator, blanks included; `attributes.reading` leaves it empty.
+    spans: name -> (start, value, end) of the pair in the text before stripping: where it begins,
+    where its value does, behind the colon, and where it ends, before the separator; blanks
+    included. `attributes.reading` leaves it empty.
     form: one of `attributes.reading.FORMS`.
     """
 
     attributes: dict[str, str]
     verdict: Verdict
-    spans: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
+    spans: dict[str, tuple[int, int, int]] = field(default_factory=dict, compare=False, repr=False)
     form: str = "plain"
 
 
@@ -112,7 +113,8 @@ def parse(
         else:
             names.add(key)
             attributes[name] = value
-            spans[name] = (blank + piece.start(1) + pair.start(2), blank + piece.end(1))
+            start = blank + piece.start(1)
+            spans[name] = (start, start + pair.start(2), blank + piece.end(1))
     if not closed:
         faults.add(Verdict.UNCLOSED)
     if long or len(pieces) > max_pairs:

@@ -63,6 +63,14 @@ def get_config(arm: str = "rar") -> ConfigDict:
     config.policy.clip = 0.2  # c of the clipped ratio
     config.policy.kl = 0.03  # weight of the divergence from the generator of the beginning
     config.policy.mask_truncated = False  # whether answers cut at max_answer are left out
+    # answer: all tokens of an answer have its advantage. pairs: those of each pair have what the
+    # pair adds to the rewards of its query's answers, by a ridge regression (rl/credit.py). It is a
+    # third as large, so that kl holds back three times as much.
+    config.policy.credit = "answer"  # answer | pairs
+    config.policy.credit_ridge = 1.0  # strength of the ridge, in answers
+    # Answers of a step whose pairs are each left out and searched for without, to compare that with
+    # the regression: metric credit_correlation; 0 = none.
+    config.policy.credit_checks = 0
 
     # The run stops where a figure passes its limit, a sign of reward hacking (rl/watch.py).
     config.watch = ConfigDict()

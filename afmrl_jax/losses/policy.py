@@ -1,8 +1,8 @@
 """The policy gradient of groups of answers: GRPO (arXiv 2402.03300) and Dr. GRPO (2503.20783).
 
-For token t of answer b, with ratio r = exp(log pi - log pi_old), advantage A_b of the whole answer,
-and d = log pi_ref - log pi,
-    L_bt = -min(r A_b, clip(r, 1 - c, 1 + c) A_b) + beta (exp(d) - d - 1).
+For token t of answer b, with ratio r = exp(log pi - log pi_old), advantage A_bt, of the answer or
+of the pair in it that the token writes, and d = log pi_ref - log pi,
+    L_bt = -min(r A_bt, clip(r, 1 - c, 1 + c) A_bt) + beta (exp(d) - d - 1).
 GRPO averages L over the tokens of each answer, then over answers. Dr. GRPO sums over the tokens and
 divides by a constant length, so that a long wrong answer is no better than a short one.
 
@@ -47,7 +47,7 @@ def policy_loss(
     log_probs, entropy: float32[B, T], of `token_log_probs` under the policy. answers:
       mask                bool[B, T], the answers' tokens, the stop token included; a row without
                           any token only fills the batch
-      advantages          float32[B]; zero_variance: bool[B], of `rl.advantages`
+      advantages          float32[B, T]; zero_variance: bool[B], of `rl.advantages`
       truncated           bool[B], no stop token within T
       old_log_probs       float32[B, T], of the policy before this step's first update
       reference_log_probs float32[B, T], of the reference; may be left out where kl is 0
@@ -60,7 +60,7 @@ def policy_loss(
     both are 0 and so is every gradient, exactly. totals are for `policy_metrics`.
     """
     mask, old = answers["mask"], answers["old_log_probs"]
-    advantages = answers["advantages"][:, None]
+    advantages = answers["advantages"]
     is_answer = mask.any(axis=1)
     kept = is_answer & ~answers["zero_variance"]
     if options.mask_truncated:

@@ -50,6 +50,8 @@ from afmrl_jax.data.queries import QueryBatches
 from afmrl_jax.data.stream import StreamOptions
 from afmrl_jax.losses.policy import PolicyGradient
 from afmrl_jax.planning.report import Part
+from afmrl_jax.rl.changes import changes_table
+from afmrl_jax.rl.credit import PairCredit
 from afmrl_jax.rl.environment import Environment, check_attributes_are_read
 from afmrl_jax.rl.gallery import GallerySize, gallery_of_split
 from afmrl_jax.rl.held_out import Arms, HeldOut, QueryAnswer, comparison_table
@@ -67,7 +69,8 @@ from afmrl_jax.training.step import Params
 
 BATCH_FIELD = "queries"  # the field of the configuration that micro_batches divides
 SHARES_WORKDIR = True  # all processes read it
-NO_EFFECT = (*MAY_CHANGE, "rollouts_every", "watch.")  # on what a run computes
+# On what a run computes.
+NO_EFFECT = (*MAY_CHANGE, "rollouts_every", "watch.", "policy.credit_checks")
 ROLLOUTS = "rollouts.jsonl"
 
 
@@ -95,8 +98,8 @@ class PolicyEvaluators(Evaluators):
 
 OPTIONS = (
     *(Schedule, RewardedGenerator, Rollouts, Optimizer, Computation, TrainingOptions),
-    *(PolicyGradient, Reward, GallerySize, WatchLimits, CatalogOptions, StreamOptions),
-    *(HeldOutQueries, PolicyEvaluators),
+    *(PolicyGradient, PairCredit, Reward, GallerySize, WatchLimits, CatalogOptions),
+    *(StreamOptions, HeldOutQueries, PolicyEvaluators),
 )
 FOLDER_OPTIONS = (GeneratorRows,)  # of a generator that does not know its rows
 
@@ -165,7 +168,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     if run.first_process and arms.path.exists():
         results = json.loads(arms.path.read_text(encoding="utf-8"))
         print(f"{catalog.name}, {results['split']} split, after {results['step']} steps:")
-        print(comparison_table(results), flush=True)
+        print(comparison_table(results))
+        print(changes_table(results["changes"]), flush=True)
 
 
 def _generator(
@@ -225,8 +229,9 @@ def _searches(
             "find another: RAR needs several listings a product"
         )
     options = dataclasses.replace(options, k=bounded_k(options.k, len(gallery)))
+    scale = config.policy.objective == "grpo"
     environment = Environment(
-        catalog, encoder, gallery, options, config.samples, config.policy.objective == "grpo"
+        catalog, encoder, gallery, options, config.samples, scale, PairCredit.of(config)
     )
     limits = {"validation": config.eval.validation_listings, "test": config.eval.listings}
     held_out = {

@@ -11,13 +11,14 @@ import numpy as np
 class Advantages(NamedTuple):
     """Advantages of a step's answers.
 
-    values: float32[Q, G]. std: float32[Q], of the rewards of a group. zero_variance: bool[Q], True
-    where all rewards of a group are equal: such a group teaches nothing and is left out of the
-    loss.
+    values: float32[Q, G]. std: float32[Q], of the rewards of a group. scales: float64[Q], by which
+    a difference of rewards was divided, 1 where by nothing. zero_variance: bool[Q], True where all
+    rewards of a group are equal: such a group teaches nothing and is left out of the loss.
     """
 
     values: np.ndarray
     std: np.ndarray
+    scales: np.ndarray
     zero_variance: np.ndarray
 
 
@@ -42,6 +43,6 @@ def group_advantages(rewards: np.ndarray, scale: bool, epsilon: float = 1e-4) ->
     std = np.where(zero_variance, 0.0, exact.std(axis=1))
     values = exact - exact.mean(axis=1, keepdims=True)
     values[zero_variance] = 0.0
-    if scale:
-        values /= np.where(zero_variance, 1.0, std + epsilon)[:, None]
-    return Advantages(values.astype(np.float32), std.astype(np.float32), zero_variance)
+    scales = np.where(zero_variance | (not scale), 1.0, std + epsilon)
+    values /= scales[:, None]
+    return Advantages(values.astype(np.float32), std.astype(np.float32), scales, zero_variance)

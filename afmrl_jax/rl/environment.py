@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -17,8 +17,16 @@ from afmrl_jax.catalog.listings import Catalog, Listing
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.data.views import AttributeCuts, sampled_cuts
 from afmrl_jax.rl.advantages import Advantages, group_advantages
+from afmrl_jax.rl.credit import (
+    PairCredit,
+    PairNumbers,
+    checked_pairs,
+    correlation,
+    pair_advantages,
+    pair_worths,
+)
 from afmrl_jax.rl.gallery import Gallery
-from afmrl_jax.rl.rewards import Completion, Reward, rewards
+from afmrl_jax.rl.rewards import Completion, Reward, measures, rewards
 
 COMPARED = 8  # answers of a step whose approximate search is compared with an exact one
 
@@ -47,19 +55,28 @@ class Rollout:
     attributes: Mapping[str, str]
     reward: float
 
+    @classmethod
+    def of(
+        cls, query: int, listing: Listing, answer: str, attributes: Mapping[str, str], reward: float
+    ) -> Self:
+        ids = listing.listing_id, listing.product_id
+        return cls(query, listing.title, ids, answer, attributes, reward)
+
 
 @dataclass(frozen=True)
 class RewardedAnswers:
     """The answers of a step and their rewards.
 
-    rewards: float32[Q, G]. parts: the measures of `rl.rewards`, float32[B] each, and those of the
-    whole step, [1].
+    rewards: float32[Q, G]. pair_advantages: of each answer those of its pairs, {} where they have
+    the answer's. parts: the measures of `rl.rewards`, float32[B] each, and those of the whole step,
+    [1].
     """
 
     rollouts: list[Rollout]
     verdicts: list[Verdict]
     rewards: np.ndarray
     advantages: Advantages
+    pair_advantages: PairNumbers
     parts: dict[str, np.ndarray]
 
     def metrics(self) -> dict[str, float]:
@@ -82,6 +99,11 @@ class RewardedAnswers:
         least = np.where(valid, self.rewards, np.inf).min(axis=1)
         return float(np.mean(most <= least))
 
+    def _of_pairs(self, answer: int) -> dict[str, dict[str, float]]:
+        of_pairs = self.pair_advantages[answer]
+        rounded = {name: round(value, 6) for name, value in of_pairs.items()}
+        return {"pair_advantages": rounded} if rounded else {}
+
     def groups(self) -> list[dict[str, Any]]:
         """Each query with its answers, as rollouts.jsonl has it."""
         samples = self.rewards.shape[1]
@@ -95,6 +117,7 @@ class RewardedAnswers:
                         "verdict": self.verdicts[i].value,
                         "reward": round(self.rollouts[i].reward, 6),
                         "advantage": round(float(self.advantages.values.flat[i]), 6),
+                        **self._of_pairs(i),
                     }
                     for i in range(start, start + samples)
                 ],
@@ -123,7 +146,8 @@ def check_attributes_are_read(catalog: Catalog, encoder: LoadedEncoder, name: st
 
 @dataclass(frozen=True)
 class Environment:
-    """Rewards answers by searching a gallery. samples: G. scale: as in `group_advantages`."""
+    """Rewards answers by searching a gallery. samples: G. scale: as in `group_advantages`. credit:
+    whether pairs get advantages of their own, and how many are checked."""
 
     catalog: Catalog
     encoder: LoadedEncoder  # frozen
@@ -131,6 +155,7 @@ class Environment:
     options: Reward
     samples: int
     scale: bool
+    credit: PairCredit
 
     def judge(
         self,
@@ -152,15 +177,15 @@ class Environment:
             for text, ended, tokens in zip(texts, closed, lengths)
         ]
         laps("parse")
+        carried = [answer.attributes for answer in completions]
         # Each query without attributes, then with those of each of its answers.
-        carried: list[Mapping[str, str]] = []
-        for first in range(0, len(completions), self.samples):
-            group = completions[first : first + self.samples]
-            carried += [{}, *(answer.attributes for answer in group)]
+        asked: list[Mapping[str, str]] = []
+        for first in range(0, len(carried), self.samples):
+            asked += [{}, *carried[first : first + self.samples]]
         vectors, cuts = self.encoder.embed_listings(
             self.catalog,
             np.repeat(listings, self.samples + 1),
-            attributes=carried.__getitem__,
+            attributes=asked.__getitem__,
             draws=np.repeat(draws, self.samples + 1),
             where="queries with the answers' attributes",
         )
@@ -172,20 +197,22 @@ class Environment:
         parts["attributes_cut"] = np.array([cuts.share])  # of the answers with attributes
         laps("search")
         rollouts = [
-            Rollout(
-                i // self.samples,
-                query.title,
-                (query.listing_id, query.product_id),
-                answer.text,
-                answer.attributes,
-                float(values[i]),
-            )
+            Rollout.of(i // self.samples, query, answer.text, answer.attributes, float(values[i]))
             for i, (answer, query) in enumerate(zip(completions, queries))
         ]
         verdicts = [answer.verdict for answer in completions]
         grouped = values.reshape(-1, self.samples)
         advantages = group_advantages(grouped, self.scale)
-        return RewardedAnswers(rollouts, verdicts, grouped, advantages, parts)
+        worths = pair_worths(carried, grouped, self.credit.credit_ridge)
+        of_pairs: PairNumbers = [{}] * len(completions)
+        if self.credit.credit == "pairs":
+            of_pairs = pair_advantages(worths, grouped, advantages)
+        if self.credit.credit_checks:
+            parts["credit_correlation"] = self._check(
+                listings, draws, carried, worths, parts[self.options.measure]
+            )
+            laps("check")
+        return RewardedAnswers(rollouts, verdicts, grouped, advantages, of_pairs, parts)
 
     def _search(
         self,
@@ -212,3 +239,39 @@ class Environment:
                 [self.gallery.agreement(enriched[some], answer_listings[some], self.options)]
             )
         return values, parts
+
+    def _check(
+        self,
+        listings: np.ndarray,
+        draws: np.ndarray,
+        carried: Sequence[Mapping[str, str]],
+        worths: PairNumbers,
+        found: np.ndarray,
+    ) -> np.ndarray:
+        """[1]: the correlation of what pairs are held to be worth with what is lost without them.
+
+        Some answers' queries are searched for again with each pair left out. found: float32[B], the
+        measure of `kind` with all pairs; a reward's function and the cost of length are not asked.
+        """
+        checked = checked_pairs(worths, self.credit.credit_checks)
+        if not checked:
+            return np.zeros(1)
+        answers = np.array([answer for answer, _ in checked])
+        queries = answers // self.samples
+        left = [
+            {other: value for other, value in carried[answer].items() if other != name}
+            for answer, name in checked
+        ]
+        vectors, _ = self.encoder.embed_listings(
+            self.catalog,
+            listings[queries],
+            attributes=left.__getitem__,
+            draws=draws[queries],
+            where="queries with an attribute left out",
+        )
+        k = self.options.k
+        without = measures(self.gallery.find(vectors, listings[queries], k), k)
+        # In the precision of `found`: rounding alone would have a correlation.
+        losses = found[answers] - without[self.options.measure].astype(found.dtype)
+        estimates = np.array([worths[answer][name] for answer, name in checked])
+        return np.array([correlation(estimates, losses)])

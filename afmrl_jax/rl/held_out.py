@@ -36,6 +36,7 @@ from afmrl_jax.core.tables import markdown_table
 from afmrl_jax.core.types import Params
 from afmrl_jax.data.views import AttributeCuts
 from afmrl_jax.retrieval.metrics import interval95, normal95, paired
+from afmrl_jax.rl.changes import count_changes
 from afmrl_jax.rl.environment import Rollout, none_is_read
 from afmrl_jax.rl.gallery import Gallery
 from afmrl_jax.rl.rewards import Reward, bounded_k, measure_at, measures
@@ -138,14 +139,7 @@ class HeldOut:
                 "attributes_cut": cuts.share,
             },
             [
-                Rollout(
-                    q,
-                    listing.title,
-                    (listing.listing_id, listing.product_id),
-                    answer.text,
-                    pairs,
-                    float(scores[self.measure][q]),
-                )
+                Rollout.of(q, listing, answer.text, pairs, float(scores[self.measure][q]))
                 for q, (listing, answer, pairs) in enumerate(
                     zip(self._listings, answers, attributes)
                 )
@@ -195,11 +189,11 @@ class Arms:
         return first_says(self._before.exists())
 
     def begin(self, trained: Params) -> None:
-        """Writes evaluation_before.json: each query's scores in each arm that needs no training, so
-        that later arms can be paired with them. Raises UserError where the encoder reads none of
-        the attributes."""
+        """Writes evaluation_before.json: each query's scores in each arm that needs no training,
+        and the generator's attributes, so that later ones can be paired with them. Raises UserError
+        where the encoder reads none of the attributes."""
         self.path.unlink(missing_ok=True)  # left by a run that saved no checkpoint
-        least, arms = None, {}
+        least, arms, said = None, {}, {}
         for held_out in (self._validation, self._last):
             if held_out is None or held_out.split in arms:
                 continue
@@ -221,9 +215,10 @@ class Arms:
             scores, cuts = held_out.find(list(attributes.values()))
             _check_read(cuts, held_out.split)
             arms[held_out.split] = dict(zip(attributes, scores))
+            said[held_out.split] = attributes["sft"]
             _log_recall(arms[held_out.split])
         if jax.process_index() == 0:
-            write_atomically(self._before, _to_json({"sft_sure": least}, arms))
+            write_atomically(self._before, _to_json({"sft_sure": least}, arms, said))
 
     def __call__(self, state: TrainState) -> dict[str, float]:
         """The scores of `validate`."""
@@ -262,6 +257,7 @@ class Arms:
         if held_out is None or first_says(self.path.exists()):
             return
         confidence, before = self._arms(held_out)
+        said = self._read_before()["attributes"][held_out.split]
         answers = self._answer(trained, held_out.queries)
         outcome = held_out.judge(answers)
         arms = {name: before[name] for name in ("plain", "sft", "sft_sure") if name in before}
@@ -277,6 +273,11 @@ class Arms:
         results = compare(arms, DIFFERENCES) | {
             "least_confidence": confidence,
             "answers": outcome.answers,
+            "changes": count_changes(
+                (said, [answer.sure(0.0) for answer in answers]),
+                held_out.true,
+                (before["sft"]["recall@1"], outcome.measures["recall@1"]),
+            ),
             "split": held_out.split,
             "step": step,
         }
@@ -285,15 +286,23 @@ class Arms:
 
     def _arms(self, held_out: HeldOut) -> tuple[dict[str, float], dict[str, Measures]]:
         """The least confidences and the arms of a split, from the file of `begin`."""
-        before = json.loads(self._before.read_text(encoding="utf-8"))
+        before = self._read_before()
         arms = {
             arm: {name: np.array(x) for name, x in scores.items()}
             for arm, scores in before["arms"][held_out.split].items()
         }
         return before["least_confidence"], arms
 
+    def _read_before(self) -> dict[str, Any]:
+        """What `begin` wrote."""
+        return json.loads(self._before.read_text(encoding="utf-8"))
 
-def _to_json(confidence: Mapping[str, float | None], arms: Mapping[str, Mapping]) -> str:
+
+def _to_json(
+    confidence: Mapping[str, float | None],
+    arms: Mapping[str, Mapping],
+    said: Mapping[str, ArmAttributes],
+) -> str:
     plain = {
         split: {
             arm: {name: x.tolist() for name, x in scores.items()}
@@ -302,7 +311,7 @@ def _to_json(confidence: Mapping[str, float | None], arms: Mapping[str, Mapping]
         for split, of_split in arms.items()
     }
     chosen = {arm: least for arm, least in confidence.items() if least is not None}
-    return json.dumps({"least_confidence": chosen, "arms": plain})
+    return json.dumps({"least_confidence": chosen, "arms": plain, "attributes": said})
 
 
 def _check_read(cuts: AttributeCuts, split: str) -> None:

@@ -59,10 +59,10 @@ class Built:
 
     rollout: (parameters, rows, step) -> Samples of Q queries, whole on every device.
     reference: (parameters without adapters, rows, answers) -> log-probs [A, C, G, T].
-    update: its batches are {"rows", "answers", "advance"}. answers: tokens, mask, sampler_log_probs
-    [A, C, G, T]; advantages, zero_variance, truncated [A, C, G]; reference_log_probs where there is
-    a reference, and old_log_probs after a step's first update. Where a step has several, its
-    metrics hold old_log_probs [A, C, G, T], of the parameters before it.
+    update: its batches are {"rows", "answers", "advance"}. answers: tokens, mask, advantages,
+    sampler_log_probs [A, C, G, T]; zero_variance, truncated [A, C, G]; reference_log_probs where
+    there is a reference, and old_log_probs after a step's first update. Where a step has several,
+    its metrics hold old_log_probs [A, C, G, T], of the parameters before it.
     """
 
     rollout: Callable[[Params, Arrays, int], Samples]
@@ -158,10 +158,10 @@ def parts(options: PolicyOptions, mesh: Mesh, generator: Generator, built: Built
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     answers = {"tokens": of(jnp.int32, data.max_answer), "mask": of(jnp.bool, data.max_answer)}
-    scored = ("sampler_log_probs", *(["reference_log_probs"] if options.gradient.kl else []))
-    answers |= {name: of(jnp.float32, data.max_answer) for name in scored}
+    floats = ["advantages", "sampler_log_probs"]
+    floats += ["reference_log_probs"] if options.gradient.kl else []
+    answers |= {name: of(jnp.float32, data.max_answer) for name in floats}
     answers |= {"zero_variance": of(jnp.bool), "truncated": of(jnp.bool)}
-    answers["advantages"] = of(jnp.float32)
     params = lora.join(built.update.abstract.params, built.update.frozen)
     number = jax.ShapeDtypeStruct((), jnp.int32)
     advance = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))

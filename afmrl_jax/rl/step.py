@@ -5,17 +5,20 @@ T tokens of an answer.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from afmrl_jax.assembly.generator import Answer
 from afmrl_jax.checkpoints.state import TrainState
 from afmrl_jax.core.mesh import put_batch
 from afmrl_jax.core.types import Metrics, Rows
 from afmrl_jax.data.queries import QueryBatches
 from afmrl_jax.models.sampler import Samples
+from afmrl_jax.rl.credit import token_advantages
 from afmrl_jax.rl.environment import Environment, Laps, RewardedAnswers
 from afmrl_jax.rl.learner import Learner
 from afmrl_jax.rl.watch import WatchLimits, stopped, watch
@@ -61,20 +64,21 @@ class Step:
         host = rows.pop("host")
         samples = self._learner.draw(state.params, rows, number)
         laps("rollout")
-        rewarded = self._reward(number, samples, laps)
+        drawn = self._read(samples)
+        rewarded = self._reward(number, samples, drawn, laps)
         verdict = watch(rewarded.rollouts, self._limits)
         self._kept.add(number + 1, rewarded, everything=bool(verdict.sentence))
         if verdict.sentence:
             raise stopped(number + 1, verdict, self._kept.path)
-        answers = self._answers(samples, rewarded)
+        answers = self._answers(samples, drawn, rewarded)
         state, metrics = self._learner.learn(state, rows, answers, host)
         laps("update")
         watched = {f"watch_{name}": figure for name, figure in verdict.figures.items()}
         return state, metrics | rewarded.metrics() | watched | laps.seconds
 
-    def _reward(self, number: int, samples: Samples, laps: Laps) -> RewardedAnswers:
+    def _read(self, samples: Samples) -> list[Answer]:
         lengths = samples.mask.sum(-1)
-        answers = [
+        return [
             self._learner.generator.read(
                 samples.tokens[place][: lengths[place]],
                 samples.log_probs[place][: lengths[place]],
@@ -82,19 +86,24 @@ class Step:
             )
             for place in np.ndindex(lengths.shape)
         ]
+
+    def _reward(
+        self, number: int, samples: Samples, answers: Sequence[Answer], laps: Laps
+    ) -> RewardedAnswers:
         listings, draws = self._batches.draw(number)
         return self._environment.judge(
             listings,
             draws,
             [answer.text for answer in answers],
             [answer.closed for answer in answers],
-            lengths.reshape(-1),
+            samples.mask.sum(-1).reshape(-1),
             laps,
         )
 
-    def _answers(self, samples: Samples, rewarded: RewardedAnswers) -> Rows:
+    def _answers(
+        self, samples: Samples, answers: Sequence[Answer], rewarded: RewardedAnswers
+    ) -> Rows:
         """What the update reads of all answers, as [A, C, ...] on the mesh."""
-        advantages = rewarded.advantages
         plain = self._learner.options.temperature == 1  # then the policy itself was drawn from
         drawn_from = samples.log_probs if plain else samples.sampling_log_probs
         values = {
@@ -102,9 +111,15 @@ class Step:
             "mask": samples.mask,
             "sampler_log_probs": drawn_from,
             "truncated": samples.truncated,
-            "advantages": advantages.values,
+            "advantages": token_advantages(
+                rewarded.advantages.values,
+                rewarded.pair_advantages,
+                answers,
+                self._learner.generator.tokenizer,
+                samples.mask.shape[-1],
+            ),
             "zero_variance": np.broadcast_to(
-                advantages.zero_variance[:, None], samples.truncated.shape
+                rewarded.advantages.zero_variance[:, None], samples.truncated.shape
             ),
         }
         micro_batches = self._batches.micro_batches

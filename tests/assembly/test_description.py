@@ -7,7 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from afmrl_jax.assembly.description import Description, describe, token_starts
+from afmrl_jax.assembly.description import Description, describe, pairs_of_tokens, token_starts
 from afmrl_jax.assembly.generator import Answer
 from afmrl_jax.attributes.text import Parsed, Verdict, parse
 from afmrl_jax.data.tokenizer import train_tokenizer
@@ -77,3 +77,24 @@ def test_only_a_valid_answer_is_sure_of_anything():
     for verdict, sure in ((Verdict.VALID, {"color": "red"}), (Verdict.UNCLOSED, {})):
         parsed = Parsed(attributes, verdict)
         assert Description(answer_of([]), parsed, {"color": 0.9, "size": 0.5}).sure(0.9) == sure
+
+
+def test_the_tokens_of_a_pair_are_those_of_its_name_its_colon_and_its_value():
+    parts = [("color:", "color"), (" red", "color"), (";", None), ("\n", None), (" type", "type")]
+    parts += [(": 猫", "type"), (";", None), (" brand: unknown", None)]  # which says nothing
+    ids = [encode(text) for text, _ in parts]
+    expected = [name for part, (_, name) in zip(ids, parts) for _ in part]
+    answer = answer_of([i for part in ids for i in part])
+    assert answer.text == "color: red;\n type: 猫; brand: unknown"
+    assert pairs_of_tokens(answer, TOKENIZER) == expected
+    assert set(pairs_of_tokens(answer_of(encode("red; mug")), TOKENIZER)) == {None}
+    cut = answer_of(encode("color: red; type: mu"), closed=False)
+    assert set(pairs_of_tokens(cut, TOKENIZER)) == {"color", None}  # the last one is not trusted
+
+
+@given(IDS | st.lists(PIECES).map(lambda parts: encode(*parts)), st.booleans())
+def test_a_value_s_tokens_are_among_its_pair_s(ids, closed):
+    answer = answer_of(ids, closed=closed)
+    names = pairs_of_tokens(answer, TOKENIZER)
+    assert len(names) == len(ids)
+    assert {name for name in names if name} <= set(parse(answer.text, closed).attributes)

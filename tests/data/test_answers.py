@@ -295,6 +295,18 @@ def test_some_attributes_come_true_in_any_order_and_number(asked, catalog):
     assert all(sorted(one, key=names.index) == list(one) for one, names in zip(kept, order))
 
 
+def test_a_dropout_of_a_half_leaves_out_half_of_the_pairs_others_each_time(asked, catalog):
+    told = [(row[0], list(parse(row[3]).attributes)) for row in asked["attributes"]]
+    true = [list(catalog.listing(listing).attributes) for listing, _ in told]
+    assert sum(len(names) for _, names in told) / sum(map(len, true)) == pytest.approx(
+        0.5, abs=0.06
+    )
+    # Of any place in the order: not the last ones more often.
+    last = [names[-1] in kept for (_, kept), names in zip(told, true)]
+    assert np.mean(last) == pytest.approx(0.5, abs=0.15)
+    assert len({(listing, *names) for listing, names in told}) > 0.9 * len(told)
+
+
 def test_questions_show_the_views_that_are_asked_for(asked):
     views = [
         (shows, not user.endswith(("<|vision_end|>", "user\n")))

@@ -22,12 +22,14 @@ JITTED = jax.jit(policy_loss, static_argnames="options")
 
 
 def answers_of(log_probs, advantages, **given):
-    """On-policy answers that use every slot, unless told otherwise."""
+    """On-policy answers that use every slot, unless told otherwise. advantages: [B]."""
     log_probs = np.asarray(log_probs, np.float64 if jax.config.jax_enable_x64 else np.float32)
     n = len(log_probs)
     answers = {
         "mask": np.ones(log_probs.shape, bool),
-        "advantages": np.asarray(advantages, log_probs.dtype),
+        "advantages": np.repeat(
+            np.asarray(advantages, log_probs.dtype)[:, None], len(log_probs[0]), 1
+        ),
         "zero_variance": np.zeros(n, bool),
         "truncated": np.zeros(n, bool),
         "old_log_probs": log_probs,
@@ -62,6 +64,16 @@ def test_grpo_clips_the_ratio_and_averages_over_tokens_then_answers():
     assert metrics["ratio_mean"] == pytest.approx((1.5 + 0.5 + 1.5 + 0.5 + 1) / 5)
     assert metrics["ratio_max"] == pytest.approx(1.5)  # the unused slot's 9 is not seen
     assert metrics["answer_tokens"] == 2.5
+
+
+def test_each_token_has_its_own_advantage_where_pairs_have():
+    """The ratios as above; the first answer has 2 and -1: min(3, 2.4) and min(-.5, -.8)."""
+    log_probs, answers = clipped_case()
+    own = answers["advantages"].copy()
+    own[0, 1] = -1
+    total, count, metrics = loss_of(log_probs, answers | {"advantages": own}, GRPO)
+    assert total == pytest.approx(-(2.4 - 0.8) / 2 - (-1.5 - 0.8 - 1.0) / 3, rel=1e-6)
+    assert count == 2 and metrics["clip_share"] == pytest.approx(3 / 5)
 
 
 def test_dr_grpo_divides_by_one_constant_length():

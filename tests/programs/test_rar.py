@@ -216,9 +216,14 @@ def test_a_run_that_looks_like_cheating_stops_with_its_rollouts(config, tmp_path
 def test_adapters_on_the_generator_begin_as_it_and_are_found_again(config, tmp_path):
     config.update(steps=2, micro_batches=1, inner_epochs=2, eval_every=0, checkpoint_every=1)
     config.model.lora_rank = 2
-    config.policy.objective = "dr_grpo"
+    config.policy.update(objective="dr_grpo", credit="pairs", credit_checks=4)
     runner.run(config, tmp_path / "adapters")
     rows = lines(tmp_path / "adapters" / "metrics.jsonl")
+    assert all(-1 <= row["credit_correlation"] <= 1 for row in rows)
+    groups = lines(tmp_path / "adapters" / "rollouts.jsonl")
+    for answer in (answer for group in groups for answer in group["answers"]):
+        pairs = parse(answer["answer"]).attributes if answer["verdict"] == "valid" else {}
+        assert answer.get("pair_advantages", {}).keys() == pairs.keys()
     # Told of the second epoch, when the first has moved a little from what they began as.
     assert 0 < rows[0]["kl"] < 0.01 and rows[0]["ratio_max"] > 1
     trained = jax.tree.leaves_with_path(state_of(tmp_path / "adapters")["params"])

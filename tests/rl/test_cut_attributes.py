@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from by_hand import loaded_encoder
-from words import TITLES, catalogue_of
+from words import BY_ANSWER, TITLES, catalogue_of
 
 from afmrl_jax.configs.rar import get_config
 from afmrl_jax.core.errors import UserError
@@ -65,7 +65,7 @@ def is_deaf(tmp_path_factory):
 
 
 def metrics(encoder, gallery):
-    environment = Environment(CATALOG, encoder, gallery, OPTIONS, 4, scale=False)
+    environment = Environment(CATALOG, encoder, gallery, OPTIONS, 4, False, BY_ANSWER)
     texts = ["color: red", "color: green", "red", ""]
     found = environment.judge(np.array([0]), np.array([0]), texts, [True] * 4, np.arange(4), Laps())
     return found.rewards[0], found.metrics()

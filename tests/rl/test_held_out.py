@@ -108,6 +108,9 @@ def test_the_baseline_is_chosen_on_validation_and_judged_on_test_queries(held_ou
     assert {"sft - plain", "rar - sft", "rar - sft_sure", "oracle - sft"} <= set(differences)
     assert differences["sft_sure - sft"]["recall@1"] == 0.5
     assert differences["sft_sure - sft"]["recall@1_ci95"] > 0
+    # The one answer of two pairs became invalid, with the right colour and a wrong type.
+    lost = {name: count for name, count in results["changes"]["pairs"].items() if count}
+    assert lost == {"left_out_right": 1, "left_out_wrong": 1}
     assert results["split"] == "test" and "| rar - sft_sure " in comparison_table(results)
 
 

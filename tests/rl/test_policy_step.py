@@ -83,7 +83,7 @@ def drawn(built, state, frozen, reference, rows, step, reward):
         "mask": samples.mask,
         "truncated": samples.truncated,
         "sampler_log_probs": samples.log_probs,
-        "advantages": advantages.values,
+        "advantages": np.repeat(advantages.values[..., None], samples.mask.shape[-1], axis=-1),
         "zero_variance": np.repeat(advantages.zero_variance, G).reshape(Q, G),
     }
     micro_batches = len(rows["tokens"])

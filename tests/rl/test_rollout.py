@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from words import CATALOG, ENCODER, gallery_in, plain
+from words import BY_ANSWER, CATALOG, ENCODER, gallery_in, plain
 
 from afmrl_jax.attributes.text import Verdict
 from afmrl_jax.catalog.groups import askers
@@ -28,7 +28,9 @@ def gallery(tmp_path_factory):
 
 
 def judged(gallery, **options):
-    environment = Environment(CATALOG, ENCODER, gallery, replace(RECALL, **options), 4, scale=False)
+    environment = Environment(
+        CATALOG, ENCODER, gallery, replace(RECALL, **options), 4, False, BY_ANSWER
+    )
     laps, closed = Laps(), [True] * 4
     found = environment.judge(np.array([0]), np.array([0]), ANSWERS, closed, np.arange(4), laps)
     assert list(laps.seconds) == ["seconds_parse", "seconds_embed", "seconds_search"]
@@ -54,7 +56,7 @@ def test_rewards_are_those_worked_by_hand(gallery):
 
 def test_groups_that_differ_in_their_format_alone_are_told(gallery):
     """Their rewards do differ, so that `zero_variance` says nothing of them."""
-    environment = Environment(CATALOG, ENCODER, gallery, MARGIN, 2, False)
+    environment = Environment(CATALOG, ENCODER, gallery, MARGIN, 2, False, BY_ANSWER)
     texts = ["color: red", "red", "color: red", "color: green"]
     found = environment.judge(
         np.array([0, 0]), np.zeros(2, int), texts, [True] * 4, np.arange(4), Laps()

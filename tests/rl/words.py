@@ -12,6 +12,7 @@ from afmrl_jax.catalog.listings import Overlay, open_catalog
 from afmrl_jax.data.processor import Processor, RowSizes
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
 from afmrl_jax.models.presets import preset
+from afmrl_jax.rl.credit import PairCredit
 from afmrl_jax.rl.gallery import open_gallery
 
 WORDS = ("red", "green", "lamp", "mug", "hat")
@@ -59,6 +60,7 @@ def unit_counts(rows):
 
 
 CATALOG = catalogue_of(TITLES)
+BY_ANSWER = PairCredit(credit="answer", credit_ridge=1.0, credit_checks=0)
 SIZES = RowSizes(max_tokens=48, max_patches=4, min_pixels=256, max_pixels=256)
 ENCODER = loaded_encoder(Processor(TOKENIZER, CONFIG, SIZES), unit_counts, 3)
 
