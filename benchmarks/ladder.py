@@ -10,13 +10,11 @@ Every stage is a separate run in DIR/SEED-STAGE. Finished stages are kept, so a 
 the last one stopped, and rungs share stages: one SFT, one RAR and one AGCL per seed. Two calls with
 different --seeds may run at the same time; a later call with all seeds prints the tables. All
 encoders see attributes in most of their training texts, so that rungs differ only in what their
-names say. Single masks and weights are trained for 40% of the steps, and compared with a VLM2Vec
-trained as long.
+names say. agcl_ladder.py compares the parts of AGCL.
 """
 
 import argparse
 import dataclasses
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,21 +22,12 @@ from typing import Any
 
 import numpy as np
 from real_photos import split_luma
-from running import evaluation, train, write
+from running import evaluation, train, training_flops, write
 
 from afmrl_jax.core.tables import markdown_table
 from afmrl_jax.retrieval.metrics import interval95, paired
 
 TASK = "image+text->image+text"
-SHORT = 0.4  # share of the steps for single masks and weights
-SINGLE = {  # single masks and weights on VLM2Vec
-    "VLM2Vec": {},
-    "mask: target similarity .95": {"loss.mask_target_similarity": 0.95},
-    "mask: margin .1": {"loss.mask_margin": 0.1},
-    "mask: attributes .95": {"loss.mask_attributes": 0.95},
-    "weight: BM25": {"loss.negative_weight": "bm25"},
-    "weight: similarity (LLaVE)": {"loss.negative_weight": "similarity"},
-}
 COLUMNS = {"queries": "queries alone", "both": "queries and gallery"}
 METRICS = {"R@1": "recall@1", "R@5": "recall@5", "R@10": "recall@10", "mAP": "map"}
 CLASSES = {"Acc": "accuracy", "NMI": "nmi", "ARI": "ari", "purity": "purity"}
@@ -198,12 +187,6 @@ class Ladder:
             cit = {"data.described_only": True, "data.attribute_noise": 0}  # as in configs/cit.py
             self.encoder("again", **written | cit)
 
-    def train_singles(self) -> None:
-        """Trains VLM2Vec without and with each single mask and weight, for SHORT of the steps."""
-        short = {"steps": round(SHORT * self.size.steps)}
-        for name, fields in SINGLE.items():
-            self.encoder(single(name), "vlm2vec", **short, **fields)
-
     def judge(self, rung: Rung, enrich: str, *, classes: bool = True) -> dict[str, Any]:
         """A rung's scores. enrich: "queries" or "both", the texts that get its attributes."""
         fields = {"eval.tasks": TASK, "eval.downstream": classes, "seed": self.seed} | self.judged
@@ -225,23 +208,6 @@ class Ladder:
     def flops(self, rung: Rung) -> float:
         """Useful FLOPs of all training that a rung needs."""
         return sum(training_flops(self.workdir(stage)) for stage in {rung.encoder, *rung.needs})
-
-
-def training_flops(workdir: Path) -> float:
-    """Useful FLOPs of a run, from its log; 0 for a run that trains nothing."""
-    config = evaluation(workdir, "config.json")
-    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    rows = [row for row in rows if "model_flops_per_second" in row]
-    unit = "pairs_per_second" if config["program"] == "agcl" else "answers_per_second"
-    each = [row["model_flops_per_second"] / row[unit] for row in rows]
-    if not each:
-        return 0.0
-    of_step = config["batch"] if "batch" in config else config["queries"] * config["samples"]
-    return float(np.mean(each)) * of_step * config["steps"]
-
-
-def single(name: str) -> str:
-    return "only-" + "".join(c if c.isalnum() else "-" for c in name.lower())
 
 
 def summary(seed_values: list[np.ndarray]) -> dict[str, Any]:
@@ -299,30 +265,13 @@ def climb(ladders: list[Ladder], enrich: str) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def singles(ladders: list[Ladder]) -> dict[str, Any]:
-    """R@1 of each single mask and weight, and its gain over the VLM2Vec trained as long."""
-    rows, base = {}, None
-    for name in SINGLE:
-        judged = [
-            ladder.judge(Rung(name, single(name)), "both", classes=False) for ladder in ladders
-        ]
-        values = [np.array(scores["queries"]["values"][METRICS["R@1"]]) for scores in judged]
-        recalls = np.mean(values, axis=0)
-        base = recalls if base is None else base
-        mean, half = paired(base, recalls)
-        rows[name] = summary(values) | {"gain": mean, "gain_half": half}
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--photos", type=Path, help="holds luma/ and fashion/")
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
-    parser.add_argument(
-        "--leave-out", nargs="+", default=[], metavar="STAGE", help="or sure, singles"
-    )
+    parser.add_argument("--leave-out", nargs="+", default=[], metavar="STAGE", help="or sure")
     parser.add_argument("--smoke", action="store_true", help="four steps a stage, one seed")
     args = parser.parse_args()
     size = SMOKE if args.smoke else PHOTOS if args.photos else BUILT_IN
@@ -338,19 +287,7 @@ def main() -> None:
     result = {"size": dataclasses.asdict(size), "columns": columns}
     name = "ladder_photos" if args.photos else "ladder_built_in"
     if not args.smoke:
-        write(name, result)  # now, since the singles take as long again
-    if "singles" in left_out:
-        return
-    for ladder in ladders:
-        ladder.train_singles()
-    alone = singles(ladders)
-    print(f"\nEach alone on VLM2Vec, {SHORT:.0%} of the steps:\n\n| | R@1 | gain |\n|---|---|---|")
-    for rung, row in alone.items():
-        by_seed = f"({min(row['by_seed']):.3f}-{max(row['by_seed']):.3f})"
-        gain = f"{row['gain']:+.3f} ± {row['gain_half']:.3f}"
-        print(f"| {rung} | {row['mean']:.3f} ± {row['half']:.3f} {by_seed} | {gain} |")
-    if not args.smoke:
-        write(name, result | {"singles": alone})
+        write(name, result)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
@@ -48,10 +49,26 @@ def evaluation(workdir: Path, name: str = "evaluation.json") -> dict:
     return json.loads((workdir / name).read_text())
 
 
+def metrics(workdir: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(workdir: Path) -> dict[int, float]:
     """Step -> loss, from metrics.jsonl."""
-    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    return {row["step"]: row["loss"] for row in rows}
+    return {row["step"]: row["loss"] for row in metrics(workdir)}
+
+
+def training_flops(workdir: Path) -> float:
+    """Useful FLOPs of a run, from its log; 0 for a run that trains nothing."""
+    config = evaluation(workdir, "config.json")
+    rows = [row for row in metrics(workdir) if "model_flops_per_second" in row]
+    unit = "pairs_per_second" if config["program"] == "agcl" else "answers_per_second"
+    each = [row["model_flops_per_second"] / row[unit] for row in rows]
+    if not each:
+        return 0.0
+    of_step = config["batch"] if "batch" in config else config["queries"] * config["samples"]
+    return float(np.mean(each)) * of_step * config["steps"]
 
 
 def spread(values: list[float]) -> str:
@@ -59,15 +76,15 @@ def spread(values: list[float]) -> str:
     return f"{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})"
 
 
-def write(name: str, result: dict) -> None:
-    """Writes benchmarks/results/NAME.json, with the command and versions that made the result."""
-    RESULTS.mkdir(exist_ok=True)
+def write(name: str, result: dict, folder: Path = RESULTS) -> None:
+    """Writes FOLDER/NAME.json, with the command and versions that made the result."""
+    folder.mkdir(parents=True, exist_ok=True)
     about = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
         **{package: version(package) for package in ("jax", "flax", "numpy")},
     }
-    path = RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     path.write_text(json.dumps({**about, **result}, indent=1) + "\n")
-    print(f"written to {path.relative_to(ROOT)}")
+    print(f"written to {path}")
