@@ -25,7 +25,7 @@ from afmrl_jax.assembly.model import AnyAssembly, AnyOptions, Assembly, abstract
 from afmrl_jax.assembly.options import EncoderOptions, TrainingOptions
 from afmrl_jax.checkpoints.checkpoint import Checkpoints, find_checkpoints
 from afmrl_jax.checkpoints.integrity import is_bucket
-from afmrl_jax.checkpoints.record import recorded
+from afmrl_jax.checkpoints.record import recorded, sections
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.types import Params
 from afmrl_jax.data.prompts import chat_template, tell_system_words
@@ -206,7 +206,8 @@ def _of_folder(folder: Path, path: str, model_class: type[AnyAssembly]) -> Pretr
     record = _record_of(folder)
     options, run_fields = None, {}
     if record and record["kind"] == model_class.kind:
-        options = model_class.options_type.of(recorded(record["config"], folder))
+        # Its model's settings alone: a folder outlives the other fields of the page that made it.
+        options = model_class.options_type.of(sections(record["config"], folder))
         run_fields = {name: record[name] for name in ("step", "config", "evaluation")}
     model = model_class.from_folder(options, folder)
     return Pretrained(

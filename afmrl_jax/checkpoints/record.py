@@ -17,23 +17,30 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-def recorded(saved: str | Mapping[str, Any], where: str | Path) -> Mapping[str, Any]:
+def sections(saved: str | Mapping[str, Any], where: str | Path) -> Mapping[str, Any]:
     """A run's configuration, section by section, from its record.
 
     saved: its JSON, or the parsed JSON. where: names the run in errors. Raises UserError for any
-    other value, and where the fields are not those of the program as it is now.
+    other value.
     """
     try:
         config = json.loads(saved) if isinstance(saved, str) else saved
-        program, fields = config.get("program"), flatten(config)
+        flatten(config)
     except (ValueError, AttributeError):
         raise UserError(
             f"{where}: the record of a run holds no configuration; bring it back, or start anew "
             "with another --workdir"
         ) from None
+    return config
+
+
+def recorded(saved: str | Mapping[str, Any], where: str | Path) -> Mapping[str, Any]:
+    """A run's configuration as `sections` reads it. Raises UserError also where the fields are not
+    those of the program as it is now."""
+    config = sections(saved, where)
+    program, fields = config.get("program"), flatten(config)
     current = program_fields(program) or fields
-    # Exported folders leave out data.cache_dir, a folder of one machine. Fields that the page lacks
-    # may be those of a method outside the package.
+    # Fields that the page lacks may be those of a method outside the package.
     gone = set() if outside_methods(fields) else fields.keys() - current.keys()
     names = gone | (current.keys() - fields.keys())
     names = (name for name in names if not name.startswith(MAY_CHANGE))
