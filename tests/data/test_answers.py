@@ -322,7 +322,7 @@ def test_questions_show_the_views_that_are_asked_for(asked):
 def test_shares_that_are_more_than_all_answers_are_refused():
     with pytest.raises(UserError, match=r"data\.caption_share=0\.6 are more than all answers"):
         answer_options(1, subsets=0.5, captions=0.6)
-    with pytest.raises(UserError, match=r"data\.question_views: 'photo' is not a view"):
+    with pytest.raises(UserError, match=r"data\.question_views is 'photo', expected one of"):
         answer_options(1, views="photo")
 
 

@@ -23,8 +23,6 @@ from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.losses.contrastive import Contrastive, contrastive_loss
 
-COMPILED_AS_FOR_USERS = True
-
 COSINES = [[0.8, 0.6, 0.0], [0.2, 0.9, 0.4], [0.1, 0.3, 0.7]]
 NEVER = 2.0
 PLAIN = Contrastive(

@@ -7,8 +7,6 @@ from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.losses.labels import Labels, frequent_labels, label_loss
 
-COMPILED_AS_FOR_USERS = True
-
 CATALOGUE = [
     {"Color": "Navy Blue", "size": "L", "made in": "EU"},
     {"color": "navy blue", "size": "M", "made in": "EU"},

@@ -17,8 +17,6 @@ from afmrl_jax.losses.language import answer_cross_entropy, token_log_probs
 from afmrl_jax.models.presets import preset
 from afmrl_jax.models.qwen_vl import QwenVL
 
-COMPILED_AS_FOR_USERS = True
-
 
 def dense(hidden, head, tokens, temperature=1.0):
     log_probs = jax.nn.log_softmax((hidden @ head).astype(jnp.float32) / temperature)

@@ -16,8 +16,6 @@ from afmrl_jax.core.mesh import batch_sharding, make_mesh, replicated
 from afmrl_jax.losses.agcl import AGCL
 from afmrl_jax.losses.contrastive import Contrastive
 
-COMPILED_AS_FOR_USERS = True
-
 A, C, V, E = 2, 8, 3, 6
 MEMORY, STEPS = 4, 6
 LOSS = Contrastive(

@@ -15,8 +15,6 @@ from afmrl_jax.losses.language import token_log_probs
 from afmrl_jax.losses.policy import PolicyGradient, policy_loss, policy_metrics
 from afmrl_jax.rl.advantages import group_advantages
 
-COMPILED_AS_FOR_USERS = True
-
 GRPO = PolicyGradient(objective="grpo", clip=0.2, kl=0.0, mask_truncated=False)
 JITTED = jax.jit(policy_loss, static_argnames="options")
 

@@ -11,8 +11,6 @@ from afmrl_jax.models.attention import attend
 from afmrl_jax.models.layers import run_layers
 from afmrl_jax.models.rope import rotary_angles, rotate
 
-COMPILED_AS_FOR_USERS = True
-
 N, S, D = 4, 24, 16
 
 

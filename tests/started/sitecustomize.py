@@ -6,11 +6,13 @@ programs are compiled with less effort, which changes roundings at most, and by 
 for all: that would take most of their time.
 """
 
+import gc
 import importlib.util
 import os
 import sys
 
 sys.modules["torch"] = None
+gc.set_threshold(200_000, 50, 100)  # as in conftest.py
 
 
 class OneKeyForAllProcesses:

@@ -6,8 +6,6 @@ import pytest
 from afmrl_jax.losses.labels import Labels, label_loss
 from afmrl_jax.training.gradients import gradcache
 
-COMPILED_AS_FOR_USERS = True
-
 WIDTH, HIDDEN, EMBEDDING = 24, 64, 16
 
 
