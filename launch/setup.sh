@@ -31,7 +31,8 @@ one_line() {
 
 # Installs with uv where it is there, which takes a fifth of pip's time.
 install() {
-    local installer=(.venv/bin/python -m pip install --progress-bar off --disable-pip-version-check)
+    local installer=(.venv/bin/python -m pip install --progress-bar off)
+    installer+=(--disable-pip-version-check --no-compile) # what is used is compiled when it is
     ! command -v uv >/dev/null || installer=(uv pip install --python .venv/bin/python)
     if ! "${installer[@]}" "$@" 2>&1 | tee -a .venv/install.log | one_line; then
         tail -n 15 .venv/install.log >&2
@@ -42,7 +43,7 @@ install() {
 
 # setup base | EXTRA: installs the program and, where one is named, what an extra of setup.cfg adds.
 setup() {
-    local extra="$1" key python
+    local extra="$1" key python target
     # The folder is part of it: an environment that was moved does not find the program.
     key="$({ pwd && cat requirements.txt setup.cfg; } | sha256sum | cut -c1-16)"
     [[ ! -e ".venv/installed-$extra-$key" ]] || return 0
@@ -51,11 +52,7 @@ setup() {
         "$python" -m venv --clear .venv
     fi
     echo "Installing into $PWD/.venv (once, a minute or two) ..."
-    install -r requirements.txt
-    if [[ "$extra" == base ]]; then
-        install -e . --no-deps
-    else
-        install -e ".[$extra]" -c requirements.txt
-    fi
+    [[ "$extra" == base ]] && target=. || target=".[$extra]"
+    install -r requirements.txt -e "$target"
     touch ".venv/installed-base-$key" ".venv/installed-$extra-$key"
 }

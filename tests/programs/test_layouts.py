@@ -43,6 +43,7 @@ def test_eight_devices_go_on_from_one_device_s_checkpoint_with_its_losses(config
     np.testing.assert_allclose(losses(eight), losses(tmp_path / "one"), atol=1e-5)
 
 
+@pytest.mark.slow  # two processes of rar, annotate and toy.py are in the quick suite
 def test_two_processes_learn_answers_with_the_losses_of_one(agcl_config, command, tmp_path):
     """SFT on the same small catalogue; the model it ends with is judged on one listing."""
     config = sft.get_config()
