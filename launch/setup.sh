@@ -31,8 +31,7 @@ one_line() {
 
 # Installs with uv where it is there, which takes a fifth of pip's time.
 install() {
-    local installer=(.venv/bin/python -m pip install --progress-bar off)
-    installer+=(--disable-pip-version-check --no-compile) # what is used is compiled when it is
+    local installer=(.venv/bin/python -m pip install --progress-bar off --disable-pip-version-check)
     ! command -v uv >/dev/null || installer=(uv pip install --python .venv/bin/python)
     if ! "${installer[@]}" "$@" 2>&1 | tee -a .venv/install.log | one_line; then
         tail -n 15 .venv/install.log >&2
