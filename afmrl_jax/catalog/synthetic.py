@@ -7,7 +7,6 @@ is another seller's photo and text of the same product.
 Axes: N listings · S pixels a side.
 """
 
-import dataclasses
 import functools
 import hashlib
 import logging
@@ -215,7 +214,7 @@ def _apart_from(judged: Iterable[Product], products: list[Product]) -> list[Prod
     taken = {essence(product) for product in judged}
     left_out = {product.family for product in products if essence(product) in taken}
     return [
-        dataclasses.replace(product, product_id=f"world-{product.product_id}")
+        replace(product, product_id=f"world-{product.product_id}")
         for product in products
         if product.family not in left_out
     ]
