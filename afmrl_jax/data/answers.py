@@ -169,6 +169,7 @@ class AnswerOptions(Options, section="data"):
 class _Asked(NamedTuple):
     """What a run asks about a listing."""
 
+    listing: int
     kind: str  # attributes | subset | caption
     view: str  # the parts that are shown, "" for a listing without any
     images: int  # photos that are shown, as far as they fit
@@ -210,14 +211,13 @@ class AnswerBatches:
         examples, length = self._of_step(step)
         examples = examples.reshape(self.micro_batches, -1)[:, self.rows]
         arrays = self._arrays(examples.ravel().tolist(), length)
-        arrays["listing"] = np.array([self._listing(int(i)) for i in examples.flat], np.int32)
         return {name: x.reshape(*examples.shape, *x.shape[1:]) for name, x in arrays.items()}
 
     def _arrays(self, examples: list[int], length: int) -> Batch:
-        """The rows of the examples, each with the instruction of its kind: [N, ...]."""
+        """Rows of the examples, each with the instruction of its kind, and `listing`: [N, ...]."""
         asked = [self._asked(example) for example in examples]
         kinds = np.array([one.kind for one in asked])
-        arrays: Batch = {}
+        arrays: Batch = {"listing": np.array([one.listing for one in asked], np.int32)}
         for kind, processor in self.processors.items():
             places = np.flatnonzero(kinds == kind)
             rows = [self._row(examples[place], asked[place]) for place in places]
@@ -260,9 +260,6 @@ class AnswerBatches:
     def _order(self) -> grain.MapDataset:
         return grain.MapDataset.range(len(self.listings)).seed(self.seed).shuffle().repeat()
 
-    def _listing(self, example: int) -> int:
-        return int(self.listings[self._order[example]])
-
     @functools.cached_property
     def _views(self) -> tuple[tuple[str, ...], np.ndarray]:
         return parse_mixture(self.options.question_views, "data.question_views")
@@ -271,21 +268,22 @@ class AnswerBatches:
         """A listing without the part that the drawn view names shows the part that it has."""
         rng = np.random.default_rng((self.seed, example, 1))
         kind, view = rng.random(), str(rng.choice(self._views[0], p=self._views[1]))
-        listing = self.catalog.listing(self._listing(example))
+        index = int(self.listings[self._order[example]])
+        listing = self.catalog.listing(index)
         has = {"image": listing.n_images > 0, "text": bool(listing_text(listing))}
         if kind < self.options.caption_share and has["image"] and listing.title:
-            return _Asked("caption", "image", listing.n_images)
+            return _Asked(index, "caption", "image", listing.n_images)
         parts = [part for part in view.split("+") if has[part]]
         view = "+".join(parts or [part for part in has if has[part]])
         is_subset = 0 <= kind - self.options.caption_share < self.options.subset_share
         images = listing.n_images if "image" in view else 0
-        return _Asked("subset" if is_subset else "attributes", view, images)
+        return _Asked(index, "subset" if is_subset else "attributes", view, images)
 
     def _row(self, example: int, asked: _Asked) -> Row:
         rng = np.random.default_rng((self.seed, example))
         draw = 1 + int(rng.integers(2**31 - 1))
         processor = self.processors[asked.kind]
-        listing = (self.catalog, self._listing(example), processor, draw)
+        listing = (self.catalog, asked.listing, processor, draw)
 
         def most(attributes: dict[str, str]) -> dict[str, str]:
             dropout = self.options.answer_dropout

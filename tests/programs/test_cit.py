@@ -25,7 +25,7 @@ JUDGED = [f"evaluate/{which}_{how}" for which in ("first", "second") for how in 
 
 
 @pytest.fixture
-def config(catalogue_folder, cache_dir):
+def config(catalogue_folder, cache_dir, taught):
     """configs/cit.py at its smallest, in one process."""
     from afmrl_jax.configs.cit import get_config
 
@@ -38,10 +38,10 @@ def config(catalogue_folder, cache_dir):
         encoder.model.update(vocab_size=300, dtype="float32")
         encoder.optimizer.learning_rate = 5e-4
         encoder.eval.update(batch=8, tasks="image+text->image+text")
-    config.sft.update(steps=60, batch=8, micro_batches=2, eval_every=0, checkpoint_every=0)
-    config.sft.data.update(**SIZES, max_tokens=48, max_answer=16, buckets=2)  # as test_sft.py's
-    config.sft.model.update(vocab_size=320, dtype="float32")
-    config.sft.optimizer.learning_rate = 3e-3
+    config.sft.update(init_from=str(taught), steps=2, batch=8, eval_every=0, checkpoint_every=0)
+    config.sft.data.update(**SIZES, max_tokens=64, max_answer=16, instruction="color type")
+    config.sft.model.dtype = "float32"
+    config.sft.optimizer.learning_rate = 1e-4
     config.sft.eval.update(batch=8, validation_listings=6)
     config.rar.update(steps=5, queries=4, samples=4, eval_every=0, checkpoint_every=1)
     config.rar.update(rollouts_every=1)
@@ -165,9 +165,9 @@ def test_a_changed_field_is_refused_where_its_stage_has_begun(config, tmp_path):
     config.again.steps = 9
     with pytest.raises(UserError) as error:
         Manifest(tmp_path, config, stages_of(config, tmp_path))
-    assert "sft.optimizer.learning_rate was 0.003 and is now 0.5. Give" in str(error.value)
+    assert "sft.optimizer.learning_rate was 0.0001 and is now 0.5. Give" in str(error.value)
     assert not any(name in str(error.value) for name in ("rar", "share", "log_every", "again"))
-    config.sft.optimizer.learning_rate = 0.003
+    config.sft.optimizer.learning_rate = 1e-4
     config.seed = 1  # of every stage
     with pytest.raises(UserError, match="seed was 0 and is now 1"):
         runner.run(config, tmp_path)

@@ -33,7 +33,7 @@ def config(catalogue_folder, cache_dir):
 
     config = get_config()
     config.update(
-        steps=60, batch=8, micro_batches=2, log_every=5, eval_every=30, checkpoint_every=30
+        steps=60, batch=8, micro_batches=2, log_every=5, eval_every=30, checkpoint_every=50
     )
     config.data.update(
         path=str(catalogue_folder),
