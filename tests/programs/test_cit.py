@@ -38,8 +38,10 @@ def config(catalogue_folder, cache_dir, taught):
         encoder.model.update(vocab_size=300, dtype="float32")
         encoder.optimizer.learning_rate = 5e-4
         encoder.eval.update(batch=8, tasks="image+text->image+text")
-    config.sft.update(init_from=str(taught), steps=2, batch=8, eval_every=0, checkpoint_every=0)
-    config.sft.data.update(**SIZES, max_tokens=64, max_answer=16, instruction="color type")
+    config.sft.update(init_from=str(taught), steps=2, batch=8, micro_batches=1)
+    config.sft.update(eval_every=0, checkpoint_every=0)
+    config.sft.data.update(**SIZES, max_tokens=64, max_answer=16, buckets=1)
+    config.sft.data.instruction = "color type"
     config.sft.model.dtype = "float32"
     config.sft.optimizer.learning_rate = 1e-4
     config.sft.eval.update(batch=8, validation_listings=6)

@@ -35,14 +35,15 @@ def process_of(running, index):
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds processes in /proc")
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_of_which_one_is_killed_end_restart_and_see_the_losses_of_one(count, tmp_path):
-    """kill -9 once the fourth step is logged and the second saved; eight are asked for."""
+    """kill -9 once the fifth step is logged and the third saved, since whoever waits for one that
+    died in a save learns of it after 45 seconds; eight are asked for."""
     alone, workdir = tmp_path / "one", tmp_path / "several"
     trained(alone, log_every=1)
     running = subprocess.Popen(
         [
             *("bash", "launch/restart.sh", "--times", "1", "--wait", "0", "--"),
             *("bash", "launch/processes.sh", str(count), "--grace", str(BOUND), "--"),
-            *command(workdir, seconds=0.2, log_every=1),
+            *command(workdir, seconds=0.3, log_every=1, checkpoint_every=3),
         ],
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -55,7 +56,7 @@ def test_processes_of_which_one_is_killed_end_restart_and_see_the_losses_of_one(
         while running.poll() is None and not logged(workdir):
             time.sleep(0.02)
         victim = process_of(running, count - 1)  # now, as that takes a while
-        while running.poll() is None and len(logged(workdir)) < 4:
+        while running.poll() is None and len(logged(workdir)) < 5:
             time.sleep(0.02)
         os.kill(victim, signal.SIGKILL)
         killed = time.monotonic()
