@@ -145,12 +145,12 @@ class PairBatches:
     parts: Mixture  # of pairs of one listing; one without photo or text takes the last
     one_rendering: bool  # whether both sides of a pair of one listing show one rendering of it
     truth: np.ndarray  # int32[N], each listing's product, though the catalogue may not know it
-    teachers: Teachers | None  # whose vectors of the listings join the batch
     max_terms: int
     micro_batches: int
     rows: np.ndarray  # int[C], this process's places in each micro-batch
     seed: int
     steps: int
+    teachers: Teachers | None = None  # whose vectors of the listings join the batch
 
     def __len__(self) -> int:
         return self.steps

@@ -13,6 +13,7 @@ Axes: A micro-batches · C examples of one · V views of an example (query, targ
 B = A C pairs · E embedding.
 """
 
+import dataclasses
 import functools
 import json
 import logging
@@ -285,7 +286,8 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         processor = encoder.processor()
         objective = find_objective(config.method).of(config, statistics, mesh)
         teachers = _teachers(config, catalog, objective)
-        batches = pair_batches(config, catalog, processor, statistics, cache, local, teachers)
+        batches = pair_batches(config, catalog, processor, statistics, cache, local)
+        batches = dataclasses.replace(batches, teachers=teachers)
 
         # ---- step and state
         batch = abstract_batch(config, mesh, encoder, teachers)
@@ -409,7 +411,6 @@ def pair_batches(
     statistics: CorpusStatistics,
     cache: Path,
     local: np.ndarray,
-    teachers: Teachers | None = None,
 ) -> PairBatches:
     """The batches of a run, step by step.
 
@@ -439,7 +440,6 @@ def pair_batches(
         parts=parts,
         one_rendering=data.identity != "product",
         truth=true_products(catalog),
-        teachers=teachers,
         max_terms=data.max_terms,
         micro_batches=config.micro_batches,
         rows=local,

@@ -44,7 +44,6 @@ def batches(catalogue_folder, tmp_path_factory):
         target_views=mixture,
         parts=parse_mixture("modalities 0.5, halves 0.5", "parts", PARTS),
         one_rendering=False,
-        teachers=None,
         truth=catalog.products,
         max_terms=8,
         micro_batches=2,
