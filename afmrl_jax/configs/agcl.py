@@ -23,7 +23,7 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.eval_every = 100
     config.checkpoint_every = 50
 
-    config.method = "agcl"  # agcl, or module:Class, your objective
+    config.method = "agcl"  # agcl | distill (configs/distill.py), or module:Class, your objective
     config.batch = 64  # pairs of the global batch (VLM2Vec-V2: 1024)
     # GradCache divides a batch into micro-batches; the loss is of the whole batch all the same.
     common.batches(config)
@@ -77,6 +77,9 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     # look-alikes all differ.
     config.data.agreeing_neighbours = "keep"  # keep | drop
     config.data.max_terms = 32  # attribute terms kept of a listing, the rarest first
+    # Method distill: Parquet files, or folders of them, with listing_id and vector, and the
+    # teachers' shares: "titles.parquet 0.7, photos/ 0.3". A teacher may lack listings.
+    config.data.teachers = ""
 
     config.loss = ConfigDict()  # losses/contrastive.py
     config.loss.temperature = 0.05  # VLM2Vec-V2: 0.02, from pretrained weights
@@ -96,6 +99,8 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     # losses/labels.py: a linear layer predicts attributes from embeddings, as a second loss.
     config.loss.head_weight = 0.0  # weight of its loss, in nats an attribute; 0 = no head
     config.loss.head_labels = 2048  # labels at most, the most frequent pairs of name and value
+    # losses/distill.py: cosines are pulled to the teachers', and so are a batch's rankings.
+    config.loss.ranking_weight = 1.0  # weight of the rankings; 0 = the cosines alone
 
     config.eval = ConfigDict()
     config.eval.tasks = "image+text->image+text, image->image, text->text, image->text, text->image"

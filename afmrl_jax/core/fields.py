@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from afmrl_jax.core.errors import UserError
 
 
@@ -39,6 +41,30 @@ def check_choice(field: str, value: object, allowed: Sequence[str]) -> None:
         close = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
         hint = f'; did you mean "{close[0]}"?' if close else ""
         raise UserError(f"{field} is {value!r}, expected one of {', '.join(allowed)}{hint}")
+
+
+Mixture = tuple[tuple[str, ...], np.ndarray]  # words and their shares, float64
+
+
+def parse_mixture(text: str, field: str, words: Sequence[str] | None = None) -> Mixture:
+    """The words of a text such as "image+text 0.7, text 0.3", and their shares.
+
+    words: those that may stand there; None for any. Raises UserError, naming `field`, for another
+    word or shares that do not sum to 1.
+    """
+    chosen, shares = [], []
+    for part in text.split(","):
+        word, _, share = part.strip().partition(" ")
+        try:
+            shares.append(float(share or 1))
+        except ValueError:
+            raise UserError(f"{field}: {share!r} after {word!r} is not a number") from None
+        if words is not None:
+            check_choice(field, word, words)
+        chosen.append(word)
+    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise UserError(f"{field}: the shares of {text!r} sum to {sum(shares):g}, not 1")
+    return tuple(chosen), np.asarray(shares)
 
 
 def load_named(name: str, known: Mapping[str, str], field: str) -> Any:

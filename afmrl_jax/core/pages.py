@@ -26,7 +26,8 @@ PACKAGED = Path(__file__).parents[1] / "configs"
 NO_FIELD = re.compile(r'Key "(\w+)" does not exist and cannot be added')
 NEAR = re.compile(r'Did you mean "(\w+)" instead of')
 PAGES = sorted(p.stem for p in PACKAGED.glob("[a-z]*.py") if p.stem != "common")
-PROGRAMS = [page for page in PAGES if page != "pretrain"]  # a page of the program sft
+OTHERS_PAGES = ("distill", "pretrain")  # of the programs agcl and sft
+PROGRAMS = [page for page in PAGES if page not in OTHERS_PAGES]
 
 
 def find_page(path: str) -> Path:

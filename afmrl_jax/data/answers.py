@@ -19,6 +19,7 @@ from afmrl_jax.attributes.comparison import VERSION
 from afmrl_jax.attributes.text import MAX_CHARACTERS, MAX_PAIRS, format_attributes, normalise
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import parse_mixture
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.options import Options, between
 from afmrl_jax.data.fitting import fitting
@@ -27,10 +28,10 @@ from afmrl_jax.data.stream import Batch
 from afmrl_jax.data.tokenizer import encode_text
 from afmrl_jax.data.views import (
     SEPARATOR,
+    VIEWS,
     attribute_pairs,
     evaluation_row,
     listing_text,
-    parse_mixture,
 )
 
 log = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ class AnswerOptions(Options, section="data"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parse_mixture(self.question_views, self.name_of("question_views"))
+        parse_mixture(self.question_views, self.name_of("question_views"), VIEWS)
         if self.subset_share + self.caption_share > 1:
             raise UserError(
                 f"data.subset_share={self.subset_share:g} and data.caption_share="
@@ -262,7 +263,7 @@ class AnswerBatches:
 
     @functools.cached_property
     def _views(self) -> tuple[tuple[str, ...], np.ndarray]:
-        return parse_mixture(self.options.question_views, "data.question_views")
+        return parse_mixture(self.options.question_views, "data.question_views", VIEWS)
 
     def _asked(self, example: int) -> _Asked:
         """A listing without the part that the drawn view names shows the part that it has."""

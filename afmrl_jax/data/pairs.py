@@ -13,11 +13,13 @@ import numpy as np
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.catalog.groups import listings_by_product
 from afmrl_jax.catalog.listings import Catalog
+from afmrl_jax.catalog.teachers import Teachers
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import Mixture
 from afmrl_jax.core.options import Options, among, between
 from afmrl_jax.data.processor import Processor, Row
 from afmrl_jax.data.stream import Batch
-from afmrl_jax.data.views import Mixture, TrainingViews, listing_text
+from afmrl_jax.data.views import TrainingViews, listing_text
 
 # The views of a pair of one listing, where its parts say them.
 OWN_VIEWS = {"modalities": ["image", "text"], "photo": ["image+text", "text"]}
@@ -148,19 +150,21 @@ class PairBatches:
     rows: np.ndarray  # int[C], this process's places in each micro-batch
     seed: int
     steps: int
+    teachers: Teachers | None = None  # whose vectors of the listings join the batch
 
     def __len__(self) -> int:
         return self.steps
 
     def __repr__(self) -> str:  # Grain compares it when it restores a stream
         fingerprint = self.views.catalog.fingerprint
-        return f"PairBatches({fingerprint}, seed={self.seed}, steps={self.steps})"
+        taught = f", teachers={self.teachers.fingerprint}" if self.teachers else ""
+        return f"PairBatches({fingerprint}, seed={self.seed}, steps={self.steps}{taught})"
 
     def __getitem__(self, step: int) -> Batch:
         """The batch of a step: the processor's arrays as [A, C, V, ...]; int32[A, C, V] of the
         listings: `listing`, their indices, `product`, their products as far as the catalogue knows
         them, and `true_product`, for statistics; and BM25's `terms`, `query_weights` and
-        `document_weights`, [A, C, V, T].
+        `document_weights`, [A, C, V, T]. With teachers also `teacher` and `teacher_weight`.
         """
         catalog, listings = self.views.catalog, self.sampler.draw(step)
         examples = np.arange(len(listings)).reshape(self.micro_batches, -1)[:, self.rows]
@@ -174,7 +178,7 @@ class PairBatches:
         batch["listing"] = drawn.astype(np.int32)
         batch["product"] = catalog.products[drawn]
         batch["true_product"] = self.truth[drawn]
-        return batch
+        return batch | self.teachers[drawn] if self.teachers else batch
 
     def _rows(self, step: int, example: int, listings: np.ndarray) -> list[Row]:
         """One example's views: query, target, negatives, each rendered and cropped anew."""

@@ -15,8 +15,6 @@ from PIL import Image
 
 from afmrl_jax.attributes.text import format_attributes, normalise
 from afmrl_jax.catalog.listings import Catalog, Listing
-from afmrl_jax.core.errors import UserError
-from afmrl_jax.core.fields import check_choice
 from afmrl_jax.core.options import Options, between
 from afmrl_jax.data.processor import Processor, Row
 
@@ -32,28 +30,6 @@ _PUNCTUATION = re.compile(r"\W")
 SEPARATOR = "; "  # between attributes, as `format_attributes` writes it
 SAMPLED = 200  # listings of which the cuts are counted
 log = logging.getLogger(__name__)
-
-
-Mixture = tuple[tuple[str, ...], np.ndarray]  # words and their shares, float64
-
-
-def parse_mixture(text: str, field: str, words: Sequence[str] = VIEWS) -> Mixture:
-    """The words of a text such as "image+text 0.7, text 0.3", and their shares.
-
-    Raises UserError, naming `field`, for another word or shares that do not sum to 1.
-    """
-    chosen, shares = [], []
-    for part in text.split(","):
-        word, _, share = part.strip().partition(" ")
-        try:
-            shares.append(float(share or 1))
-        except ValueError:
-            raise UserError(f"{field}: {share!r} after {word!r} is not a number") from None
-        check_choice(field, word, words)
-        chosen.append(word)
-    if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        raise UserError(f"{field}: the shares of {text!r} sum to {sum(shares):g}, not 1")
-    return tuple(chosen), np.asarray(shares)
 
 
 @dataclass(frozen=True)

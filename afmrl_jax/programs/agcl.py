@@ -13,6 +13,7 @@ Axes: A micro-batches · C examples of one · V views of an example (query, targ
 B = A C pairs · E embedding.
 """
 
+import dataclasses
 import functools
 import json
 import logging
@@ -42,9 +43,11 @@ from afmrl_jax.assembly.pretrained import planned
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.catalog.opening import CatalogOptions
+from afmrl_jax.catalog.teachers import TeacherFiles, Teachers
 from afmrl_jax.checkpoints.record import check_statistics
 from afmrl_jax.checkpoints.state import TrainState, abstract_state
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import Mixture, parse_mixture
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows, replicated
 from afmrl_jax.core.options import Options, among, between, check_options
 from afmrl_jax.core.processes import first_says
@@ -62,12 +65,11 @@ from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.stream import StreamOptions
 from afmrl_jax.data.views import (
     PARTS,
+    VIEWS,
     Augmentation,
-    Mixture,
     TrainingViews,
     catalogue_attributes,
     listing_text,
-    parse_mixture,
     sampled_cuts,
 )
 from afmrl_jax.losses.labels import LabelHead
@@ -107,6 +109,7 @@ log = logging.getLogger(__name__)
 
 EVALUATIONS = {"before": "evaluation_before.json", "after": "evaluation.json"}
 VALIDATION_LISTINGS = 600
+TEACHER = "teacher"  # the array of a batch that an objective reads if it has teachers
 BATCH_FIELD = "batch"  # the field of the configuration that micro_batches divides
 # The first process alone reads and writes the workdir: where checkpoints go to a bucket, each
 # machine of a pod may have a workdir of its own.
@@ -152,16 +155,21 @@ OPTIONS = (
 )
 
 
-def build(config: ConfigDict, mesh: Mesh, encoder: Encoder, objective: Objective) -> TrainStep:
+def build(
+    config: ConfigDict,
+    mesh: Mesh,
+    encoder: Encoder,
+    objective: Objective,
+    batch: Batch,
+) -> TrainStep:
     """The train step of a configuration, jitted for a mesh; nothing is computed yet.
 
-    Its batches are arrays [A, C, V, ...].
+    batch: `abstract_batch`, arrays [A, C, V, ...].
     """
     optimizer = make_optimizer(Optimizer.of(config), config.steps)
     params = abstract_params(encoder, mesh)
     trained, frozen = lora.split(params, objective.trainable)
     width = config.model.embedding_dim or encoder.model_config.text.hidden_size
-    batch = abstract_batch(config, mesh, encoder)
     heads, memory = abstract_parts(objective, trained, batch, width)
     heads, whole = placed(heads, mesh), replicated(mesh)
     memory = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), memory)
@@ -176,8 +184,10 @@ def build(config: ConfigDict, mesh: Mesh, encoder: Encoder, objective: Objective
     return TrainStep(step, optimizer, abstract, frozen, heads)
 
 
-def abstract_batch(config: ConfigDict, mesh: Mesh, encoder: Encoder) -> Batch:
-    """Shapes, dtypes and shardings of `PairBatches`' arrays that the step reads."""
+def abstract_batch(
+    config: ConfigDict, mesh: Mesh, encoder: Encoder, teachers: Teachers | None = None
+) -> Batch:
+    """Shapes, dtypes and shardings of `PairBatches`' arrays that the step may read."""
     rows = micro_batch(config.batch, config.micro_batches, BATCH_FIELD)
     leading = config.micro_batches, rows, 2 + config.data.hard_negatives
     sharding, terms = batch_sharding(mesh, 1), (*leading, config.data.max_terms)
@@ -188,6 +198,9 @@ def abstract_batch(config: ConfigDict, mesh: Mesh, encoder: Encoder) -> Batch:
         "query_weights": (terms, jnp.float32),
         "document_weights": (terms, jnp.float32),
     }
+    if teachers:
+        arrays["teacher"] = (*leading, teachers.vectors.shape[1]), jnp.float32
+        arrays["teacher_weight"] = (*leading, teachers.weights.shape[1]), jnp.float32
     return encoder.abstract_rows(leading, sharding) | {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         for name, (shape, dtype) in arrays.items()
@@ -208,10 +221,15 @@ def _step_flops(
 
 
 def part(
-    config: ConfigDict, mesh: Mesh, encoder: Encoder, objective: Objective, step: TrainStep
+    config: ConfigDict,
+    mesh: Mesh,
+    encoder: Encoder,
+    objective: Objective,
+    step: TrainStep,
+    batch: Batch,
 ) -> Part:
-    """The train step as planning compiles it, its rows full."""
-    batch, data = abstract_batch(config, mesh, encoder), config.data
+    """The train step as planning compiles it, its rows full. batch: `abstract_batch`."""
+    data = config.data
     amount = cost.most_work(
         encoder.model_config, math.prod(batch["product"].shape), data.max_tokens, data.max_patches
     )
@@ -230,11 +248,14 @@ def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     local_rows(mesh, rows, "batch / micro_batches")
     if LabelHead.of(config).head_weight:
         raise UserError("the head's labels depend on the catalogue: plan without loss.head_weight")
+    if TEACHER in find_objective(config.method).batch_arrays:
+        raise UserError("the teachers' vectors depend on the catalogue: plan with method=agcl")
     options, training = EncoderOptions.of(config), TrainingOptions.of(config)
     encoder = planned(config.init_from or config.model.preset, Encoder, options, training)
     objective = find_objective(config.method).of(config, None, mesh)
-    step = build(config, mesh, encoder, objective)
-    return [part(config, mesh, encoder, objective, step)]
+    batch = abstract_batch(config, mesh, encoder)
+    step = build(config, mesh, encoder, objective, batch)
+    return [part(config, mesh, encoder, objective, step, batch)]
 
 
 def encoder_params(step: TrainStep, trained: Params, frozen: Params) -> Params:
@@ -263,12 +284,15 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         encoder, source = run.model(Encoder, options, ModelOptions.of(config), texts)
         run.keep(encoder, statistics=statistics_json)
         processor = encoder.processor()
+        objective = find_objective(config.method).of(config, statistics, mesh)
+        teachers = _teachers(config, catalog, objective)
         batches = pair_batches(config, catalog, processor, statistics, cache, local)
+        batches = dataclasses.replace(batches, teachers=teachers)
 
         # ---- step and state
-        objective = find_objective(config.method).of(config, statistics, mesh)
-        step = build(config, mesh, encoder, objective)
-        compiled = check_fits(part(config, mesh, encoder, objective, step), mesh)
+        batch = abstract_batch(config, mesh, encoder, teachers)
+        step = build(config, mesh, encoder, objective, batch)
+        compiled = check_fits(part(config, mesh, encoder, objective, step, batch), mesh)
         state, frozen = run.start(step, encoder, source, objective.trainable)
 
         # ---- judge before
@@ -367,6 +391,19 @@ def _tokenizer_texts(config: ConfigDict, catalog: Catalog) -> Iterator[str]:
         yield listing_text(listing, listing.attributes)
 
 
+def _teachers(config: ConfigDict, catalog: Catalog, objective: Objective) -> Teachers | None:
+    """The vectors that the objective learns from, if it does."""
+    files = TeacherFiles.of(config)
+    if TEACHER in objective.batch_arrays:
+        return files.read(catalog)
+    if files.teachers:
+        raise UserError(
+            f"data.teachers is {files.teachers!r}, but the method {config.method} has no teachers: "
+            "take configs/distill.py"
+        )
+    return None
+
+
 def pair_batches(
     config: ConfigDict,
     catalog: Catalog,
@@ -398,8 +435,8 @@ def pair_batches(
         sampler=PairSampler(catalog, "train", config.batch, composition, config.seed, neighbours),
         processor=processor,
         statistics=statistics,
-        query_views=parse_mixture(data.query_views, "data.query_views"),
-        target_views=parse_mixture(data.target_views, "data.target_views"),
+        query_views=parse_mixture(data.query_views, "data.query_views", VIEWS),
+        target_views=parse_mixture(data.target_views, "data.target_views", VIEWS),
         parts=parts,
         one_rendering=data.identity != "product",
         truth=true_products(catalog),

@@ -38,6 +38,7 @@ from afmrl_jax.catalog.listings import Catalog
 from afmrl_jax.catalog.opening import CatalogOptions
 from afmrl_jax.checkpoints.state import TrainState, abstract_state
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import parse_mixture
 from afmrl_jax.core.files import write_atomically
 from afmrl_jax.core.mesh import batch_sharding, batch_shards, local_rows
 from afmrl_jax.core.options import Options, between, check_options
@@ -51,7 +52,7 @@ from afmrl_jax.data.answers import (
 )
 from afmrl_jax.data.processor import Processor
 from afmrl_jax.data.stream import StreamOptions
-from afmrl_jax.data.views import listing_text, parse_mixture
+from afmrl_jax.data.views import VIEWS, listing_text
 from afmrl_jax.models import lora
 from afmrl_jax.planning import cost
 from afmrl_jax.planning.report import Part, check_fits
@@ -213,7 +214,7 @@ def main(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     split = "test" if len(listings["test"]) else "validation"
     if not first_says(path.exists()) and len(listings[split]):
         results = evaluator.scores(state, split)
-        views = parse_mixture(config.data.question_views, "data.question_views")[0]
+        views = parse_mixture(config.data.question_views, "data.question_views", VIEWS)[0]
         if len(views) > 1:
             results["by_view"] = evaluator.by_view(state, split, views)
         if run.first_process:

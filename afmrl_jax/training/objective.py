@@ -16,7 +16,10 @@ from afmrl_jax.training.gradients import gradcache
 from afmrl_jax.training.step import Batch, Gradient, Memory, Metrics, Params
 
 Parts = tuple[Params, Memory]
-METHODS = {"agcl": "afmrl_jax.losses.agcl:AGCL"}  # config.method -> module:Class
+METHODS = {  # config.method -> module:Class
+    "agcl": "afmrl_jax.losses.agcl:AGCL",
+    "distill": "afmrl_jax.losses.distill:Distill",
+}
 
 
 class Objective(Protocol):

@@ -72,3 +72,11 @@ def test_the_base_is_trained_by_the_program_sft_on_the_world(arm):
     assert config.program == "sft" and config.data.path == "world"
     assert config.data.subset_share and config.data.caption_share
     check_options(config, importlib.import_module("afmrl_jax.programs.sft").OPTIONS)
+
+
+@pytest.mark.parametrize("arm", ["", ":tiny"])
+def test_distillation_is_a_method_of_the_program_agcl(arm):
+    config = load_page(f"configs/distill.py{arm}")
+    check_page(config)
+    assert config.program == "agcl" and config.method == "distill"
+    check_options(config, importlib.import_module("afmrl_jax.programs.agcl").OPTIONS)

@@ -14,12 +14,13 @@ import pytest
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.catalog.listings import open_catalog
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import parse_mixture
 from afmrl_jax.data.feed import Feed
 from afmrl_jax.data.pairs import Composition, PairBatches, PairSampler
 from afmrl_jax.data.processor import Processor, RowSizes
 from afmrl_jax.data.stream import Stream, StreamOptions
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
-from afmrl_jax.data.views import PARTS, Augmentation, TrainingViews, parse_mixture
+from afmrl_jax.data.views import PARTS, VIEWS, Augmentation, TrainingViews
 from afmrl_jax.data.workers import NICENESS
 from afmrl_jax.models.presets import preset
 
@@ -33,7 +34,7 @@ def batches(catalogue_folder, tmp_path_factory):
     )
     products = 15
     neighbours = (np.arange(products)[:, None] + [1, 2]) % products
-    mixture = parse_mixture("image+text 0.5, image 0.25, text 0.25", "views")
+    mixture = parse_mixture("image+text 0.5, image 0.25, text 0.25", "views", VIEWS)
     return PairBatches(
         views=TrainingViews(catalog, Augmentation(0.6, 0.5, 0.5, 0.3, 0.1), others={}),
         sampler=PairSampler(catalog, "train", 8, Composition(0.5, 2, 1, 2, "keep"), 0, neighbours),
@@ -74,8 +75,8 @@ def of_single_listings(batches, parts):
         batches,
         views=dataclasses.replace(batches.views, catalog=catalog),
         sampler=PairSampler(catalog, "train", 8, Composition(0.0, 2, 0, 1, "keep"), 0, None),
-        query_views=parse_mixture("image+text", "views"),
-        target_views=parse_mixture("image+text", "views"),
+        query_views=parse_mixture("image+text", "views", VIEWS),
+        target_views=parse_mixture("image+text", "views", VIEWS),
         parts=parse_mixture(parts, "parts", PARTS),
         one_rendering=True,
     )

@@ -4,12 +4,13 @@ from PIL import Image
 
 from afmrl_jax.catalog.listings import Listing
 from afmrl_jax.core.errors import UserError
+from afmrl_jax.core.fields import parse_mixture
 from afmrl_jax.data.views import (
+    VIEWS,
     Augmentation,
     TrainingViews,
     evaluation_row,
     listing_text,
-    parse_mixture,
 )
 
 PLAIN = Augmentation(1.0, 0.0, 0.0, 0.0, 0.0)
@@ -165,11 +166,11 @@ def test_a_share_of_the_values_is_that_of_another_listing_of_the_category():
 )
 def test_a_mixture_that_makes_no_sense_names_its_field(text, told):
     with pytest.raises(UserError, match=told) as error:
-        parse_mixture(text, "data.query_views")
+        parse_mixture(text, "data.query_views", VIEWS)
     assert "data.query_views" in str(error.value)
 
 
 def test_a_mixture_reads_views_and_shares():
-    views, shares = parse_mixture("image+text 0.75, text 0.25", "f")
+    views, shares = parse_mixture("image+text 0.75, text 0.25", "f", VIEWS)
     assert views == ("image+text", "text")
     np.testing.assert_allclose(shares, [0.75, 0.25])
