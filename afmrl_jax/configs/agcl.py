@@ -100,7 +100,7 @@ def get_config(arm: str = "agcl") -> ConfigDict:
     config.loss.head_weight = 0.0  # weight of its loss, in nats an attribute; 0 = no head
     config.loss.head_labels = 2048  # labels at most, the most frequent pairs of name and value
     # losses/distill.py: cosines are pulled to the teachers', and so are a batch's rankings.
-    config.loss.ranking_weight = 1.0  # weight of the rankings; 0 = the cosines alone
+    config.loss.ranking_weight = 0.1  # weight of the rankings; 0 = the cosines alone
 
     config.eval = ConfigDict()
     config.eval.tasks = "image+text->image+text, image->image, text->text, image->text, text->image"
