@@ -1,0 +1,1 @@
+../afmrl_jax/configs/distill.py
