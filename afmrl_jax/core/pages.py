@@ -74,6 +74,7 @@ def _module(page: Path) -> ModuleType:
     sys.path.append(str(page.absolute().parent.parent))
     loader = importlib.machinery.SourceFileLoader("config_page", str(page))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("config_page", loader))
+    importlib.invalidate_caches()  # or a neighbour written just now may not be found
     sys.modules["config_page"] = module  # dataclasses and pickle look for a class's module here
     loader.exec_module(module)
     return module
