@@ -45,16 +45,16 @@ class TeacherFiles(Options, section="data"):
         paths, shares = parse_mixture(self.teachers, self.name_of("teachers"))
         vectors, weights = [], []
         for path, share in zip(paths, shares, strict=True):
-            rows = _read(path)
-            places = pc.index_in(catalog.listing_ids, pa.array(rows.ids, pa.large_string()))
+            ids, directions = _read(path)
+            places = pc.index_in(catalog.listing_ids, ids)
             places = places.fill_null(-1).to_numpy(zero_copy_only=False)
             is_there = places >= 0
-            part = np.where(is_there[:, None], rows.directions[places], 0)
+            part = np.where(is_there[:, None], directions[places], 0)
             training = is_there[catalog.indices("train")]
             if not training.any():
                 raise UserError(
                     f"{path} has the vector of no training listing of {catalog.name}: its "
-                    f"listing_id are as {rows.ids[0]!r}, and the catalogue's as "
+                    f"listing_id are as {ids[0].as_py()!r}, and the catalogue's as "
                     f"{catalog.listing_ids[0].as_py()!r}"
                 )
             if not training.all():
@@ -82,8 +82,8 @@ class Teachers:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        digest = hashlib.blake2b(self.vectors.tobytes(), digest_size=8)
-        digest.update(self.weights.tobytes())
+        digest = hashlib.blake2b(self.vectors, digest_size=8)
+        digest.update(self.weights)
         return digest.hexdigest()
 
     def __getitem__(self, listings: np.ndarray) -> dict[str, np.ndarray]:
@@ -91,14 +91,9 @@ class Teachers:
         return {"teacher": self.vectors[listings], "teacher_weight": self.weights[listings]}
 
 
-@dataclass(frozen=True)
-class _Rows:
-    ids: list[str]
-    directions: np.ndarray  # float32[rows, D], of length one
-
-
-def _read(path: str) -> _Rows:
-    """The rows of a Parquet file, or of all in a folder."""
+def _read(path: str) -> tuple[pa.Array, np.ndarray]:
+    """The ids of a Parquet file, or of all in a folder, and their vectors' directions, float32
+    [rows, numbers] of length one."""
     if not Path(path).exists():
         raise UserError(f"data.teachers: there is no {path}")
     try:
@@ -132,4 +127,4 @@ def _read(path: str) -> _Rows:
             f"data.teachers: the vector of {ids[int(bad[0])].as_py()!r} in {path} is no direction: "
             "it is zero or not finite. Leave such listings out"
         )
-    return _Rows(ids.cast(pa.string()).to_pylist(), vectors / lengths)
+    return ids.cast(pa.large_string()).combine_chunks(), vectors / lengths

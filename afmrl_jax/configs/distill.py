@@ -21,7 +21,6 @@ def get_config(arm: str = "distill") -> ConfigDict:
     # The student is to place a listing alike whatever of it is shown.
     config.data.parts = "modalities 0.5, halves 0.5"
     config.data.crop_area = 0.5
-    config.data.lookalike_share = 0.0  # look-alikes are of products, which are not known
     config.data.attribute_share = 0.0
     if arm == "distill":
         config.init_from = "base"

@@ -106,9 +106,7 @@ class AGCL:
         info, targets = {}, {}
         arrays = {"embedding": embeddings, **{name: batch[name] for name in self.batch_arrays}}
         for name, array in arrays.items():
-            query, target = sides(array)
-            query = jax.lax.with_sharding_constraint(query, batch_sharding(self.mesh))
-            target = jax.lax.with_sharding_constraint(target, replicated(self.mesh))
+            query, target = sides_on(self.mesh, array)
             info[f"query_{name}"], info[f"target_{name}"], targets[name] = query, target, target
         queries = info.pop("query_embedding")
         total, count, metrics = contrastive_loss(
@@ -133,6 +131,13 @@ class AGCL:
             name: jnp.concatenate([newest[name], past])[: len(past)]
             for name, past in memory.items()
         }
+
+
+def sides_on(mesh: Mesh, array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`sides`: each device has its share of the queries, and all targets."""
+    queries, targets = sides(array)
+    queries = jax.lax.with_sharding_constraint(queries, batch_sharding(mesh))
+    return queries, jax.lax.with_sharding_constraint(targets, replicated(mesh))
 
 
 def sides(array: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -19,10 +19,9 @@ from jax.sharding import Mesh
 
 from afmrl_jax.attributes.bm25 import CorpusStatistics
 from afmrl_jax.catalog.teachers import TeacherFiles
-from afmrl_jax.core.mesh import batch_sharding, replicated
 from afmrl_jax.core.options import Options, between
 from afmrl_jax.core.types import Metrics, Params, Rows
-from afmrl_jax.losses.agcl import sides
+from afmrl_jax.losses.agcl import sides_on
 from afmrl_jax.losses.contrastive import MASKED
 
 
@@ -85,7 +84,5 @@ class Distill:
 
 def _products(array: jax.Array, mesh: Mesh) -> jax.Array:
     """[A, C, V, X] -> float32[B, M]: products of queries and targets."""
-    queries, targets = sides(array)
-    queries = jax.lax.with_sharding_constraint(queries, batch_sharding(mesh))
-    targets = jax.lax.with_sharding_constraint(targets, replicated(mesh))
+    queries, targets = sides_on(mesh, array)
     return jnp.einsum("bx,mx->bm", queries, targets, preferred_element_type=jnp.float32)

@@ -248,11 +248,12 @@ def plan(config: ConfigDict, mesh: Mesh) -> list[Part]:
     local_rows(mesh, rows, "batch / micro_batches")
     if LabelHead.of(config).head_weight:
         raise UserError("the head's labels depend on the catalogue: plan without loss.head_weight")
-    if TEACHER in find_objective(config.method).batch_arrays:
+    method = find_objective(config.method)
+    if TEACHER in method.batch_arrays:
         raise UserError("the teachers' vectors depend on the catalogue: plan with method=agcl")
     options, training = EncoderOptions.of(config), TrainingOptions.of(config)
     encoder = planned(config.init_from or config.model.preset, Encoder, options, training)
-    objective = find_objective(config.method).of(config, None, mesh)
+    objective = method.of(config, None, mesh)
     batch = abstract_batch(config, mesh, encoder)
     step = build(config, mesh, encoder, objective, batch)
     return [part(config, mesh, encoder, objective, step, batch)]
