@@ -80,6 +80,10 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.quick)
 
 
+def pytest_sessionfinish():
+    gc.freeze()  # pytest collects five times at the end, each time through all that JAX has traced
+
+
 def pytest_terminal_summary(terminalreporter, config):
     if not config.getoption("write_durations"):
         return

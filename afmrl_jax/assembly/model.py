@@ -90,7 +90,7 @@ class Assembly(abc.ABC):
 
     def graph(self) -> nnx.GraphDef:
         """The structure that `nnx.merge` needs beside parameters."""
-        return nnx.split(nnx.eval_shape(lambda: self.build(nnx.Rngs(0))))[0]
+        return _structure(self)[0]
 
     def make_processor(self, prompt: Prompt, **options: Any) -> Processor:
         """A processor of rows of the configured sizes. options: other arguments of Processor."""
@@ -221,7 +221,13 @@ def _ends(
 
 def abstract_params(model: Assembly, mesh: Mesh) -> Params:
     """Shapes, dtypes and shardings of the parameters."""
-    return placed(jax.eval_shape(lambda: model.init_params(0)), mesh)
+    return placed(nnx.to_pure_dict(_structure(model)[1]), mesh)
+
+
+@functools.lru_cache(maxsize=8)  # a run asks several times, and building takes a while
+def _structure(model: Assembly) -> tuple[nnx.GraphDef, nnx.State]:
+    """The model's structure, and its parameters' shapes and dtypes."""
+    return nnx.split(nnx.eval_shape(lambda: model.build(nnx.Rngs(0))))
 
 
 def placed(params: Params, mesh: Mesh) -> Params:

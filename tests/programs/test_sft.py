@@ -33,7 +33,7 @@ def config(catalogue_folder, cache_dir):
 
     config = get_config()
     config.update(
-        steps=60, batch=8, micro_batches=2, log_every=5, eval_every=30, checkpoint_every=50
+        steps=30, batch=8, micro_batches=2, log_every=5, eval_every=15, checkpoint_every=25
     )
     config.data.update(
         path=str(catalogue_folder),
@@ -80,7 +80,7 @@ def test_a_run_learns_the_format_and_leaves_all_that_it_promises(config, folder,
     runner.run(config, folder / "run")
     told = capsys.readouterr().out
     rows = lines(folder / "run" / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(5, 61, 5))
+    assert [row["step"] for row in rows] == list(range(5, 31, 5))
     assert {"loss", "answer_tokens", "gradient_norm", "answers_per_second"} <= set(rows[0])
     assert rows[-1]["loss"] < 0.2 * rows[0]["loss"]
     assert {"validation", "validation_loss", "validation_exact_match"} <= set(rows[-1])
@@ -91,7 +91,7 @@ def test_a_run_learns_the_format_and_leaves_all_that_it_promises(config, folder,
     assert results["by_attribute"]["type"]["f1"] == 1 and results["majority"]["f1"] == 0.5
     assert re.search(r"\| majority +\| 50\.0% +\|", told) and "F1 by attribute" in told
     samples = lines(folder / "run" / "samples.jsonl")
-    assert [sample["step"] for sample in samples] == [30, 30, 60, 60, 60, 60]
+    assert [sample["step"] for sample in samples] == [15, 15, 30, 30, 30, 30]
     assert parse(samples[-1]["answer"]).verdict is Verdict.VALID
     assert samples[-1]["answer"] in told
 
@@ -99,7 +99,7 @@ def test_a_run_learns_the_format_and_leaves_all_that_it_promises(config, folder,
 def test_a_run_stopped_and_started_again_ends_bit_equal(config, run, tmp_path):
     stopped = tmp_path / "stopped"
     shutil.copytree(run, stopped)
-    shutil.rmtree(stopped / "checkpoints" / "60")
+    shutil.rmtree(stopped / "checkpoints" / "30")
     (stopped / "evaluation.json").unlink()
     runner.run(config, stopped)
     jax.tree.map(np.testing.assert_array_equal, params_of(run), params_of(stopped))
@@ -116,7 +116,7 @@ def test_a_checkpoint_alone_gives_the_generator_back(config, run):
         params = source.load(abstract_params(source.model, mesh))
         catalog = open_catalogue(CatalogOptions.of(config), run)
         listings = {catalog.listing(i).listing_id: i for i in range(len(catalog))}
-        wanted = [s for s in lines(run / "samples.jsonl") if s["step"] == 60]
+        wanted = [s for s in lines(run / "samples.jsonl") if s["step"] == 30]
         indices = np.array([listings[sample["listing_id"]] for sample in wanted])
         model = LoadedGenerator(source.model, params, mesh, batch=3)  # the last batch is filled up
         found = list(model.answers(catalog, indices))

@@ -1,7 +1,8 @@
-"""A large model's step, compiled for TPUs that are not there: what its chips exchange."""
+"""A large model's step, compiled for TPUs that are not there: its plan, and what chips exchange."""
 
 import dataclasses
 import importlib.util
+import json
 from collections import Counter
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from afmrl_jax.configs.agcl import get_config
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.models.presets import PRESETS, preset
-from afmrl_jax.planning.report import compile_part, local_bytes, reckon
+from afmrl_jax.planning import search as planning_search
+from afmrl_jax.planning.report import local_bytes
 from afmrl_jax.programs import agcl, plan
 
 COMPILED_AS_FOR_USERS = True
@@ -28,29 +30,45 @@ def wide():
     importlib.util.find_spec("libtpu") is None, reason="XLA's TPU compiler is not installed"
 )
 @pytest.mark.parametrize("model", ["wide", pytest.param("qwen2_vl_2b", marks=pytest.mark.slow)])
-def test_a_step_gathers_each_matrix_thrice_a_micro_batch_and_sums_its_gradient_once(
-    model, monkeypatch
+def test_a_planned_step_gathers_each_matrix_thrice_a_micro_batch_and_sums_its_gradient_once(
+    model, monkeypatch, tmp_path, capsys
 ):
     """With GradCache and remat: embed, embed again, and once more going back; all in bfloat16."""
     monkeypatch.setitem(PRESETS, "wide", wide())
+    monkeypatch.setattr(planning_search, "TRIES", 1)
     config = get_config()
     config.update(batch=16, micro_batches=MICRO_BATCHES)
     config.mesh.fsdp = CHIPS
     config.model.update(preset=model, dtype="bfloat16", remat="full")
     config.data.update(max_tokens=24, max_patches=16)
-    mesh = make_mesh(dict(config.mesh), plan.devices_of("v5e:2x2"))
-    (part,) = agcl.plan(config, mesh)
-    report = reckon(part, *compile_part(part, mesh), mesh)
+    plan.main(config, tmp_path, "v5e:2x2")
+    told = capsys.readouterr().out
+    found = json.loads((tmp_path / "plan.json").read_text())
+    (report,) = found["reports"]
+    check_report(report, told)
+    assert len(found["tried"]) == 1 and "Quickest of what fits: --config.mesh" in told
 
+    (part,) = agcl.plan(config, make_mesh(dict(config.mesh), plan.devices_of("v5e:2x2")))
     params = part.arguments[1].params["backbone"]
     vision = params["vision"]
     matrices = params["layers"], vision["layers"], vision["merger"]  # tables: looked up in place
     matrices = CHIPS * local_bytes(matrices) / 2  # float32 as bfloat16
     received = MICRO_BATCHES * matrices * (CHIPS - 1) / CHIPS
     sent = Counter()
-    for one in report.exchanges:
+    for one in report["exchanges"]:
         sent[one["kind"]] += one["bytes"]
         assert one["axes"] == "fsdp"
     assert 0.95 * 3 * received < sent["all-gather"] < 1.15 * 3 * received
     assert 0.95 * 2 * received < sent["all-reduce"] < 1.15 * 2 * received
     assert sent.total() < 1.05 * (sent["all-gather"] + sent["all-reduce"])
+
+
+def check_report(report, told):
+    """A report of plan.json is whole, and its numbers agree with each other."""
+    assert report["name"] == "step" and report["limit"] > report["needed"] > 0
+    named = ("parameters", "optimizer", "batch", "a matrix of all pairs", "activations")
+    assert tuple(report["memory"]) == named and all(name in told for name in named)
+    assert sum(report["memory"].values()) == pytest.approx(report["needed"])
+    assert 0 < report["useful"] <= report["flops"] and 0 < report["utilisation"] < 1
+    assert report["seconds"] > max(report["floors"]["products"], report["floors"]["memory"])
+    assert not report["unread_loops"]
