@@ -222,7 +222,8 @@ def make_update(config: QwenVLConfig, args: argparse.Namespace):
     graph, plain = (nnx.split(nnx.eval_shape(functools.partial(make, r)))[0] for r in (rank, 0))
     trained, frozen = lora.split(jax.jit(lambda: nnx.to_pure_dict(nnx.state(make(rank))))())
     dtype = jnp.dtype(args.dtype)
-    reference = jax.tree.map(lambda x: x.astype(dtype), trained) if full else frozen
+    # Copies, also where the dtype is the same: a step gives up what it trains.
+    reference = jax.tree.map(lambda x: jnp.array(x, dtype), trained) if full else frozen
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, weight_decay=0.0))
     state = trained, jax.jit(optimizer.init)(trained)
     score = functools.partial(score_answers, chunk=VOCABULARY_CHUNK, temperature=1.0)
