@@ -7,9 +7,9 @@ import subprocess
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from workdirs import check_bit_equal, logged, losses, state_of
 
 from afmrl_jax import runner
 from afmrl_jax.assembly.encoder import Encoder
@@ -24,16 +24,6 @@ from afmrl_jax.programs import agcl
 from afmrl_jax.retrieval.tasks import parse_task, validation_task
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def state_of(workdir):
-    checkpoints, step = find_checkpoints(str(workdir))
-    state = checkpoints.restore_raw(step)
-    return {jax.tree_util.keystr(k): np.asarray(v) for k, v in jax.tree.leaves_with_path(state)}
-
-
-def logged(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_leaves_all_that_it_promises(whole):
@@ -83,9 +73,7 @@ def test_a_run_killed_and_started_again_ends_bit_equal(agcl_config, whole, comma
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     runner.run(agcl_config, workdir)
-    one, other = state_of(whole), state_of(workdir)
-    assert one.keys() == other.keys()
-    assert [name for name in one if not np.array_equal(one[name], other[name])] == []
+    check_bit_equal(whole, workdir)
     assert [row["step"] for row in logged(workdir)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -125,9 +113,7 @@ def test_a_step_that_is_not_finite_stops_with_its_listings_and_is_not_saved(agcl
 def test_gradcache_trains_as_the_direct_step_does(agcl_config, whole, tmp_path):
     agcl_config.micro_batches = 4
     runner.run(agcl_config, tmp_path / "micro_batches")
-    direct = [row["loss"] for row in logged(whole)]
-    cached = [row["loss"] for row in logged(tmp_path / "micro_batches")]
-    np.testing.assert_allclose(cached, direct, rtol=1e-4)
+    np.testing.assert_allclose(losses(tmp_path / "micro_batches"), losses(whole), rtol=1e-4)
 
 
 def test_a_checkpoint_starts_another_run_and_is_judged_anywhere(

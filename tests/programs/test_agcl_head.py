@@ -2,33 +2,20 @@
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from workdirs import check_bit_equal, logged, state_of, stopped
 
 from afmrl_jax import runner
 from afmrl_jax.assembly.model import abstract_params
 from afmrl_jax.assembly.pretrained import find_pretrained
 from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
-from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.data.corpus import corpus_statistics
 from afmrl_jax.programs import agcl
-
-
-def state_of(workdir):
-    checkpoints, step = find_checkpoints(str(workdir))
-    state = checkpoints.restore_raw(step)
-    leaves = jax.tree.leaves_with_path(state)
-    return {jax.tree_util.keystr(k, simple=True, separator="."): np.asarray(v) for k, v in leaves}
-
-
-def logged(workdir, name):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)[name] for line in lines]
 
 
 @pytest.fixture
@@ -53,22 +40,19 @@ def headed(config, folder):
 
 
 def test_the_head_learns_and_is_saved(headed):
-    losses = logged(headed, "head_loss")
+    rows = logged(headed)
+    losses = [row["head_loss"] for row in rows]
     # A new head holds the 3 training colours for equally likely, and the 5 kinds.
     assert losses[0] == pytest.approx((np.log(3) + np.log(5)) / 2, rel=1e-5)
-    assert losses[-1] < losses[0] and logged(headed, "head_accuracy")[0] == 0
+    assert losses[-1] < losses[0] and rows[0]["head_accuracy"] == 0
     state = state_of(headed)
     assert state["params.head.bias"].shape == (8,)
     assert state["params.head.kernel"].any()
 
 
 def test_a_run_stopped_and_started_again_ends_bit_equal(config, headed, tmp_path):
-    shutil.copytree(headed, tmp_path / "stopped")
-    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "4")
-    runner.run(config, tmp_path / "stopped")
-    one, other = state_of(headed), state_of(tmp_path / "stopped")
-    assert one.keys() == other.keys()
-    assert [name for name in one if not np.array_equal(one[name], other[name])] == []
+    runner.run(config, stopped(headed, tmp_path / "stopped"))
+    check_bit_equal(headed, tmp_path / "stopped")
 
 
 def test_labels_that_the_rarest_terms_push_out_are_told(config, tmp_path, caplog):

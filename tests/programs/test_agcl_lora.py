@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from devices import devices
 from flax import nnx
+from workdirs import check_bit_equal, losses, state_of, stopped
 
 from afmrl_jax import runner
 from afmrl_jax.assembly.encoder import Encoder
 from afmrl_jax.assembly.model import abstract_params
 from afmrl_jax.assembly.options import EncoderOptions, TrainingOptions
 from afmrl_jax.assembly.pretrained import Base, read_base
-from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.data.tokenizer import special_token_ids, train_tokenizer
@@ -61,18 +61,6 @@ def write_base(folder, seed):
     tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def state_of(workdir):
-    checkpoints, step = find_checkpoints(str(workdir))
-    state = checkpoints.restore_raw(step)
-    leaves = jax.tree.leaves_with_path(state)
-    return {jax.tree_util.keystr(k, simple=True, separator="."): np.asarray(v) for k, v in leaves}
-
-
-def losses(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
-
-
 def scores(workdir, name="evaluation.json"):
     return json.loads((workdir / name).read_text())
 
@@ -111,20 +99,13 @@ def test_only_adapters_are_trained_and_saved(adapted):
 
 
 def test_a_run_stopped_and_started_again_ends_bit_equal(config, adapted, tmp_path):
-    shutil.copytree(adapted, tmp_path / "stopped")
-    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "4")
-    (tmp_path / "stopped" / "evaluation.json").unlink()
-    runner.run(config, tmp_path / "stopped")
-    one, other = state_of(adapted), state_of(tmp_path / "stopped")
-    assert one.keys() == other.keys()
-    assert [name for name in one if not np.array_equal(one[name], other[name])] == []
+    runner.run(config, stopped(adapted, tmp_path / "stopped"))
+    check_bit_equal(adapted, tmp_path / "stopped")
     assert scores(adapted) == scores(tmp_path / "stopped")
 
 
 def test_eight_devices_go_on_with_the_losses_of_one(config, adapted, tmp_path):
-    shutil.copytree(adapted, tmp_path / "eight")
-    shutil.rmtree(tmp_path / "eight" / "checkpoints" / "4")
-    (tmp_path / "eight" / "evaluation.json").unlink()
+    stopped(adapted, tmp_path / "eight")
     config.mesh.update(data=2, fsdp=2, tensor=2)
     with devices(8):
         runner.run(config, tmp_path / "eight")

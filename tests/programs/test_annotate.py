@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from openai_server import Server, said
 from PIL import Image
+from workdirs import lines
 
 from afmrl_jax import runner
 from afmrl_jax.annotation.answer_files import AnswerFile
@@ -42,10 +43,6 @@ def config(agcl_config, server, monkeypatch):
     config.api.base_url = server.address
     config.api.update(model="a-model", concurrency=4, retries=2, timeout=10.0)
     return config
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def annotated(config, workdir):

@@ -8,9 +8,9 @@ import signal
 import threading
 import time
 
-import jax
 import numpy as np
 import pytest
+from workdirs import check_bit_equal, lines
 
 from afmrl_jax import runner
 from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
@@ -59,10 +59,6 @@ def config(catalogue_folder, cache_dir, taught):
 def folder(tmp_path_factory):
     """Holds the cycle that the first test runs."""
     return tmp_path_factory.mktemp("cit")
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def manifest_of(workdir):
@@ -136,11 +132,7 @@ def test_the_stopped_stage_ends_as_one_that_was_never_stopped(config, run, tmp_p
     runner.run(stage.config, tmp_path / "rar")
     for name in ("rollouts.jsonl", "evaluation.json"):
         assert (run / "rar" / name).read_text() == (tmp_path / "rar" / name).read_text()
-    states = []
-    for workdir in (run / "rar", tmp_path / "rar"):
-        checkpoints, step = find_checkpoints(str(workdir))
-        states.append(checkpoints.restore_raw(step))
-    jax.tree.map(np.testing.assert_array_equal, *states)
+    check_bit_equal(run / "rar", tmp_path / "rar")
 
 
 def test_the_second_encoder_learns_from_the_generators_share_alone(config, run):

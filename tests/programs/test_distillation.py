@@ -1,17 +1,13 @@
 """A student of vectors that are given, by the program agcl."""
 
-import json
-import shutil
-
-import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from workdirs import check_bit_equal, logged, stopped
 
 from afmrl_jax import runner
 from afmrl_jax.catalog.listings import open_catalog
-from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
 
 
@@ -34,22 +30,12 @@ def config(agcl_config, catalogue_folder, cache_dir, tmp_path):
     return agcl_config
 
 
-def state_of(workdir):
-    checkpoints, step = find_checkpoints(str(workdir))
-    return checkpoints.restore_raw(step)
-
-
 def test_a_student_learns_and_goes_on_where_it_was_stopped(config, tmp_path):
     runner.run(config, tmp_path / "run")
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    apart = [json.loads(line)["ranking_divergence"] for line in lines]
+    apart = [row["ranking_divergence"] for row in logged(tmp_path / "run")]
     assert np.mean(apart[-4:]) < 0.7 * np.mean(apart[:4])
-    stopped = tmp_path / "stopped"
-    shutil.copytree(tmp_path / "run", stopped)
-    shutil.rmtree(stopped / "checkpoints" / "12")
-    (stopped / "evaluation.json").unlink()
-    runner.run(config, stopped)
-    jax.tree.map(np.testing.assert_array_equal, state_of(tmp_path / "run"), state_of(stopped))
+    runner.run(config, stopped(tmp_path / "run", tmp_path / "stopped"))
+    check_bit_equal(tmp_path / "run", tmp_path / "stopped")
 
 
 def test_teachers_of_a_method_that_has_none_are_refused(config, tmp_path):

@@ -2,16 +2,15 @@
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import numpy as np
 import pytest
+from workdirs import check_bit_equal, logged, losses, state_of, stopped
 
 from afmrl_jax import runner
 from afmrl_jax.assembly.model import abstract_params
 from afmrl_jax.assembly.pretrained import find_pretrained
-from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.core.options import Options, between
@@ -41,17 +40,6 @@ def share_of_ones(trained):
     return evaluate
 
 
-def state_of(workdir):
-    checkpoints, step = find_checkpoints(str(workdir))
-    leaves = jax.tree.leaves_with_path(checkpoints.restore_raw(step))
-    return {jax.tree_util.keystr(k, simple=True, separator="."): np.asarray(v) for k, v in leaves}
-
-
-def losses(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
-
-
 @pytest.fixture
 def config(agcl_config):
     agcl_config.update(steps=4, eval_every=0, checkpoint_every=2)
@@ -59,25 +47,12 @@ def config(agcl_config):
     return agcl_config
 
 
-def stop_at_two(whole, stopped):
-    shutil.copytree(whole, stopped)
-    shutil.rmtree(stopped / "checkpoints" / "4")
-    (stopped / "evaluation.json").unlink()
-
-
-def check_bit_equal(one, other):
-    one, other = state_of(one), state_of(other)
-    assert one.keys() == other.keys()
-    assert [name for name in one if not np.array_equal(one[name], other[name])] == []
-
-
 def test_a_run_with_a_memory_stopped_and_started_again_ends_bit_equal(config, tmp_path):
     config.loss.memory_batches = 2
     runner.run(config, tmp_path / "run")
     memory = {name: x for name, x in state_of(tmp_path / "run").items() if "memory." in name}
     assert memory["memory.embedding"].shape[0] == 16 and memory["memory.filled"].all()
-    stop_at_two(tmp_path / "run", tmp_path / "stopped")
-    runner.run(config, tmp_path / "stopped")
+    runner.run(config, stopped(tmp_path / "run", tmp_path / "stopped"))
     check_bit_equal(tmp_path / "run", tmp_path / "stopped")
     assert losses(tmp_path / "run") == losses(tmp_path / "stopped")
 
@@ -87,13 +62,12 @@ def test_an_objective_of_a_user_s_module_trains_what_it_says_and_nothing_else(co
     with config.unlocked():
         config.loss.slope = 1.0  # a field that the package has not
     runner.run(config, tmp_path / "run")
-    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = logged(tmp_path / "run")
     assert rows[-1]["validation"] == 4.0
     state = state_of(tmp_path / "run")
     names = [name for name in state if name.startswith("params.")]
     assert names and all(name.startswith("params.backbone.layers.") for name in names)
-    stop_at_two(tmp_path / "run", tmp_path / "stopped")
-    runner.run(config, tmp_path / "stopped")
+    runner.run(config, stopped(tmp_path / "run", tmp_path / "stopped"))
     check_bit_equal(tmp_path / "run", tmp_path / "stopped")
     # Whoever reads the run gets the whole encoder: the base's parameters, and those trained.
     source = find_pretrained(str(tmp_path / "run"))

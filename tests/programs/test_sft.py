@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import re
-import shutil
 
 import jax
 import numpy as np
 import pytest
+from workdirs import check_bit_equal, lines, logged, losses, state_of, stopped
 
 from afmrl_jax import runner
 from afmrl_jax.assembly.generator import Generator
@@ -17,7 +17,6 @@ from afmrl_jax.assembly.options import GeneratorOptions
 from afmrl_jax.assembly.pretrained import find_pretrained
 from afmrl_jax.attributes.text import Verdict, parse
 from afmrl_jax.catalog.opening import CatalogOptions, open_catalogue
-from afmrl_jax.checkpoints.checkpoint import find_checkpoints
 from afmrl_jax.core.errors import UserError
 from afmrl_jax.core.mesh import make_mesh
 from afmrl_jax.data.processor import Row
@@ -67,19 +66,10 @@ def run(config, folder):
     return folder / "run"
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def params_of(workdir):
-    checkpoints, step = find_checkpoints(str(workdir))
-    return checkpoints.restore_raw(step)["params"]
-
-
 def test_a_run_learns_the_format_and_leaves_all_that_it_promises(config, folder, capsys):
     runner.run(config, folder / "run")
     told = capsys.readouterr().out
-    rows = lines(folder / "run" / "metrics.jsonl")
+    rows = logged(folder / "run")
     assert [row["step"] for row in rows] == list(range(5, 31, 5))
     assert {"loss", "answer_tokens", "gradient_norm", "answers_per_second"} <= set(rows[0])
     assert rows[-1]["loss"] < 0.2 * rows[0]["loss"]
@@ -97,16 +87,13 @@ def test_a_run_learns_the_format_and_leaves_all_that_it_promises(config, folder,
 
 
 def test_a_run_stopped_and_started_again_ends_bit_equal(config, run, tmp_path):
-    stopped = tmp_path / "stopped"
-    shutil.copytree(run, stopped)
-    shutil.rmtree(stopped / "checkpoints" / "30")
-    (stopped / "evaluation.json").unlink()
-    runner.run(config, stopped)
-    jax.tree.map(np.testing.assert_array_equal, params_of(run), params_of(stopped))
-    (stopped / "evaluation.json").unlink()  # killed once more, when the samples had been told
-    runner.run(config, stopped)
+    other = stopped(run, tmp_path / "stopped")
+    runner.run(config, other)
+    check_bit_equal(run, other)
+    (other / "evaluation.json").unlink()  # killed once more, when the samples had been told
+    runner.run(config, other)
     for name in ("evaluation.json", "samples.jsonl"):
-        assert (run / name).read_text() == (stopped / name).read_text()
+        assert (run / name).read_text() == (other / name).read_text()
 
 
 def test_a_checkpoint_alone_gives_the_generator_back(config, run):
@@ -138,11 +125,10 @@ def test_adapters_on_a_run_learn_what_another_model_wrote(config, run, tmp_path)
     config.model.update(lora_rank=4)
     config.optimizer.learning_rate = 1e-2
     runner.run(config, tmp_path / "distilled")
-    losses = [row["loss"] for row in lines(tmp_path / "distilled" / "metrics.jsonl")]
-    assert losses[-1] < 0.5 * losses[0]
-    names = [jax.tree_util.keystr(p) for p, _ in jax.tree.leaves_with_path(params_of(run))]
-    trained = jax.tree.leaves_with_path(params_of(tmp_path / "distilled"))
-    assert names and all("lora_" in jax.tree_util.keystr(path) for path, _ in trained)
+    learned = losses(tmp_path / "distilled")
+    assert learned[-1] < 0.5 * learned[0]
+    trained = [name for name in state_of(tmp_path / "distilled") if name.startswith("params.")]
+    assert trained and all("lora_" in name for name in trained)
     assert not (tmp_path / "distilled" / "evaluation.json").exists()  # nothing held out is labelled
 
 
